@@ -1,0 +1,230 @@
+"""The coordinator process: wires store, fleet, jobs, engine, servers and the bulk process together, and runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import grpc.aio
+
+from coordinator.fleet.membership import Change
+from coordinator.fleet.registry import FleetRegistry, WorkerExit
+from coordinator.jobs.manager import Endpoints, JobManager
+from coordinator.scheduling.engine import Engine
+from coordinator.services.agents import AgentServicer
+from coordinator.services.jobs import JobServicer
+from coordinator.services.runners import RunnerServicer
+from coordinator.services.workers import WorkerServicer
+from coordinator.storage.base import Store
+from coordinator.storage.sqlite import SqliteStore
+from plutino.errors import ConfigError, JobError
+from plutino.wire.channel import Lane, aio_server, bind
+from protos import agents_pb2_grpc, jobs_pb2_grpc, runners_pb2_grpc, workers_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_BULK_START_TIMEOUT_S = 30.0
+_STOP_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    """How to run a coordinator."""
+
+    state_dir: Path
+    devices_address: str = "127.0.0.1:7420"
+    """Where agents and workers dial; a restart takes the same port again, so that they find it."""
+    people_address: str = "127.0.0.1:7421"
+    """Where the command line and programs dial."""
+    engine: Literal["ray", "local"] = "ray"
+    ray_address: str | None = None
+    """An existing Ray cluster; None starts an embedded one."""
+    bulk_rate_bytes_per_s: int = 0
+    """Cap on weights and shadows together; 0 means none."""
+
+
+def read_endpoints(state_dir: Path) -> dict[str, str]:
+    """Where the coordinator of a state folder was last reached.
+
+    Raises:
+        ConfigError: none ever ran there.
+    """
+    path = state_dir / "endpoint.json"
+    try:
+        values: dict[str, str] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"no coordinator has run with the state folder {state_dir}; start one: plutino up") from error
+    return values
+
+
+async def run_coordinator(config: CoordinatorConfig, on_ready: Callable[[Endpoints], None]) -> None:
+    """Run until SIGTERM or SIGINT; jobs stay as they are stored and go on at the next start.
+
+    Raises:
+        StoreError: another coordinator runs with this state folder.
+        ConfigError: an address is taken.
+        SecurityError: an address is beyond loopback.
+    """
+    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        store = SqliteStore(config.state_dir / "plutino.sqlite")
+        stack.callback(store.close)
+        incarnation = await asyncio.wrap_future(store.next_incarnation())
+        bulk_address = await _start_bulk(config, store, stack)
+        await _serve(config, store, incarnation, bulk_address, stack, stop, on_ready)
+
+
+async def _serve(
+    config: CoordinatorConfig,
+    store: Store,
+    incarnation: int,
+    bulk_address: str,
+    stack: AsyncExitStack,
+    stop: asyncio.Event,
+    on_ready: Callable[[Endpoints], None],
+) -> None:
+    # The servers learn their ports before anything can be told of them, and the fleet tells the jobs of its changes.
+    jobs: list[JobManager] = []
+
+    def on_change(change: Change) -> None:
+        jobs[0].on_fleet_change(change)
+
+    def on_worker_exit(exit_: WorkerExit) -> None:
+        jobs[0].on_worker_exit(exit_)
+
+    fleet = FleetRegistry(incarnation=incarnation, on_change=on_change, on_worker_exit=on_worker_exit)
+    devices_server, people_server = aio_server(Lane.CONTROL), aio_server(Lane.REPORT)
+    endpoints = Endpoints(
+        devices_address=bind(devices_server, _stored_address(store, "devices_address", config.devices_address)),
+        people_address=bind(people_server, _stored_address(store, "people_address", config.people_address)),
+        bulk_address=bulk_address,
+    )
+    engine = _make_engine(config, endpoints, incarnation)
+    manager = JobManager(
+        store=store,
+        fleet=fleet,
+        engine=engine,
+        endpoints=endpoints,
+        incarnation=incarnation,
+        state_dir=config.state_dir,
+    )
+    jobs.append(manager)
+    agents_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(fleet), devices_server)
+    workers_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(manager.workers_of), devices_server)
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet), people_server)
+    runners_pb2_grpc.add_RunnerServiceServicer_to_server(
+        RunnerServicer(incarnation, manager.runner_of), people_server
+    )
+    await engine.start()
+    stack.push_async_callback(engine.close)
+    for server in (devices_server, people_server):
+        await server.start()
+        stack.push_async_callback(_stop_server, server)
+    stack.push_async_callback(manager.close)
+    manager.resume_all()
+    await _write_endpoints(config, store, endpoints)
+    on_ready(endpoints)
+    forever = [asyncio.create_task(fleet.watch_leases()), asyncio.create_task(manager.run())]
+    stopping = asyncio.create_task(stop.wait())
+    done, _ = await asyncio.wait({stopping, *forever}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (stopping, *forever):
+        task.cancel()
+    for task in done - {stopping}:
+        task.result()  # a service of the coordinator must never end by itself
+
+
+async def _stop_server(server: grpc.aio.Server) -> None:
+    await server.stop(_STOP_GRACE_S)
+
+
+def _make_engine(config: CoordinatorConfig, endpoints: Endpoints, incarnation: int) -> Engine:
+    if config.engine == "local":
+        from coordinator.scheduling.local import LocalEngine
+
+        return LocalEngine(
+            address=endpoints.people_address, bulk_address=endpoints.bulk_address, incarnation=incarnation
+        )
+    # Imported late: Ray takes half a second, and the local engine must work where Ray has no wheel.
+    from coordinator.scheduling.ray_backend.engine import RayEngine
+
+    return RayEngine(
+        address=endpoints.people_address,
+        bulk_address=endpoints.bulk_address,
+        incarnation=incarnation,
+        state_dir=config.state_dir,
+        ray_address=config.ray_address,
+    )
+
+
+def _stored_address(store: Store, key: str, configured: str) -> str:
+    """The address of the last start where the configured one leaves the port open."""
+    if not configured.endswith(":0"):
+        return configured
+    return store.value(key) or configured
+
+
+async def _write_endpoints(config: CoordinatorConfig, store: Store, endpoints: Endpoints) -> None:
+    values = {
+        "devices_address": endpoints.devices_address,
+        "people_address": endpoints.people_address,
+        "bulk_address": endpoints.bulk_address,
+        "pid": str(os.getpid()),
+    }
+    for key in ("devices_address", "people_address", "bulk_address"):
+        await asyncio.wrap_future(store.put_value(key, values[key]))
+    path = config.state_dir / "endpoint.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values))
+    temporary.replace(path)
+
+
+async def _start_bulk(config: CoordinatorConfig, store: Store, stack: AsyncExitStack) -> str:
+    """Start the bulk process on the port it had before, so that workers that outlived a restart still reach it."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "coordinator.weights.bulk",
+        "--address",
+        store.value("bulk_address") or "127.0.0.1:0",
+        "--state-dir",
+        str(config.state_dir),
+        "--rate-bytes-per-s",
+        str(config.bulk_rate_bytes_per_s),
+        "--parent-pid",
+        str(os.getpid()),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    stack.push_async_callback(_stop_process, process)
+    assert process.stdout is not None
+    try:
+        line = await asyncio.wait_for(process.stdout.readline(), _BULK_START_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        raise JobError(f"the bulk process did not start within {_BULK_START_TIMEOUT_S:.0f} s") from None
+    if not line:
+        raise JobError(f"the bulk process ended with exit code {await process.wait()}; its message is above")
+    address: str = json.loads(line)["address"]
+    return address
+
+
+async def _stop_process(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), 5.0)
+        except asyncio.TimeoutError:
+            process.kill()
+            await process.wait()

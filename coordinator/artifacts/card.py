@@ -1,0 +1,213 @@
+"""The card of a published adapter: what it is, how to load it, what was verified and what was not.
+
+Entry point :func:`render_card`, a pure function of :class:`CardFacts`; the facts are also kept as JSON beside the
+adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from coordinator.artifacts.verify_process import Check
+from coordinator.jobs.scoring import Score
+from plutino.job.method import MethodConfig
+from plutino.job.objective import ObjectiveConfig
+from plutino.job.training import TrainingConfig
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataFile(_Facts):
+    """A file of rows."""
+
+    use: str
+    """training or held-out."""
+    name: str
+    """Without its folder."""
+    sha256: str
+    num_rows: int
+
+
+class Evaluation(_Facts):
+    """Loss on the held-out rows."""
+
+    step: int
+    loss: float
+
+
+class TrainingLosses(_Facts):
+    """Mean loss per label token of the first, the last and the best step."""
+
+    first: float
+    last: float
+    best: float
+
+
+class CardFacts(_Facts):
+    """All that a card says."""
+
+    job_name: str
+    base_path: str
+    """Folder of the base model, as the coordinator names it."""
+    base_hash: str
+    data: tuple[DataFile, ...]
+    method: MethodConfig
+    objective: ObjectiveConfig
+    training: TrainingConfig
+    dtype: str
+    """Compute dtype of the frozen base: fp32 or bf16."""
+    plan_text: str
+    """Stages and devices, as people see the plan."""
+    num_steps: int
+    """Optimiser steps behind the published parameters."""
+    losses: TrainingLosses
+    evaluations: tuple[Evaluation, ...] = ()
+    score_before: Score | None = None
+    """Of the base model alone; None if it was not measured."""
+    score_after: Score | None = None
+    checks: tuple[Check, ...]
+    """Those of the assembled adapter, and the workers' largest difference."""
+    was_reloaded: bool
+    """Whether base and adapter were loaded with stock peft and run."""
+    versions: dict[str, str]
+    """Libraries by name."""
+    training_s: float
+    date: str
+    """Day of publication, ISO 8601."""
+
+
+def render_card(facts: CardFacts, adapter_name: str) -> str:
+    """Text of README.md, a model card with YAML front matter as PEFT's.
+
+    Args:
+        facts: what to tell.
+        adapter_name: name of the folder that the card lies in.
+    """
+    sections = (
+        _front_matter(facts),
+        f"# {_one_line(facts.job_name)}",
+        f"A {facts.method.type.upper()} adapter, trained for {facts.num_steps} steps in "
+        f"{facts.training_s:.0f} s and published on {facts.date} by plutino: the base model was split over several "
+        "devices, each of which held and trained only its own blocks.",
+        "## How to load it",
+        _loading(facts, adapter_name),
+        "## What was verified",
+        "\n".join(f"- **{_one_line(name)}**: {_one_line(outcome)}" for name, outcome in facts.checks),
+        "## Results",
+        _results(facts),
+        "## Training data",
+        _table(
+            ("use", "file", "rows", "sha256"),
+            [(one.use, one.name, str(one.num_rows), f"`{one.sha256}`") for one in facts.data],
+        ),
+        "## Base model",
+        f"`{_one_line(facts.base_path)}`, hash `{facts.base_hash}` over its config.json and weights. "
+        "On another base the adapter means nothing.",
+        "## Settings",
+        _settings(facts),
+        "## Plan",
+        _fenced(facts.plan_text),
+        "## Limits",
+        _limits(facts),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(facts: CardFacts) -> str:
+    values = {
+        "base_model": facts.base_path,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": [facts.method.type, facts.objective.type, "plutino", "transformers"],
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _loading(facts: CardFacts, adapter_name: str) -> str:
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(facts.dtype, facts.dtype)
+    # A JSON string is a Python string too.
+    code = (
+        "from peft import AutoPeftModelForCausalLM\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({json.dumps(adapter_name)}, dtype={json.dumps(dtype)})\n"
+        f"# It finds the base in {json.dumps(facts.base_path)}; elsewhere, change adapter_config.json."
+    )
+    return _fenced(code, "python")
+
+
+def _results(facts: CardFacts) -> str:
+    losses = facts.losses
+    rows = [
+        ("training loss, first step", f"{losses.first:.4f}"),
+        ("training loss, last step", f"{losses.last:.4f}"),
+        ("training loss, best step", f"{losses.best:.4f}"),
+        *((f"held-out loss after step {one.step}", f"{one.loss:.4f}") for one in facts.evaluations),
+        *_score_rows("base model alone", facts.score_before),
+        *_score_rows("with the adapter", facts.score_after),
+    ]
+    return _table(("measure", "value"), rows)
+
+
+def _score_rows(of: str, score: Score | None) -> list[tuple[str, str]]:
+    if score is None:
+        return []
+    shares = {
+        "exact match": score.exact_match,
+        "valid JSON": score.valid_json,
+        "intent accuracy": score.intent_accuracy,
+        "slot F1": score.slot_f1,
+    }
+    return [
+        (f"{name}, {of}, {score.num_rows} held-out rows", f"{100 * share:.1f} %")
+        for name, share in shares.items()
+        if share is not None
+    ]
+
+
+def _settings(facts: CardFacts) -> str:
+    settings = {
+        "method": facts.method.model_dump(mode="json"),
+        "objective": facts.objective.model_dump(mode="json"),
+        "training": facts.training.model_dump(mode="json"),
+        "compute dtype": facts.dtype,
+        "versions": facts.versions,
+    }
+    return _fenced(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(), "yaml")
+
+
+def _limits(facts: CardFacts) -> str:
+    limits = [
+        "The numbers above come from the rows named above and tell nothing of other data.",
+        "Nothing was measured about bias, safety or truthfulness; the base model's own limits remain.",
+        "Licences of the base model and of the data bind this adapter too; they were not examined.",
+    ]
+    if not facts.was_reloaded:
+        limits.insert(
+            0,
+            "The whole model was never loaded in one place: that the adapter works with stock peft follows from its "
+            "names and shapes and from the stages' own comparison, not from a run.",
+        )
+    if facts.score_after is None:
+        limits.insert(0, "No answers were generated: only the loss tells of quality.")
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any run of backticks in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

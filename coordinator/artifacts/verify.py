@@ -1,0 +1,220 @@
+"""Verifies a staged adapter with stock peft and transformers; runs as ``python -m coordinator.artifacts.verify``.
+
+JSON of a :class:`VerifyRequest` comes on standard input, JSON of a :class:`VerifyReport` goes to standard output. It
+imports torch and peft, so no other module may import it: ``verify_process.py`` starts it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coordinator.artifacts.verify_process import Check, Probe, ProbeRows, VerifyReport, VerifyRequest
+from plutino.errors import ExportError, PlutinoError
+from plutino.safetensors_index import read_safetensors_headers
+from plutino.sizes import format_size
+
+# Shape suffixes: B rows, T padded tokens, V vocabulary, N label tokens.
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+"""Largest relative difference of the reloaded loss sum from the pipeline's.
+
+The two add the same numbers up in another order (other kernels, another batch composition). In fp32 that moves a loss
+by about 1e-6, so 1e-4 is far from chance. bf16 rounds every activation to 2**-9 of itself; over the blocks the
+roundings partly cancel, and five of them all in one direction are 1e-2.
+"""
+
+_SHOWN_NAMES = 3
+
+TensorKind = tuple[tuple[int, ...], str]
+"""Shape, and dtype by the name that the safetensors format uses."""
+
+
+def main() -> int:
+    """Answer one request; the exit code is 0 whenever there is a verdict."""
+    # Libraries print to standard output; only the report may stand there.
+    report_fd = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    request = VerifyRequest.model_validate_json(sys.stdin.read())
+    # Unhandled, it ends the process, inside a long call into a library too.
+    signal.alarm(request.time_limit_s)
+    try:
+        report = verify_adapter(request)
+    except PlutinoError as error:
+        report = VerifyReport(failure=str(error))
+    with os.fdopen(report_fd, "w", encoding="utf-8") as stdout:
+        stdout.write(report.model_dump_json())
+    return 0
+
+
+def verify_adapter(request: VerifyRequest) -> VerifyReport:
+    """Check names, shapes and dtypes; where the base fits the budget, reload it and compare the probe's loss.
+
+    Raises:
+        ExportError: a check failed.
+        ModelError: the base's files cannot be read.
+    """
+    base_dir, adapter_dir = Path(request.base_dir), Path(request.adapter_dir)
+    checks = [check_tensors(base_dir, adapter_dir)]
+    probe = request.probe
+    if probe is None:
+        return VerifyReport(checks=(*checks, ("reload", "not done: there are no probe rows")))
+    needed_bytes = reload_bytes(base_dir, adapter_dir, probe)
+    if needed_bytes > request.reload_budget_bytes:
+        allowed = format_size(request.reload_budget_bytes)
+        outcome = f"not done: base and adapter in {probe.dtype} need {format_size(needed_bytes)}, allowed are {allowed}"
+        return VerifyReport(checks=(*checks, ("reload", outcome)))
+    checks.append(check_reload(base_dir, adapter_dir, probe))
+    return VerifyReport(checks=tuple(checks), was_reloaded=True)
+
+
+def check_tensors(base_dir: Path, adapter_dir: Path) -> Check:
+    """Compare names, shapes and dtypes with what stock peft would save for this base and config; loads no weight.
+
+    Raises:
+        ExportError: they differ.
+    """
+    config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.PeftConfig.from_pretrained(str(adapter_dir)), low_cpu_mem_usage=True)
+    expected = {name: _kind(tensor) for name, tensor in get_peft_model_state_dict(model).items()}
+    found = _kinds_in_file(adapter_dir / "adapter_model.safetensors")
+    _require_equal_kinds(expected, found)
+    num_parameters = sum(math.prod(shape) for shape, _ in found.values())
+    return (
+        "stock peft",
+        f"peft {peft.__version__}, on the base without its weights, expects the same {len(found)} tensors with the "
+        f"same shapes and dtypes, {num_parameters} parameters",
+    )
+
+
+def reload_bytes(base_dir: Path, adapter_dir: Path, probe: Probe) -> int:
+    """Memory that a reloaded base with the adapter takes, and one micro-batch's logits in fp32 twice."""
+    element_bytes = DTYPES[probe.dtype].itemsize
+    base_bytes = sum(math.prod(entry.shape) for entry in read_safetensors_headers(base_dir).values()) * element_bytes
+    vocab_size = int(AutoConfig.from_pretrained(base_dir, local_files_only=True).vocab_size)
+    logits_bytes = max(len(rows.lengths) * rows.padded_tokens for rows in probe.micro_batches) * vocab_size * 4 * 2
+    return base_bytes + (adapter_dir / "adapter_model.safetensors").stat().st_size + logits_bytes
+
+
+@torch.inference_mode()
+def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
+    """Load base and adapter as any user would, and compare the probe's loss with the pipeline's.
+
+    Raises:
+        ExportError: the loss sums differ by more than the tolerance, logits are not finite, or the probe has another
+            number of label tokens than the pipeline counted.
+    """
+    _require_label_count(probe)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=DTYPES[probe.dtype], local_files_only=True)
+    model = peft.PeftModel.from_pretrained(base, str(adapter_dir)).eval()
+    loss_sum = _loss_sum(model, probe)
+    difference = abs(loss_sum - probe.loss_sum) / max(abs(probe.loss_sum), 1e-12)
+    tolerance = LOSS_TOLERANCE[probe.dtype]
+    compared = (
+        f"loss sum {loss_sum:.6f} over {probe.num_label_tokens} label tokens in {probe.dtype}, the pipeline's "
+        f"{probe.loss_sum:.6f}, relative difference {difference:.1e}, tolerance {tolerance:.0e}"
+    )
+    # Written so that a difference that is not a number fails too.
+    if not difference <= tolerance:
+        raise ExportError(
+            f"the adapter, reloaded with peft, does not do what was trained: {compared}; nothing was published: a "
+            "tensor is wrong or in the wrong place, please report this with the job's log"
+        )
+    with model.disable_adapter():
+        base_loss_sum = _loss_sum(model, probe)
+    # How much the comparison could have noticed: an adapter that changes less than the tolerance cannot fail it.
+    effect = abs(base_loss_sum - loss_sum) / max(abs(loss_sum), 1e-12)
+    power = "" if effect > tolerance else ", too little for this check to tell a wrong adapter from the right one"
+    return "reload", f"{compared}; without the adapter {base_loss_sum:.6f} (relative difference {effect:.1e}{power})"
+
+
+def _loss_sum(model: Any, probe: Probe) -> float:
+    total = 0.0
+    for rows in probe.micro_batches:
+        ids_BT, attention_BT, labels_BT = _padded(rows)
+        logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
+        if not bool(logits_BTV[attention_BT.bool()].isfinite().all()):
+            raise ExportError(
+                f"logits of the reloaded adapter are not finite on {len(rows.lengths)} probe rows; "
+                "nothing was published: go on from an earlier checkpoint with a lower training.lr"
+            )
+        # Token t is predicted at position t - 1.
+        is_label_BT = labels_BT[:, 1:].bool()
+        labels_N = ids_BT[:, 1:][is_label_BT]
+        logits_NV = logits_BTV[:, :-1][is_label_BT].float()
+        total += float(functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
+    return total
+
+
+def _require_label_count(probe: Probe) -> None:
+    num_labels = sum(int(_padded(rows)[2][:, 1:].sum()) for rows in probe.micro_batches)
+    if num_labels != probe.num_label_tokens:
+        raise ExportError(
+            f"the probe has {num_labels} label tokens but the pipeline counted {probe.num_label_tokens}; "
+            "nothing was published: the loss sums cannot be compared, please report this"
+        )
+
+
+def _padded(rows: ProbeRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and label mask of a micro-batch, each [B, T], padded on the right with 0."""
+    shape = (len(rows.lengths), rows.padded_tokens)
+    ids_BT, attention_BT, labels_BT = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    start = 0
+    for row, length in enumerate(rows.lengths):
+        ids_BT[row, :length] = torch.tensor(rows.input_ids[start : start + length])
+        labels_BT[row, :length] = torch.tensor(rows.label_mask[start : start + length])
+        attention_BT[row, :length] = 1
+        start += length
+    return ids_BT, attention_BT, labels_BT
+
+
+def _kind(tensor: Tensor) -> TensorKind:
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    return tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype))
+
+
+def _kinds_in_file(path: Path) -> dict[str, TensorKind]:
+    with safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        return {name: (tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()}
+
+
+def _require_equal_kinds(expected: Mapping[str, TensorKind], found: Mapping[str, TensorKind]) -> None:
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is unknown to peft" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} is {_text(found[name])}, peft expects {_text(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] != found[name]
+    ]
+    if problems:
+        raise ExportError(
+            f"the joined adapter is not what stock peft {peft.__version__} would save: {len(problems)} of "
+            f"{len(expected)} tensors differ: {'; '.join(problems[:_SHOWN_NAMES])}; nothing was published: please "
+            "report this with the job's method settings"
+        )
+
+
+def _text(kind: TensorKind) -> str:
+    return f"{kind[1]} {list(kind[0])}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

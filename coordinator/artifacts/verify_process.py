@@ -1,0 +1,167 @@
+"""Asks :mod:`coordinator.artifacts.verify` for its verdict, in a process of its own.
+
+The verification needs torch, peft and perhaps the whole base model. In a process of its own it gives all of that back
+when it ends, and an out-of-memory kill hits it and nothing else. Torch-free; entry point :func:`run_verify_process`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from plutino.data.batches import MicroBatchRows
+from plutino.errors import ExportError
+
+Check = tuple[str, str]
+"""What was checked, and the outcome in words and numbers."""
+
+MODULE = "coordinator.artifacts.verify"
+
+_STDERR_TAIL_CHARS = 2000
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ProbeRows(_Value):
+    """One micro-batch of the probe, without padding."""
+
+    lengths: tuple[int, ...]
+    """[num_rows], tokens of each row."""
+    input_ids: tuple[int, ...]
+    """[sum of lengths], rows one after the other."""
+    label_mask: tuple[int, ...]
+    """[sum of lengths], 1 where the token carries loss as a label."""
+    padded_tokens: int
+    """Rows are padded on the right to this many tokens."""
+
+    @classmethod
+    def of(cls, rows: MicroBatchRows) -> ProbeRows:
+        """The probe rows that are these rows."""
+        return cls(
+            lengths=tuple(rows.lengths.tolist()),
+            input_ids=tuple(rows.input_ids.tolist()),
+            label_mask=tuple(rows.label_mask.tolist()),
+            padded_tokens=rows.padded_tokens,
+        )
+
+
+class Probe(_Value):
+    """Rows whose loss the pipeline has measured with the parameters that are exported."""
+
+    micro_batches: tuple[ProbeRows, ...]
+    loss_sum: float
+    """The pipeline's cross-entropy, summed over all label tokens."""
+    num_label_tokens: int
+    dtype: Literal["fp32", "bf16"]
+    """The pipeline's compute dtype; the reload uses the same."""
+
+
+class VerifyRequest(_Value):
+    """What the verification looks at."""
+
+    base_dir: str
+    """Folder of the base model."""
+    adapter_dir: str
+    """Folder with adapter_model.safetensors and adapter_config.json."""
+    probe: Probe | None
+    """None: the adapter is not run."""
+    reload_budget_bytes: int
+    """Memory that a reloaded base, with the adapter, may take; 0 never reloads."""
+    time_limit_s: int
+    """The process ends itself after so many seconds, also if nobody waits for it any more."""
+
+
+class VerifyReport(_Value):
+    """The verdict."""
+
+    checks: tuple[Check, ...] = ()
+    was_reloaded: bool = False
+    failure: str | None = None
+    """Why the adapter must not be published; None if nothing speaks against it."""
+
+
+def run_verify_process(request: VerifyRequest) -> VerifyReport:
+    """Verify a staged adapter in a process that is gone when this returns.
+
+    Raises:
+        ExportError: the adapter failed a check, or the process died, took too long or gave no verdict.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", MODULE],
+            input=request.model_dump_json(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            # The process bounds itself; this is for the case that it cannot any more.
+            timeout=request.time_limit_s + 10,
+            env=_environment(),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(_too_long(request)) from error
+    if done.returncode == -signal.SIGALRM:
+        raise ExportError(_too_long(request))
+    return read_report(done.returncode, done.stdout, done.stderr)
+
+
+def read_report(exit_code: int, stdout: str, stderr: str) -> VerifyReport:
+    """The report of an ended process.
+
+    Args:
+        exit_code: as :class:`subprocess.Popen` gives it, negative for a signal.
+        stdout: JSON of a :class:`VerifyReport` if all went well.
+        stderr: its end goes into the error.
+
+    Raises:
+        ExportError: the process failed, gave no report, or reports a failure.
+    """
+    tail = stderr.strip()[-_STDERR_TAIL_CHARS:] or "(it wrote nothing)"
+    if exit_code == -signal.SIGKILL:
+        raise ExportError(
+            "the adapter's verification was killed (SIGKILL), most likely for memory; nothing was published: lower the "
+            f"budget for reloading the base, or free memory. Its last output:\n{tail}"
+        )
+    if exit_code != 0:
+        raise ExportError(
+            f"the adapter's verification ended with exit code {exit_code}; nothing was published. "
+            f"Its last output:\n{tail}"
+        )
+    try:
+        report = VerifyReport.model_validate_json(stdout)
+    except ValidationError as error:
+        raise ExportError(
+            f"the adapter's verification gave no report ({len(stdout)} characters that do not parse); nothing was "
+            f"published. Its last output:\n{tail}"
+        ) from error
+    if report.failure is not None:
+        raise ExportError(report.failure)
+    return report
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with its import path and without a way to the network."""
+    # The caller may stand in any folder, and an actor of Ray has its import path from elsewhere.
+    package_root = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        "PYTHONPATH": package_root if not inherited else os.pathsep.join((package_root, inherited)),
+        # transformers and peft ask the hub for files that a local folder lacks.
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def _too_long(request: VerifyRequest) -> str:
+    return (
+        f"the adapter's verification did not end within {request.time_limit_s} s; nothing was published: try again "
+        "when the coordinator's machine is less busy, or do not reload the base (a budget of 0 bytes)"
+    )

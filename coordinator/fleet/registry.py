@@ -1,0 +1,248 @@
+"""The agents' control streams: who is in, what each runs and uses, and how to tell it something.
+
+The shell around :mod:`coordinator.fleet.membership`: it feeds the pure fleet with what happened and when, and tells
+listeners what changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from coordinator.fleet.membership import Change, Device, DeviceState, Fleet
+from partitioner.device import BlockTimings, ProfileRequest
+from plutino.errors import AgentError, AgentLostError
+from plutino.types import AgentId, WorkerRef
+from plutino.wire.convert import worker_from_proto, worker_to_proto
+from protos import agents_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_EVERY_S = 1.0
+SUSPECT_AFTER_S = 4.0
+LEASE_S = 15.0
+SETTLE_S = 1.5
+_PROFILE_TIMEOUT_S = 120.0
+_OUTGOING_BOUND = 1024
+
+
+@dataclass(slots=True)
+class WorkerUsage:
+    """What a worker last used, as its agent sees it."""
+
+    rss_bytes: int
+    peak_rss_bytes: int
+    cpu_seconds: float
+
+
+@dataclass(slots=True)
+class AgentLink:
+    """One attached agent."""
+
+    agent_id: AgentId
+    stream: int
+    outgoing: asyncio.Queue[pb.AgentCommand | None]
+    workers: set[WorkerRef]
+    """Workers it runs, as far as it has said."""
+    usage: dict[WorkerRef, WorkerUsage] = field(default_factory=dict)
+    agent_rss_bytes: int = 0
+    profiles: dict[str, asyncio.Future[BlockTimings]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExit:
+    """An agent's word that a worker has ended."""
+
+    ref: WorkerRef
+    agent_id: AgentId
+    exit_code: int
+    reason: str
+    is_out_of_memory: bool
+
+
+class FleetRegistry:
+    """All devices, and the way to those that are attached."""
+
+    def __init__(
+        self,
+        *,
+        incarnation: int,
+        on_change: Callable[[Change], None],
+        on_worker_exit: Callable[[WorkerExit], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._incarnation = incarnation
+        self._on_change = on_change
+        self._on_worker_exit = on_worker_exit
+        self._clock = clock
+        self._streams = itertools.count(1)
+        self._requests = itertools.count(1)
+        self.fleet = Fleet(lease_s=LEASE_S, suspect_after_s=SUSPECT_AFTER_S)
+        self._links: dict[AgentId, AgentLink] = {}
+        self._last_join_s = clock()
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Devices that are alive."""
+        return self.fleet.in_state(DeviceState.ALIVE)
+
+    async def settled(self) -> None:
+        """Wait until a device is in and no other has joined for a moment.
+
+        Agents that outlived the coordinator come back one after the other; a plan made over the first would be wrong.
+        """
+        while not self.devices or self._clock() - self._last_join_s < SETTLE_S:
+            await asyncio.sleep(SETTLE_S / 10)
+
+    def link(self, agent_id: AgentId) -> AgentLink | None:
+        """The stream of an attached agent."""
+        return self._links.get(agent_id)
+
+    def name_of(self, agent_id: AgentId) -> str:
+        """A device's name for people."""
+        member = self.fleet.members.get(agent_id)
+        return str(agent_id) if member is None else member.device.name
+
+    def is_gone(self, agent_id: AgentId) -> bool:
+        """The device's lease has run out."""
+        member = self.fleet.members.get(agent_id)
+        return member is not None and member.state is DeviceState.GONE
+
+    async def serve(self, events: AsyncIterator[pb.AgentEvent]) -> AsyncIterator[pb.AgentCommand]:
+        """One control stream of an agent, from its hello to its end."""
+        first = await anext(events, None)
+        if first is None or not first.HasField("hello"):
+            return
+        link = AgentLink(
+            agent_id=AgentId(first.hello.agent_id),
+            stream=next(self._streams),
+            outgoing=asyncio.Queue(_OUTGOING_BOUND),
+            workers={worker_from_proto(worker) for worker in first.hello.workers},
+        )
+        previous = self._links.get(link.agent_id)
+        if previous is not None:
+            previous.outgoing.put_nowait(None)
+        self._links[link.agent_id] = link
+        self._last_join_s = self._clock()
+        self._step(self.fleet.hello(_device(first.hello), link.stream, self._clock()))
+        yield pb.AgentCommand(
+            welcome=pb.AgentWelcome(incarnation=self._incarnation, heartbeat_every_s=HEARTBEAT_EVERY_S)
+        )
+        reader = asyncio.create_task(self._read(link, events))
+        try:
+            while (command := await link.outgoing.get()) is not None:
+                yield command
+        finally:
+            reader.cancel()
+            if self._links.get(link.agent_id) is link:
+                del self._links[link.agent_id]
+            for profile in link.profiles.values():
+                if not profile.done():
+                    profile.set_exception(AgentLostError(f"{self.name_of(link.agent_id)} left while it was measured"))
+            self._step(self.fleet.stream_lost(link.agent_id, link.stream, self._clock()))
+
+    async def watch_leases(self) -> None:
+        """Run forever: devices that stay silent become suspect, then gone."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_EVERY_S / 2)
+            self._step(self.fleet.tick(self._clock()))
+
+    def start_worker(self, agent_id: AgentId, ref: WorkerRef, assignment_json: str) -> bool:
+        """Ask an agent to run a worker; False if it is not attached."""
+        start = pb.StartWorker(worker=worker_to_proto(ref), assignment_json=assignment_json)
+        return self._send(agent_id, pb.AgentCommand(start_worker=start))
+
+    def stop_worker(self, agent_id: AgentId, ref: WorkerRef, reason: str) -> bool:
+        """Ask an agent to end a worker; False if it is not attached."""
+        stop = pb.StopWorker(worker=worker_to_proto(ref), reason=reason)
+        return self._send(agent_id, pb.AgentCommand(stop_worker=stop))
+
+    async def profile(self, agent_id: AgentId, request: ProfileRequest) -> BlockTimings:
+        """Let a device measure itself.
+
+        Raises:
+            AgentLostError: it left.
+            AgentError: it could not measure, or did not answer in time.
+        """
+        link = self._links.get(agent_id)
+        if link is None:
+            raise AgentLostError(f"{self.name_of(agent_id)} is not attached")
+        request_id = str(next(self._requests))
+        answer: asyncio.Future[BlockTimings] = asyncio.get_running_loop().create_future()
+        link.profiles[request_id] = answer
+        message = pb.ProfileRequest(request_id=request_id, request_json=request.model_dump_json())
+        self._send(agent_id, pb.AgentCommand(profile=message))
+        try:
+            return await asyncio.wait_for(answer, _PROFILE_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise AgentError(
+                f"{self.name_of(agent_id)} did not finish measuring within {_PROFILE_TIMEOUT_S:.0f} s; "
+                "see the agent's log"
+            ) from None
+        finally:
+            link.profiles.pop(request_id, None)
+
+    def _send(self, agent_id: AgentId, command: pb.AgentCommand) -> bool:
+        link = self._links.get(agent_id)
+        if link is None:
+            return False
+        link.outgoing.put_nowait(command)
+        return True
+
+    async def _read(self, link: AgentLink, events: AsyncIterator[pb.AgentEvent]) -> None:
+        try:
+            async for event in events:
+                self._step(self.fleet.heartbeat(link.agent_id, link.stream, self._clock()))
+                self._take(link, event)
+        finally:
+            link.outgoing.put_nowait(None)
+
+    def _take(self, link: AgentLink, event: pb.AgentEvent) -> None:
+        match event.WhichOneof("event"):
+            case "worker_started":
+                link.workers.add(worker_from_proto(event.worker_started.worker))
+            case "worker_exited":
+                exited = event.worker_exited
+                ref = worker_from_proto(exited.worker)
+                link.workers.discard(ref)
+                link.usage.pop(ref, None)
+                self._on_worker_exit(
+                    WorkerExit(ref, link.agent_id, exited.exit_code, exited.reason, exited.out_of_memory)
+                )
+            case "profile_result":
+                result = event.profile_result
+                answer = link.profiles.get(result.request_id)
+                if answer is not None and not answer.done():
+                    if result.error:
+                        answer.set_exception(AgentError(f"{self.name_of(link.agent_id)}: {result.error}"))
+                    else:
+                        answer.set_result(BlockTimings.model_validate_json(result.timings_json))
+            case "heartbeat":
+                link.agent_rss_bytes = event.heartbeat.agent_rss_bytes
+                for usage in event.heartbeat.workers:
+                    link.usage[worker_from_proto(usage.worker)] = WorkerUsage(
+                        usage.rss_bytes, usage.peak_rss_bytes, usage.cpu_seconds
+                    )
+
+    def _step(self, step: tuple[Fleet, tuple[Change, ...]]) -> None:
+        self.fleet, changes = step
+        for change in changes:
+            logger.info("%s", change.reason)
+            self._on_change(change)
+
+
+def _device(hello: pb.AgentHello) -> Device:
+    return Device(
+        agent_id=AgentId(hello.agent_id),
+        name=hello.name,
+        host_id=hello.host_id,
+        memory_budget_bytes=hello.memory_budget_bytes,
+        baseline_bytes=hello.baseline_bytes,
+        threads=hello.threads,
+        versions=dict(hello.versions),
+        dtypes=tuple(hello.dtypes),
+    )

@@ -1,0 +1,155 @@
+"""What all parts of a job's driver share: the record, the way to write it, and the way to the job's processes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from coordinator.artifacts.shadows import ShadowStore
+from coordinator.fleet.registry import FleetRegistry
+from coordinator.jobs.events import Event
+from coordinator.jobs.lineage import EvaluationRow, LedgerRow
+from coordinator.jobs.record import JobRecord
+from coordinator.jobs.recovery import Shadow, durable_steps
+from coordinator.jobs.runner_link import RunnerLink
+from coordinator.jobs.state import Transition, transition
+from coordinator.jobs.worker_link import JobWorkers
+from coordinator.scheduling.scheduler import Reservation
+from coordinator.storage.base import Change, Store
+from partitioner.plan import Plan
+from plutino.events import JobEvent, JobStateChanged, WorkerName
+from plutino.job.numerics import NumericsRecord
+from plutino.job.spec import JobSpec
+from plutino.types import AgentId, JobId, Unit, UnitKind, WorkerRef
+
+_SERIALS_AT_ONCE = 64
+
+
+class JobContext:
+    """One live job in the coordinator's process."""
+
+    def __init__(
+        self,
+        record: JobRecord,
+        *,
+        store: Store,
+        fleet: FleetRegistry,
+        workers: JobWorkers,
+        runner: RunnerLink,
+        shadow_files: ShadowStore,
+        coordinator_address: str,
+        bulk_address: str,
+        on_events: Callable[[JobId], None],
+    ) -> None:
+        self.record = record
+        self.spec = JobSpec.model_validate_json(record.spec_json)
+        self.store = store
+        self.fleet = fleet
+        self.workers = workers
+        self.runner = runner
+        self.shadow_files = shadow_files
+        self.coordinator_address = coordinator_address
+        self.bulk_address = bulk_address
+        self._on_events = on_events
+        self._serials: list[int] = []
+        self.slowest_upload_s: float | None = None
+        """Seconds of the slowest shadow upload so far; None before the first."""
+        self.excluded_devices: dict[AgentId, str] = {}
+        """Devices that this job does not use again, with the reason."""
+
+    @property
+    def job_id(self) -> JobId:
+        """The job's id."""
+        return self.record.job_id
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the present plan epoch."""
+        assert self.record.plan_json is not None, f"job {self.job_id} has no plan while {self.record.state}"
+        return Plan.model_validate_json(self.record.plan_json)
+
+    @property
+    def numerics(self) -> NumericsRecord:
+        """What fixes the job's bits."""
+        assert self.record.numerics_json is not None, f"job {self.job_id} has no numerics record yet"
+        return NumericsRecord.model_validate_json(self.record.numerics_json)
+
+    def refs(self) -> dict[WorkerRef, AgentId]:
+        """The plan's workers and the devices they run on."""
+        return {
+            WorkerRef(self.job_id, self.record.plan_epoch, stage.stage_index, replica): AgentId(agent_id)
+            for stage in self.plan.stages
+            for replica, agent_id in enumerate(stage.agent_ids)
+        }
+
+    def worker_name(self, ref: WorkerRef) -> WorkerName:
+        """A worker as people know it."""
+        device_name = self.plan.stages[ref.stage_index].device_names[ref.replica_index]
+        return WorkerName(stage_index=ref.stage_index, replica_index=ref.replica_index, device_name=device_name)
+
+    async def apply(
+        self,
+        event: Event,
+        *,
+        ledger_row: LedgerRow | None = None,
+        evaluation: EvaluationRow | None = None,
+        reservations: Sequence[Reservation] = (),
+        events: Sequence[JobEvent] = (),
+    ) -> Transition:
+        """Make an event true: decide, write, and only then let anybody know.
+
+        Raises:
+            InvalidTransitionError: the job's state does not allow the event.
+        """
+        before = self.record
+        step = transition(before, event, now_s=time.time())
+        seen = list(events)
+        if (step.record.state, step.record.reason) != (before.state, before.reason):
+            seen.append(state_event(step.record))
+        change = Change(
+            before=before,
+            after=step.record,
+            event=type(event).__name__,
+            at_s=time.time(),
+            ledger_row=ledger_row,
+            evaluation=evaluation,
+            reservations=tuple(reservations),
+            events=tuple(seen),
+        )
+        # A write that was handed in happens: a cancelled driver must leave with the record as it is stored.
+        write = asyncio.create_task(self._write(change, step.record))
+        try:
+            await asyncio.shield(write)
+        except asyncio.CancelledError:
+            await write
+            raise
+        return step
+
+    async def tell(self, *events: JobEvent) -> None:
+        """Let people see something that decides nothing."""
+        await asyncio.wrap_future(self.store.append_events(self.job_id, events, at_s=time.time()))
+        self._on_events(self.job_id)
+
+    def durable(self) -> dict[int, tuple[Shadow, ...]]:
+        """Steps to which the job could return, each with the shadows that hold its state."""
+        return durable_steps(self.store.shadows(self.job_id), frozenset(self.record.parameter_names))
+
+    async def new_unit(self, kind: UnitKind) -> Unit:
+        """A unit whose serial no unit of this job ever had."""
+        if not self._serials:
+            block = await asyncio.wrap_future(self.store.allocate_unit_serials(self.job_id, _SERIALS_AT_ONCE))
+            self._serials = list(block)
+        return Unit(kind, self._serials.pop(0))
+
+    async def _write(self, change: Change, after: JobRecord) -> None:
+        await asyncio.wrap_future(self.store.save(change))
+        self.record = after
+        self._on_events(self.job_id)
+
+
+def state_event(record: JobRecord) -> JobStateChanged:
+    """A record's state as people see it."""
+    return JobStateChanged(
+        state=record.state.value, reason=record.reason, next_step=record.next_step, total_steps=record.total_steps
+    )

@@ -1,0 +1,370 @@
+"""Drives one job from its stored record to its end.
+
+The record says where the job is; :func:`coordinator.jobs.commands.standing_commands` says what must be true there; the
+driver makes it true, which ends in the event that moves the record on. What disturbs it (a lost worker, a person's
+wish) interrupts the attempt, changes the record, and the driver looks again. Because the commands follow from the
+record alone, a restarted coordinator drives on from wherever the last one died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.crash_points import crash_point
+from coordinator.fleet.registry import WorkerExit
+from coordinator.jobs import commands, events
+from coordinator.jobs.commands import standing_commands
+from coordinator.jobs.context import JobContext
+from coordinator.jobs.exporting import export
+from coordinator.jobs.lineage import judge_evaluations
+from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
+from coordinator.jobs.planning import Profiler, make_numerics, make_problem
+from coordinator.jobs.record import JobState
+from coordinator.jobs.recovery import Decision, Fail, Incident, Park, Restart, Resume, ReturnTo, decide_recovery, recovery_event
+from coordinator.jobs.runner import PreparedData
+from coordinator.jobs.stepping import Stepper, repeat_last_decision
+from coordinator.scheduling.problem import PlanningProblem, Verdict
+from coordinator.scheduling.queue import PlanningQueue
+from coordinator.scheduling.scheduler import Reservation
+from plutino.errors import (
+    AgentError,
+    AgentLostError,
+    ConfigError,
+    ExportError,
+    InfeasiblePlanError,
+    JobError,
+    ModelError,
+    NumericsError,
+    PlutinoError,
+)
+from plutino.events import DataRead, PlanMade, Recovered, Recovering, WorkerLost
+from plutino.types import AgentId, JobId, WorkerRef
+
+logger = logging.getLogger(__name__)
+
+_HOPELESS = (ConfigError, ModelError, ExportError, NumericsError, InfeasiblePlanError)
+"""Errors that the same attempt would meet again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Workers whose memory is gone, or cannot be reached any more."""
+
+    refs: tuple[WorkerRef, ...]
+    reason: str
+    error: str = ""
+    """Name of the error class that a worker reported; empty if it did not."""
+    is_out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CancelWish:
+    """A person wants the job to end."""
+
+
+Interrupt = Loss | CancelWish
+
+
+class JobDriver:
+    """One live job."""
+
+    def __init__(
+        self,
+        context: JobContext,
+        *,
+        queue: PlanningQueue,
+        profiler: Profiler,
+        default_dir: Path,
+        stop_runner: Callable[[JobId], None],
+    ) -> None:
+        self.context = context
+        self._queue = queue
+        self._profiler = profiler
+        self._default_dir = default_dir
+        self._stop_runner = stop_runner
+        self._interrupts: asyncio.Queue[Interrupt] = asyncio.Queue()
+        self._lost_at_s: float | None = None
+
+    def interrupt(self, interrupt: Interrupt) -> None:
+        """Tell the driver of something it did not wait for."""
+        self._interrupts.put_nowait(interrupt)
+
+    def worker_exited(self, exit_: WorkerExit) -> None:
+        """A device says that a worker has ended."""
+        record = self.context.record
+        if record.is_terminal or record.plan_json is None or exit_.ref.plan_epoch != record.plan_epoch:
+            return
+        reason = f"stage {exit_.ref.stage_index} on {self.context.fleet.name_of(exit_.agent_id)}: {exit_.reason}"
+        if exit_.is_out_of_memory:
+            self.context.excluded_devices[exit_.agent_id] = f"its worker ran out of memory ({exit_.reason})"
+        self.interrupt(Loss((exit_.ref,), reason, is_out_of_memory=exit_.is_out_of_memory))
+
+    def worker_in_trouble(self, ref: WorkerRef, error: str, reason: str) -> None:
+        """A worker says that it cannot go on."""
+        self.interrupt(Loss((ref,), f"stage {ref.stage_index}: {reason}", error=error))
+
+    def device_gone(self, agent_id: AgentId, reason: str) -> None:
+        """A device's lease has run out."""
+        if self.context.record.plan_json is None or self.context.record.is_terminal:
+            return
+        refs = tuple(ref for ref, owner in self.context.refs().items() if owner == agent_id)
+        if refs:
+            self.interrupt(Loss(refs, reason))
+
+    async def run(self) -> None:
+        """Drive until the job has ended."""
+        context = self.context
+        if context.record.plan_json is not None and not context.record.is_terminal:
+            context.workers.expect(context.refs())
+            repeat_last_decision(context)
+        while not context.record.is_terminal:
+            try:
+                await self._advance_or_interrupt()
+            except _HOPELESS as error:
+                await self._fail(str(error))
+            except AgentLostError as error:
+                await self._on_loss(Loss(self._missing(), str(error)))
+            except (AgentError, JobError) as error:
+                await self._fail(str(error))
+            except PlutinoError as error:
+                await self._fail(str(error))
+        await self._end()
+
+    # ---- one attempt ----
+
+    async def _advance_or_interrupt(self) -> None:
+        attempt = asyncio.create_task(self._advance())
+        interrupted = asyncio.create_task(self._interrupts.get())
+        try:
+            await asyncio.wait({attempt, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+            if interrupted.done():
+                # What the attempt came to, if it ended in the same moment, is found again from the record.
+                attempt.cancel()
+                await asyncio.gather(attempt, return_exceptions=True)
+                await self._on_interrupt(interrupted.result())
+            elif (event := attempt.result()) is not None:
+                await self.context.apply(event)
+                crash_point_after(event)
+        finally:
+            attempt.cancel()
+            interrupted.cancel()
+
+    async def _advance(self) -> events.Event | None:
+        """Make the record's standing commands true, in order; the last of them ends in an event."""
+        prepared: PreparedData | None = None
+        for command in standing_commands(self.context.record):
+            match command:
+                case commands.StartRunner():
+                    prepared = await self.context.runner.prepare()
+                    if self.context.record.state is JobState.SUBMITTED:
+                        await self.context.tell(_data_read(prepared))
+                        return events.DataPrepared(total_steps=prepared.total_steps)
+                case commands.StopWorkers(before_epoch=epoch):
+                    await stop_workers(self.context, before_epoch=epoch, reason="its plan epoch is over")
+                case commands.ReleaseReservation():
+                    await asyncio.wrap_future(self.context.store.release(self.context.job_id))
+                    self._queue.kick()
+                case commands.Replan():
+                    assert prepared is not None
+                    await self._place(prepared)
+                    return None
+                case commands.StartWorkers(restore_step=restore_step):
+                    if (event := await self._start_workers(restore_step)) is not None:
+                        return event
+                case commands.BeginSteps():
+                    assert prepared is not None
+                    return await Stepper(self.context, prepared).run()
+                case commands.BeginExport():
+                    assert prepared is not None
+                    return await export(self.context, prepared, default_dir=self._default_dir)
+                case other:
+                    raise AssertionError(f"no way to make {other} true")
+        return None
+
+    async def _start_workers(self, restore_step: int) -> events.AllLoaded | None:
+        is_loading = self.context.record.state in (JobState.LOADING, JobState.RECOVERING)
+        if not is_loading and (missing := self._missing()):
+            raise AgentLostError(f"{len(missing)} of the job's workers are gone")
+        names = await ensure_workers(self.context, restore_step=restore_step)
+        crash_point("workers_linked")
+        if not is_loading:
+            return None
+        if self._lost_at_s is not None:
+            record = self.context.record
+            seconds = time.monotonic() - self._lost_at_s
+            await self.context.tell(Recovered(step=record.next_step, plan_epoch=record.plan_epoch, seconds=seconds))
+            self._lost_at_s = None
+        return events.AllLoaded(parameter_names=names)
+
+    def _missing(self) -> tuple[WorkerRef, ...]:
+        refs = self.context.refs()
+        return tuple(sorted(set(refs) - present_workers(self.context, refs)))
+
+    # ---- planning ----
+
+    async def _place(self, prepared: PreparedData) -> None:
+        context = self.context
+        if not context.fleet.devices and context.record.state is JobState.PLANNING:
+            reason = "no device has joined; start an agent on each device: plutino-node run"
+            await context.apply(events.Queued(reason=reason))
+        await context.fleet.settled()
+        started_s = time.monotonic()
+        problem = await self._problem(prepared)
+
+        async def carry_out(verdict: Verdict) -> bool:
+            return await self._carry_out(verdict, problem, time.monotonic() - started_s)
+
+        await self._queue.place(context.job_id, problem, carry_out)
+
+    async def _problem(self, prepared: PreparedData) -> PlanningProblem:
+        context = self.context
+        is_fixed = context.record.numerics_json is not None and context.spec.placement.numerics == "fixed"
+        return await make_problem(
+            context.job_id,
+            context.spec,
+            prepared,
+            context.fleet,
+            self._profiler,
+            numerics=context.numerics if is_fixed else None,
+            excluded=context.excluded_devices,
+            is_started=context.record.plan_epoch > 1,
+        )
+
+    async def _carry_out(self, verdict: Verdict, problem: PlanningProblem, search_s: float) -> bool:
+        context = self.context
+        if verdict.kind == "wait":
+            reason = f"queued: {verdict.reason}"
+            if context.record.state is JobState.PLANNING and context.record.reason != reason:
+                await context.apply(events.Queued(reason=verdict.reason))
+            return False
+        if verdict.kind in ("park", "refuse"):
+            raise InfeasiblePlanError(verdict.reason)
+        assert verdict.plan is not None
+        record = context.record
+        if record.numerics_json is not None and context.spec.placement.numerics == "fixed":
+            numerics_json = record.numerics_json
+        else:
+            numerics = make_numerics(context.spec, verdict.plan, context.fleet.devices)
+            numerics_json = numerics.model_dump_json()
+        plan_json = verdict.plan.model_dump_json()
+        await context.apply(
+            events.Planned(plan_json=plan_json, numerics_json=numerics_json),
+            reservations=[
+                Reservation(job_id=JobId(h.job_id), agent_id=AgentId(h.agent_id), bytes=h.bytes) for h in verdict.held
+            ],
+            events=[PlanMade(plan_epoch=record.plan_epoch, plan_json=plan_json, search_s=search_s)],
+        )
+        crash_point("plan_reserved")
+        return True
+
+    # ---- disturbances ----
+
+    async def _on_interrupt(self, interrupt: Interrupt) -> None:
+        match interrupt:
+            case CancelWish():
+                await self.context.apply(events.CancelRequested())
+            case Loss():
+                await self._on_loss(interrupt)
+
+    async def _on_loss(self, loss: Loss) -> None:
+        context = self.context
+        record = context.record
+        if record.plan_json is None or any(ref.plan_epoch != record.plan_epoch for ref in loss.refs):
+            return  # it belongs to a plan that is over
+        if loss.error in {cls.__name__ for cls in _HOPELESS}:
+            await self._fail(loss.reason)
+            return
+        self._lost_at_s = self._lost_at_s or time.monotonic()
+        num_left = sum(device.agent_id not in context.excluded_devices for device in context.fleet.devices)
+        decision = decide_recovery(
+            Incident(
+                reason=loss.reason,
+                lost=loss.refs,
+                next_step=record.next_step,
+                parameter_names=frozenset(record.parameter_names),
+                shadows=context.store.shadows(context.job_id),
+                recoveries=record.recoveries,
+                max_recoveries=context.spec.placement.max_recoveries,
+                num_devices_left=num_left,
+            )
+        )
+        if isinstance(decision, Park):
+            await self._fail(decision.reason)
+            return
+        await self._recover(loss, decision)
+
+    async def _recover(self, loss: Loss, decision: Decision) -> None:
+        context = self.context
+        record = context.record
+        names = [context.worker_name(ref) for ref in loss.refs]
+        step, kind = _outcome(decision, record.next_step)
+        stopping = context.spec.training.early_stopping
+        best = judge_evaluations(
+            [row for row in context.store.evaluations(context.job_id) if row.step <= step],
+            min_delta=0.0 if stopping is None else stopping.min_delta,
+        )
+        seen = [
+            WorkerLost(
+                worker=name, plan_epoch=record.plan_epoch, reason=loss.reason, out_of_memory=loss.is_out_of_memory
+            )
+            for name in names
+        ]
+        what = Recovering(
+            decision=kind,
+            step=step,
+            plan_epoch=record.plan_epoch + 1,
+            undone_steps=record.next_step - step,
+            reason=decision.reason,
+        )
+        await context.apply(recovery_event(decision, best), events=[*seen, what])
+        crash_point("recovery_stored")
+
+    async def _fail(self, reason: str) -> None:
+        if not self.context.record.is_terminal:
+            await self.context.apply(events.Failed(reason=reason))
+
+    async def _end(self) -> None:
+        context = self.context
+        await stop_workers(context, before_epoch=context.record.plan_epoch + 1, reason=f"job {context.record.state}")
+        await asyncio.wrap_future(context.store.release(context.job_id))
+        context.runner.finish()
+        self._stop_runner(context.job_id)
+        shadow_ids = [shadow.shadow_id for shadow in context.store.shadows(context.job_id)]
+        if shadow_ids:
+            await asyncio.wrap_future(context.store.remove_shadows(context.job_id, shadow_ids))
+        await asyncio.to_thread(context.shadow_files.delete_job, context.job_id)
+        self._queue.kick()
+
+
+def crash_point_after(event: events.Event) -> None:
+    """Tests kill the coordinator after some events are stored."""
+    if isinstance(event, events.TrainingDone):
+        crash_point("training_done_stored")
+
+
+def _data_read(prepared: PreparedData) -> DataRead:
+    return DataRead(
+        num_train_rows=prepared.num_train,
+        num_eval_rows=prepared.num_eval,
+        num_cut_rows=prepared.num_truncated,
+        total_steps=prepared.total_steps,
+    )
+
+
+def _outcome(decision: Decision, next_step: int) -> tuple[int, str]:
+    match decision:
+        case Resume(step=step):
+            return step, "resume"
+        case ReturnTo(step=step):
+            return step, "return"
+        case Restart():
+            return 0, "restart"
+        case Park(step=step):
+            return step, "park"
+        case Fail():
+            return next_step, "fail"

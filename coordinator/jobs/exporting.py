@@ -1,0 +1,185 @@
+"""From trained stages to a published adapter: restore the best step, score, assemble, verify on the workers, publish."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from coordinator.artifacts.assemble import AssembledAdapter, AssembleRequest
+from coordinator.artifacts.card import CardFacts, DataFile, Evaluation, TrainingLosses
+from coordinator.artifacts.publish import PublishedAdapter, PublishRequest
+from coordinator.artifacts.verify_process import Check, Probe, ProbeRows
+from coordinator.crash_points import crash_point
+from coordinator.jobs import events as job_events
+from coordinator.jobs.context import JobContext
+from coordinator.jobs.lineage import surviving
+from coordinator.jobs.placing import restorable
+from coordinator.jobs.runner import PreparedData, ScoreReport
+from coordinator.jobs.stepping import score_once
+from coordinator.jobs.units import PROBE_ROWS, Batch, evaluation_loss, probe_batch
+from partitioner.explain import explain
+from plutino.errors import ExportError
+from plutino.events import Exported, Verification
+from plutino.safetensors_index import base_model_hash
+from protos import runners_pb2 as runner_pb
+from protos import workers_pb2 as pb
+
+_RELOAD_SHARE = 0.5
+"""The coordinator reloads the base to verify the adapter only if that takes at most this share of its free memory."""
+
+
+async def export(context: JobContext, prepared: PreparedData, *, default_dir: Path) -> job_events.Exported:
+    """Publish the adapter, whole and verified.
+
+    Raises:
+        ExportError: a check failed; nothing was published.
+    """
+    step = await _choose_state(context)
+    if context.spec.scoring is not None:
+        await score_once(context, prepared, "after")
+    batch = await probe_batch(context, prepared)
+    loss_sum, label_tokens = await evaluation_loss(
+        context, num_rows=min(PROBE_ROWS, prepared.num_train), from_training=True
+    )
+    output_dir = context.spec.output.dir or str(default_dir)
+    assembled = await _assemble(context, step, output_dir, _probe(context, batch, loss_sum, label_tokens))
+    crash_point("adapter_assembled")
+    worker_check = await _verify_on_workers(context, assembled)
+    request = PublishRequest(
+        job_id=context.job_id,
+        step=step,
+        staging_dir=assembled.staging_dir,
+        output_dir=output_dir,
+        adapter_sha256=assembled.adapter_sha256,
+        card=_card(context, prepared, step, assembled, worker_check),
+    )
+    command = runner_pb.RunnerCommand(publish=runner_pb.Publish(request_json=request.model_dump_json()))
+    answer = await context.runner.ask(command)
+    published = PublishedAdapter.model_validate_json(answer[-1].published.json)
+    crash_point("adapter_published")
+    checks = (*assembled.checks, worker_check)
+    await context.tell(
+        Exported(
+            adapter_dir=published.output_dir,
+            bytes=published.adapter_bytes,
+            num_tensors=len(context.record.parameter_names),
+            checks=tuple(Verification(name=name, result=outcome) for name, outcome in checks),
+        )
+    )
+    return job_events.Exported(adapter_dir=published.output_dir)
+
+
+async def _choose_state(context: JobContext) -> int:
+    """Let the workers hold the state that is published, durable; gives its step."""
+    last, best = context.record.next_step, context.record.best_step
+    if not context.spec.training.keep_best or best is None or best == last:
+        if last not in context.durable():
+            context.workers.tell(pb.WorkerCommand(take_shadow=pb.TakeShadow(step=last)), key="take_shadow")
+            await context.workers.wait(lambda: last in context.durable())
+            context.workers.forget("take_shadow")
+        return last
+    restore = pb.Restore(step=best, shadows=restorable(context, best))
+    context.workers.tell(pb.WorkerCommand(restore=restore), key="restore")
+    await context.workers.wait(lambda: all(s.restored_step == best for s in context.workers.statuses))
+    context.workers.forget("restore")
+    return best
+
+
+def _probe(context: JobContext, batch: Batch, loss_sum: float, label_tokens: float) -> Probe:
+    rows = tuple(
+        ProbeRows(
+            lengths=tuple(part.rows.lengths),
+            input_ids=tuple(np.frombuffer(part.rows.input_ids, "<i4").tolist()),
+            label_mask=tuple(part.rows.label_mask),
+            padded_tokens=part.rows.padded_tokens,
+        )
+        for part in batch.parts
+    )
+    return Probe(
+        micro_batches=rows, loss_sum=loss_sum, num_label_tokens=int(label_tokens), dtype=context.numerics.dtype
+    )
+
+
+async def _assemble(context: JobContext, step: int, output_dir: str, probe: Probe) -> AssembledAdapter:
+    loaded = context.workers.statuses[0].loaded
+    assert loaded is not None, "all workers are loaded while the job is finalising"
+    request = AssembleRequest(
+        job_id=context.job_id,
+        step=step,
+        shadows=restorable(context, step),
+        parameter_names=context.record.parameter_names,
+        adapter_config_json=loaded.adapter_config_json,
+        output_dir=output_dir,
+        base_hash=base_model_hash(Path(context.spec.model.path)),
+        verify_reload_budget_bytes=int(psutil.virtual_memory().available * _RELOAD_SHARE),
+        probe=probe,
+    )
+    command = runner_pb.RunnerCommand(assemble=runner_pb.Assemble(request_json=request.model_dump_json()))
+    answer = await context.runner.ask(command)
+    return AssembledAdapter.model_validate_json(answer[-1].assembled.json)
+
+
+async def _verify_on_workers(context: JobContext, assembled: AssembledAdapter) -> Check:
+    """Every worker's outputs with the published part must be those with its live part, to the bit."""
+    request_id = assembled.adapter_sha256
+    verify = pb.VerifyPart(
+        request_id=request_id, shadow_id=assembled.shadow_id, sha256=assembled.adapter_sha256
+    )
+    context.workers.tell(pb.WorkerCommand(verify_part=verify), key="verify_part")
+    await context.workers.wait(lambda: all(request_id in s.verified for s in context.workers.statuses))
+    context.workers.forget("verify_part")
+    for status in context.workers.statuses:
+        verified = status.verified[request_id]
+        if verified.error or verified.largest_difference != 0.0:
+            raise ExportError(
+                f"stage {status.ref.stage_index} gives other outputs with the assembled adapter than with its live "
+                f"parameters: largest difference {verified.largest_difference} {verified.error}; nothing was published"
+            )
+    return (
+        "workers",
+        f"all {len(context.workers.statuses)} workers give bit-equal outputs with the published part and with their "
+        "live parameters",
+    )
+
+
+def _card(
+    context: JobContext, prepared: PreparedData, step: int, assembled: AssembledAdapter, worker_check: Check
+) -> CardFacts:
+    spec, record = context.spec, context.record
+    losses = [row.loss for row in surviving(context.store.ledger(context.job_id)) if row.loss is not None]
+    data = [DataFile(use="training", name=Path(spec.data.train).name, sha256=prepared.train_sha256,
+                     num_rows=prepared.num_train)]
+    if spec.data.eval is not None:
+        data.append(DataFile(use="held-out", name=Path(spec.data.eval).name, sha256=prepared.eval_sha256,
+                             num_rows=prepared.num_eval))
+    scores = {
+        moment: ScoreReport.model_validate_json(text).score
+        for moment, text in context.store.scores(context.job_id).items()
+    }
+    return CardFacts(
+        job_name=spec.name,
+        base_path=spec.model.path,
+        base_hash=base_model_hash(Path(spec.model.path)),
+        data=tuple(data),
+        method=spec.method,
+        objective=spec.objective,
+        training=spec.training,
+        dtype=context.numerics.dtype,
+        plan_text=explain(context.plan),
+        num_steps=step,
+        losses=TrainingLosses(first=losses[0], last=losses[-1], best=min(losses)),
+        evaluations=tuple(
+            Evaluation(step=row.step, loss=row.loss) for row in context.store.evaluations(context.job_id)
+        ),
+        score_before=scores.get("before"),
+        score_after=scores.get("after"),
+        checks=(*assembled.checks, worker_check),
+        was_reloaded=assembled.was_reloaded,
+        versions=context.numerics.versions,
+        training_s=time.time() - record.submitted_at_s,
+        date=datetime.now(timezone.utc).date().isoformat(),
+    )

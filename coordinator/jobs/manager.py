@@ -1,0 +1,331 @@
+"""All jobs of a coordinator: takes them in, drives those that live, answers what people ask."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.artifacts.publish import check_output_dir
+from coordinator.artifacts.shadows import ShadowStore
+from coordinator.crash_points import crash_point
+from coordinator.fleet.membership import Change, DeviceState
+from coordinator.fleet.registry import FleetRegistry, WorkerExit
+from coordinator.jobs.context import JobContext, state_event
+from coordinator.jobs.driver import CancelWish, JobDriver
+from coordinator.jobs.planning import Profiler, make_problem, read_model
+from coordinator.jobs.record import JobRecord
+from coordinator.jobs.runner_link import RunnerLink
+from coordinator.jobs.stepping import record_shadow
+from coordinator.jobs.worker_link import JobWorkers
+from coordinator.scheduling.engine import Engine
+from coordinator.scheduling.queue import PlanningQueue
+from coordinator.storage.base import NumberedEvent, Store
+from coordinator.weights.model_files import register_model
+from partitioner.plan import Plan
+from plutino.errors import InvalidTransitionError, PlutinoError, UnknownJobError
+from plutino.events import Usage, WorkerUsage
+from plutino.job.spec import JobSpec
+from plutino.types import JobId, WorkerRef
+from protos import workers_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_USAGE_EVERY_S = 2.0
+_EVENTS_AT_ONCE = 500
+_CANCEL_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoints:
+    """Where this coordinator is reached."""
+
+    devices_address: str
+    """Agents and workers."""
+    people_address: str
+    """The command line, programs and runners."""
+    bulk_address: str
+
+
+class JobManager:
+    """Jobs by id; everything else about them is in the store."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        fleet: FleetRegistry,
+        engine: Engine,
+        endpoints: Endpoints,
+        incarnation: int,
+        state_dir: Path,
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._engine = engine
+        self._endpoints = endpoints
+        self._incarnation = incarnation
+        self._state_dir = state_dir
+        self._shadow_files = ShadowStore(state_dir)
+        self._profiler = Profiler(fleet)
+        self.queue = PlanningQueue(store=store, fleet=fleet, engine=engine)
+        self._drivers: dict[JobId, JobDriver] = {}
+        self._tasks: dict[JobId, asyncio.Task[None]] = {}
+        self._plan_links: dict[JobId, RunnerLink] = {}
+        self._news: dict[JobId, asyncio.Event] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    # ---- life ----
+
+    def resume_all(self) -> None:
+        """Drive every stored job that has not ended, from where it is."""
+        for record in self._store.jobs():
+            if not record.is_terminal:
+                logger.info("job %s goes on: %s", record.job_id, record.state.value)
+                self._drive(record)
+
+    async def run(self) -> None:
+        """Run forever: the queue, and usage for watchers."""
+        await asyncio.gather(self.queue.run(), self._tell_usage())
+
+    async def close(self) -> None:
+        """Stop driving; jobs stay as they are stored."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    # ---- what people ask ----
+
+    async def submit(self, spec: JobSpec, *, idempotency_key: str) -> JobRecord:
+        """Store a job and begin to drive it.
+
+        Raises:
+            ModelError: the base model cannot be used.
+            ConfigError: the output folder holds something else.
+        """
+        await asyncio.to_thread(read_model, spec)
+        if spec.output.dir is not None:
+            check_output_dir(Path(spec.output.dir), "")
+        record = JobRecord(
+            job_id=JobId(_new_job_id(spec.name)),
+            name=spec.name,
+            spec_json=spec.model_dump_json(),
+            submitted_at_s=time.time(),
+        )
+        stored = await asyncio.wrap_future(
+            self._store.submit(record, idempotency_key=idempotency_key or None, events=[state_event(record)])
+        )
+        crash_point("job_stored")
+        if stored.job_id == record.job_id:
+            self._drive(stored)
+        return stored
+
+    async def plan(self, spec: JobSpec) -> Plan:
+        """The plan that a job would get now if it were alone; reserves nothing.
+
+        Raises:
+            InfeasiblePlanError: it does not fit.
+        """
+        job_id = JobId(_new_job_id("plan"))
+        link = RunnerLink(spec.model_dump_json(), lambda: self._engine.start_runner(job_id))
+        self._plan_links[job_id] = link
+        try:
+            prepared = await link.prepare()
+            problem = await make_problem(
+                job_id, spec, prepared, self._fleet, self._profiler, numerics=None, excluded={}, is_started=False
+            )
+            return await asyncio.to_thread(problem.plan)
+        finally:
+            link.finish()
+            self._engine.stop_runner(job_id)
+            del self._plan_links[job_id]
+
+    async def cancel(self, job_id: JobId) -> JobRecord:
+        """End a job and free everything it holds.
+
+        Raises:
+            UnknownJobError: no job has this id.
+            InvalidTransitionError: it has ended already.
+        """
+        record = self._store.job(job_id)
+        driver = self._drivers.get(job_id)
+        if driver is None or record.is_terminal:
+            raise InvalidTransitionError(f"job {job_id} has ended already: {record.state.value}")
+        driver.interrupt(CancelWish())
+        task = self._tasks[job_id]
+        await asyncio.wait({task}, timeout=_CANCEL_TIMEOUT_S)
+        return self._store.job(job_id)
+
+    async def watch(self, job_id: JobId, *, after: int) -> AsyncIterator[NumberedEvent]:
+        """Events of a job with a larger number, as they come, until the job has ended.
+
+        Raises:
+            UnknownJobError: no job has this id.
+        """
+        self._store.job(job_id)
+        news = self._news.setdefault(job_id, asyncio.Event())
+        while True:
+            news.clear()
+            is_over = self._store.job(job_id).is_terminal and job_id not in self._drivers
+            found = self._store.events(job_id, after=after, limit=_EVENTS_AT_ONCE)
+            for numbered in found:
+                yield numbered
+                after = numbered.number
+            if is_over and not found:
+                return
+            if not found:
+                await _wait_a_moment(news)
+
+    # ---- what the wire brings ----
+
+    def workers_of(self, job_id: JobId) -> JobWorkers | None:
+        """The workers of a live job."""
+        driver = self._drivers.get(job_id)
+        return None if driver is None else driver.context.workers
+
+    def runner_of(self, job_id: JobId) -> RunnerLink | None:
+        """The runner of a live job, or of one that is only planned."""
+        driver = self._drivers.get(job_id)
+        return self._plan_links.get(job_id) if driver is None else driver.context.runner
+
+    def on_worker_exit(self, exit_: WorkerExit) -> None:
+        """A device says that a worker has ended."""
+        driver = self._drivers.get(exit_.ref.job_id)
+        if driver is not None:
+            driver.worker_exited(exit_)
+
+    def on_fleet_change(self, change: Change) -> None:
+        """A device joined, fell silent or is gone."""
+        self.queue.kick()
+        if change.after is DeviceState.GONE:
+            for driver in self._drivers.values():
+                driver.device_gone(change.agent_id, change.reason)
+
+    # ---- inside ----
+
+    def _drive(self, record: JobRecord) -> None:
+        job_id = record.job_id
+        spec = JobSpec.model_validate_json(record.spec_json)
+        register_model(self._shadow_files.job_dir(job_id), Path(spec.model.path))
+        context = self._context(record)
+        driver = JobDriver(
+            context,
+            queue=self.queue,
+            profiler=self._profiler,
+            default_dir=self._state_dir / "adapters" / job_id,
+            stop_runner=self._engine.stop_runner,
+        )
+        self._drivers[job_id] = driver
+        self._tasks[job_id] = asyncio.create_task(self._run_driver(driver), name=f"job {job_id}")
+
+    def _context(self, record: JobRecord) -> JobContext:
+        job_id = record.job_id
+
+        def on_shadow(ref: WorkerRef, stored: pb.ShadowStored) -> None:
+            task = asyncio.get_running_loop().create_task(self._record_shadow(job_id, ref, stored))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+        def on_trouble(ref: WorkerRef, error: str, reason: str) -> None:
+            self._drivers[job_id].worker_in_trouble(ref, error, reason)
+
+        return JobContext(
+            record,
+            store=self._store,
+            fleet=self._fleet,
+            workers=JobWorkers(incarnation=self._incarnation, on_shadow=on_shadow, on_trouble=on_trouble),
+            runner=RunnerLink(record.spec_json, lambda: self._engine.start_runner(job_id)),
+            shadow_files=self._shadow_files,
+            coordinator_address=self._endpoints.devices_address,
+            bulk_address=self._endpoints.bulk_address,
+            on_events=self._wake_watchers,
+        )
+
+    async def _run_driver(self, driver: JobDriver) -> None:
+        job_id = driver.context.job_id
+        try:
+            await driver.run()
+        except Exception:
+            logger.exception("driving job %s failed; it stays as it is stored", job_id)
+            raise
+        finally:
+            self._drivers.pop(job_id, None)
+            self._tasks.pop(job_id, None)
+            self._wake_watchers(job_id)
+
+    async def _record_shadow(self, job_id: JobId, ref: WorkerRef, stored: pb.ShadowStored) -> None:
+        driver = self._drivers.get(job_id)
+        if driver is None:
+            return
+        try:
+            await record_shadow(driver.context, ref, stored)
+        except PlutinoError as error:
+            logger.info("shadow %s of job %s is not used: %s", stored.shadow_id, job_id, error)
+
+    def _wake_watchers(self, job_id: JobId) -> None:
+        news = self._news.get(job_id)
+        if news is not None:
+            news.set()
+
+    async def _tell_usage(self) -> None:
+        while True:
+            await asyncio.sleep(_USAGE_EVERY_S)
+            for driver in list(self._drivers.values()):
+                usage = _usage(driver.context)
+                if usage.workers:
+                    await driver.context.tell(usage)
+
+
+async def _wait_a_moment(news: asyncio.Event) -> None:
+    """Wait for news, but look again now and then: the job may end without any."""
+    try:
+        await asyncio.wait_for(news.wait(), 1.0)
+    except asyncio.TimeoutError:
+        return
+
+
+def _usage(context: JobContext) -> Usage:
+    if context.record.plan_json is None or context.record.is_terminal:
+        return Usage(workers=())
+    rows: list[WorkerUsage] = []
+    for ref, agent_id in context.refs().items():
+        link = context.fleet.link(agent_id)
+        used = None if link is None else link.usage.get(ref)
+        if used is not None:
+            rows.append(
+                WorkerUsage(
+                    worker=context.worker_name(ref),
+                    rss_bytes=used.rss_bytes,
+                    peak_rss_bytes=used.peak_rss_bytes,
+                    cpu_s=used.cpu_seconds,
+                    predicted_peak_bytes=context.plan.stages[ref.stage_index].peak_bytes,
+                )
+            )
+    return Usage(workers=tuple(rows))
+
+
+def _new_job_id(name: str) -> str:
+    """A short id that says what it is: the name's first letters and six random characters."""
+    letters = "".join(c for c in name.lower() if c.isalnum() or c == "-")[:20].strip("-") or "job"
+    return f"{letters}-{secrets.token_hex(3)}"
+
+
+def find_job(store: Store, text: str) -> JobRecord:
+    """The job with this id, or the only one whose id starts so.
+
+    Raises:
+        UnknownJobError: none, or several.
+    """
+    records = store.jobs()
+    exact = [record for record in records if record.job_id == text]
+    found = exact or [record for record in records if record.job_id.startswith(text)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        known = ", ".join(str(record.job_id) for record in records[-5:]) or "there are no jobs"
+        raise UnknownJobError(f"no job {text!r}; the latest: {known}")
+    raise UnknownJobError(f"{text!r} fits {len(found)} jobs: {', '.join(str(r.job_id) for r in found[:5])}")

@@ -1,0 +1,230 @@
+"""Starting and ending a plan's workers: from a stored plan to loaded and linked stages, and back to free memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from coordinator.crash_points import crash_point
+from coordinator.jobs.context import JobContext
+from coordinator.jobs.recovery import durable_steps
+from coordinator.scheduling.problem import first_trainable_stage
+from plutino.errors import AgentError, AgentLostError, JobError
+from plutino.events import WorkerLoaded
+from plutino.job.assignment import RestorePoint, StageShape, WorkerAssignment
+from plutino.safetensors_index import base_model_hash
+from plutino.types import AgentId, WorkerRef
+from protos import workers_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 4.0
+"""An agent ends a worker within 2 s, by force if it must; the job's end waits this long for its word."""
+LOAD_TIMEOUT_S = 600.0
+LINK_TIMEOUT_S = 60.0
+
+
+async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str, ...]:
+    """All workers of the plan run, are loaded and linked; gives the union of their parameters' names.
+
+    Workers that are there already are left alone.
+
+    Raises:
+        AgentLostError: a worker that had loaded, or its device, is gone.
+        AgentError: a device does not finish in time.
+    """
+    refs = context.refs()
+    context.workers.expect(refs)
+    # Hashing a large model takes seconds the first time; the event loop must go on with commits meanwhile.
+    base_hash = await asyncio.to_thread(base_model_hash, Path(context.spec.model.path))
+    assignments = _assignments(context, restore_step, base_hash)
+    asked: set[WorkerRef] = set()
+    try:
+        await asyncio.wait_for(_load_all(context, refs, assignments, asked), LOAD_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        late = [str(ref) for ref in refs if not _is_loaded(context, ref)]
+        raise AgentError(f"{', '.join(late)} did not finish loading within {LOAD_TIMEOUT_S:.0f} s") from None
+    await _link(context)
+    for status in context.workers.statuses:
+        if status.ref in asked and status.loaded is not None:
+            await context.tell(_loaded_event(context, status.ref, status.loaded))
+    return tuple(
+        sorted({name for s in context.workers.statuses if s.loaded is not None for name in s.loaded.parameter_names})
+    )
+
+
+async def _load_all(
+    context: JobContext,
+    refs: Mapping[WorkerRef, AgentId],
+    assignments: Mapping[WorkerRef, WorkerAssignment],
+    asked: set[WorkerRef],
+) -> None:
+    while not _all_loaded(context):
+        for ref, agent_id in refs.items():
+            _start_if_missing(context, ref, agent_id, assignments[ref], asked)
+        await _changed_soon(context)
+
+
+async def stop_workers(context: JobContext, *, before_epoch: int, reason: str) -> None:
+    """No worker of the job with a plan epoch below this runs; waits within a bound for the devices' word."""
+    context.workers.tell(pb.WorkerCommand(finish=pb.Finish(reason=reason)))
+    context.workers.expect(())
+
+    def running() -> list[tuple[AgentId, WorkerRef]]:
+        found: list[tuple[AgentId, WorkerRef]] = []
+        for device in context.fleet.devices:
+            link = context.fleet.link(device.agent_id)
+            for ref in () if link is None else link.workers:
+                if ref.job_id == context.job_id and ref.plan_epoch < before_epoch:
+                    found.append((device.agent_id, ref))
+        return found
+
+    for agent_id, ref in running():
+        context.fleet.stop_worker(agent_id, ref, reason)
+    async def wait_until_stopped() -> None:
+        while running():
+            await asyncio.sleep(0.02)
+
+    try:
+        await asyncio.wait_for(wait_until_stopped(), STOP_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        logger.warning("%s: devices still report %s", context.job_id, running())
+
+
+def _start_if_missing(
+    context: JobContext, ref: WorkerRef, agent_id: AgentId, assignment: WorkerAssignment, asked: set[WorkerRef]
+) -> None:
+    link = context.fleet.link(agent_id)
+    if link is None:
+        if context.fleet.is_gone(agent_id):
+            raise AgentLostError(f"{context.fleet.name_of(agent_id)} left before its stage was loaded")
+        return  # it has until the end of its lease to come back
+    if ref not in link.workers and ref not in asked:
+        asked.add(ref)
+        context.fleet.start_worker(agent_id, ref, assignment.model_dump_json())
+        crash_point("workers_started")
+
+
+async def _changed_soon(context: JobContext) -> None:
+    """Wait for news of a worker, but look at the devices again after a moment."""
+    try:
+        await asyncio.wait_for(context.workers.wait(lambda: _all_loaded(context)), 0.2)
+    except asyncio.TimeoutError:
+        return
+
+
+def _is_loaded(context: JobContext, ref: WorkerRef) -> bool:
+    status = context.workers.status(ref)
+    return status is not None and status.loaded is not None and status.is_attached
+
+
+def _all_loaded(context: JobContext) -> bool:
+    return all(_is_loaded(context, status.ref) for status in context.workers.statuses)
+
+
+async def _link(context: JobContext) -> None:
+    statuses = context.workers.statuses
+    if all(status.is_linked for status in statuses):
+        return
+    peers = [
+        pb.Link.Peer(
+            stage_index=status.ref.stage_index,
+            replica_index=status.ref.replica_index,
+            data_address="" if status.loaded is None else status.loaded.data_address,
+        )
+        for status in statuses
+    ]
+    context.workers.tell(pb.WorkerCommand(link=pb.Link(peers=peers)), key="link")
+    try:
+        are_linked = context.workers.wait(lambda: all(status.is_linked for status in context.workers.statuses))
+        await asyncio.wait_for(are_linked, LINK_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        late = [str(s.ref) for s in context.workers.statuses if not s.is_linked]
+        raise AgentError(f"{', '.join(late)} did not reach their neighbours within {LINK_TIMEOUT_S:.0f} s") from None
+    finally:
+        context.workers.forget("link")
+
+
+def _assignments(context: JobContext, restore_step: int, base_hash: str) -> dict[WorkerRef, WorkerAssignment]:
+    plan, record = context.plan, context.record
+    shapes = tuple(
+        StageShape(
+            start_block=stage.start_block,
+            end_block=stage.end_block,
+            num_replicas=len(stage.agent_ids),
+            micro_batch_owner=owners,
+        )
+        for stage, owners in zip(plan.stages, plan.micro_batch_owners, strict=True)
+    )
+    restore = _restore_point(context, restore_step)
+    return {
+        ref: WorkerAssignment(
+            job_id=context.job_id,
+            plan_epoch=record.plan_epoch,
+            stage_index=ref.stage_index,
+            replica_index=ref.replica_index,
+            stages=shapes,
+            spec=context.spec,
+            numerics=context.numerics,
+            checkpointing=plan.checkpointing,
+            first_trainable_stage=first_trainable_stage(context.spec, shapes),
+            base_hash=base_hash,
+            total_steps=record.total_steps,
+            max_micro_batches=plan.num_micro_batches,
+            threads=plan.stages[ref.stage_index].threads,
+            memory_budget_bytes=plan.stages[ref.stage_index].budget_bytes,
+            coordinator_address=context.coordinator_address,
+            bulk_address=context.bulk_address,
+            restore=restore,
+        )
+        for ref in context.refs()
+    }
+
+
+def _restore_point(context: JobContext, restore_step: int) -> RestorePoint | None:
+    if restore_step == 0:
+        return None
+    shadows = restorable(context, restore_step)
+    return RestorePoint(step=restore_step, shadows=shadows)
+
+
+def restorable(context: JobContext, step: int) -> dict[str, str]:
+    """Shadow ids and hashes that hold the whole state of a step.
+
+    Raises:
+        JobError: the step is not durable.
+    """
+    names = frozenset(context.record.parameter_names)
+    durable = durable_steps(context.store.shadows(context.job_id), names)
+    if step not in durable:
+        raise JobError(f"step {step} is no longer durable; durable are {sorted(durable) or 'none'}")
+    return {shadow.shadow_id: shadow.sha256 for shadow in durable[step]}
+
+
+def _loaded_event(context: JobContext, ref: WorkerRef, loaded: pb.StageLoaded) -> WorkerLoaded:
+    stage = context.plan.stages[ref.stage_index]
+    return WorkerLoaded(
+        worker=context.worker_name(ref),
+        plan_epoch=ref.plan_epoch,
+        start_block=stage.start_block,
+        end_block=stage.end_block,
+        bytes_read=loaded.bytes_read,
+        tensors_read=loaded.tensors_read,
+        seconds=loaded.seconds,
+        rss_bytes=loaded.rss_bytes,
+        trainable_parameters=loaded.trainable_parameters,
+    )
+
+
+def present_workers(context: JobContext, refs: Iterable[WorkerRef]) -> set[WorkerRef]:
+    """Workers whose memory still exists, as far as their devices have said or may still say."""
+    owners = context.refs()
+    present: set[WorkerRef] = set()
+    for ref in refs:
+        agent_id = owners[ref]
+        link = context.fleet.link(agent_id)
+        if (link is None and not context.fleet.is_gone(agent_id)) or (link is not None and ref in link.workers):
+            present.add(ref)
+    return present

@@ -1,0 +1,221 @@
+"""From a job and the devices that are in to a planning problem: sizes from the model's files, seconds measured there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from coordinator.fleet.membership import Device
+from coordinator.fleet.registry import FleetRegistry
+from coordinator.jobs.runner import PreparedData
+from coordinator.scheduling.problem import PlanningProblem
+from partitioner.adapter import adapter_params_of
+from partitioner.device import BlockTimings, DeviceProfile, LinkProfile, ProfileRequest
+from partitioner.model import JobShape, ModelTable, describe_model
+from partitioner.plan import Plan
+from plutino.errors import AgentError, InfeasiblePlanError, ModelError
+from plutino.families import family_of
+from plutino.job.numerics import NumericsRecord
+from plutino.job.spec import JobSpec
+from plutino.safetensors_index import read_safetensors_headers
+from plutino.types import AgentId, JobId
+
+_MEASURED_ROWS = 4
+"""Rows of the micro-batch that devices are measured with, where the job leaves its size open."""
+
+
+class Profiler:
+    """Measured seconds of devices, asked for once per model, shape and device."""
+
+    def __init__(self, fleet: FleetRegistry) -> None:
+        self._fleet = fleet
+        self._known: dict[tuple[AgentId, str], BlockTimings] = {}
+        self._one_at_a_time: dict[str, asyncio.Lock] = {}
+
+    async def timings(self, device: Device, request: ProfileRequest) -> BlockTimings:
+        """Seconds on a device; devices of one host are measured one after the other, because they share cores.
+
+        Raises:
+            AgentError: the device could not be measured.
+        """
+        key = (device.agent_id, request.model_dump_json())
+        async with self._one_at_a_time.setdefault(device.host_id, asyncio.Lock()):
+            if key not in self._known:
+                self._known[key] = await self._fleet.profile(device.agent_id, request)
+        return self._known[key]
+
+
+def read_model(spec: JobSpec) -> tuple[str, ModelTable]:
+    """config.json and the sizes of the base model.
+
+    Raises:
+        ModelError: the folder is missing, of an unknown family, or has no safetensors.
+    """
+    model_dir = Path(spec.model.path)
+    try:
+        config_json = (model_dir / "config.json").read_text()
+    except OSError as error:
+        raise ModelError(f"cannot read {model_dir / 'config.json'}: {error.strerror}; is model.path right?") from error
+    config = json.loads(config_json)
+    family = family_of(config.get("model_type"))
+    shapes = {name: entry.shape for name, entry in read_safetensors_headers(model_dir).items()}
+    return config_json, describe_model(config, shapes, family)
+
+
+def usable_devices(
+    devices: Sequence[Device], spec: JobSpec, numerics: NumericsRecord | None, excluded: dict[AgentId, str]
+) -> tuple[list[Device], list[str]]:
+    """Devices that may take part, and why the others may not."""
+    usable: list[Device] = []
+    left_out: list[str] = []
+    for device in devices:
+        if spec.placement.devices and device.name not in spec.placement.devices:
+            left_out.append(f"{device.name} is not among placement.devices")
+        elif device.agent_id in excluded:
+            left_out.append(f"{device.name}: {excluded[device.agent_id]}")
+        elif numerics is not None and (why := _breaks(device, numerics)) is not None:
+            left_out.append(f"{device.name} {why}")
+        else:
+            usable.append(device)
+    return usable, left_out
+
+
+def _breaks(device: Device, numerics: NumericsRecord) -> str | None:
+    if numerics.dtype not in device.dtypes:
+        return f"does not compute in {numerics.dtype}, which the numerics record fixes"
+    for library, wanted in numerics.versions.items():
+        found = device.versions.get(library)
+        if found != wanted:
+            return f"has {library} {found}, the numerics record fixes {wanted}"
+    if numerics.threads_per_worker is not None and device.threads < numerics.threads_per_worker:
+        return f"has {device.threads} threads, the numerics record fixes {numerics.threads_per_worker}"
+    return None
+
+
+async def make_problem(
+    job_id: JobId,
+    spec: JobSpec,
+    prepared: PreparedData,
+    fleet: FleetRegistry,
+    profiler: Profiler,
+    *,
+    numerics: NumericsRecord | None,
+    excluded: dict[AgentId, str],
+    is_started: bool,
+) -> PlanningProblem:
+    """Gather everything that decides a job's plan.
+
+    Raises:
+        InfeasiblePlanError: no device may take part.
+        ModelError: the base model cannot be used.
+    """
+    config_json, table = await asyncio.to_thread(read_model, spec)
+    devices, left_out = usable_devices(fleet.devices, spec, numerics, excluded)
+    if not devices:
+        why = "; ".join(left_out) or "no device has joined: start an agent (plutino-node run) on each device"
+        raise InfeasiblePlanError(f"no device can take part: {why}")
+    dtype = numerics.dtype if numerics is not None else _dtype(spec, devices)
+    rows = _measured_rows(spec, numerics)
+    shape = _shape(spec, prepared, table, dtype, rows)
+    threads = spec.placement.threads if numerics is None else numerics.threads_per_worker
+    profiles = await asyncio.gather(
+        *(_profile(device, config_json, shape, spec, profiler, threads) for device in devices)
+    )
+    measured = tuple(profile for profile in profiles if isinstance(profile, DeviceProfile))
+    if not measured:
+        raise InfeasiblePlanError("no device could be measured: " + "; ".join(str(p) for p in profiles))
+    return PlanningProblem(
+        job_id=job_id,
+        table=table,
+        shape=shape,
+        micro_batch_choices=_choices(spec, numerics),
+        devices=measured,
+        link=LinkProfile(),
+        is_started=is_started,
+    )
+
+
+def make_numerics(spec: JobSpec, plan: Plan, devices: Sequence[Device]) -> NumericsRecord:
+    """The record that fixes the job's bits, from its first plan."""
+    chosen = {device.agent_id: device for device in devices}
+    first = chosen[AgentId(plan.agent_ids[0])]
+    threads = {stage.threads for stage in plan.stages}
+    return NumericsRecord(
+        dtype="fp32" if plan.dtype == "fp32" else "bf16",
+        attention="sdpa",
+        micro_batch_size=plan.micro_batch_rows,
+        threads_per_worker=threads.pop() if len(threads) == 1 else None,
+        codecs=plan.codec,
+        versions={name: first.versions[name] for name in ("torch", "transformers", "peft") if name in first.versions},
+    )
+
+
+def _dtype(spec: JobSpec, devices: Sequence[Device]) -> str:
+    if spec.model.dtype != "auto":
+        return spec.model.dtype
+    # bf16 only where every device runs it faster than fp32: on CPUs without bf16 units its backward is 300 times slower.
+    return "bf16" if all(device.dtypes and device.dtypes[0] == "bf16" for device in devices) else "fp32"
+
+
+def _measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
+    if numerics is not None:
+        return numerics.micro_batch_size
+    return spec.training.micro_batch_size or min(_MEASURED_ROWS, spec.training.batch_size)
+
+
+def _choices(spec: JobSpec, numerics: NumericsRecord | None) -> tuple[int, ...]:
+    fixed = numerics.micro_batch_size if numerics is not None else spec.training.micro_batch_size
+    if fixed is not None:
+        return (fixed,)
+    batch = spec.training.batch_size
+    return tuple(size for size in range(1, batch + 1) if batch % size == 0)
+
+
+def _shape(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:
+    adapters = adapter_params_of(table, spec.method)
+    scoring = spec.scoring
+    return JobShape(
+        dtype="fp32" if dtype == "fp32" else "bf16",
+        batch_rows=spec.training.batch_size,
+        micro_batch_rows=rows,
+        row_tokens=prepared.row_tokens,
+        label_tokens=rows * prepared.label_tokens_per_row,
+        **adapters.shape_fields,
+        has_dropout=spec.method.dropout > 0,
+        checkpointing=spec.training.checkpointing,
+        codec=spec.placement.codec,
+        generate_rows=0 if scoring is None else scoring.batch_rows,
+        generate_tokens=0 if scoring is None else prepared.prompt_tokens + scoring.max_new_tokens,
+        exact_stages=spec.placement.stages,
+    )
+
+
+async def _profile(
+    device: Device, config_json: str, shape: JobShape, spec: JobSpec, profiler: Profiler, threads: int | None
+) -> DeviceProfile | str:
+    used_threads = device.threads if threads is None else min(threads, device.threads)
+    request = ProfileRequest(
+        config_json=config_json,
+        dtype=shape.dtype,
+        micro_batch_rows=shape.micro_batch_rows,
+        row_tokens=shape.row_tokens,
+        label_tokens=shape.label_tokens,
+        lora_rank=spec.method.rank,
+        threads=used_threads,
+    )
+    try:
+        timings = await profiler.timings(device, request)
+    except AgentError as error:
+        return str(error)
+    return DeviceProfile(
+        agent_id=device.agent_id,
+        name=device.name,
+        host_id=device.host_id,
+        threads=used_threads,
+        available_bytes=device.memory_budget_bytes,
+        baseline_bytes=device.baseline_bytes,
+        timings=timings,
+        dtypes=device.dtypes,
+    )

@@ -1,0 +1,196 @@
+"""A job's heavy work on the coordinator's side: rows, batches, scores, export.
+
+:class:`JobRunner` is plain synchronous code without state that matters: every answer is a function of the job's files
+and of the question, so a runner that dies is simply started again. Where it runs (a Ray actor, a thread) is not its
+business; :mod:`coordinator.jobs.runner_stream` connects it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from coordinator.artifacts.assemble import AssembledAdapter, AssembleRequest, assemble_adapter
+from coordinator.artifacts.publish import PublishedAdapter, PublishRequest, publish_adapter
+from coordinator.jobs.scoring import Score, score
+from plutino.data.batches import (
+    MicroBatchRows,
+    StepBatch,
+    batch_indices,
+    cut_micro_batches,
+    prompt_micro_batch,
+    total_steps,
+)
+from plutino.data.readers import Rows, read_rows
+from plutino.data.samples import Samples
+from plutino.data.tokenisation import ModelTokenizer, load_tokenizer, tokenise
+from plutino.errors import DataError
+from plutino.job.spec import JobSpec
+from plutino.wire.bulk import BulkClient
+
+
+class PreparedData(BaseModel):
+    """What the coordinator needs to know of a job's rows to plan and to run it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_train: int
+    num_eval: int
+    num_truncated: int
+    total_steps: int
+    row_tokens: int
+    """Tokens of the longest training or held-out row."""
+    label_tokens_per_row: int
+    """Most label tokens in one row."""
+    prompt_tokens: int
+    """Tokens of the longest held-out prompt; 0 without held-out rows."""
+    stop_token_ids: tuple[int, ...]
+    train_sha256: str
+    eval_sha256: str
+    mean_row_tokens: float
+
+
+class ScoredSample(BaseModel):
+    """One held-out row as people see it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    answer: str
+    truth: str
+
+
+class ScoreReport(BaseModel):
+    """A score and the first rows behind it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    score: Score
+    samples: tuple[ScoredSample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _RowSet:
+    rows: Rows
+    samples: Samples
+
+
+_SHOWN_SAMPLES = 5
+
+
+class JobRunner:
+    """Answers the coordinator's questions about one job."""
+
+    def __init__(self, spec: JobSpec, bulk_address: str) -> None:
+        self._spec = spec
+        self._bulk_address = bulk_address
+
+    def prepare(self) -> PreparedData:
+        """Read and tokenise all rows.
+
+        Raises:
+            DataError, ModelError: with the lines or files at fault.
+        """
+        training = self._spec.training
+        train = self._train
+        held_out = self._held_out
+        sets = [train] if held_out is None else [train, held_out]
+        return PreparedData(
+            num_train=len(train.samples),
+            num_eval=0 if held_out is None else len(held_out.samples),
+            num_truncated=sum(one.samples.num_truncated for one in sets),
+            total_steps=total_steps(
+                len(train.samples), training.batch_size, epochs=training.epochs, steps=training.steps
+            ),
+            row_tokens=max(int(one.samples.lengths.max()) for one in sets),
+            label_tokens_per_row=max(
+                int(one.samples.mask(index)[1:].sum()) for one in sets for index in range(len(one.samples))
+            ),
+            prompt_tokens=0 if held_out is None else int(held_out.samples.prompt_tokens.max()),
+            stop_token_ids=self._tokenizer.stop_token_ids,
+            train_sha256=train.rows.sha256,
+            eval_sha256="" if held_out is None else held_out.rows.sha256,
+            mean_row_tokens=float(train.samples.lengths.mean()),
+        )
+
+    def train_batch(self, step: int, micro_batch_size: int) -> StepBatch:
+        """Rows of a training step."""
+        samples = self._train.samples
+        training = self._spec.training
+        indices = batch_indices(step, training.batch_size, len(samples), training.seed)
+        return cut_micro_batches(samples, indices, micro_batch_size)
+
+    def eval_batch(
+        self, start_row: int, num_rows: int, micro_batch_size: int, *, from_training: bool
+    ) -> StepBatch:
+        """Rows of one evaluation unit, in file order."""
+        samples = self._train.samples if from_training else self._need_held_out().samples
+        indices = range(start_row, min(start_row + num_rows, len(samples)))
+        return cut_micro_batches(samples, indices, micro_batch_size)
+
+    def prompts(self, start_row: int, num_groups: int, group_rows: int) -> list[MicroBatchRows]:
+        """Prompts of one generation unit, cut into groups."""
+        samples = self._need_held_out().samples
+        end_row = min(start_row + num_groups * group_rows, len(samples))
+        return [
+            prompt_micro_batch(samples, range(first, min(first + group_rows, end_row)))
+            for first in range(start_row, end_row, group_rows)
+        ]
+
+    def score(self, rows: Mapping[int, list[int]]) -> ScoreReport:
+        """Compare generated tokens with the held-out rows' answers."""
+        assert self._spec.scoring is not None
+        held_out = self._need_held_out()
+        indices = sorted(rows)
+        answers = [self._tokenizer.decode(rows[index]) for index in indices]
+        truths = [held_out.rows.rows[index].answer for index in indices]
+        samples = tuple(
+            ScoredSample(prompt=held_out.rows.rows[index].question, answer=answer, truth=truth)
+            for index, answer, truth in list(zip(indices, answers, truths, strict=True))[:_SHOWN_SAMPLES]
+        )
+        return ScoreReport(score=score(self._spec.scoring.metric, answers, truths), samples=samples)
+
+    def assemble(self, request: AssembleRequest) -> AssembledAdapter:
+        """Join the stages' parts into one verified, staged adapter."""
+        return assemble_adapter(request, self._spec, BulkClient(self._bulk_address))
+
+    def publish(self, request: PublishRequest) -> PublishedAdapter:
+        """Make the staged adapter visible, whole, with its card."""
+        return publish_adapter(request)
+
+    @functools.cached_property
+    def _tokenizer(self) -> ModelTokenizer:
+        return load_tokenizer(Path(self._spec.model.path))
+
+    @functools.cached_property
+    def _train(self) -> _RowSet:
+        return self._read(self._spec.data.train, self._spec.data.limit)
+
+    @functools.cached_property
+    def _held_out(self) -> _RowSet | None:
+        if self._spec.data.eval is None:
+            return None
+        return self._read(self._spec.data.eval, self._spec.data.eval_limit)
+
+    def _need_held_out(self) -> _RowSet:
+        if self._held_out is None:
+            raise DataError("this needs held-out rows: set data.eval")
+        return self._held_out
+
+    def _read(self, path: str, limit: int | None) -> _RowSet:
+        data = self._spec.data
+        rows = read_rows(Path(path), data.format, limit)
+        samples = tokenise(
+            rows, self._tokenizer, max_tokens=data.max_tokens, train_on=self._spec.objective.train_on
+        )
+        return _RowSet(rows, samples)
+
+
+def rows_from_json(text: str) -> dict[int, list[int]]:
+    """Generated tokens by held-out row."""
+    return {int(row): tokens for row, tokens in json.loads(text).items()}

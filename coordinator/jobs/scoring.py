@@ -1,0 +1,113 @@
+"""How good generated answers are: pure comparisons of texts.
+
+Entry point: :func:`score`. ``exact_match`` suits short answers; ``json_slots`` suits answers of the form
+``{"intent": ..., "slots": {name: text or list of texts}}`` and counts what is right in part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from plutino.data.readers import name_lines
+from plutino.errors import DataError
+
+
+class Score(BaseModel):
+    """The score of one set of answers; all values are shares between 0 and 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    metric: Literal["exact_match", "json_slots"]
+    num_rows: int
+    exact_match: float
+    """Answers equal to the true ones but for outer white space; for json_slots, equal as JSON values."""
+    valid_json: float | None = None
+    """json_slots: answers that parse as an object with an intent and slots."""
+    intent_accuracy: float | None = None
+    """json_slots: answers with the true intent; one that does not parse has none."""
+    slot_f1: float | None = None
+    """json_slots: micro-averaged F1 over (slot, text) pairs of all rows, each pair as often as it occurs."""
+
+    @property
+    def headline(self) -> float:
+        """The one number of this metric: exact match, or slot F1."""
+        return self.exact_match if self.slot_f1 is None else self.slot_f1
+
+
+def score(metric: Literal["exact_match", "json_slots"], answers: Sequence[str], truths: Sequence[str]) -> Score:
+    """Compare generated answers with the true ones, row by row.
+
+    Raises:
+        ValueError: there are no rows, or the two differ in number.
+        DataError: json_slots, and true answers are not of its form.
+    """
+    if not truths or len(answers) != len(truths):
+        raise ValueError(f"{len(answers)} answers for {len(truths)} rows")
+    if metric == "json_slots":
+        return _json_slots(answers, truths)
+    num_right = sum(answer.strip() == truth.strip() for answer, truth in zip(answers, truths, strict=True))
+    return Score(metric=metric, num_rows=len(truths), exact_match=num_right / len(truths))
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    intent: str
+    slots: Counter[tuple[str, str]]
+
+
+def _json_slots(answers: Sequence[str], truths: Sequence[str]) -> Score:
+    expected = [_parse(truth) for truth in truths]
+    unusable = [position for position, frame in enumerate(expected, start=1) if frame is None]
+    if unusable:
+        raise DataError(
+            f'json_slots needs true answers like {{"intent": ..., "slots": {{...}}}}; held-out rows, counted from 1: '
+            f"{name_lines(unusable).removeprefix('lines ').removeprefix('line ')}; mend them or use metric exact_match"
+        )
+    given = [_parse(answer) for answer in answers]
+    num_exact = num_intents = num_common = num_given = num_expected = 0
+    for frame, true_frame in zip(given, expected, strict=True):
+        assert true_frame is not None
+        num_expected += true_frame.slots.total()
+        if frame is None:
+            continue
+        num_exact += frame == true_frame
+        num_intents += frame.intent == true_frame.intent
+        num_given += frame.slots.total()
+        num_common += (frame.slots & true_frame.slots).total()
+    num_rows = len(truths)
+    return Score(
+        metric="json_slots",
+        num_rows=num_rows,
+        exact_match=num_exact / num_rows,
+        valid_json=sum(frame is not None for frame in given) / num_rows,
+        intent_accuracy=num_intents / num_rows,
+        # Nothing to find and nothing found is right.
+        slot_f1=2 * num_common / (num_given + num_expected) if num_given + num_expected else 1.0,
+    )
+
+
+def _parse(text: str) -> _Frame | None:
+    """Intent and slots of an answer, or None if it is not of that form."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("intent"), str):
+        return None
+    slots = values.get("slots")
+    if not isinstance(slots, dict):
+        return None
+    pairs = [(name, text) for name, value in slots.items() for text in _as_list(value)]
+    if not all(isinstance(text, str) for _, text in pairs):
+        return None
+    return _Frame(values["intent"].strip(), Counter((name.strip(), text.strip()) for name, text in pairs))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

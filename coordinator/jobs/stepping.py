@@ -1,0 +1,338 @@
+"""Running a job's steps: feed, collect votes, decide, make the decision durable, tell the workers.
+
+The order of everything at a step border is a function of the store's rows alone (score the base model, evaluate,
+judge, train), so that a restarted coordinator goes on with exactly the unit the workers expect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from coordinator.crash_points import crash_point
+from coordinator.jobs import events as job_events
+from coordinator.jobs.barrier import Abort, AbortKind, Barrier, Commit, Vote, decide, open_barrier
+from coordinator.jobs.context import JobContext
+from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, judge_evaluations
+from coordinator.jobs.recovery import Shadow, obsolete_shadows
+from coordinator.jobs.runner import PreparedData
+from coordinator.jobs.shadow_policy import shadow_due, shadow_every
+from coordinator.jobs.units import Batch, end_unit, evaluation_loss, feed, score, train_batch
+from coordinator.jobs.worker_link import WorkerStatus
+from coordinator.storage.base import ScoringMoment
+from plutino.errors import JobError
+from plutino.events import (
+    Evaluated,
+    ScoredRow,
+    ScoringDone,
+    ShadowDurable,
+    StepCommitted,
+    StepSkipped,
+    WorkerStepTimes,
+)
+from plutino.job.training import learning_rate
+from plutino.types import Unit, UnitKind, WorkerRef
+from protos import workers_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_BATCHES_AHEAD = 4
+_SHOWN_ROWS = 5
+
+
+class Stepper:
+    """Runs the steps of one plan epoch, from the record's next step to the end of training."""
+
+    def __init__(self, context: JobContext, prepared: PreparedData) -> None:
+        self._context = context
+        self._prepared = prepared
+        self._batches: dict[int, asyncio.Task[Batch]] = {}
+        self._fed: set[int] = set()
+        self._step_s: float | None = None
+        self._last_decision_s = time.monotonic()
+
+    async def run(self) -> job_events.TrainingDone:
+        """Run until the last step is decided, or early stopping says so."""
+        context = self._context
+        try:
+            while True:
+                await self._border()
+                step = context.record.next_step
+                if (reason := self._done_reason()) is not None:
+                    return job_events.TrainingDone(reason=reason)
+                await self._feed(step)
+                if not self._evaluation_due(step + 1) and step + 1 < context.record.end_step:
+                    await self._feed(step + 1)
+                await self._decide(step)
+        finally:
+            for task in self._batches.values():
+                task.cancel()
+
+    # ---- borders between steps ----
+
+    async def _border(self) -> None:
+        """What is due after ``next_step`` steps and before the next one."""
+        context = self._context
+        steps_done = context.record.next_step
+        spec = context.spec
+        if steps_done == 0 and spec.scoring is not None and spec.scoring.before:
+            await score_once(context, self._prepared, "before")
+        if self._evaluation_due(steps_done) and not self._is_evaluated(steps_done):
+            await self._evaluate(steps_done)
+            self._last_decision_s = time.monotonic()
+
+    def _evaluation_due(self, steps_done: int) -> bool:
+        training = self._context.spec.training
+        if self._context.spec.data.eval is None or steps_done == 0:
+            return False
+        is_end = steps_done >= self._context.record.total_steps
+        return is_end or (training.eval_every is not None and steps_done % training.eval_every == 0)
+
+    def _is_evaluated(self, steps_done: int) -> bool:
+        return any(row.step == steps_done for row in self._context.store.evaluations(self._context.job_id))
+
+    async def _evaluate(self, steps_done: int) -> None:
+        context = self._context
+        started_s = time.monotonic()
+        loss_sum, label_tokens = await evaluation_loss(context, num_rows=self._prepared.num_eval)
+        row = EvaluationRow(step=steps_done, loss=loss_sum / label_tokens)
+        stopping = context.spec.training.early_stopping
+        min_delta = 0.0 if stopping is None else stopping.min_delta
+        rows = [r for r in context.store.evaluations(context.job_id) if r.step != steps_done]
+        best = judge_evaluations([*rows, row], min_delta=min_delta)
+        if context.spec.training.keep_best and best.step == steps_done:
+            await self._store_shadow_now(steps_done)
+        seen = Evaluated(
+            step=steps_done, loss=row.loss, is_best=best.step == steps_done, seconds=time.monotonic() - started_s
+        )
+        await context.apply(job_events.Evaluated(best=best), evaluation=row, events=[seen])
+        crash_point("evaluation_stored")
+
+    async def _store_shadow_now(self, steps_done: int) -> None:
+        """The best state so far must be durable before it is called the best."""
+        context = self._context
+        context.workers.tell(pb.WorkerCommand(take_shadow=pb.TakeShadow(step=steps_done)), key="take_shadow")
+        await context.workers.wait(lambda: steps_done in context.durable())
+        context.workers.forget("take_shadow")
+
+    def _done_reason(self) -> str | None:
+        record = self._context.record
+        stopping = self._context.spec.training.early_stopping
+        if stopping is not None and record.evaluations_since_best >= stopping.patience:
+            return (
+                f"stopped early after {record.next_step} of {record.total_steps} steps: the evaluation loss has not "
+                f"fallen for {record.evaluations_since_best} evaluations"
+            )
+        if record.next_step >= record.end_step:
+            return f"all {record.next_step} steps are done"
+        return None
+
+    # ---- one step ----
+
+    async def _feed(self, step: int) -> None:
+        if step in self._fed:
+            return
+        for ahead in range(step, min(step + _BATCHES_AHEAD, self._context.record.end_step)):
+            if ahead not in self._batches:
+                self._batches[ahead] = asyncio.create_task(train_batch(self._context, ahead))
+        feed(self._context, Unit(UnitKind.TRAIN, step), await self._batches[step])
+        self._fed.add(step)
+        crash_point("step_fed")
+
+    async def _decide(self, step: int) -> None:
+        context = self._context
+        batch = self._batches[step].result()
+        barrier = await self._votes(step, batch)
+        voted_s = time.monotonic()
+        crash_point("votes_complete")
+        decision = decide(barrier, context.spec.training.max_grad_norm)
+        assert decision is not None, "all workers have voted"
+        if isinstance(decision, Abort):
+            await self._skip(step, batch, decision)
+        else:
+            await self._commit(step, batch, decision, voted_s)
+        end_unit(context, Unit(UnitKind.TRAIN, step))
+        del self._batches[step]
+
+    async def _votes(self, step: int, batch: Batch) -> Barrier:
+        context = self._context
+        barrier = open_barrier(step=step, workers=context.refs(), loss_weight=batch.loss_weight)
+
+        def have_all() -> bool:
+            return all(s.vote is not None and s.vote.step == step for s in context.workers.statuses)
+
+        await context.workers.wait(have_all)
+        for status in context.workers.statuses:
+            barrier = barrier.add_vote(_vote(status))
+        return barrier
+
+    async def _commit(self, step: int, batch: Batch, decision: Commit, voted_s: float) -> None:
+        context = self._context
+        lr = learning_rate(step, context.spec.training, context.record.total_steps)
+        row = LedgerRow(
+            step=step,
+            plan_epoch=context.record.plan_epoch,
+            status=LedgerStatus.COMMITTED,
+            sample_indices=batch.sample_indices,
+            loss=decision.loss,
+            grad_norm=decision.total_norm,
+            clip_scale=decision.clip_scale,
+            lr=lr,
+        )
+        now_s = time.monotonic()
+        seen = StepCommitted(
+            step=step,
+            plan_epoch=row.plan_epoch,
+            loss=decision.loss,
+            grad_norm=decision.total_norm,
+            clip_scale=decision.clip_scale,
+            lr=lr,
+            tokens=batch.num_tokens,
+            label_tokens=int(batch.loss_weight),
+            seconds=now_s - self._last_decision_s,
+            commit_s=now_s - voted_s,
+            workers=tuple(_times(context, status) for status in context.workers.statuses),
+        )
+        self._step_s = seen.seconds
+        self._last_decision_s = now_s
+        await context.apply(job_events.StepCommitted(step=step), ledger_row=row, events=[seen])
+        crash_point("step_row_stored")
+        self._tell_commit(step, decision.clip_scale)
+        crash_point("commit_sent")
+
+    def _tell_commit(self, step: int, clip_scale: float) -> None:
+        context = self._context
+        every = shadow_every(
+            context.spec.training.shadow_every, step_s=self._step_s, upload_s=context.slowest_upload_s
+        )
+        due = shadow_due(step + 1, context.record.end_step, every)
+        commit = pb.Commit(plan_epoch=context.record.plan_epoch, step=step, clip_scale=clip_scale, shadow=due)
+        command = pb.WorkerCommand(commit=commit)
+        refs = list(context.refs())
+        context.workers.tell(command, key=f"decision {step}", only=refs[:1])
+        crash_point("commit_half_sent")
+        context.workers.tell(command, key=f"decision {step}", only=refs)
+        context.workers.forget(f"decision {step - 1}")
+
+    async def _skip(self, step: int, batch: Batch, decision: Abort) -> None:
+        context = self._context
+        if decision.kind is AbortKind.SPLIT_BRAIN:
+            raise JobError(decision.reason)
+        row = LedgerRow(
+            step=step,
+            plan_epoch=context.record.plan_epoch,
+            status=LedgerStatus.SKIPPED,
+            sample_indices=batch.sample_indices,
+            reason=decision.reason,
+        )
+        seen = StepSkipped(step=step, plan_epoch=row.plan_epoch, reason=decision.reason)
+        await context.apply(
+            job_events.StepSkipped(step=step, reason=decision.reason), ledger_row=row, events=[seen]
+        )
+        abort = pb.Abort(plan_epoch=row.plan_epoch, step=step, reason=decision.reason)
+        context.workers.tell(pb.WorkerCommand(abort=abort), key=f"decision {step}")
+        context.workers.forget(f"decision {step - 1}")
+
+
+def repeat_last_decision(context: JobContext) -> None:
+    """After a restart: workers that voted on a step decided already must hear of it, from its row."""
+    rows = [row for row in context.store.ledger(context.job_id) if row.plan_epoch == context.record.plan_epoch]
+    if not rows:
+        return
+    row = max(rows, key=lambda row: row.step)
+    if row.status is LedgerStatus.SKIPPED:
+        decision = pb.WorkerCommand(abort=pb.Abort(plan_epoch=row.plan_epoch, step=row.step, reason=row.reason))
+    else:
+        is_last = row.step + 1 == context.record.end_step
+        decision = pb.WorkerCommand(
+            commit=pb.Commit(
+                plan_epoch=row.plan_epoch, step=row.step, clip_scale=row.clip_scale or 1.0, shadow=is_last
+            )
+        )
+    context.workers.tell(decision, key=f"decision {row.step}")
+
+
+async def record_shadow(context: JobContext, ref: WorkerRef, stored: pb.ShadowStored) -> None:
+    """Write down a verified shadow, tell of the step if it became durable, and drop what nobody will need."""
+    before = context.durable()
+    shadow = Shadow(
+        shadow_id=stored.shadow_id,
+        step=stored.step,
+        plan_epoch=ref.plan_epoch,
+        sha256=stored.sha256,
+        bytes=stored.bytes,
+        parameter_names=tuple(stored.parameter_names),
+    )
+    await asyncio.wrap_future(context.store.add_shadow(context.job_id, shadow))
+    crash_point("shadow_recorded")
+    context.slowest_upload_s = max(context.slowest_upload_s or 0.0, stored.seconds)
+    after = context.durable()
+    for step in sorted(after.keys() - before.keys()):
+        shadows = after[step]
+        await context.tell(
+            ShadowDurable(step=step, bytes=sum(s.bytes for s in shadows), num_shadows=len(shadows))
+        )
+    await _drop_obsolete(context)
+    await context.workers.wake()
+
+
+async def _drop_obsolete(context: JobContext) -> None:
+    record = context.record
+    pinned = {record.start_step} | ({record.best_step} if record.best_step is not None else set())
+    obsolete = obsolete_shadows(
+        context.store.shadows(context.job_id), frozenset(record.parameter_names), pinned_steps=frozenset(pinned)
+    )
+    if obsolete:
+        ids = [shadow.shadow_id for shadow in obsolete]
+        await asyncio.wrap_future(context.store.remove_shadows(context.job_id, ids))
+        await asyncio.to_thread(context.shadow_files.delete, context.job_id, ids)
+
+
+async def score_once(context: JobContext, prepared: PreparedData, moment: ScoringMoment) -> None:
+    """Score the held-out rows, unless that was done before a restart."""
+    if moment in context.store.scores(context.job_id):
+        return
+    report, seconds = await score(context, prepared, use_adapter=moment == "after")
+    values = report.score.model_dump(exclude={"metric", "num_rows"}, exclude_none=True)
+    seen = ScoringDone(
+        when=moment,
+        num_rows=report.score.num_rows,
+        metrics=values,
+        sample_rows=tuple(
+            ScoredRow(prompt=s.prompt, expected=s.truth, answer=s.answer, is_right=s.answer.strip() == s.truth.strip())
+            for s in report.samples[:_SHOWN_ROWS]
+        ),
+        seconds=seconds,
+    )
+    await asyncio.wrap_future(context.store.put_scores(context.job_id, moment, report.model_dump_json()))
+    await context.tell(seen)
+
+
+def _vote(status: WorkerStatus) -> Vote:
+    vote, loaded = status.vote, status.loaded
+    assert vote is not None and loaded is not None
+    return Vote(
+        worker=status.ref,
+        step=vote.step,
+        squared_norms=dict(zip(loaded.parameter_names, vote.squared_norms, strict=True)),
+        finite=vote.finite,
+        loss_sum=vote.loss_sum,
+        reason=vote.reason,
+    )
+
+
+def _times(context: JobContext, status: WorkerStatus) -> WorkerStepTimes:
+    assert status.vote is not None
+    times = status.vote.times
+    return WorkerStepTimes(
+        worker=context.worker_name(status.ref),
+        total_s=times.total_s,
+        compute_s=times.compute_s,
+        wait_s=times.wait_s,
+        serialise_s=times.serialise_s,
+        commit_s=times.commit_s,
+        sent_bytes=times.sent_bytes,
+        rss_bytes=times.rss_bytes,
+        peak_rss_bytes=times.peak_rss_bytes,
+    )

@@ -1,0 +1,127 @@
+"""A round of scheduling as a value that can cross a process border: who waits, who offers, what is taken.
+
+:func:`solve` is what the Scheduler actor runs. It is a pure function from JSON to JSON around
+:func:`coordinator.scheduling.scheduler.decide` with the real planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from coordinator.scheduling.scheduler import (
+    Decision,
+    Offer,
+    Park,
+    QueuedJob,
+    Refuse,
+    Reservation,
+    Reserve,
+    Wait,
+    decide,
+)
+from partitioner.device import DeviceProfile, LinkProfile
+from partitioner.model import JobShape, ModelTable
+from partitioner.plan import Plan
+from partitioner.search import choose_micro_batch
+from partitioner.values import PlanValue
+from plutino.families import FAMILIES
+from plutino.job.assignment import StageShape
+from plutino.job.spec import JobSpec
+from plutino.types import AgentId, JobId
+
+
+class PlanningProblem(PlanValue):
+    """All that decides a job's plan, but for the memory that other jobs hold."""
+
+    job_id: str
+    table: ModelTable
+    shape: JobShape
+    """Its micro_batch_rows is the size that the devices were measured with."""
+    micro_batch_choices: tuple[int, ...]
+    """Sizes to choose from; one where the job or its numerics record fixes it."""
+    devices: tuple[DeviceProfile, ...]
+    link: LinkProfile
+    is_started: bool = False
+
+    def plan(self, devices: tuple[DeviceProfile, ...] | None = None) -> Plan:
+        """The best plan over some of the devices, or all.
+
+        Raises:
+            InfeasiblePlanError: none fits.
+        """
+        chosen = self.devices if devices is None else devices
+        return choose_micro_batch(self.table, self.shape, chosen, self.link, choices=self.micro_batch_choices)
+
+
+class HeldMemory(PlanValue):
+    """A reservation."""
+
+    job_id: str
+    agent_id: str
+    bytes: int
+
+
+class SchedulingRound(PlanValue):
+    """The whole question."""
+
+    queue: tuple[PlanningProblem, ...]
+    held: tuple[HeldMemory, ...]
+    budgets_bytes: dict[str, int]
+    """Budget of every device that is in."""
+
+
+class Verdict(PlanValue):
+    """The answer for one job."""
+
+    job_id: str
+    kind: Literal["reserve", "wait", "park", "refuse"]
+    reason: str = ""
+    plan: Plan | None = None
+    held: tuple[HeldMemory, ...] = ()
+
+
+class SchedulingAnswer(PlanValue):
+    """The whole answer, in the queue's order."""
+
+    verdicts: tuple[Verdict, ...]
+
+
+def solve(round_json: str) -> str:
+    """Decide a round; JSON of :class:`SchedulingRound` in, of :class:`SchedulingAnswer` out."""
+    question = SchedulingRound.model_validate_json(round_json)
+    problems = {JobId(problem.job_id): problem for problem in question.queue}
+    decisions = decide(
+        [QueuedJob(job_id=job_id, profiles=p.devices, is_started=p.is_started) for job_id, p in problems.items()],
+        [Reservation(job_id=JobId(h.job_id), agent_id=AgentId(h.agent_id), bytes=h.bytes) for h in question.held],
+        [Offer(agent_id=AgentId(agent), budget_bytes=budget) for agent, budget in question.budgets_bytes.items()],
+        lambda job_id, profiles: problems[job_id].plan(profiles),
+    )
+    return SchedulingAnswer(verdicts=tuple(_verdict(decision) for decision in decisions)).model_dump_json()
+
+
+def first_trainable_stage(spec: JobSpec, stages: Sequence[StageShape]) -> int:
+    """The lowest stage that holds anything to train: the stages below it only run forward."""
+    method = spec.method
+    embedding = {family.embedding[0].split(".")[-2] for family in FAMILIES.values()}
+    if method.ensure_weight_tying or embedding & set(method.modules_to_save):
+        return 0
+    if method.layers_to_transform is None:
+        return 0
+    if not method.layers_to_transform:
+        return len(stages) - 1
+    lowest = min(method.layers_to_transform)
+    return next((i for i, stage in enumerate(stages) if lowest < stage.end_block), len(stages) - 1)
+
+
+def _verdict(decision: Decision) -> Verdict:
+    match decision:
+        case Reserve(job_id=job_id, plan=plan, reservations=rows):
+            held = tuple(HeldMemory(job_id=row.job_id, agent_id=row.agent_id, bytes=row.bytes) for row in rows)
+            return Verdict(job_id=job_id, kind="reserve", plan=plan, held=held)
+        case Wait(job_id=job_id, reason=reason):
+            return Verdict(job_id=job_id, kind="wait", reason=reason)
+        case Park(job_id=job_id, reason=reason):
+            return Verdict(job_id=job_id, kind="park", reason=reason)
+        case Refuse(job_id=job_id, reason=reason):
+            return Verdict(job_id=job_id, kind="refuse", reason=reason)

@@ -1,0 +1,145 @@
+"""JobService: what people and programs ask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from coordinator.fleet.registry import FleetRegistry
+from coordinator.jobs.manager import JobManager, find_job
+from coordinator.jobs.record import JobRecord
+from coordinator.storage.base import Store
+from plutino.errors import PlutinoError
+from plutino.events import event_json
+from plutino.job.spec import JobSpec
+from plutino.wire.status import abort_with_aio
+from protos import jobs_pb2 as pb
+from protos import jobs_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class JobServicer(jobs_pb2_grpc.JobServiceServicer):
+    """Parses, calls the manager, maps errors."""
+
+    def __init__(self, manager: JobManager, store: Store, fleet: FleetRegistry) -> None:
+        self._manager = manager
+        self._store = store
+        self._fleet = fleet
+
+    async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
+        """Store a job and begin it."""
+        try:
+            spec = JobSpec.model_validate_json(request.spec_json)
+            record = await self._manager.submit(spec, idempotency_key=request.idempotency_key)
+        except PlutinoError as error:
+            await abort_with_aio(context, error)
+        return pb.SubmitResponse(job_id=record.job_id)
+
+    async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
+        """The plan that a job would get now."""
+        try:
+            plan = await self._manager.plan(JobSpec.model_validate_json(request.spec_json))
+        except PlutinoError as error:
+            await abort_with_aio(context, error)
+        return pb.PlanResponse(plan_json=plan.model_dump_json())
+
+    async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
+        """All jobs, oldest first."""
+        return pb.ListResponse(jobs=[_summary(record) for record in self._store.jobs()])
+
+    async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
+        """Everything that is stored of a job."""
+        try:
+            record = find_job(self._store, request.job_id)
+        except PlutinoError as error:
+            await abort_with_aio(context, error)
+        return pb.GetResponse(summary=_summary(record), detail_json=json.dumps(_detail(self._store, record)))
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
+        """Events as they come."""
+        try:
+            record = find_job(self._store, request.job_id)
+            async for numbered in self._manager.watch(record.job_id, after=request.after):
+                yield pb.WatchResponse(
+                    number=numbered.number,
+                    at_s=numbered.at_s,
+                    kind=numbered.event.kind,
+                    json=event_json(numbered.event),
+                )
+        except PlutinoError as error:
+            await abort_with_aio(context, error)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        """End a job."""
+        try:
+            record = await self._manager.cancel(find_job(self._store, request.job_id).job_id)
+        except PlutinoError as error:
+            await abort_with_aio(context, error)
+        return pb.CancelResponse(state=record.state.value)
+
+    async def Devices(self, request: pb.DevicesRequest, context: Context) -> pb.DevicesResponse:
+        """All devices that ever attached, with what they give and hold."""
+        held: dict[str, int] = {}
+        for row in self._store.reservations():
+            held[row.agent_id] = held.get(row.agent_id, 0) + row.bytes
+        devices = [
+            {
+                "agent_id": agent_id,
+                "name": member.device.name,
+                "state": member.state.value,
+                "reason": member.reason,
+                "host_id": member.device.host_id,
+                "threads": member.device.threads,
+                "memory_budget_bytes": member.device.memory_budget_bytes,
+                "baseline_bytes": member.device.baseline_bytes,
+                "reserved_bytes": held.get(agent_id, 0),
+                "dtypes": list(member.device.dtypes),
+                "versions": dict(member.device.versions),
+                "agent_rss_bytes": 0 if (link := self._fleet.link(agent_id)) is None else link.agent_rss_bytes,
+            }
+            for agent_id, member in sorted(self._fleet.fleet.members.items())
+        ]
+        return pb.DevicesResponse(devices_json=json.dumps(devices))
+
+
+def _summary(record: JobRecord) -> pb.JobSummary:
+    return pb.JobSummary(
+        job_id=record.job_id,
+        name=record.name,
+        state=record.state.value,
+        reason=record.reason,
+        step=record.next_step,
+        total_steps=record.total_steps,
+        submitted_at_s=record.submitted_at_s,
+        ended_at_s=record.ended_at_s or 0.0,
+        adapter_dir=record.adapter_dir or "",
+    )
+
+
+def _detail(store: Store, record: JobRecord) -> dict[str, Any]:
+    job_id = record.job_id
+    return {
+        "spec": json.loads(record.spec_json),
+        "plan": None if record.plan_json is None else json.loads(record.plan_json),
+        "plan_epoch": record.plan_epoch,
+        "numerics": None if record.numerics_json is None else json.loads(record.numerics_json),
+        "recoveries": record.recoveries,
+        "best_step": record.best_step,
+        "best_eval_loss": record.best_eval_loss,
+        "ledger": [
+            {"step": row.step, "plan_epoch": row.plan_epoch, "status": row.status.value, "loss": row.loss,
+             "grad_norm": row.grad_norm, "lr": row.lr, "samples": list(row.sample_indices), "reason": row.reason}
+            for row in store.ledger(job_id)
+        ],
+        "evaluations": [{"step": row.step, "loss": row.loss} for row in store.evaluations(job_id)],
+        "scores": {moment: json.loads(text) for moment, text in store.scores(job_id).items()},
+        "transitions": [
+            {"at_s": row.at_s, "event": row.event, "from": row.from_state.value, "to": row.to_state.value,
+             "plan_epoch": row.plan_epoch, "reason": row.reason}
+            for row in store.transitions(job_id)
+        ],
+    }

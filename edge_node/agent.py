@@ -1,0 +1,135 @@
+"""The agent: supervises the workers of one device and answers the coordinator.
+
+It wires the parts that do the work: :mod:`edge_node.attachment` (the control stream), :mod:`edge_node.worker_pool` (the
+processes) and :mod:`edge_node.state_dir` (lock, identity, logs). It loads neither torch nor numpy, because it must be
+small and must survive what kills its workers. While the coordinator is away the workers go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Coroutine
+from dataclasses import dataclass
+
+from edge_node.attachment import Attachment
+from edge_node.guard import limit_thread_stacks, read_usage
+from edge_node.state_dir import StateDir, host_id
+from edge_node.worker_pool import PoolConfig, WorkerPool, worker_id, worker_ref
+from protos import agents_pb2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """What the owner of a device decides."""
+
+    coordinator_address: str
+    name: str
+    pool: PoolConfig
+
+
+class Agent:
+    """One device's supervisor. Make it on a running event loop."""
+
+    def __init__(self, config: AgentConfig, state_dir: StateDir) -> None:
+        """Dials nothing and starts nothing before :meth:`run`.
+
+        Raises:
+            ConfigError: the coordinator's address is malformed.
+            SecurityError: the coordinator's address is not on loopback.
+        """
+        self._config = config
+        self._state_dir = state_dir
+        self._agent_id = ""
+        self._attachment = Attachment(
+            config.coordinator_address, hello=self._hello, heartbeat=self._heartbeat, obey=self._obey
+        )
+        self._pool = WorkerPool(config.pool, state_dir, self._attachment.report)
+        self._ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Supervise until :meth:`end` is called. However it returns, no worker is left.
+
+        Raises:
+            ConfigError: another agent holds the state directory, or the memory budget holds no worker.
+            AgentError: no worker can start on this device.
+        """
+        attaching: asyncio.Task[None] | None = None
+        try:
+            with self._state_dir.locked():
+                self._agent_id = self._state_dir.agent_id()
+                limit_thread_stacks()
+                try:
+                    await self._until_end(self._pool.warm_up())
+                    if not self._ended.is_set():
+                        attaching = asyncio.create_task(self._attachment.run())
+                        await self._until_end(self._pool.watch(), attaching)
+                finally:
+                    await self._pool.end(f"agent {self._config.name} ends")
+        finally:
+            # Only now: the ends of the workers are still reported on it.
+            await self._attachment.close(attaching)
+
+    def end(self) -> None:
+        """Ask :meth:`run` to end the workers and return."""
+        self._ended.set()
+
+    async def _until_end(self, work: Coroutine[None, None, None], *others: asyncio.Task[None]) -> None:
+        """Run ``work`` until it returns, another task ends or the agent shall end; raises what a task raised."""
+        ended = asyncio.create_task(self._ended.wait())
+        working = asyncio.create_task(work)
+        try:
+            done, _ = await asyncio.wait({ended, working, *others}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            ended.cancel()
+            working.cancel()
+            await asyncio.wait({ended, working})
+
+    def _hello(self) -> agents_pb2.AgentHello:
+        readiness = self._pool.readiness
+        return agents_pb2.AgentHello(
+            agent_id=self._agent_id,
+            name=self._config.name,
+            host_id=host_id(),
+            memory_budget_bytes=self._config.pool.memory_budget_bytes,
+            threads=self._config.pool.threads,
+            baseline_bytes=readiness.baseline_bytes,
+            versions=readiness.versions,
+            dtypes=readiness.dtypes,
+            workers=[worker_id(ref) for ref in self._pool.running()],
+        )
+
+    def _heartbeat(self) -> agents_pb2.Heartbeat:
+        own = read_usage(os.getpid())
+        return agents_pb2.Heartbeat(workers=self._pool.usages(), agent_rss_bytes=own.rss_bytes if own else 0)
+
+    async def _obey(self, command: agents_pb2.AgentCommand) -> None:
+        match command.WhichOneof("command"):
+            case "start_worker":
+                start = command.start_worker
+                await self._pool.start(worker_ref(start.worker), start.assignment_json)
+            case "stop_worker":
+                self._pool.stop(worker_ref(command.stop_worker.worker), command.stop_worker.reason)
+            case "profile":
+                await self._pool.profile(command.profile.request_id, command.profile.request_json)
+            case other:
+                logger.warning("the coordinator sent %r, which this version does not know; ignored", other)
+
+
+def run_agent(config: AgentConfig, state_dir: StateDir) -> None:
+    """Run an agent until SIGTERM or SIGINT; raises as :meth:`Agent.run`."""
+
+    async def supervise() -> None:
+        agent = Agent(config, state_dir)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, agent.end)
+        await agent.run()
+
+    asyncio.run(supervise())

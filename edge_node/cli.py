@@ -1,0 +1,84 @@
+"""``plutino-node``: the command of a device that has only the agent installed."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from plutino.errors import ConfigError, PlutinoError
+from plutino.sizes import parse_size
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, which is that of the error class if it fails."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        _run(options)
+    except PlutinoError as error:
+        print(f"plutino-node: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if not _NAME.fullmatch(options.name):
+        raise ConfigError(
+            f"device name {options.name!r} is not allowed; use 1 to 63 letters, digits, '.', '-' or '_', "
+            "the first a letter or digit"
+        )
+    if options.threads < 1:
+        raise ConfigError(f"--threads {options.threads} is less than 1")
+    memory_budget_bytes = parse_size(options.memory)
+    # Imported here: gRPC would cost --help more than the rest together.
+    from edge_node.agent import AgentConfig, run_agent
+    from edge_node.state_dir import StateDir, default_state_dir
+    from edge_node.worker_pool import PoolConfig
+
+    config = AgentConfig(
+        coordinator_address=options.coordinator,
+        name=options.name,
+        pool=PoolConfig(memory_budget_bytes=memory_budget_bytes, threads=options.threads),
+    )
+    run_agent(config, StateDir(options.state_dir or default_state_dir(options.name)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="plutino-node", description="Gives this device to a plutino coordinator.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="supervise this device's workers until ended",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    run.add_argument("--coordinator", required=True, metavar="HOST:PORT", help="where the coordinator listens")
+    run.add_argument("--memory", required=True, metavar="SIZE", help="bound on all workers' memory, such as 600MiB")
+    run.add_argument("--name", default=socket.gethostname(), help="what people call this device")
+    run.add_argument("--threads", type=int, default=_num_cores(), help="threads of each worker")
+    run.add_argument(
+        "--state-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="identity and logs; by default plutino/nodes/NAME in the user's state directory",
+    )
+    return parser
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""Runs one stage: carries out a schedule's actions, keeps the step's gradients until they are committed.
+
+A training step has two halves. :meth:`StageExecutor.train_step` computes the whole gradient of every parameter the
+stage holds and returns what the coordinator votes on. :meth:`StageExecutor.commit` applies it, :meth:`drop` forgets it;
+between the two nothing of the step is visible in the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_node.engine.optimizer import StageOptimizer
+from edge_node.engine.schedule import Backward, Forward, Receive, Send, forward_actions, train_actions
+from edge_node.engine.shared_gradients import FOLDED, Contributions, fold, plan_groups, reduce_group
+from edge_node.methods.base import AttachedMethod, Role
+from edge_node.methods.dropout import dropout_position
+from edge_node.objectives.base import Objective
+from edge_node.stage.architecture import make_position_ids
+from edge_node.stage.build import Stage, StageInput
+from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport
+from plutino.data.batches import MicroBatchRows
+from plutino.job.assignment import StageShape
+from plutino.types import Unit
+
+# Shape suffixes: B rows of a micro-batch, T tokens, D hidden size.
+
+
+@dataclass(frozen=True, slots=True)
+class UnitInput:
+    """What a worker gets of a unit before it starts."""
+
+    unit: Unit
+    num_micro_batches: int
+    loss_weight: float
+    rows: tuple[MicroBatchRows | None, ...]
+    """One per micro-batch on the first and the last stage; None where the stage does not read tokens."""
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Where the seconds of a unit went."""
+
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    """Waiting for a peer's tensors."""
+    send_s: float = 0.0
+    """Handing tensors to the transport; encoding runs beside the computation."""
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """A worker's vote."""
+
+    squared_norms: tuple[float, ...]
+    """Squared L2 norm of every parameter's whole gradient, in the order of the method's parameters."""
+    is_finite: bool
+    loss_sum: float
+    reason: str
+    times: StepTimes
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A micro-batch between its forward and its backward pass."""
+
+    hidden_in_BTD: Tensor | None
+    output: Tensor | None
+    """Hidden states for the next stage, or the scaled loss on the last."""
+    metadata: dict[str, Tensor]
+    """What travels with the hidden states: lengths, position_ids, segment_ids."""
+
+
+class StageExecutor:
+    """One stage with its adapter, optimiser and peers."""
+
+    def __init__(
+        self,
+        *,
+        stage: Stage,
+        method: AttachedMethod,
+        objective: Objective,
+        optimizer: StageOptimizer,
+        transport: Transport | None,
+        stages: Sequence[StageShape],
+        me: Peer,
+        seed: int,
+        codec: str = "raw",
+        first_trainable_stage: int = 0,
+    ) -> None:
+        self.stage = stage
+        self.method = method
+        self.me = me
+        self.stages = tuple(stages)
+        self.seed = seed
+        self.codec = codec
+        self._objective = objective
+        self.optimizer = optimizer
+        self._transport = transport
+        self._first_trainable_stage = first_trainable_stage
+        self._roles: dict[str, tuple[Role, ...]] = {p.name: p.all_roles for p in method.parameters}
+        self._groups, self._shared_names = plan_groups(method.parameters, stages, me)
+        self._contributions: dict[str, Contributions] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    @property
+    def transport(self) -> Transport:
+        """The transport; a job of one stage and one replica has none."""
+        assert self._transport is not None, "a single worker has no peer to talk to"
+        return self._transport
+
+    def train_step(self, work: UnitInput) -> StepOutcome:
+        """Run forward and backward passes of one step and sum its gradients over all holders.
+
+        Raises:
+            PeerLostError: a peer went away.
+            UnitCancelledError: the coordinator abandoned the step.
+        """
+        started_s = time.perf_counter()
+        times = StepTimes()
+        self.drop()
+        self._contributions = {p.name: {} for p in self.method.parameters}
+        actions = train_actions(
+            self.stages,
+            me=self.me,
+            num_micro_batches=work.num_micro_batches,
+            first_trainable_stage=self._first_trainable_stage,
+        )
+        loss_sum = self._run(work, actions, times, is_training=True)
+        self._gradients = self._whole_gradients(work, times)
+        norms = tuple(
+            float(torch.linalg.vector_norm(self._gradients[p.name], dtype=torch.float64)) ** 2
+            for p in self.method.parameters
+        )
+        reason = self._not_finite(norms, loss_sum, work.unit.serial)
+        times.total_s = time.perf_counter() - started_s
+        return StepOutcome(norms, not reason, loss_sum, reason, times)
+
+    def commit(self, step: int, clip_scale: float) -> None:
+        """Apply the gradients of the step that was voted on."""
+        self.optimizer.apply(step, self._gradients, clip_scale)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradients of the step in progress."""
+        self._gradients = {}
+        self._contributions = {}
+        for parameter in self.method.parameters:
+            for _, use in parameter.uses:
+                use.grad = None
+
+    def evaluate(self, work: UnitInput) -> float:
+        """Sum of token losses over the unit's micro-batches; 0 on all stages but the last."""
+        actions = forward_actions(self.stages, me=self.me, num_micro_batches=work.num_micro_batches)
+        with torch.no_grad():
+            return self._run(work, actions, StepTimes(), is_training=False)
+
+    def _run(self, work: UnitInput, actions: Sequence[object], times: StepTimes, *, is_training: bool) -> float:
+        runs_backward = is_training and self.me.stage_index >= self._first_trainable_stage
+        in_flight: dict[int, _InFlight] = {}
+        received: dict[int, dict[str, Tensor]] = {}
+        to_send: dict[int, Tensor] = {}
+        loss_sum = 0.0
+        for action in actions:
+            started_s = time.perf_counter()
+            match action:
+                case Receive(m, kind, peer):
+                    received[m] = self.transport.receive(peer, MessageKey(kind, work.unit, m))
+                    times.wait_s += time.perf_counter() - started_s
+                case Forward(m):
+                    with self._position(work, m, is_training=is_training):
+                        in_flight[m], loss = self._forward(work, m, received.pop(m, None))
+                    loss_sum += loss
+                    if self.stage.is_last and not runs_backward:
+                        del in_flight[m]
+                    times.compute_s += time.perf_counter() - started_s
+                case Send(m, MessageKind.FORWARD as kind, peer):
+                    flight = in_flight[m] if runs_backward else in_flight.pop(m)
+                    assert flight.output is not None
+                    tensors = {"hidden": flight.output.detach(), **flight.metadata}
+                    self.transport.send(peer, MessageKey(kind, work.unit, m), tensors, codec=self.codec)
+                    times.send_s += time.perf_counter() - started_s
+                case Backward(m):
+                    with self._position(work, m, is_training=is_training):
+                        gradient = self._backward(in_flight.pop(m), received.pop(m, None))
+                    if gradient is not None:
+                        to_send[m] = gradient
+                    self._take_gradients(m)
+                    times.compute_s += time.perf_counter() - started_s
+                case Send(m, kind, peer):
+                    tensors = {"gradient": to_send.pop(m)}
+                    self.transport.send(peer, MessageKey(kind, work.unit, m), tensors, codec=self.codec)
+                    times.send_s += time.perf_counter() - started_s
+                case _:
+                    raise AssertionError(f"unknown action {action}")
+        return loss_sum
+
+    def _position(self, work: UnitInput, m: int, *, is_training: bool) -> AbstractContextManager[None]:
+        if not is_training:
+            return nullcontext()
+        return dropout_position(seed=self.seed, step=work.unit.serial, micro_batch=m)
+
+    def _forward(self, work: UnitInput, m: int, received: dict[str, Tensor] | None) -> tuple[_InFlight, float]:
+        rows = work.rows[m]
+        if received is None:
+            assert rows is not None, "the first stage reads tokens"
+            inputs, metadata = first_stage_input(self.stage, rows)
+        else:
+            metadata = received
+            hidden_BTD = metadata.pop("hidden")
+            if torch.is_grad_enabled() and self.me.stage_index > self._first_trainable_stage:
+                hidden_BTD.requires_grad_(True)
+            inputs = later_stage_input(hidden_BTD, metadata)
+        output_BTD = self.stage.forward(inputs)
+        if not self.stage.is_last:
+            return _InFlight(inputs.hidden, output_BTD, metadata), 0.0
+        assert rows is not None, "the last stage reads labels"
+        loss = self._objective.loss(self.stage, output_BTD, rows, work.loss_weight)
+        return _InFlight(inputs.hidden, loss.scaled, metadata), loss.sum
+
+    def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> Tensor | None:
+        """Back-propagate one micro-batch; gives the gradient of its incoming hidden states, if a stage wants it."""
+        if flight.output is not None and flight.output.requires_grad:
+            torch.autograd.backward(flight.output, None if received is None else received["gradient"])
+        hidden_BTD = flight.hidden_in_BTD
+        if hidden_BTD is None or not hidden_BTD.requires_grad:
+            return None
+        # A micro-batch without label tokens has no gradient; the stages below still wait for one.
+        return torch.zeros_like(hidden_BTD) if hidden_BTD.grad is None else hidden_BTD.grad
+
+    def _take_gradients(self, m: int) -> None:
+        """Move .grad of every use into the step's contributions, separately only where replicas will need it."""
+        is_replicated = self.stages[self.me.stage_index].num_replicas > 1
+        for parameter in self.method.parameters:
+            for role, use in parameter.uses:
+                if use.grad is None:
+                    continue
+                key = (role, m if is_replicated else FOLDED)
+                held = self._contributions[parameter.name]
+                # Autograd would fold later micro-batches into .grad in place and in order, which is the same sum;
+                # taking it out keeps the two cases alike.
+                if key in held:
+                    held[key].add_(use.grad)
+                else:
+                    held[key] = use.grad
+                use.grad = None
+
+    def _whole_gradients(self, work: UnitInput, times: StepTimes) -> dict[str, Tensor]:
+        shapes = {p.name: p.uses[0][1].shape for p in self.method.parameters}
+        gradients: dict[str, Tensor] = {}
+        for parameter in self.method.parameters:
+            if parameter.name in self._shared_names:
+                continue
+            held = self._contributions[parameter.name]
+            if len(held) == 1:
+                (gradients[parameter.name],) = held.values()
+            elif held:
+                gradients[parameter.name] = fold(held, parameter.all_roles)
+            else:
+                gradients[parameter.name] = torch.zeros_like(parameter.uses[0][1])
+        started_s = time.perf_counter()
+        for group in self._groups:
+            gradients |= reduce_group(
+                group, self._contributions, self._roles, shapes, me=self.me, unit=work.unit, transport=self.transport
+            )
+        times.wait_s += time.perf_counter() - started_s
+        self._contributions = {}
+        return gradients
+
+    def _not_finite(self, norms: Sequence[float], loss_sum: float, step: int) -> str:
+        if not math.isfinite(loss_sum):
+            return f"the loss of step {step} is {loss_sum}"
+        for parameter, norm in zip(self.method.parameters, norms, strict=True):
+            if not math.isfinite(norm):
+                return f"the gradient of {parameter.name} has squared norm {norm} at step {step}"
+        return ""
+
+
+def first_stage_input(stage: Stage, rows: MicroBatchRows) -> tuple[StageInput, dict[str, Tensor]]:
+    """Right-padded input of the first stage, and what later stages need beside the hidden states."""
+    lengths = torch.as_tensor(np.asarray(rows.lengths, dtype=np.int32))
+    mask_BT = padding_mask(lengths, rows.padded_tokens, side="right")
+    position_ids_BT = make_position_ids(
+        stage.family, attention_mask=mask_BT, segment_ids=None, shape=(len(rows.lengths), rows.padded_tokens)
+    )
+    inputs = StageInput(
+        position_ids=position_ids_BT,
+        input_ids=padded_ids(rows, side="right", pad_id=pad_token_id(stage)),
+        attention_mask=mask_BT,
+    )
+    return inputs, {"lengths": lengths, "position_ids": position_ids_BT}
+
+
+def later_stage_input(hidden_BTD: Tensor, metadata: dict[str, Tensor]) -> StageInput:
+    """Input of a stage that gets hidden states of a right-padded micro-batch from a peer."""
+    return StageInput(
+        position_ids=metadata["position_ids"],
+        hidden=hidden_BTD,
+        attention_mask=padding_mask(metadata["lengths"], hidden_BTD.shape[1], side="right"),
+        segment_ids=metadata.get("segment_ids"),
+    )
+
+
+def pad_token_id(stage: Stage) -> int:
+    """Any token will do, because padding is masked; the model's own keeps it equal to transformers."""
+    configured = getattr(stage.config, "pad_token_id", None)
+    return 0 if configured is None else int(configured)
+
+
+def padded_ids(rows: MicroBatchRows, *, side: str, pad_id: int) -> Tensor:
+    """Token ids [B, T] of rows that travel without padding."""
+    ids_BT = np.full((len(rows.lengths), rows.padded_tokens), pad_id, dtype=np.int64)
+    start = 0
+    for row, length in enumerate(rows.lengths):
+        at = 0 if side == "right" else rows.padded_tokens - length
+        ids_BT[row, at : at + length] = rows.input_ids[start : start + length]
+        start += length
+    return torch.from_numpy(ids_BT)
+
+
+def padding_mask(lengths_B: Tensor, padded_tokens: int, *, side: str) -> Tensor | None:
+    """1 for real tokens, [B, T]; None when no row is padded, so that attention takes its faster path."""
+    if bool((lengths_B == padded_tokens).all()):
+        return None
+    positions_T = torch.arange(padded_tokens)
+    if side == "right":
+        return (positions_T < lengths_B[:, None]).long()
+    return (positions_T >= padded_tokens - lengths_B[:, None]).long()

@@ -1,0 +1,220 @@
+"""Generation through the pipeline: groups of rows follow each other through the stages, with a KV cache per stage.
+
+Each group is prefilled once; then the last stage samples a token per row and sends it straight to the first stage,
+which runs the next round. With as many groups as stages every stage always has a group to work on. Prompts are padded
+on the left, finished rows are fed the pad token until their whole group has finished, as transformers' generate does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from edge_node.engine.executor import StageExecutor, UnitInput, pad_token_id, padded_ids, padding_mask
+from edge_node.stage.architecture import make_position_ids
+from edge_node.stage.build import StageInput
+from edge_node.transport.base import MessageKey, MessageKind, Peer
+
+# Shape suffixes: B rows of a group, T tokens, S tokens so far (padding included), D hidden size, V vocabulary.
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How tokens are chosen and when a row ends."""
+
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...]
+    temperature: float = 0.0
+    """0 is greedy."""
+    use_adapter: bool = True
+    step: int = 0
+    """Optimiser steps applied so far, part of the sampling seed."""
+    sample_indices: tuple[tuple[int, ...], ...] = ()
+    """Per group: each row's position in the data set, part of the sampling seed."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """One group of rows on one stage."""
+
+    attention_mask_BS: Tensor
+    cache: Cache | None
+    is_done: bool = False
+    finished_B: Tensor | None = None
+    new_tokens: list[Tensor] = field(default_factory=list)
+
+
+def generate(executor: StageExecutor, work: UnitInput, options: GenerateOptions, *, seed: int) -> list[list[list[int]]]:
+    """Run this stage's part of a generation unit.
+
+    Args:
+        executor: the stage.
+        work: the unit; its micro-batches are the groups, prompts without padding.
+        options: sampling and stopping.
+        seed: the job's seed.
+
+    Returns:
+        On the last stage, per group and row, the new tokens without the stop token; elsewhere nothing.
+    """
+    if executor.me.replica_index > 0:
+        return []  # the first replica of every stage generates; its KV cache is the one the plan has room for
+    executor.method.set_enabled(options.use_adapter)
+    try:
+        with torch.no_grad():
+            return _Generation(executor, work, options, seed).run()
+    finally:
+        executor.method.set_enabled(True)
+
+
+class _Generation:
+    def __init__(self, executor: StageExecutor, work: UnitInput, options: GenerateOptions, seed: int) -> None:
+        self._executor = executor
+        self._stage = executor.stage
+        self._work = work
+        self._options = options
+        self._seed = seed
+        last = len(executor.stages) - 1
+        self._next = None if self._stage.is_last else Peer(executor.me.stage_index + 1)
+        self._previous = None if self._stage.is_first else Peer(executor.me.stage_index - 1)
+        self._first_peer, self._last_peer = Peer(0), Peer(last)
+        self._is_alone = last == 0
+        self._groups: dict[int, _Group] = {}
+        self._sampled: dict[int, Tensor] = {}
+
+    def run(self) -> list[list[list[int]]]:
+        for position in range(self._options.max_new_tokens):
+            for g in range(self._work.num_micro_batches):
+                if position == 0 or not self._groups[g].is_done:
+                    self._round(g, position)
+            if all(group.is_done for group in self._groups.values()):
+                break
+        if not self._stage.is_last:
+            return []
+        return [self._rows(self._groups[g]) for g in range(self._work.num_micro_batches)]
+
+    def _round(self, g: int, position: int) -> None:
+        inputs = self._input(g, position)
+        if inputs is None:  # the group has ended: tell the next stage, unless that is the last, which ended it
+            self._groups[g].is_done = True
+            self._groups[g].cache = None
+            if self._next is not None and self._next != self._last_peer:
+                self._send_forward(g, position, {"done": torch.ones(1, dtype=torch.uint8)})
+            return
+        hidden_BTD = self._stage.forward(inputs)
+        if self._next is not None:
+            tensors = {"hidden": hidden_BTD, "position_ids": inputs.position_ids}
+            if position == 0:
+                tensors["mask"] = self._groups[g].attention_mask_BS.to(torch.uint8)
+            self._send_forward(g, position, tensors)
+            return
+        self._sample(g, position, self._stage.head(hidden_BTD[:, -1]).float())
+
+    def _input(self, g: int, position: int) -> StageInput | None:
+        if self._stage.is_first:
+            return self._first_input(g, position)
+        assert self._previous is not None
+        received = self._executor.transport.receive(self._previous, self._key(MessageKind.FORWARD, g, position))
+        if "done" in received:
+            return None
+        if position == 0:
+            self._groups[g] = _Group(received["mask"].long(), self._stage.new_cache())
+        else:
+            self._grow(g)
+        return self._stage_input(g, received["position_ids"], hidden=received["hidden"])
+
+    def _first_input(self, g: int, position: int) -> StageInput | None:
+        if position == 0:
+            rows = self._work.rows[g]
+            assert rows is not None, "the first stage reads prompts"
+            lengths_B = torch.as_tensor(rows.lengths, dtype=torch.int32)
+            mask_BS = padding_mask(lengths_B, rows.padded_tokens, side="left")
+            shape = (len(rows.lengths), rows.padded_tokens)
+            mask_BS = torch.ones(shape, dtype=torch.int64) if mask_BS is None else mask_BS
+            self._groups[g] = _Group(mask_BS, self._stage.new_cache())
+            position_ids = make_position_ids(self._stage.family, attention_mask=mask_BS, segment_ids=None, shape=shape)
+            ids_BT = padded_ids(rows, side="left", pad_id=pad_token_id(self._stage))
+            return self._stage_input(g, position_ids, input_ids=ids_BT)
+        if self._is_alone:
+            ids_B = self._sampled.pop(g, None)
+        else:
+            received = self._executor.transport.receive(self._last_peer, self._key(MessageKind.TOKENS, g, position))
+            ids_B = received.get("ids")
+        if ids_B is None:
+            return None
+        self._grow(g)
+        position_ids_B1 = self._groups[g].attention_mask_BS.sum(dim=1, keepdim=True) - 1
+        return self._stage_input(g, position_ids_B1, input_ids=ids_B[:, None])
+
+    def _grow(self, g: int) -> None:
+        mask_BS = self._groups[g].attention_mask_BS
+        self._groups[g].attention_mask_BS = torch.cat([mask_BS, mask_BS.new_ones(mask_BS.shape[0], 1)], dim=1)
+
+    def _stage_input(
+        self, g: int, position_ids: Tensor, *, input_ids: Tensor | None = None, hidden: Tensor | None = None
+    ) -> StageInput:
+        group = self._groups[g]
+        return StageInput(
+            position_ids=position_ids,
+            input_ids=input_ids,
+            hidden=hidden,
+            attention_mask=group.attention_mask_BS,
+            cache=group.cache,
+        )
+
+    def _send_forward(self, g: int, position: int, tensors: dict[str, Tensor]) -> None:
+        assert self._next is not None
+        key = self._key(MessageKind.FORWARD, g, position)
+        self._executor.transport.send(self._next, key, tensors, codec=self._executor.codec)
+
+    def _sample(self, g: int, position: int, logits_BV: Tensor) -> None:
+        group = self._groups[g]
+        tokens_B = self._choose(g, position, logits_BV)
+        if group.finished_B is None:
+            group.finished_B = torch.zeros(len(tokens_B), dtype=torch.bool)
+        tokens_B = torch.where(group.finished_B, torch.tensor(pad_token_id(self._stage)), tokens_B)
+        group.new_tokens.append(tokens_B)
+        stops = torch.tensor(self._options.stop_tokens, dtype=torch.int64)
+        group.finished_B = group.finished_B | torch.isin(tokens_B, stops)
+        group.is_done = bool(group.finished_B.all())
+        if position + 1 == self._options.max_new_tokens:
+            return
+        if group.is_done:
+            group.cache = None
+        if self._is_alone:
+            if not group.is_done:
+                self._sampled[g] = tokens_B
+            return
+        tensors = {"done": torch.ones(1, dtype=torch.uint8)} if group.is_done else {"ids": tokens_B}
+        self._executor.transport.send(self._first_peer, self._key(MessageKind.TOKENS, g, position + 1), tensors)
+
+    def _choose(self, g: int, position: int, logits_BV: Tensor) -> Tensor:
+        if self._options.temperature == 0:
+            return logits_BV.argmax(dim=-1)
+        shares_BV = torch.softmax(logits_BV.double() / self._options.temperature, dim=-1).cumsum(dim=-1)
+        samples = self._options.sample_indices[g]
+        step = self._options.step
+        draws_B1 = torch.tensor([[uniform(self._seed, step, sample, position)] for sample in samples])
+        return torch.searchsorted(shares_BV, draws_B1.double() * shares_BV[:, -1:]).squeeze(1)
+
+    def _rows(self, group: _Group) -> list[list[int]]:
+        stops = set(self._options.stop_tokens)
+        rows: list[list[int]] = []
+        for tokens in torch.stack(group.new_tokens, dim=1).tolist():
+            end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+            rows.append(tokens[:end])
+        return rows
+
+    def _key(self, kind: MessageKind, g: int, position: int) -> MessageKey:
+        return MessageKey(kind, self._work.unit, g, position)
+
+
+def uniform(*parts: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") / 2**64
+
+

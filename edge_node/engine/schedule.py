@@ -1,0 +1,130 @@
+"""Which worker does what, in which order: 1F1B as a pure list of actions per worker.
+
+1F1B (Narayanan et al. 2019, PipeDream; 2021, arXiv:2104.04473 sec. 2.2): a stage runs a few forward passes ahead, then
+alternates one forward with one backward, so that at most as many micro-batches are in flight as stages lie below it.
+Every stage may have several replicas; the table micro-batch -> replica says which of them runs a micro-batch.
+
+Backward passes of a worker come in the order of micro-batches whatever the number of stages, which is why its
+gradients add up to the same bits in every partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_node.transport.base import MessageKind, Peer
+from plutino.job.assignment import StageShape
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Run the stage on a micro-batch; on the last stage, the loss too."""
+
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Run the backward pass of a micro-batch."""
+
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Hand a micro-batch's tensors to a peer."""
+
+    micro_batch: int
+    kind: MessageKind
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Wait for a micro-batch's tensors from a peer."""
+
+    micro_batch: int
+    kind: MessageKind
+    peer: Peer
+
+
+Action = Forward | Backward | Send | Receive
+
+
+def replica_of(shape: StageShape, micro_batch: int) -> int:
+    """The replica of a stage that runs a micro-batch."""
+    owners = shape.micro_batch_owner
+    return owners[micro_batch % len(owners)] if owners else 0
+
+
+def forwards_ahead(stages: Sequence[StageShape], stage_index: int) -> int:
+    """Micro-batches that one replica of a stage holds at once, at most.
+
+    The replicas of this and of all later stages must each have one to work on; the stage's own replicas share that.
+    With one replica everywhere this is the number of stages from this one on.
+    """
+    wanted = sum(stage.num_replicas for stage in stages[stage_index:])
+    return -(-wanted // stages[stage_index].num_replicas)
+
+
+def train_actions(
+    stages: Sequence[StageShape],
+    *,
+    me: Peer,
+    num_micro_batches: int,
+    first_trainable_stage: int = 0,
+) -> list[Action]:
+    """The actions of one worker for one optimiser step.
+
+    Args:
+        stages: all stages of the plan.
+        me: the worker.
+        num_micro_batches: micro-batches of this step.
+        first_trainable_stage: the lowest stage that trains anything; stages below it only run forward.
+    """
+    mine = [m for m in range(num_micro_batches) if replica_of(stages[me.stage_index], m) == me.replica_index]
+    if me.stage_index < first_trainable_stage:
+        return [action for m in mine for action in _forward(stages, me, m)]
+    ahead = min(forwards_ahead(stages, me.stage_index), len(mine)) - 1
+    sends_gradient = me.stage_index > first_trainable_stage
+    actions: list[Action] = []
+    for m in mine[:ahead]:  # warm-up
+        actions += _forward(stages, me, m)
+    for forward_m, backward_m in zip(mine[ahead:], mine, strict=False):  # steady: one forward, one backward
+        actions += _forward(stages, me, forward_m)
+        actions += _backward(stages, me, backward_m, sends_gradient=sends_gradient)
+    for m in mine[len(mine) - ahead :]:  # cool-down
+        actions += _backward(stages, me, m, sends_gradient=sends_gradient)
+    return actions
+
+
+def forward_actions(stages: Sequence[StageShape], *, me: Peer, num_micro_batches: int) -> list[Action]:
+    """The actions of one worker for an evaluation: forward passes only."""
+    mine = [m for m in range(num_micro_batches) if replica_of(stages[me.stage_index], m) == me.replica_index]
+    return [action for m in mine for action in _forward(stages, me, m)]
+
+
+def _forward(stages: Sequence[StageShape], me: Peer, m: int) -> list[Action]:
+    actions: list[Action] = []
+    if me.stage_index > 0:
+        actions.append(Receive(m, MessageKind.FORWARD, _neighbour(stages, me, m, -1)))
+    actions.append(Forward(m))
+    if me.stage_index < len(stages) - 1:
+        actions.append(Send(m, MessageKind.FORWARD, _neighbour(stages, me, m, +1)))
+    return actions
+
+
+def _backward(stages: Sequence[StageShape], me: Peer, m: int, *, sends_gradient: bool) -> list[Action]:
+    actions: list[Action] = []
+    if me.stage_index < len(stages) - 1:
+        actions.append(Receive(m, MessageKind.BACKWARD, _neighbour(stages, me, m, +1)))
+    actions.append(Backward(m))
+    if sends_gradient:
+        actions.append(Send(m, MessageKind.BACKWARD, _neighbour(stages, me, m, -1)))
+    return actions
+
+
+def _neighbour(stages: Sequence[StageShape], me: Peer, m: int, direction: int) -> Peer:
+    stage_index = me.stage_index + direction
+    return Peer(stage_index, replica_of(stages[stage_index], m))

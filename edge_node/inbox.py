@@ -1,0 +1,167 @@
+"""What the coordinator has told a worker and the worker has not done yet, as one thread-safe queue.
+
+Commands come on the control stream's thread; the compute thread takes them one by one. A unit of work comes as several
+feed messages, in any number of repetitions; it is taken once it is whole, in the order in which units were first heard
+of. Decisions on a step are not queued: the compute thread waits for exactly the one it voted on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edge_node.engine.executor import UnitInput
+from plutino.data.batches import MicroBatchRows
+from plutino.types import Unit, UnitKind
+from plutino.wire.convert import unit_from_proto
+from protos import workers_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTask:
+    """A whole unit, ready to run."""
+
+    work: UnitInput
+    generate: pb.GenerateOptions | None
+    sample_indices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CommandTask:
+    """A command that is done between units."""
+
+    command: pb.WorkerCommand
+
+
+Task = UnitTask | CommandTask
+
+
+@dataclass(slots=True)
+class _Gathering:
+    unit: Unit
+    num_micro_batches: int
+    loss_weight: float
+    needs_rows: bool
+    rows: dict[int, MicroBatchRows] = field(default_factory=dict)
+    generate: dict[int, pb.GenerateOptions] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.needs_rows or len(self.rows) == self.num_micro_batches
+
+
+class Inbox:
+    """Tasks and decisions of one worker."""
+
+    def __init__(self, *, reads_tokens: bool, decode_rows: Callable[[pb.Feed], MicroBatchRows]) -> None:
+        self._reads_tokens = reads_tokens
+        self._decode_rows = decode_rows
+        self._changed = threading.Condition()
+        self._order: list[Unit | CommandTask] = []
+        self._gathering: dict[Unit, _Gathering] = {}
+        self._current: Unit | None = None
+        self._cancelled: set[Unit] = set()
+        self._next_step = 0
+        self._decisions: dict[int, pb.Commit | pb.Abort] = {}
+        self._finish: str | None = None
+
+    def start_at(self, step: int) -> None:
+        """Steps below this one are done: feeds and decisions of theirs are ignored."""
+        with self._changed:
+            self._next_step = step
+            self._decisions = {s: d for s, d in self._decisions.items() if s >= step}
+            self._changed.notify_all()
+
+    def feed(self, feed: pb.Feed) -> None:
+        """Take one part of a unit; repeated parts are ignored."""
+        unit = unit_from_proto(feed.unit)
+        with self._changed:
+            if unit in self._cancelled or unit == self._current:
+                return
+            if unit.kind == UnitKind.TRAIN and unit.serial < self._next_step:
+                return
+            gathering = self._gathering.get(unit)
+            if gathering is None:
+                gathering = _Gathering(unit, feed.num_micro_batches, feed.loss_weight, self._reads_tokens)
+                if unit.kind == UnitKind.GENERATE:
+                    gathering.needs_rows = True  # every stage needs the options, which come with the rows
+                self._gathering[unit] = gathering
+                self._order.append(unit)
+            if feed.micro_batch < feed.num_micro_batches:
+                gathering.rows[feed.micro_batch] = self._decode_rows(feed)
+                if feed.HasField("generate"):
+                    gathering.generate[feed.micro_batch] = feed.generate
+            self._changed.notify_all()
+
+    def command(self, command: pb.WorkerCommand) -> None:
+        """Queue a command to be done between units."""
+        with self._changed:
+            self._order.append(CommandTask(command))
+            self._changed.notify_all()
+
+    def decide(self, step: int, decision: pb.Commit | pb.Abort) -> None:
+        """Take the coordinator's decision on a step; repeated ones are ignored."""
+        with self._changed:
+            if step >= self._next_step:
+                self._decisions[step] = decision
+                self._changed.notify_all()
+
+    def cancel(self, unit: Unit) -> bool:
+        """Forget a unit; True if it is the one being run."""
+        with self._changed:
+            self._cancelled.add(unit)
+            self._gathering.pop(unit, None)
+            if unit in self._order:
+                self._order.remove(unit)
+            return unit == self._current
+
+    def finish(self, reason: str) -> None:
+        """End: whoever waits gets None."""
+        with self._changed:
+            self._finish = reason
+            self._changed.notify_all()
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Units heard of and not finished."""
+        with self._changed:
+            current = () if self._current is None else (self._current,)
+            return (*current, *(entry for entry in self._order if isinstance(entry, Unit)))
+
+    def take(self) -> Task | None:
+        """Wait for the next task, in order; None once finished."""
+        with self._changed:
+            self._current = None
+            while True:
+                if self._finish is not None:
+                    return None
+                if self._order and (task := self._ready(self._order[0])) is not None:
+                    self._order.pop(0)
+                    return task
+                self._changed.wait()
+
+    def wait_decision(self, step: int) -> pb.Commit | pb.Abort | None:
+        """Wait for the decision on a step that was voted on; None once finished."""
+        with self._changed:
+            while step not in self._decisions and self._finish is None:
+                self._changed.wait()
+            return self._decisions.pop(step, None)
+
+    def _ready(self, entry: Unit | CommandTask) -> Task | None:
+        if isinstance(entry, CommandTask):
+            return entry
+        gathering = self._gathering[entry]
+        is_due = entry.kind != UnitKind.TRAIN or entry.serial == self._next_step
+        if not gathering.is_whole or not is_due:
+            return None
+        del self._gathering[entry]
+        self._current = entry
+        m_range = range(gathering.num_micro_batches)
+        work = UnitInput(
+            entry, gathering.num_micro_batches, gathering.loss_weight, tuple(gathering.rows.get(m) for m in m_range)
+        )
+        if not gathering.generate:
+            return UnitTask(work, None, ())
+        samples = tuple(tuple(gathering.generate[m].sample_indices) for m in m_range)
+        return UnitTask(work, gathering.generate[0], samples)

@@ -1,0 +1,54 @@
+"""What a fine-tuning method is to the executor: trainable parameters by global name, attached to one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+Role = Literal["block", "embedding", "head"]
+"""Part of the model in which a trainable parameter is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainableParameter:
+    """One parameter of the job, which several stages may hold."""
+
+    name: str
+    """Global name: exactly the key that peft's save_pretrained writes. A parameter that embedding and head share goes
+    by the embedding's key on every stage."""
+    uses: tuple[tuple[Role, nn.Parameter], ...]
+    """This stage's fp32 parameters that are this global one, the embedding's before the head's. Two uses on one stage
+    are two Parameters on one storage, so that each accumulates its own gradient."""
+    all_roles: tuple[Role, ...]
+    """Roles over all stages of the model, in the same order: who must add up gradients with whom."""
+
+
+class AttachedMethod(Protocol):
+    """A method on one stage. Joined over the stages, the states are one peft checkpoint."""
+
+    @property
+    def parameters(self) -> tuple[TrainableParameter, ...]:
+        """Sorted by name; empty if nothing of this stage is trained."""
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch between the adapted model and exactly the base model."""
+
+    def state(self) -> dict[str, Tensor]:
+        """This stage's part of the checkpoint: fp32 copies by peft's keys.
+
+        A parameter that embedding and head share appears under the key of each role that this stage holds, as peft
+        writes it.
+        """
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values into the stage's parameters, in place; names of other stages are ignored.
+
+        Raises:
+            ConfigError: a name of this stage is missing, or a tensor has another shape.
+        """
+
+    def peft_config(self) -> dict[str, Any]:
+        """Content of adapter_config.json for the whole model, the same on every stage."""

@@ -1,0 +1,189 @@
+"""What this device can do, measured: seconds per block at a job's real shape, dtypes that are fast here.
+
+Weights are random, because their values do not change the time. Entry points: :func:`measure`, :func:`fast_dtypes`,
+:func:`warm_up`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_node.methods.registry import METHODS
+from edge_node.objectives.sft import SftObjective
+from edge_node.stage.architecture import build_meta_model, parse_config
+from edge_node.stage.build import Stage, StageInput, build_stage
+from partitioner.device import BlockTimings, ProfileRequest
+from plutino.data.batches import MicroBatchRows
+from plutino.job.method import LoraConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SHORT_VOCABULARY = 8192
+"""Rows of the head that are measured; its time grows linearly with them."""
+_REPEATS = 3
+_LEAST_S = 0.05
+"""Each timing is repeated until it has taken this long, but at least _REPEATS times; the fastest counts."""
+_TINY_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 256,
+    "tie_word_embeddings": False,
+}
+
+
+class RandomSource:
+    """A model folder that does not exist: its tensors are drawn when they are asked for."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        meta = build_meta_model(parse_config(config), dtype=torch.float32, attention="sdpa")
+        self._shapes = {name: tuple(p.shape) for name, p in meta.named_parameters(remove_duplicate=False)}
+        self.bytes_read = 0
+
+    def config(self) -> dict[str, Any]:
+        """See :class:`edge_node.stage.weights.TensorSource`."""
+        return dict(self._config)
+
+    def names(self) -> set[str]:
+        """See :class:`edge_node.stage.weights.TensorSource`."""
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See :class:`edge_node.stage.weights.TensorSource`."""
+        return self._shapes[name]
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """See :class:`edge_node.stage.weights.TensorSource`."""
+        return torch.randn(self._shapes[name], dtype=dtype) * 0.02
+
+
+def measure(request: ProfileRequest) -> BlockTimings:
+    """Seconds of one micro-batch through one block, the embedding and the head of the model asked about."""
+    torch.set_num_threads(request.threads)
+    full_vocabulary = int(json.loads(request.config_json)["vocab_size"])
+    config = three_blocks(request.config_json, vocabulary=min(full_vocabulary, _SHORT_VOCABULARY))
+    source = RandomSource(config)
+    dtype = DTYPES[request.dtype]
+    rows, tokens = request.micro_batch_rows, request.row_tokens
+
+    first = _adapted_stage(source, 0, dtype, request)
+    embedding = first.model.get_submodule(first.embedding_name)
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
+    embedding_s = _fastest_s(lambda: embedding(ids))
+    del first, embedding
+
+    middle = _adapted_stage(source, 1, dtype, request)
+    hidden = torch.randn(rows, tokens, int(middle.config.hidden_size)).to(dtype).requires_grad_(True)
+    positions = torch.arange(tokens).expand(rows, tokens)
+    block_input = StageInput(position_ids=positions, hidden=hidden)
+    forward_s = _fastest_s(lambda: middle.forward(block_input))
+    gradient = torch.ones_like(hidden)
+    both_s = _fastest_s(lambda: middle.forward(block_input).backward(gradient))
+    del middle
+
+    last = _adapted_stage(source, 2, dtype, request)
+    labels = _label_rows(request)
+    normed = torch.randn_like(hidden).requires_grad_(True)
+    objective = SftObjective()
+
+    def head_forward() -> Tensor:
+        scaled = objective.loss(last, normed, labels, 1.0).scaled
+        assert scaled is not None
+        return scaled
+
+    wide = full_vocabulary / config["vocab_size"]
+    head_forward_s = _fastest_s(head_forward) * wide
+    head_both_s = _fastest_s(lambda: head_forward().backward()) * wide
+    return BlockTimings(
+        forward_s=forward_s,
+        backward_s=max(both_s - forward_s, 1e-6),
+        embedding_s=embedding_s,
+        head_forward_s=head_forward_s,
+        head_backward_s=max(head_both_s - head_forward_s, 1e-6),
+    )
+
+
+def fast_dtypes() -> list[str]:
+    """Compute dtypes that this device runs well, fastest first; fp32 is always among them.
+
+    Probed with a product like the backward pass's (g @ W): on CPUs without bf16 units it falls to a loop that is up to
+    300 times slower than fp32, whatever the forward pass does.
+    """
+    seconds = {}
+    for name, dtype in DTYPES.items():
+        gradient, weight = torch.randn(128, 512).to(dtype), torch.randn(512, 512).to(dtype)
+        seconds[name] = _fastest_s(lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
+    return sorted((n for n in seconds if n == "fp32" or seconds[n] < seconds["fp32"]), key=seconds.__getitem__)
+
+
+def warm_up() -> None:
+    """Run every kernel and thread pool of a training step once, so that the baseline contains what they keep."""
+    request = ProfileRequest(
+        config_json=json.dumps(_TINY_CONFIG),
+        dtype="fp32",
+        micro_batch_rows=2,
+        row_tokens=16,
+        label_tokens=2,
+        lora_rank=4,
+        threads=torch.get_num_threads(),
+    )
+    measure(request)
+
+
+def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
+    """The model's configuration with three blocks (a first, a middle and a last stage) and a short vocabulary."""
+    config: dict[str, Any] = json.loads(config_json)
+    for key in ("num_hidden_layers", "n_layer"):
+        if key in config:
+            config[key] = 3
+    config["vocab_size"] = vocabulary
+    # Special tokens may lie beyond the shortened vocabulary; nothing here looks at them.
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        config.pop(key, None)
+    return config
+
+
+def _adapted_stage(source: RandomSource, block: int, dtype: torch.dtype, request: ProfileRequest) -> Stage:
+    stage = build_stage(source, block, block + 1, dtype=dtype)
+    METHODS["lora"](stage, LoraConfig(rank=request.lora_rank), seed=0)
+    return stage
+
+
+def _label_rows(request: ProfileRequest) -> MicroBatchRows:
+    rows, tokens = request.micro_batch_rows, request.row_tokens
+    mask = np.zeros((rows, tokens), np.uint8)
+    wanted = max(1, min(request.label_tokens, rows * (tokens - 1)))
+    places = np.arange(wanted)
+    mask[places % rows, 1 + places // rows] = 1
+    return MicroBatchRows(
+        lengths=np.full(rows, tokens, np.int32),
+        input_ids=np.zeros(rows * tokens, np.int32),
+        label_mask=mask.reshape(-1),
+        padded_tokens=tokens,
+        sample_indices=tuple(range(rows)),
+    )
+
+
+def _fastest_s(call: Callable[[], Any], *, least_s: float = _LEAST_S) -> float:
+    call()  # first use of a shape builds the kernels for it
+    fastest_s = float("inf")
+    spent_s = 0.0
+    repeats = 0
+    while repeats < _REPEATS or spent_s < least_s:
+        started_s = time.perf_counter()
+        call()
+        took_s = time.perf_counter() - started_s
+        fastest_s = min(fastest_s, took_s)
+        spent_s += took_s
+        repeats += 1
+    return fastest_s

@@ -1,0 +1,391 @@
+"""One worker's life with one job: load the stage, link up, run units as they come, vote, commit, shadow, end.
+
+The compute thread runs :meth:`WorkerSession.run`. Commands come on the control stream's thread into the inbox; shadows
+are uploaded on a thread of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_safetensors
+
+from edge_node.control import ControlStream
+from edge_node.engine.executor import StageExecutor, StepOutcome
+from edge_node.engine.generate import GenerateOptions, generate
+from edge_node.engine.optimizer import StageOptimizer
+from edge_node.guard import resident_bytes
+from edge_node.inbox import CommandTask, Inbox, UnitTask
+from edge_node.methods.registry import METHODS
+from edge_node.objectives.registry import OBJECTIVES
+from edge_node.shadowing import ShadowWriter
+from edge_node.stage.build import Stage, build_stage
+from edge_node.stage.weights import LocalSource, TensorSource
+from edge_node.stage.verify import part_difference
+from edge_node.transport.base import Peer, UnitCancelledError
+from plutino.wire.bulk import BulkClient
+from edge_node.transport.peer import PeerTransport
+from plutino.data.batches import MicroBatchRows
+from plutino.errors import ModelError, OutOfMemoryError, PeerLostError
+from plutino.job.assignment import WorkerAssignment
+from plutino.safetensors_index import base_model_hash
+from plutino.types import JobId, Unit, UnitKind
+from plutino.wire.convert import micro_batch_from_proto, unit_to_proto, worker_to_proto
+from plutino.wire.frames import Bounds
+from protos import workers_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_METADATA_BYTES = 1 << 20
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class WorkerSession:
+    """Runs one stage of one job until the coordinator says that it is over."""
+
+    def __init__(self, assignment: WorkerAssignment) -> None:
+        self._assignment = assignment
+        self._me = Peer(assignment.stage_index, assignment.replica_index)
+        self._next_step = assignment.restore.step if assignment.restore else 0
+        self._is_loaded = False
+        self._is_linked = False
+        self._commit_s = 0.0
+        self._finish_reason = "the coordinator did not come back"
+        self._vocab_size = 0
+        self._inbox = Inbox(
+            reads_tokens=assignment.is_first or assignment.is_last, decode_rows=self._decode_rows
+        )
+        self._inbox.start_at(self._next_step)
+        self._transport: PeerTransport | None = None
+        self._control = ControlStream(
+            assignment.coordinator_address,
+            hello=self._hello,
+            on_command=self._on_command,
+            on_orphaned=lambda: self._inbox.finish("no coordinator for too long"),
+        )
+        self._bulk = BulkClient(assignment.bulk_address)
+        self._shadows = ShadowWriter(assignment.ref, self._bulk, on_stored=self._on_shadow_stored)
+        self._executor: StageExecutor | None = None
+
+    def run(self) -> str:
+        """Run until the end; gives the reason of the end.
+
+        Raises:
+            PlutinoError: the job cannot go on here; the coordinator has been told.
+        """
+        self._control.start()
+        try:
+            self._load()
+            while (task := self._inbox.take()) is not None:
+                match task:
+                    case UnitTask():
+                        self._run_unit(task)
+                    case CommandTask(command):
+                        self._run_command(command)
+                self._check_memory()
+            return self._finish_reason
+        except Exception as error:
+            failure = as_plutino_error(error, self._assignment)
+            self._send(pb.WorkerEvent(failed=pb.WorkerFailed(error=type(failure).__name__, reason=str(failure))))
+            raise failure from error
+        finally:
+            self._shadows.close()
+            self._control.close()
+            if self._transport is not None:
+                self._transport.close()
+
+    # ---- loading ----
+
+    def _load(self) -> None:
+        started_s = time.monotonic()
+        assignment = self._assignment
+        spec = assignment.spec
+        source = open_source(assignment, self._bulk)
+        stage = build_stage(
+            source,
+            assignment.shape.start_block,
+            assignment.shape.end_block,
+            dtype=DTYPES[assignment.numerics.dtype],
+            attention=assignment.numerics.attention,
+            checkpointing=assignment.checkpointing,
+        )
+        self._vocab_size = int(stage.config.vocab_size)
+        self._transport = self._open_transport(stage)
+        method = METHODS[spec.method.type](stage, spec.method, seed=spec.training.seed)
+        if spec.training.init_adapter is not None:
+            method.load(load_safetensors((Path(spec.training.init_adapter) / "adapter_model.safetensors").read_bytes()))
+        optimizer = StageOptimizer(method.parameters, spec.training, assignment.total_steps)
+        self._executor = StageExecutor(
+            stage=stage,
+            method=method,
+            objective=OBJECTIVES[spec.objective.type](),
+            optimizer=optimizer,
+            transport=self._transport,
+            stages=assignment.stages,
+            me=self._me,
+            seed=spec.training.seed,
+            codec=assignment.numerics.codecs,
+            first_trainable_stage=assignment.first_trainable_stage,
+        )
+        if assignment.restore is not None:
+            self._restore(assignment.restore.shadows)
+        self._check_memory()
+        self._is_loaded = True
+        loaded = pb.StageLoaded(
+            bytes_read=stage.bytes_read,
+            tensors_read=stage.tensors_read,
+            seconds=time.monotonic() - started_s,
+            rss_bytes=resident_bytes(),
+            parameter_names=[p.name for p in method.parameters],
+            trainable_parameters=sum(p.uses[0][1].numel() for p in method.parameters),
+            data_address="" if self._transport is None else self._transport.address,
+            adapter_config_json=json.dumps(method.peft_config(), sort_keys=True),
+        )
+        self._send(pb.WorkerEvent(loaded=loaded), keep_as="loaded")
+
+    def _open_transport(self, stage: Stage) -> PeerTransport | None:
+        assignment = self._assignment
+        if len(assignment.stages) == 1 and assignment.shape.num_replicas == 1:
+            return None
+        hidden_size, vocab_size = int(stage.config.hidden_size), int(stage.config.vocab_size)
+        # Hidden states with their metadata, or the gradient of a shared embedding.
+        largest_bytes = 4 * hidden_size * max(self._max_rows() * self._max_tokens(), vocab_size) + _METADATA_BYTES
+        return PeerTransport(
+            job_id=JobId(assignment.job_id),
+            plan_epoch=assignment.plan_epoch,
+            own=self._me,
+            bounds=Bounds(max_message_bytes=largest_bytes, max_inbox_bytes=4 * largest_bytes),
+            on_peer_lost=self._on_peer_lost,
+        )
+
+    def _restore(self, shadows: dict[str, str]) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for shadow_id, sha256 in shadows.items():
+            tensors |= load_safetensors(bytes(self._bulk.get_shadow(self._assignment.job_id, shadow_id, sha256)))
+        self.executor.optimizer.restore(tensors)
+
+    @property
+    def executor(self) -> StageExecutor:
+        """The loaded stage."""
+        assert self._executor is not None, "commands other than Finish come after StageLoaded"
+        return self._executor
+
+    # ---- units ----
+
+    def _run_unit(self, task: UnitTask) -> None:
+        unit = task.work.unit
+        try:
+            if unit.kind == UnitKind.TRAIN:
+                self._train(task)
+                return
+            done = pb.UnitDone(unit=unit_to_proto(unit))
+            if unit.kind == UnitKind.EVALUATE:
+                done.loss_sum = self.executor.evaluate(task.work)
+            else:
+                done.rows.extend(self._generate(task))
+        except UnitCancelledError:
+            done = pb.UnitDone(unit=unit_to_proto(unit), cancelled=True)
+        except PeerLostError as error:
+            logger.warning("%s stopped: %s", unit, error)
+            return  # the coordinator fences this plan epoch and ends the worker
+        self._finish_unit(unit)
+        self._send(pb.WorkerEvent(unit_done=done), keep_as="unit_done")
+
+    def _train(self, task: UnitTask) -> None:
+        step = task.work.unit.serial
+        outcome = self.executor.train_step(task.work)
+        voted_s = time.perf_counter()
+        self._send(pb.WorkerEvent(step_ready=self._vote(step, outcome)), keep_as="step_ready")
+        decision = self._inbox.wait_decision(step)
+        self._commit_s = time.perf_counter() - voted_s
+        if decision is None:
+            return
+        if isinstance(decision, pb.Commit):
+            self.executor.commit(step, decision.clip_scale)
+        else:
+            self.executor.drop()
+        self._next_step = step + 1
+        self._inbox.start_at(self._next_step)
+        self._control.forget("step_ready")
+        self._finish_unit(task.work.unit)
+        if isinstance(decision, pb.Commit) and decision.shadow:
+            self._shadows.write(self._next_step, self.executor.optimizer.snapshot())
+
+    def _vote(self, step: int, outcome: StepOutcome) -> pb.StepReady:
+        transport = self._transport
+        return pb.StepReady(
+            plan_epoch=self._assignment.plan_epoch,
+            step=step,
+            squared_norms=outcome.squared_norms,
+            finite=outcome.is_finite,
+            loss_sum=outcome.loss_sum,
+            reason=outcome.reason,
+            times=pb.StepTimes(
+                total_s=outcome.times.total_s,
+                compute_s=outcome.times.compute_s,
+                wait_s=outcome.times.wait_s,
+                serialise_s=outcome.times.send_s + (0.0 if transport is None else transport.usage.encode_s),
+                commit_s=self._commit_s,
+                sent_bytes=0 if transport is None else transport.usage.sent_bytes,
+                rss_bytes=resident_bytes(),
+            ),
+        )
+
+    def _generate(self, task: UnitTask) -> list[pb.TokenRow]:
+        assert task.generate is not None
+        options = GenerateOptions(
+            max_new_tokens=task.generate.max_new_tokens,
+            stop_tokens=tuple(task.generate.stop_tokens),
+            temperature=task.generate.temperature,
+            use_adapter=task.generate.use_adapter,
+            step=task.generate.step,
+            sample_indices=task.sample_indices,
+        )
+        groups = generate(self.executor, task.work, options, seed=self._assignment.spec.training.seed)
+        return [
+            pb.TokenRow(row=sample, tokens=tokens)
+            for samples, rows in zip(task.sample_indices, groups, strict=False)
+            for sample, tokens in zip(samples, rows, strict=True)
+        ]
+
+    def _finish_unit(self, unit: Unit) -> None:
+        if self._transport is not None:
+            self._transport.finish(unit)
+
+    # ---- commands ----
+
+    def _run_command(self, command: pb.WorkerCommand) -> None:
+        match command.WhichOneof("command"):
+            case "link":
+                self._link(command.link)
+            case "take_shadow":
+                self._shadows.write(self._next_step, self.executor.optimizer.snapshot())
+            case "restore":
+                self._restore(dict(command.restore.shadows))
+                self._send(pb.WorkerEvent(restored=pb.Restored(step=command.restore.step)), keep_as="restored")
+            case "verify_part":
+                self._verify(command.verify_part)
+            case other:
+                raise AssertionError(f"unknown command {other}")
+
+    def _link(self, link: pb.Link) -> None:
+        if self._transport is not None and not self._is_linked:
+            peers = {Peer(p.stage_index, p.replica_index): p.data_address for p in link.peers}
+            peers.pop(self._me, None)
+            self._transport.connect(peers)
+        self._is_linked = True
+        self._send(pb.WorkerEvent(links_up=pb.LinksUp()), keep_as="links_up")
+
+    def _verify(self, request: pb.VerifyPart) -> None:
+        data = self._bulk.get_shadow(self._assignment.job_id, request.shadow_id, request.sha256)
+        published = load_safetensors(bytes(data))
+        difference = part_difference(self.executor.stage, self.executor.method, published)
+        verified = pb.PartVerified(request_id=request.request_id, largest_difference=difference)
+        self._send(pb.WorkerEvent(part_verified=verified), keep_as="part_verified")
+
+    # ---- callbacks of other threads ----
+
+    def _on_command(self, command: pb.WorkerCommand) -> None:
+        match command.WhichOneof("command"):
+            case "welcome":
+                logger.info("attached to coordinator incarnation %d", command.welcome.incarnation)
+            case "feed":
+                self._inbox.feed(command.feed)
+            case "commit":
+                self._inbox.decide(command.commit.step, command.commit)
+            case "abort":
+                self._inbox.decide(command.abort.step, command.abort)
+            case "cancel_unit":
+                unit = Unit(UnitKind(command.cancel_unit.unit.kind), command.cancel_unit.unit.serial)
+                if self._inbox.cancel(unit) and self._transport is not None:
+                    self._transport.cancel(unit)
+            case "finish":
+                self._finish_reason = command.finish.reason
+                self._inbox.finish(command.finish.reason)
+                if self._transport is not None:
+                    self._transport.close()
+            case _:
+                self._inbox.command(command)
+
+    def _on_peer_lost(self, peer: Peer, reason: str) -> None:
+        lost = pb.PeerLost(peer_stage_index=peer.stage_index, reason=reason)
+        self._send(pb.WorkerEvent(peer_lost=lost), keep_as="peer_lost")
+
+    def _on_shadow_stored(self, stored: pb.ShadowStored) -> None:
+        self._send(pb.WorkerEvent(shadow_stored=stored), keep_as=f"shadow {stored.step % 8}")
+
+    def _hello(self) -> pb.WorkerHello:
+        return pb.WorkerHello(
+            worker=worker_to_proto(self._assignment.ref),
+            loaded=self._is_loaded,
+            linked=self._is_linked,
+            next_step=self._next_step,
+            units=[unit_to_proto(unit) for unit in self._inbox.units],
+        )
+
+    def _send(self, event: pb.WorkerEvent, *, keep_as: str | None = None) -> None:
+        self._control.send(event, keep_as=keep_as)
+
+    # ---- bounds ----
+
+    def _max_rows(self) -> int:
+        scoring = self._assignment.spec.scoring
+        return max(self._assignment.spec.training.batch_size, 0 if scoring is None else scoring.batch_rows)
+
+    def _max_tokens(self) -> int:
+        scoring = self._assignment.spec.scoring
+        return self._assignment.spec.data.max_tokens + (0 if scoring is None else scoring.max_new_tokens)
+
+    def _decode_rows(self, feed: pb.Feed) -> MicroBatchRows:
+        return micro_batch_from_proto(
+            feed.rows,
+            max_rows=self._max_rows(),
+            max_tokens=self._max_tokens(),
+            vocab_size=self._vocab_size or 2**31 - 1,
+            sample_indices=feed.generate.sample_indices,
+        )
+
+    def _check_memory(self) -> None:
+        used_bytes = resident_bytes()
+        budget_bytes = self._assignment.memory_budget_bytes
+        if used_bytes > budget_bytes:
+            raise OutOfMemoryError(
+                f"stage {self._assignment.stage_index} uses {used_bytes / 2**20:.0f} MiB, its budget is "
+                f"{budget_bytes / 2**20:.0f} MiB; give the device more (--memory), or lower micro_batch_size"
+            )
+
+
+def open_source(assignment: WorkerAssignment, bulk: BulkClient) -> TensorSource:
+    """The base model's folder on this device.
+
+    Raises:
+        ModelError: the folder is not here, or holds another model than the coordinator's.
+    """
+    model_dir = Path(assignment.spec.model.path)
+    if not model_dir.is_dir():
+        raise ModelError(f"this device has no folder {model_dir}; copy the model there")
+    found = base_model_hash(model_dir)
+    if found != assignment.base_hash:
+        raise ModelError(
+            f"{model_dir} holds another model here (hash {found[:12]}) than on the coordinator "
+            f"(hash {assignment.base_hash[:12]}); copy the coordinator's folder"
+        )
+    return LocalSource(model_dir)
+
+
+def as_plutino_error(error: Exception, assignment: WorkerAssignment) -> Exception:
+    """Name what torch only describes: it reports a failed allocation as a RuntimeError."""
+    is_allocation = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error).lower()
+    )
+    if not is_allocation:
+        return error
+    return OutOfMemoryError(
+        f"stage {assignment.stage_index} could not allocate memory inside its budget of "
+        f"{assignment.memory_budget_bytes / 2**20:.0f} MiB ({error}); give the device more (--memory), or lower "
+        "micro_batch_size"
+    )

@@ -1,0 +1,45 @@
+"""Does a published adapter do what the live one does? Answered by running the stage with each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from edge_node.methods.base import AttachedMethod
+from edge_node.stage.build import Stage, StageInput
+
+_ROWS, _TOKENS = 2, 8
+
+
+def part_difference(stage: Stage, method: AttachedMethod, published: Mapping[str, Tensor]) -> float:
+    """Largest absolute difference of the stage's outputs on a fixed random input, live against published parameters.
+
+    The live parameters are put back before it returns.
+    """
+    live = method.state()
+    with torch.no_grad():
+        with_live = _output(stage)
+        method.load(published)
+        try:
+            with_published = _output(stage)
+        finally:
+            method.load(live)
+    return float((with_live - with_published).abs().max())
+
+
+def _output(stage: Stage) -> Tensor:
+    hidden = stage.forward(_probe(stage))
+    return stage.head(hidden) if stage.is_last else hidden
+
+
+def _probe(stage: Stage) -> StageInput:
+    generator = torch.Generator().manual_seed(0)
+    position_ids = torch.arange(_TOKENS).expand(_ROWS, _TOKENS)
+    if stage.is_first:
+        ids = torch.randint(0, int(stage.config.vocab_size), (_ROWS, _TOKENS), generator=generator)
+        return StageInput(position_ids=position_ids, input_ids=ids)
+    dtype = next(stage.model.parameters()).dtype
+    hidden = torch.randn(_ROWS, _TOKENS, int(stage.config.hidden_size), generator=generator).to(dtype)
+    return StageInput(position_ids=position_ids, hidden=hidden)

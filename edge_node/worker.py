@@ -1,0 +1,129 @@
+"""The worker process: imports once, then profiles on request, then runs one stage of one job and ends.
+
+Its agent starts it before there is a job, because importing torch and transformers takes seconds. It speaks with the
+agent in JSON lines: commands on stdin, answers on a descriptor of their own (libraries print to stdout). When the
+agent ends, stdin ends, and so does the worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+from importlib.metadata import version
+from typing import IO, Any
+
+from edge_node.guard import limit_data_segment, resident_bytes
+from plutino.errors import AgentError, OutOfMemoryError, PlutinoError
+from plutino.job.assignment import WorkerAssignment
+
+logger = logging.getLogger(__name__)
+
+
+class _Events:
+    """JSON lines to the agent."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file: IO[str] = os.fdopen(descriptor, "w", buffering=1)
+
+    def send(self, **event: Any) -> None:
+        try:
+            self._file.write(json.dumps(event) + "\n")
+        except BrokenPipeError:
+            # The agent is gone; the watch on stdin ends this process.
+            logger.warning("the agent no longer listens")
+
+
+def main() -> int:
+    """Entry point of ``python -m edge_node.worker``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events-fd", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    events = _Events(arguments.events_fd)
+    try:
+        ready = _prepare(arguments.threads)
+    except Exception as error:
+        events.send(exiting={"reason": f"cannot start: {error}", "out_of_memory": False, "error": "AgentError"})
+        raise
+    events.send(ready=ready)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "profile" in command:
+            events.send(profile=_profile(command["profile"]))
+        elif "assign" in command:
+            return _run_job(WorkerAssignment.model_validate(command["assign"]), events)
+        else:
+            raise AgentError(f"unknown command from the agent: {sorted(command)}")
+    return 0
+
+
+def _prepare(threads: int) -> dict[str, Any]:
+    """Import, warm up and measure what a worker costs before any job."""
+    import torch
+
+    from edge_node.profile import fast_dtypes, warm_up
+
+    torch.set_num_threads(threads)
+    warm_up()
+    return {
+        "baseline_bytes": resident_bytes(),
+        "dtypes": fast_dtypes(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft")},
+        },
+    }
+
+
+def _profile(request: dict[str, Any]) -> dict[str, Any]:
+    from edge_node.profile import measure
+    from partitioner.device import ProfileRequest
+
+    try:
+        return {"timings": measure(ProfileRequest.model_validate(request)).model_dump()}
+    except Exception as error:
+        logger.exception("profiling failed")
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _run_job(assignment: WorkerAssignment, events: _Events) -> int:
+    import torch
+
+    from edge_node.session import WorkerSession
+
+    threading.Thread(target=_end_with_agent, name="agent-watch", daemon=True).start()
+    torch.set_num_threads(assignment.threads)
+    limit_data_segment(assignment.memory_budget_bytes, resident_bytes())
+    try:
+        reason = WorkerSession(assignment).run()
+    except PlutinoError as error:
+        logger.error("%s", error)
+        is_memory = isinstance(error, OutOfMemoryError)
+        events.send(exiting={"reason": str(error), "out_of_memory": is_memory, "error": type(error).__name__})
+        return error.exit_code
+    except Exception as error:
+        logger.exception("the worker failed")
+        reason = f"{type(error).__name__}: {error}"
+        events.send(exiting={"reason": reason, "out_of_memory": False, "error": type(error).__name__})
+        return 1
+    events.send(exiting={"reason": reason, "out_of_memory": False, "error": ""})
+    return 0
+
+
+def _end_with_agent() -> None:
+    sys.stdin.read()
+    logger.info("the agent has ended")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    # Threads of gRPC and of torch may still hold the interpreter; everything of ours is closed.
+    os._exit(code)

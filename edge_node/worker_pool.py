@@ -1,0 +1,417 @@
+"""The worker processes of one device: the spare, those that work for jobs, and their memory.
+
+A spare is a worker whose imports are done and which waits for a job. It gives the device's measured baseline, runs
+profiles, and becomes the next job's worker at once. Every change is reported as an :class:`AgentEvent`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edge_node.guard import read_usage
+from edge_node.state_dir import StateDir, log_tail, rotate_log
+from edge_node.supervision import (
+    NOT_STARTED_EXIT_CODE,
+    Ending,
+    Exiting,
+    describe_end,
+    over_budget,
+    refusal,
+    spare_is_due,
+)
+from edge_node.worker_process import Event, WorkerProcess
+from plutino.errors import AgentError, ConfigError
+from plutino.sizes import format_size
+from plutino.types import JobId, WorkerRef
+from protos import agents_pb2
+
+logger = logging.getLogger(__name__)
+
+_WATCH_EVERY_S = 0.5
+"""Longest time between two readings of the workers' memory."""
+
+_REAP_S = 10.0
+_LAST_SPARE_BACKOFF_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """What the owner of a device gives to workers."""
+
+    memory_budget_bytes: int
+    """Bound on the resident memory of all workers together."""
+    threads: int
+    """Threads of each worker."""
+    worker_command: Sequence[str] = (sys.executable, "-m", "edge_node.worker")
+    """Program that is a worker; ``--events-fd N --threads T`` is appended."""
+    stop_grace_s: float = 2.0
+    """Time between SIGTERM and SIGKILL."""
+    spare_settle_s: float = 15.0
+    """Time that a job's worker gets to load before a spare's imports may compete with it."""
+    ready_timeout_s: float = 300.0
+    """Longest time for a worker's imports; minutes on a slow disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """What the first worker told of itself when its imports were done."""
+
+    baseline_bytes: int
+    dtypes: tuple[str, ...]
+    versions: dict[str, str]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Worker:
+    process: WorkerProcess
+    log_path: Path
+    ref: WorkerRef | None = None
+    """Whom it works for; None while it is a spare."""
+    budget_bytes: int = 0
+    profile_ids: deque[str] = field(default_factory=deque)
+    """Requests it has not answered, in the order it got them."""
+    exiting: Exiting | None = None
+    over_budget: str | None = None
+    stop_reason: str | None = None
+    end_reason: str | None = None
+
+    @property
+    def is_ending(self) -> bool:
+        return self.stop_reason is not None or self.over_budget is not None
+
+
+class WorkerPool:
+    """Starts, watches and ends workers. Use it on one event loop."""
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        state_dir: StateDir,
+        report: Callable[[agents_pb2.AgentEvent], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Nothing is started before :meth:`warm_up`."""
+        self._config = config
+        self._state_dir = state_dir
+        self._report = report
+        self._clock = clock
+        self._workers: dict[_Worker, asyncio.Task[None]] = {}
+        self._readiness: Readiness | None = None
+        self._changed = asyncio.Event()
+        self._crash: BaseException | None = None
+        self._last_start_s = clock()
+        self._spare_failures = 0
+        self._spare_not_before_s = clock()
+
+    @property
+    def readiness(self) -> Readiness:
+        """What the first worker told; :meth:`warm_up` must have returned."""
+        assert self._readiness is not None
+        return self._readiness
+
+    def running(self) -> list[WorkerRef]:
+        """The workers that work for jobs, sorted."""
+        return sorted(worker.ref for worker in self._workers if worker.ref is not None)
+
+    def usages(self) -> list[agents_pb2.Heartbeat.WorkerUsage]:
+        """What every worker of a job uses now."""
+        found = []
+        for worker in self._workers:
+            usage = read_usage(worker.process.pid) if worker.ref is not None else None
+            if usage is not None and worker.ref is not None:
+                found.append(
+                    agents_pb2.Heartbeat.WorkerUsage(
+                        worker=worker_id(worker.ref),
+                        rss_bytes=usage.rss_bytes,
+                        peak_rss_bytes=usage.peak_rss_bytes,
+                        cpu_seconds=usage.cpu_seconds,
+                    )
+                )
+        return found
+
+    async def warm_up(self) -> None:
+        """Start the first spare and wait for what it tells of the device.
+
+        Raises:
+            AgentError: no worker can start here.
+            ConfigError: the memory budget is less than a worker needs before any job.
+        """
+        worker = await self._start_process()
+        deadline_s = self._clock() + self._config.ready_timeout_s
+        while self._readiness is None and worker in self._workers and self._clock() < deadline_s:
+            await self._wait_for_change(deadline_s - self._clock())
+        if self._readiness is None:
+            what = (
+                worker.end_reason or f"was not ready after {self._config.ready_timeout_s:.0f} s; log {worker.log_path}"
+            )
+            raise AgentError(f"no worker can start on this device; check its installation. The first one: {what}")
+        baseline_bytes = self._readiness.baseline_bytes
+        if baseline_bytes > self._config.memory_budget_bytes:
+            raise ConfigError(
+                f"a worker holds {format_size(baseline_bytes)} before any job, the device offers "
+                f"{format_size(self._config.memory_budget_bytes)}; raise --memory"
+            )
+
+    async def watch(self) -> None:
+        """Hold workers to their budgets, rotate their logs and keep a spare, until cancelled."""
+        while True:
+            await self._wait_for_change(_WATCH_EVERY_S)
+            for worker in list(self._workers):
+                self._enforce_budget(worker)
+                rotate_log(worker.log_path)
+            await self._keep_spare()
+
+    async def start(self, ref: WorkerRef, assignment_json: str) -> None:
+        """Start a job's worker; one that runs is left alone. Workers of older plan epochs of its job are ended first.
+
+        The outcome is reported: WorkerStarted, or WorkerExited with the reason why not.
+        """
+        worker = self._find(ref)
+        if worker is not None and not worker.is_ending:
+            self._report_started(ref, worker)
+            return
+        try:
+            budget_bytes = self._read_budget(assignment_json)
+            self._refuse_stale(ref)
+            await self._clear_older(ref)
+            self._refuse_too_large(budget_bytes)
+            worker = self._spare() or await self._start_process()
+        except (ConfigError, AgentError, OSError) as error:
+            self._report_exited(ref, NOT_STARTED_EXIT_CODE, f"not started: {error}", out_of_memory=False)
+            return
+        worker.ref, worker.budget_bytes = ref, budget_bytes
+        self._last_start_s = self._clock()
+        worker.process.send({"assign": json.loads(assignment_json)})
+        self._report_started(ref, worker)
+
+    def stop(self, ref: WorkerRef, reason: str) -> None:
+        """Begin to end a job's worker; its exit is reported, at once if it is gone already."""
+        worker = self._find(ref)
+        if worker is None:
+            self._report_exited(ref, 0, "was not running", out_of_memory=False)
+        else:
+            self._begin_stop(worker, reason)
+
+    async def profile(self, request_id: str, request_json: str) -> None:
+        """Let the spare measure; the result or the reason why there is none is reported."""
+        try:
+            request = json.loads(request_json)
+            spare = self._spare() or await self._start_spare_for_profile()
+        except (ValueError, AgentError, OSError) as error:
+            self._report_profile(request_id, error=f"not measured: {error}")
+            return
+        spare.profile_ids.append(request_id)
+        spare.process.send({"profile": request})
+
+    async def end(self, reason: str) -> None:
+        """End all workers; returns when every process is reaped."""
+        following = set(self._workers.values())
+        for worker in list(self._workers):
+            self._begin_stop(worker, reason)
+        if following:
+            await asyncio.wait(following)
+
+    # Private: processes.
+
+    async def _start_process(self) -> _Worker:
+        log_path = self._state_dir.new_log(in_use={worker.log_path for worker in self._workers})
+        process = await WorkerProcess.start(self._config.worker_command, self._config.threads, log_path)
+        worker = _Worker(process=process, log_path=log_path)
+        following = asyncio.create_task(self._follow(worker))
+        self._workers[worker] = following
+        following.add_done_callback(self._note_crash)
+        return worker
+
+    async def _follow(self, worker: _Worker) -> None:
+        exit_code = await worker.process.wait(lambda event: self._on_event(worker, event))
+        del self._workers[worker]
+        if worker.process.violation is not None:
+            worker.exiting = Exiting(reason=worker.process.violation, out_of_memory=False, error="WireError")
+        reason, is_out_of_memory = describe_end(
+            Ending(
+                exit_code=exit_code,
+                over_budget=worker.over_budget,
+                stop_reason=worker.stop_reason,
+                exiting=worker.exiting,
+                log_tail=log_tail(worker.log_path),
+                log_path=str(worker.log_path),
+            )
+        )
+        worker.end_reason = reason
+        for request_id in worker.profile_ids:
+            self._report_profile(request_id, error=reason)
+        if worker.ref is not None:
+            self._report_exited(worker.ref, exit_code, reason, out_of_memory=is_out_of_memory)
+        elif worker.stop_reason is None:
+            self._on_spare_lost(reason)
+        self._changed.set()
+
+    def _on_event(self, worker: _Worker, event: Event) -> None:
+        match event:
+            case {"ready": {"baseline_bytes": int(baseline_bytes), "dtypes": [*dtypes], "versions": dict(versions)}}:
+                self._spare_failures = 0
+                if self._readiness is None:
+                    self._readiness = Readiness(
+                        baseline_bytes=baseline_bytes,
+                        dtypes=tuple(str(dtype) for dtype in dtypes),
+                        versions={str(name): str(version) for name, version in versions.items()},
+                    )
+                self._changed.set()
+            case {"profile": dict(result)} if worker.profile_ids:
+                timings = json.dumps(result["timings"]) if "timings" in result else ""
+                error = "" if timings else str(result["error"])
+                self._report_profile(worker.profile_ids.popleft(), timings_json=timings, error=error)
+            case {"exiting": dict(said)}:
+                worker.exiting = Exiting(
+                    reason=str(said["reason"]),
+                    out_of_memory=bool(said["out_of_memory"]),
+                    error=str(said["error"] or ""),
+                )
+            case _:
+                raise ValueError(f"unexpected event {str(event)[:200]}")
+
+    def _on_spare_lost(self, reason: str) -> None:
+        self._spare_failures += 1
+        backoff_s = min(2.0**self._spare_failures, _LAST_SPARE_BACKOFF_S)
+        self._spare_not_before_s = self._clock() + backoff_s
+        logger.warning("the spare worker is gone, the next one starts in %.0f s: %s", backoff_s, reason)
+
+    def _note_crash(self, following: asyncio.Task[None]) -> None:
+        if not following.cancelled() and following.exception() is not None:
+            self._crash = following.exception()
+            self._changed.set()
+
+    async def _wait_for_change(self, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return
+        self._changed.clear()
+        if self._crash is not None:
+            raise self._crash
+
+    def _begin_stop(self, worker: _Worker, reason: str) -> None:
+        if worker.stop_reason is None:
+            worker.stop_reason = reason
+            worker.process.stop(self._config.stop_grace_s)
+
+    # Private: memory.
+
+    def _budgets_bytes(self) -> list[int]:
+        return [worker.budget_bytes for worker in self._workers if worker.ref is not None]
+
+    def _enforce_budget(self, worker: _Worker) -> None:
+        usage = read_usage(worker.process.pid)
+        if usage is None or worker.over_budget is not None:
+            return
+        if worker.ref is None:
+            budget_bytes = self._config.memory_budget_bytes - sum(self._budgets_bytes())
+            who = "the spare worker"
+        else:
+            budget_bytes, who = worker.budget_bytes, str(worker.ref)
+        worker.over_budget = over_budget(usage.rss_bytes, budget_bytes, who)
+        if worker.over_budget is not None:
+            logger.warning("killed: %s", worker.over_budget)
+            worker.process.kill()
+
+    def _read_budget(self, assignment_json: str) -> int:
+        try:
+            budget_bytes = json.loads(assignment_json)["memory_budget_bytes"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"the assignment is malformed ({error!r}); use the same version on all sides") from error
+        if not isinstance(budget_bytes, int):
+            raise ConfigError(f"the assignment's memory budget {budget_bytes!r} is not a number of bytes")
+        return budget_bytes
+
+    def _refuse_stale(self, ref: WorkerRef) -> None:
+        newest = max((known.plan_epoch for known in self.running() if known.job_id == ref.job_id), default=0)
+        if newest > ref.plan_epoch:
+            raise AgentError(f"{ref} belongs to an older plan; plan epoch {newest} of the job runs here")
+
+    def _refuse_too_large(self, budget_bytes: int) -> None:
+        reason = refusal(budget_bytes, self._budgets_bytes(), self._config.memory_budget_bytes)
+        if reason is not None:
+            raise AgentError(reason)
+
+    async def _clear_older(self, ref: WorkerRef) -> None:
+        """End what the job left of older plan epochs, and wait for all that is ending: its memory may be needed."""
+        for worker in list(self._workers):
+            if worker.ref is not None and worker.ref.job_id == ref.job_id and worker.ref.plan_epoch < ref.plan_epoch:
+                self._begin_stop(worker, f"plan epoch {ref.plan_epoch} replaces it")
+        ending = {following for worker, following in self._workers.items() if worker.is_ending}
+        if ending:
+            _, pending = await asyncio.wait(ending, timeout=self._config.stop_grace_s + _REAP_S)
+            if pending:
+                raise AgentError(f"{len(pending)} earlier workers do not end although they were killed")
+
+    # Private: the spare.
+
+    def _find(self, ref: WorkerRef) -> _Worker | None:
+        return next((worker for worker in self._workers if worker.ref == ref), None)
+
+    def _spare(self) -> _Worker | None:
+        return next((worker for worker in self._workers if worker.ref is None and not worker.is_ending), None)
+
+    def _spare_is_due(self, settle_s: float) -> bool:
+        return spare_is_due(
+            has_spare=self._spare() is not None,
+            running_budgets_bytes=self._budgets_bytes(),
+            baseline_bytes=self.readiness.baseline_bytes,
+            memory_budget_bytes=self._config.memory_budget_bytes,
+            since_last_start_s=self._clock() - self._last_start_s,
+            settle_s=settle_s,
+        )
+
+    async def _keep_spare(self) -> None:
+        if self._clock() >= self._spare_not_before_s and self._spare_is_due(self._config.spare_settle_s):
+            try:
+                await self._start_process()
+            except OSError as error:
+                self._on_spare_lost(f"it could not be started: {error}")
+
+    async def _start_spare_for_profile(self) -> _Worker:
+        if not self._spare_is_due(settle_s=0.0):
+            taken_bytes = sum(self._budgets_bytes())
+            raise AgentError(
+                f"running workers take {format_size(taken_bytes)} of {format_size(self._config.memory_budget_bytes)}, "
+                "which leaves no room for another one to measure with; end a job there first"
+            )
+        return await self._start_process()
+
+    # Private: reports.
+
+    def _report_started(self, ref: WorkerRef, worker: _Worker) -> None:
+        started = agents_pb2.WorkerStarted(worker=worker_id(ref), pid=worker.process.pid)
+        self._report(agents_pb2.AgentEvent(worker_started=started))
+
+    def _report_exited(self, ref: WorkerRef, exit_code: int, reason: str, *, out_of_memory: bool) -> None:
+        logger.info("%s ended with exit code %d: %s", ref, exit_code, reason)
+        exited = agents_pb2.WorkerExited(
+            worker=worker_id(ref), exit_code=exit_code, reason=reason, out_of_memory=out_of_memory
+        )
+        self._report(agents_pb2.AgentEvent(worker_exited=exited))
+
+    def _report_profile(self, request_id: str, *, timings_json: str = "", error: str = "") -> None:
+        result = agents_pb2.ProfileResult(request_id=request_id, timings_json=timings_json, error=error)
+        self._report(agents_pb2.AgentEvent(profile_result=result))
+
+
+def worker_id(ref: WorkerRef) -> agents_pb2.WorkerId:
+    """A worker's name on the wire."""
+    return agents_pb2.WorkerId(
+        job_id=ref.job_id, plan_epoch=ref.plan_epoch, stage_index=ref.stage_index, replica_index=ref.replica_index
+    )
+
+
+def worker_ref(message: agents_pb2.WorkerId) -> WorkerRef:
+    """A worker's name from the wire."""
+    return WorkerRef(JobId(message.job_id), message.plan_epoch, message.stage_index, message.replica_index)

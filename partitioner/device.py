@@ -1,0 +1,77 @@
+"""What the planner knows of a device: its budget and measured seconds."""
+
+from __future__ import annotations
+
+from partitioner.values import PlanValue
+
+
+class ProfileRequest(PlanValue):
+    """What a device is asked to measure: one block, the embedding and the head, at the job's real shape."""
+
+    config_json: str
+    """The model's config.json."""
+    dtype: str
+    micro_batch_rows: int
+    row_tokens: int
+    label_tokens: int
+    lora_rank: int
+    threads: int
+
+
+class BlockTimings(PlanValue):
+    """Measured seconds for one micro-batch."""
+
+    forward_s: float
+    """One block, forward, with its adapters."""
+    backward_s: float
+    """One block, backward, without recomputation."""
+    embedding_s: float
+    head_forward_s: float
+    """Final norm, head and loss."""
+    head_backward_s: float
+
+
+class DeviceProfile(PlanValue):
+    """One agent, as the planner sees it."""
+
+    agent_id: str
+    name: str
+    host_id: str
+    """Devices with the same host id share their link (memory) and their cores."""
+    threads: int
+    available_bytes: int
+    """Resident memory that a new worker may take on this device, baseline included."""
+    baseline_bytes: int
+    """Resident memory of a worker before any job."""
+    timings: BlockTimings
+    dtypes: tuple[str, ...] = ("fp32",)
+
+
+class LinkProfile(PlanValue):
+    """A link between two devices, in either direction."""
+
+    bandwidth_bytes_per_s: float = 125e6
+    latency_s: float = 5e-4
+
+
+class MeasuredLink(PlanValue):
+    """The link between two agents, named in either order."""
+
+    agent_ids: tuple[str, str]
+    link: LinkProfile
+
+
+class LinkTable(PlanValue):
+    """All links of a fleet: the measured ones, and what is assumed of the others."""
+
+    measured: tuple[MeasuredLink, ...] = ()
+    same_host: LinkProfile = LinkProfile(bandwidth_bytes_per_s=1e9, latency_s=3e-4)
+    """One gRPC stream over loopback carries about 1 GB/s, and a small message takes 0.3 ms."""
+    other: LinkProfile = LinkProfile()
+
+    def between(self, one: DeviceProfile, other: DeviceProfile) -> LinkProfile:
+        """The link between two devices."""
+        for entry in self.measured:
+            if set(entry.agent_ids) == {one.agent_id, other.agent_id}:
+                return entry.link
+        return self.same_host if one.host_id == other.host_id else self.other

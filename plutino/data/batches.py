@@ -1,0 +1,145 @@
+"""Which rows a step learns from, in which order, and how they are cut into micro-batches.
+
+Pure functions of their arguments: every process, and every restart, gets the same batches. Entry points:
+:func:`total_steps`, :func:`batch_indices` and :func:`cut_micro_batches` for training, :func:`sequential_indices` for
+held-out rows, :func:`prompt_micro_batch` for generation.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plutino.data.readers import name_lines
+from plutino.data.samples import Samples
+from plutino.errors import DataError, NumericsError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatchRows:
+    """Rows that go through the pipeline together, without padding."""
+
+    lengths: NDArray[np.int32]
+    """[num_rows], tokens of each row."""
+    input_ids: NDArray[np.int32]
+    """[sum of lengths], rows one after the other."""
+    label_mask: NDArray[np.uint8]
+    """[sum of lengths], 1 where the token carries loss as a label. A row's first token never does."""
+    padded_tokens: int
+    """The stages pad every row to this many tokens: the longest row's length."""
+    sample_indices: tuple[int, ...]
+    """[num_rows], positions in the data set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """One step's (or one evaluation's) rows, cut."""
+
+    micro_batches: tuple[MicroBatchRows, ...]
+    loss_weight: int
+    """Label tokens after the shift, over all micro-batches: the loss is the sum over tokens divided by this."""
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """Number of batches that hold every row once; the last may be smaller."""
+    return math.ceil(num_samples / batch_size)
+
+
+def total_steps(num_samples: int, batch_size: int, *, epochs: float | None = None, steps: int | None = None) -> int:
+    """Length of the training in optimiser steps: ``steps`` if given, else of so many epochs (1 by default)."""
+    if steps is not None:
+        return steps
+    # The decimal that was written, not the float: 1.1 epochs of 10 steps are 11 steps, not 12.
+    exact = Fraction(repr(1.0 if epochs is None else float(epochs)))
+    return math.ceil(exact * steps_per_epoch(num_samples, batch_size))
+
+
+@functools.lru_cache(maxsize=4)
+def sample_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Order of the rows in an epoch: a permutation of range(num_samples), read-only.
+
+    Rows are sorted by keys from SHAKE-256 rather than drawn from a library's generator, whose stream may change with
+    its version; ties (one in 2**64 pairs) fall back to the row's position.
+    """
+    digest = hashlib.shake_256(f"plutino sample order, seed {seed}, epoch {epoch}".encode()).digest(8 * num_samples)
+    order = np.argsort(np.frombuffer(digest, dtype="<u8"), kind="stable").astype(np.int64)
+    order.flags.writeable = False
+    return order
+
+
+def batch_indices(step: int, batch_size: int, num_samples: int, seed: int) -> tuple[int, ...]:
+    """Positions in the data set of a step's rows, in the epoch's order.
+
+    Steps count on over epochs. Every epoch holds each row exactly once, so its last batch may be smaller.
+    """
+    epoch, batch = divmod(step, steps_per_epoch(num_samples, batch_size))
+    order = sample_order(num_samples, seed, epoch)
+    return tuple(order[batch * batch_size : (batch + 1) * batch_size].tolist())
+
+
+def sequential_indices(batch: int, batch_size: int, num_samples: int) -> tuple[int, ...]:
+    """Positions of the rows of batch ``batch`` of a held-out set, in file order; empty past its end."""
+    return tuple(range(batch * batch_size, min((batch + 1) * batch_size, num_samples)))
+
+
+def cut_micro_batches(samples: Samples, indices: Sequence[int], micro_batch_size: int) -> StepBatch:
+    """Cut a step's rows into micro-batches of ``micro_batch_size`` rows; the last may be smaller.
+
+    Rows are sorted by length first, so that rows of like length share a micro-batch and little is padded. The longest
+    come first: a step that does not fit into memory fails at its first micro-batch. Equal lengths stay in the order of
+    their positions, so the cut depends on which rows the step has and not on their order.
+
+    Raises:
+        NumericsError: no row has a label token, so that there is no loss to divide.
+    """
+    lengths = samples.lengths
+    order = sorted(indices, key=lambda index: (-int(lengths[index]), index))
+    micro_batches = tuple(
+        _gather(samples, order[first : first + micro_batch_size]) for first in range(0, len(order), micro_batch_size)
+    )
+    loss_weight = sum(int(samples.mask(index)[1:].sum()) for index in order)
+    if loss_weight == 0:
+        where = name_lines(sorted(int(samples.line_numbers[index]) for index in order)) if order else "no rows"
+        raise NumericsError(
+            f"a batch of {len(order)} rows has no label token ({where}), so its loss is 0 / 0; "
+            "raise data.max_tokens, or remove these rows"
+        )
+    return StepBatch(micro_batches=micro_batches, loss_weight=loss_weight)
+
+
+def prompt_micro_batch(samples: Samples, indices: Sequence[int]) -> MicroBatchRows:
+    """The prompts of these rows, in the order given, for generation; no token carries loss.
+
+    Raises:
+        DataError: a prompt has no token to start from (it merged with the answer's first token).
+    """
+    prompts = [samples.prompt(index) for index in indices]
+    empty = [int(samples.line_numbers[i]) for i, prompt in zip(indices, prompts, strict=True) if not len(prompt)]
+    if empty:
+        raise DataError(f"{name_lines(empty)}: the prompt has no token of its own to generate from; lengthen it")
+    input_ids = np.concatenate(prompts)
+    return MicroBatchRows(
+        lengths=np.array([len(prompt) for prompt in prompts], np.int32),
+        input_ids=input_ids,
+        label_mask=np.zeros(len(input_ids), np.uint8),
+        padded_tokens=max(len(prompt) for prompt in prompts),
+        sample_indices=tuple(int(index) for index in indices),
+    )
+
+
+def _gather(samples: Samples, indices: Sequence[int]) -> MicroBatchRows:
+    rows = [samples.ids(index) for index in indices]
+    return MicroBatchRows(
+        lengths=np.array([len(row) for row in rows], np.int32),
+        input_ids=np.concatenate(rows),
+        label_mask=np.concatenate([samples.mask(index) for index in indices]),
+        padded_tokens=max(len(row) for row in rows),
+        sample_indices=tuple(int(index) for index in indices),
+    )

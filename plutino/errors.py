@@ -1,0 +1,133 @@
+"""Every error a person can cause or meet.
+
+    PlutinoError
+    ├── ConfigError            a job spec or an option is wrong
+    │   └── DataError          a data file or one of its rows is wrong
+    ├── ModelError             the base model cannot be used (unknown family, missing tensor, no safetensors)
+    ├── PlanError
+    │   └── InfeasiblePlanError    the job does not fit the devices
+    ├── WireError
+    │   ├── FrameError         a frame is corrupted, truncated, oversized or malformed
+    │   ├── StaleFrameError    a frame belongs to an older plan epoch or another job
+    │   └── PeerLostError      a data stream to a peer broke and did not come back
+    ├── AgentError
+    │   ├── AgentLostError     a device left
+    │   └── OutOfMemoryError   a worker passed its memory budget
+    ├── JobError
+    │   ├── UnknownJobError
+    │   ├── InvalidTransitionError
+    │   └── NumericsError      a loss or a gradient is not finite, or a batch carries no label
+    ├── ExportError            an adapter failed its verification and was not published
+    ├── SecurityError          something would have been exposed
+    └── StoreError             the coordinator's database is in use, damaged, or refuses a write
+
+A message says what happened, with the numbers, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class PlutinoError(Exception):
+    """Base of all errors of plutino; its text is meant for the person who can mend the cause."""
+
+    exit_code = 1
+
+
+class ConfigError(PlutinoError):
+    """A job spec, an option or a file name is wrong."""
+
+    exit_code = 2
+
+
+class DataError(ConfigError):
+    """A data file cannot be read, or rows of it cannot be used."""
+
+
+class ModelError(PlutinoError):
+    """The base model cannot be used."""
+
+    exit_code = 3
+
+
+class PlanError(PlutinoError):
+    """No plan could be made."""
+
+    exit_code = 4
+
+
+class InfeasiblePlanError(PlanError):
+    """The job does not fit the devices that are in."""
+
+
+class WireError(PlutinoError):
+    """A message between processes cannot be used."""
+
+    exit_code = 5
+
+
+class FrameError(WireError):
+    """A data frame is corrupted, truncated, oversized or malformed."""
+
+
+class StaleFrameError(WireError):
+    """A data frame belongs to another job, an older plan epoch or a finished unit."""
+
+
+class PeerLostError(WireError):
+    """The data stream to a peer broke and could not be set up again in time."""
+
+
+class AgentError(PlutinoError):
+    """A device cannot do what it was asked."""
+
+    exit_code = 6
+
+
+class AgentLostError(AgentError):
+    """A device or one of its workers went away."""
+
+
+class OutOfMemoryError(AgentError):
+    """A worker needed more memory than its budget."""
+
+
+class JobError(PlutinoError):
+    """A job cannot go on, or cannot do what was asked of it."""
+
+    exit_code = 7
+
+
+class UnknownJobError(JobError):
+    """No job has this id."""
+
+
+class InvalidTransitionError(JobError):
+    """The job's state does not allow this."""
+
+
+class NumericsError(JobError):
+    """A loss or a gradient is not finite, or a batch carries no label token."""
+
+
+class ExportError(PlutinoError):
+    """An adapter failed its verification; nothing was published."""
+
+    exit_code = 8
+
+
+class SecurityError(PlutinoError):
+    """Refused because it would expose the coordinator or a device."""
+
+    exit_code = 9
+
+
+class UnreachableError(PlutinoError):
+    """The coordinator does not answer."""
+
+    exit_code = 10
+
+
+class StoreError(PlutinoError):
+    """The coordinator's database is in use, damaged, or refuses a write."""
+
+    exit_code = 11

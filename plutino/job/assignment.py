@@ -1,0 +1,75 @@
+"""What one worker is told to do: the coordinator writes it, the agent hands it on, the worker reads it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from plutino.job.numerics import NumericsRecord
+from plutino.job.spec import JobSpec
+from plutino.types import JobId, WorkerRef
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StageShape(_Part):
+    """One stage of the plan, as every worker of the job must know it."""
+
+    start_block: int
+    end_block: int
+    num_replicas: int = 1
+    micro_batch_owner: tuple[int, ...] = ()
+    """Replica that runs micro-batch m of a step; empty means replica 0 runs all. Longer steps wrap around."""
+
+
+class RestorePoint(_Part):
+    """A durable step to start from."""
+
+    step: int
+    """Number of optimiser steps already applied."""
+    shadows: dict[str, str]
+    """Shadow id -> sha256 of its file; together they hold every global parameter with its moments."""
+
+
+class WorkerAssignment(_Part):
+    """Everything a worker needs before it hears its first command."""
+
+    job_id: str
+    plan_epoch: int
+    stage_index: int
+    replica_index: int = 0
+    stages: tuple[StageShape, ...]
+    spec: JobSpec
+    numerics: NumericsRecord
+    checkpointing: bool
+    first_trainable_stage: int = 0
+    """Stages below it hold nothing to train: they run forward only."""
+    base_hash: str
+    """Hash of the base model's files; a worker whose copy differs refuses to load."""
+    total_steps: int
+    """Length of the learning-rate schedule, in optimiser steps."""
+    max_micro_batches: int
+    """Largest number of micro-batches in one step."""
+    threads: int
+    memory_budget_bytes: int
+    """Bound on the worker's whole resident memory."""
+    coordinator_address: str
+    bulk_address: str
+    restore: RestorePoint | None = None
+
+    @property
+    def ref(self) -> WorkerRef:
+        return WorkerRef(JobId(self.job_id), self.plan_epoch, self.stage_index, self.replica_index)
+
+    @property
+    def shape(self) -> StageShape:
+        return self.stages[self.stage_index]
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage_index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage_index == len(self.stages) - 1

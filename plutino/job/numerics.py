@@ -1,0 +1,29 @@
+"""The numerics record: what fixes a job's bits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from plutino.job.base import SpecPart
+
+
+class NumericsRecord(SpecPart):
+    """Written before step 0 and stored with the job; a re-plan under ``numerics: fixed`` keeps every field.
+
+    A device that cannot honour it is left out with that reason.
+    """
+
+    dtype: Literal["fp32", "bf16"]
+    """Compute dtype of the frozen layers; adapters, gradients and moments are always fp32."""
+    attention: str
+    """Attention backend of transformers: sdpa or eager."""
+    micro_batch_size: int
+    """Rows of one micro-batch; a step's batch is cut into micro-batches of this many rows in data order."""
+    threads_per_worker: int | None
+    """Intra-op threads of every worker, or None where the budgets differ and each worker uses its device's number.
+
+    Two thread counts may differ in the last bit of an fp32 matrix product (5e-7 measured)."""
+    codecs: str
+    """Codec of every boundary: raw or bf16."""
+    versions: dict[str, str]
+    """Versions of torch, transformers and peft on the workers."""

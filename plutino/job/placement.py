@@ -1,0 +1,27 @@
+"""Where the job may run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from plutino.job.base import SpecPart
+
+
+class PlacementConfig(SpecPart):
+    """Limits on the plan."""
+
+    numerics: Literal["fixed", "free"] = "fixed"
+    """fixed: a re-plan may never change the job's bits. free: the planner may choose codecs and micro-batches anew."""
+    codec: Literal["raw", "bf16"] = "raw"
+    """How hidden states travel between stages: as they are, or rounded to bf16 (half the bytes of fp32)."""
+    devices: tuple[str, ...] = ()
+    """Names of the devices to use; empty means any."""
+    stages: int | None = Field(None, ge=1)
+    """Exactly so many stages; None lets the plan choose."""
+    threads: int | None = Field(None, ge=1)
+    """Intra-op threads of every worker. None: each device's own number; where those differ, moving a block in a
+    re-plan may change the last bit of fp32 products."""
+    max_recoveries: int = Field(3, ge=0)
+    """How often the job may go back to its newest durable step after losing a worker before it fails."""

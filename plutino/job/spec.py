@@ -1,0 +1,187 @@
+"""The job spec: what a person asks for, as one validated value.
+
+Entry points: :func:`load_spec` (a YAML or JSON file) and :func:`parse_spec` (a mapping). Both raise ConfigError with
+every problem at once and, for an unknown key, the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from plutino.errors import ConfigError
+from plutino.job.base import SpecPart
+from plutino.job.data import DataConfig, ScoringConfig
+from plutino.job.method import LoraConfig, MethodConfig
+from plutino.job.model import ModelConfig
+from plutino.job.objective import ObjectiveConfig, SftConfig
+from plutino.job.output import OutputConfig
+from plutino.job.placement import PlacementConfig
+from plutino.job.training import TrainingConfig
+
+
+class JobSpec(SpecPart):
+    """One fine-tuning job."""
+
+    name: str = Field("job", min_length=1, max_length=80)
+    model: ModelConfig
+    method: MethodConfig = LoraConfig()
+    objective: ObjectiveConfig = SftConfig()
+    data: DataConfig
+    scoring: ScoringConfig | None = None
+    training: TrainingConfig = TrainingConfig()
+    placement: PlacementConfig = PlacementConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _evaluation_has_rows(self) -> JobSpec:
+        if self.data.eval is None:
+            wants = [
+                name
+                for name, wanted in (
+                    ("training.eval_every", self.training.eval_every is not None),
+                    ("training.keep_best", self.training.keep_best),
+                    ("training.early_stopping", self.training.early_stopping is not None),
+                    ("scoring", self.scoring is not None),
+                )
+                if wanted
+            ]
+            if wants:
+                raise ValueError(f"{', '.join(wants)} need held-out rows: set data.eval")
+        return self
+
+
+def load_spec(path: Path) -> JobSpec:
+    """Read a job file; relative paths in it are taken from its own folder.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the job file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the job file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    try:
+        values = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(JobSpec.model_fields)}")
+    return parse_spec(values, base_dir=path.resolve().parent)
+
+
+def parse_spec(values: Mapping[str, Any], *, base_dir: Path) -> JobSpec:
+    """Validate a job spec and make its paths absolute.
+
+    Raises:
+        ConfigError: with one line per problem.
+    """
+    values = dict(values)
+    if isinstance(values.get("model"), str):
+        values["model"] = {"path": values["model"]}
+    try:
+        spec = JobSpec.model_validate(values)
+    except ValidationError as error:
+        lines = _explain(values, error.errors(include_url=False))
+        raise ConfigError("the job spec has problems:\n" + "\n".join(f"  {line}" for line in lines)) from error
+    return _absolute(spec, base_dir)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice; YAML's own loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is written twice; keep one", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+# What transformers, trl and peft call our settings; no spelling distance would find them.
+_NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "lr_schedule",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "max_length": "max_tokens",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "r": "rank",
+}
+
+
+def _explain(values: Mapping[str, Any], problems: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One line per place; the ways in which a value fits none of its allowed types are joined by "or"."""
+    by_place: dict[str, list[Mapping[str, Any]]] = {}
+    for problem in problems:
+        by_place.setdefault(".".join(_written_place(values, problem)) or "the spec", []).append(problem)
+    lines = []
+    for place, there in by_place.items():
+        whats = ", or ".join(dict.fromkeys(_what(problem) for problem in there))
+        # The value tells nothing where a key is unknown or missing, or where several of them contradict each other.
+        is_shown = there[0]["type"] not in ("extra_forbidden", "missing") and not isinstance(there[0]["input"], dict)
+        lines.append(f"{place}: {whats}" + (f" (given: {reprlib.repr(there[0]['input'])})" if is_shown else ""))
+    return lines
+
+
+def _what(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        key = str(problem["loc"][-1])
+        nearest = [name for name in (_NAMES_ELSEWHERE.get(key),) if name in known]
+        nearest += difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        return "unknown key; " + (f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return "is required"
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _written_place(values: Any, problem: Mapping[str, Any]) -> list[str]:
+    """The keys that lead to a problem; pydantic also names the types it tried there, which nobody wrote."""
+    place = []
+    for part in problem["loc"]:
+        is_key = isinstance(values, Mapping) and part in values
+        if is_key or (isinstance(values, (list, tuple)) and part in range(len(values))):
+            values = values[part]
+        elif problem["type"] != "missing":
+            continue
+        place.append(str(part))
+    return place
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    part: type[BaseModel] = JobSpec
+    for key in loc:
+        field = part.model_fields.get(str(key))
+        if field is None:
+            break
+        candidates = (field.annotation, *get_args(field.annotation))
+        part = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), part)
+    return list(part.model_fields)
+
+
+def _absolute(spec: JobSpec, base_dir: Path) -> JobSpec:
+    def fix(path: str | None) -> str | None:
+        return None if path is None else str((base_dir / Path(path).expanduser()).resolve())
+
+    return spec.model_copy(
+        update={
+            "model": spec.model.model_copy(update={"path": fix(spec.model.path)}),
+            "data": spec.data.model_copy(update={"train": fix(spec.data.train), "eval": fix(spec.data.eval)}),
+            "training": spec.training.model_copy(update={"init_adapter": fix(spec.training.init_adapter)}),
+            "output": spec.output.model_copy(update={"dir": fix(spec.output.dir)}),
+        }
+    )

@@ -1,0 +1,108 @@
+"""Values of plutino.data to and from their protobuf messages.
+
+What arrives is not trusted: sizes, lengths and token ids are checked against the job's bounds before they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from plutino.data.batches import MicroBatchRows
+from plutino.errors import FrameError
+from plutino.types import JobId, Unit, UnitKind, WorkerRef
+from protos import agents_pb2, workers_pb2
+
+
+def micro_batch_to_proto(rows: MicroBatchRows) -> workers_pb2.MicroBatch:
+    """Encode a micro-batch; its sample indices travel in the message around it (BatchPart, GenerateOptions)."""
+    return workers_pb2.MicroBatch(
+        lengths=rows.lengths.tolist(),
+        input_ids=rows.input_ids.astype("<i4", copy=False).tobytes(),
+        label_mask=rows.label_mask.tobytes(),
+        padded_tokens=rows.padded_tokens,
+    )
+
+
+def micro_batch_from_proto(
+    message: workers_pb2.MicroBatch,
+    *,
+    max_rows: int,
+    max_tokens: int,
+    vocab_size: int,
+    sample_indices: Sequence[int] = (),
+) -> MicroBatchRows:
+    """Decode a micro-batch.
+
+    Args:
+        message: what arrived.
+        max_rows: most rows of a micro-batch in this job.
+        max_tokens: most tokens of a row, padding included.
+        vocab_size: rows of the model's embedding; an id outside it would read foreign memory on some kernels.
+        sample_indices: positions of the rows in the data set, where the message around it carries them.
+
+    Raises:
+        FrameError: a size, a length, a token id or a mask value is out of its bounds.
+    """
+    num_rows = len(message.lengths)
+    _check(1 <= num_rows <= max_rows, f"{num_rows} rows where 1 to {max_rows} are allowed")
+    padded_tokens = message.padded_tokens
+    _check(1 <= padded_tokens <= max_tokens, f"rows of {padded_tokens} tokens where 1 to {max_tokens} are allowed")
+    lengths = np.array(message.lengths, np.int64)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    _check(shortest >= 1, "a row without tokens")
+    _check(longest <= padded_tokens, f"a row of {longest} tokens in a micro-batch padded to {padded_tokens}")
+    num_tokens = int(lengths.sum())
+    ids_bytes, mask_bytes = len(message.input_ids), len(message.label_mask)
+    _check(ids_bytes == 4 * num_tokens, f"{ids_bytes} bytes of token ids for {num_tokens} tokens of 4 bytes")
+    _check(mask_bytes == num_tokens, f"{mask_bytes} bytes of label mask for {num_tokens} tokens of 1 byte")
+    _check(len(sample_indices) in (0, num_rows), f"{len(sample_indices)} sample indices for {num_rows} rows")
+    input_ids = np.frombuffer(message.input_ids, "<i4").astype(np.int32)
+    smallest_id, largest_id = int(input_ids.min()), int(input_ids.max())
+    bad_id = smallest_id if smallest_id < 0 else largest_id
+    _check(0 <= bad_id < vocab_size, f"token id {bad_id} outside the vocabulary of {vocab_size}")
+    label_mask = np.frombuffer(message.label_mask, np.uint8).copy()
+    _check(int(label_mask.max()) <= 1, f"label mask value {int(label_mask.max())} where 0 and 1 are allowed")
+    return MicroBatchRows(
+        lengths=lengths.astype(np.int32),
+        input_ids=input_ids,
+        label_mask=label_mask,
+        padded_tokens=padded_tokens,
+        sample_indices=tuple(int(index) for index in sample_indices),
+    )
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise FrameError(f"malformed micro-batch: {what}; coordinator and agents may run different versions of plutino")
+
+
+def unit_to_proto(unit: Unit) -> workers_pb2.UnitId:
+    """Encode a unit's name."""
+    return workers_pb2.UnitId(kind=int(unit.kind), serial=unit.serial)
+
+
+def unit_from_proto(message: workers_pb2.UnitId) -> Unit:
+    """Decode a unit's name.
+
+    Raises:
+        FrameError: there is no such kind of unit.
+    """
+    _check(message.kind in set(UnitKind), f"unit kind {message.kind} is unknown")
+    return Unit(UnitKind(message.kind), message.serial)
+
+
+def worker_to_proto(worker: WorkerRef) -> agents_pb2.WorkerId:
+    """Encode a worker's name."""
+    return agents_pb2.WorkerId(
+        job_id=worker.job_id,
+        plan_epoch=worker.plan_epoch,
+        stage_index=worker.stage_index,
+        replica_index=worker.replica_index,
+    )
+
+
+def worker_from_proto(message: agents_pb2.WorkerId) -> WorkerRef:
+    """Decode a worker's name."""
+    return WorkerRef(JobId(message.job_id), message.plan_epoch, message.stage_index, message.replica_index)
