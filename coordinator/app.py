@@ -26,7 +26,7 @@ from coordinator.services.runners import RunnerServicer
 from coordinator.services.workers import WorkerServicer
 from coordinator.storage.base import Store
 from coordinator.storage.sqlite import SqliteStore
-from plutino.errors import ConfigError, JobError
+from plutino.errors import ConfigError, JobError, StoreError
 from plutino.wire.channel import Lane, aio_server, bind
 from protos import agents_pb2_grpc, jobs_pb2_grpc, runners_pb2_grpc, workers_pb2_grpc
 
@@ -52,6 +52,10 @@ class CoordinatorConfig:
     """Cap on weights and shadows together; 0 means none."""
 
 
+MakeEngine = Callable[[CoordinatorConfig, Endpoints, int], Engine]
+"""Builds the engine of a coordinator's incarnation."""
+
+
 def read_endpoints(state_dir: Path) -> dict[str, str]:
     """Where the coordinator of a state folder was last reached.
 
@@ -66,8 +70,20 @@ def read_endpoints(state_dir: Path) -> dict[str, str]:
     return values
 
 
-async def run_coordinator(config: CoordinatorConfig, on_ready: Callable[[Endpoints], None]) -> None:
-    """Run until SIGTERM or SIGINT; jobs stay as they are stored and go on at the next start.
+async def run_coordinator(
+    config: CoordinatorConfig,
+    on_ready: Callable[[Endpoints], None],
+    *,
+    stop: asyncio.Event | None = None,
+    make_engine: MakeEngine | None = None,
+) -> None:
+    """Run until ``stop`` is set, or SIGTERM or SIGINT where none is given; jobs go on at the next start.
+
+    Args:
+        config: how to run.
+        on_ready: called once everything answers.
+        stop: ends the coordinator; None takes the process's signals.
+        make_engine: builds another engine than the config's.
 
     Raises:
         StoreError: another coordinator runs with this state folder.
@@ -75,16 +91,16 @@ async def run_coordinator(config: CoordinatorConfig, on_ready: Callable[[Endpoin
         SecurityError: an address is beyond loopback.
     """
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    if stop is None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         store = SqliteStore(config.state_dir / "plutino.sqlite")
         stack.callback(store.close)
         incarnation = await asyncio.wrap_future(store.next_incarnation())
         bulk_address = await _start_bulk(config, store, stack)
-        await _serve(config, store, incarnation, bulk_address, stack, stop, on_ready)
+        await _serve(config, store, incarnation, bulk_address, stack, stop, on_ready, make_engine or _make_engine)
 
 
 async def _serve(
@@ -95,6 +111,7 @@ async def _serve(
     stack: AsyncExitStack,
     stop: asyncio.Event,
     on_ready: Callable[[Endpoints], None],
+    make_engine: MakeEngine,
 ) -> None:
     # The servers learn their ports before anything can be told of them, and the fleet tells the jobs of its changes.
     jobs: list[JobManager] = []
@@ -112,7 +129,7 @@ async def _serve(
         people_address=bind(people_server, _stored_address(store, "people_address", config.people_address)),
         bulk_address=bulk_address,
     )
-    engine = _make_engine(config, endpoints, incarnation)
+    engine = make_engine(config, endpoints, incarnation)
     manager = JobManager(
         store=store,
         fleet=fleet,
@@ -137,13 +154,28 @@ async def _serve(
     manager.resume_all()
     await _write_endpoints(config, store, endpoints)
     on_ready(endpoints)
-    forever = [asyncio.create_task(fleet.watch_leases()), asyncio.create_task(manager.run())]
+    forever = [
+        asyncio.create_task(fleet.watch_leases()),
+        asyncio.create_task(manager.run()),
+        asyncio.create_task(_watch_store(store)),
+    ]
     stopping = asyncio.create_task(stop.wait())
     done, _ = await asyncio.wait({stopping, *forever}, return_when=asyncio.FIRST_COMPLETED)
     for task in (stopping, *forever):
         task.cancel()
     for task in done - {stopping}:
         task.result()  # a service of the coordinator must never end by itself
+
+
+async def _watch_store(store: Store) -> None:
+    """A coordinator that cannot write decides nothing any more; workers wait for the next one.
+
+    Raises:
+        StoreError: the disk has failed.
+    """
+    while not store.is_broken:
+        await asyncio.sleep(1.0)
+    raise StoreError("the store cannot be written any more; free disk space or mend the disk, then: plutino up")
 
 
 async def _stop_server(server: grpc.aio.Server) -> None:

@@ -7,6 +7,8 @@ does not count (touched file mappings, memory of the kernel on the process's beh
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 from dataclasses import dataclass
@@ -72,6 +74,17 @@ def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int) -> in
             f"{format_size(budget_bytes)}; give the device more memory"
         )
     return data_bytes + (budget_bytes - rss_bytes) + STACK_SLACK_BYTES
+
+
+def release_free_memory() -> None:
+    """Give memory that is free inside this process back to the system, where the C library can.
+
+    glibc keeps what was freed below its trim threshold; what a measurement leaves so would count against the next job.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def limit_data_segment(budget_bytes: int, rss_bytes: int) -> int | None:

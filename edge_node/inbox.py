@@ -2,7 +2,10 @@
 
 Commands come on the control stream's thread; the compute thread takes them one by one. A unit of work comes as several
 feed messages, in any number of repetitions; it is taken once it is whole, in the order in which units were first heard
-of. Decisions on a step are not queued: the compute thread waits for exactly the one it voted on.
+of, and never a second time: a coordinator repeats its feeds to whoever re-attaches. Decisions on a step are not queued:
+the compute thread waits for exactly the one it voted on.
+
+Rows that break their bounds surface where they would have been used: the compute thread gets the error.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge_node.engine.executor import UnitInput
+from edge_node.transport.inbox import UnitFence
 from plutino.data.batches import MicroBatchRows
+from plutino.errors import PlutinoError
 from plutino.types import Unit, UnitKind
 from plutino.wire.convert import unit_from_proto
 from protos import workers_pb2 as pb
@@ -61,10 +66,11 @@ class Inbox:
         self._order: list[Unit | CommandTask] = []
         self._gathering: dict[Unit, _Gathering] = {}
         self._current: Unit | None = None
-        self._cancelled: set[Unit] = set()
+        self._fence = UnitFence()
         self._next_step = 0
         self._decisions: dict[int, pb.Commit | pb.Abort] = {}
         self._finish: str | None = None
+        self._failure: PlutinoError | None = None
 
     def start_at(self, step: int) -> None:
         """Steps below this one are done: feeds and decisions of theirs are ignored."""
@@ -74,24 +80,13 @@ class Inbox:
             self._changed.notify_all()
 
     def feed(self, feed: pb.Feed) -> None:
-        """Take one part of a unit; repeated parts are ignored."""
-        unit = unit_from_proto(feed.unit)
+        """Take one part of a unit; parts of units that are under way or over are ignored."""
         with self._changed:
-            if unit in self._cancelled or unit == self._current:
-                return
-            if unit.kind == UnitKind.TRAIN and unit.serial < self._next_step:
-                return
-            gathering = self._gathering.get(unit)
-            if gathering is None:
-                gathering = _Gathering(unit, feed.num_micro_batches, feed.loss_weight, self._reads_tokens)
-                if unit.kind == UnitKind.GENERATE:
-                    gathering.needs_rows = True  # every stage needs the options, which come with the rows
-                self._gathering[unit] = gathering
-                self._order.append(unit)
-            if feed.micro_batch < feed.num_micro_batches:
-                gathering.rows[feed.micro_batch] = self._decode_rows(feed)
-                if feed.HasField("generate"):
-                    gathering.generate[feed.micro_batch] = feed.generate
+            try:
+                self._gather(feed)
+            except PlutinoError as error:
+                # Raised here it would end the control stream's thread, and nobody would ever hear of it.
+                self._failure = error
             self._changed.notify_all()
 
     def command(self, command: pb.WorkerCommand) -> None:
@@ -110,10 +105,11 @@ class Inbox:
     def cancel(self, unit: Unit) -> bool:
         """Forget a unit; True if it is the one being run."""
         with self._changed:
-            self._cancelled.add(unit)
+            self._fence.cancel(unit)
             self._gathering.pop(unit, None)
             if unit in self._order:
                 self._order.remove(unit)
+                self._changed.notify_all()
             return unit == self._current
 
     def finish(self, reason: str) -> None:
@@ -130,12 +126,18 @@ class Inbox:
             return (*current, *(entry for entry in self._order if isinstance(entry, Unit)))
 
     def take(self) -> Task | None:
-        """Wait for the next task, in order; None once finished."""
+        """Wait for the next task, in order; None once finished. The task taken before it is over by then.
+
+        Raises:
+            FrameError: rows that were fed break their bounds.
+        """
         with self._changed:
-            self._current = None
+            self._end_current()
             while True:
                 if self._finish is not None:
                     return None
+                if self._failure is not None:
+                    raise self._failure
                 if self._order and (task := self._ready(self._order[0])) is not None:
                     self._order.pop(0)
                     return task
@@ -147,6 +149,30 @@ class Inbox:
             while step not in self._decisions and self._finish is None:
                 self._changed.wait()
             return self._decisions.pop(step, None)
+
+    def _gather(self, feed: pb.Feed) -> None:
+        unit = unit_from_proto(feed.unit)
+        if self._fence.is_over(unit) or unit == self._current:
+            return
+        if unit.kind == UnitKind.TRAIN and unit.serial < self._next_step:
+            return
+        gathering = self._gathering.get(unit)
+        if gathering is None:
+            gathering = _Gathering(unit, feed.num_micro_batches, feed.loss_weight, self._reads_tokens)
+            if unit.kind == UnitKind.GENERATE:
+                gathering.needs_rows = True  # every stage needs the options, which come with the rows
+            self._gathering[unit] = gathering
+            self._order.append(unit)
+        if feed.micro_batch < feed.num_micro_batches:
+            gathering.rows[feed.micro_batch] = self._decode_rows(feed)
+            if feed.HasField("generate"):
+                gathering.generate[feed.micro_batch] = feed.generate
+
+    def _end_current(self) -> None:
+        # Training steps have a fence of their own, the next step, which moves with the decision and not with the run.
+        if self._current is not None and self._current.kind != UnitKind.TRAIN:
+            self._fence.finish(self._current)
+        self._current = None
 
     def _ready(self, entry: Unit | CommandTask) -> Task | None:
         if isinstance(entry, CommandTask):

@@ -65,11 +65,18 @@ class WorkerSession:
             assignment.coordinator_address,
             hello=self._hello,
             on_command=self._on_command,
-            on_orphaned=lambda: self._inbox.finish("no coordinator for too long"),
+            on_orphaned=lambda: self.end("no coordinator for too long"),
         )
         self._bulk = BulkClient(assignment.bulk_address)
         self._shadows = ShadowWriter(assignment.ref, self._bulk, on_stored=self._on_shadow_stored)
         self._executor: StageExecutor | None = None
+
+    def end(self, reason: str) -> None:
+        """End as if the coordinator had said so; from any thread."""
+        self._finish_reason = reason
+        self._inbox.finish(reason)
+        if self._transport is not None:
+            self._transport.close()
 
     def run(self) -> str:
         """Run until the end; gives the reason of the end.
@@ -304,10 +311,7 @@ class WorkerSession:
                 if self._inbox.cancel(unit) and self._transport is not None:
                     self._transport.cancel(unit)
             case "finish":
-                self._finish_reason = command.finish.reason
-                self._inbox.finish(command.finish.reason)
-                if self._transport is not None:
-                    self._transport.close()
+                self.end(command.finish.reason)
             case _:
                 self._inbox.command(command)
 

@@ -17,7 +17,7 @@ import threading
 from importlib.metadata import version
 from typing import IO, Any
 
-from edge_node.guard import limit_data_segment, resident_bytes
+from edge_node.guard import limit_data_segment, release_free_memory, resident_bytes
 from plutino.errors import AgentError, OutOfMemoryError, PlutinoError
 from plutino.job.assignment import WorkerAssignment
 
@@ -67,13 +67,17 @@ def _prepare(threads: int) -> dict[str, Any]:
     """Import, warm up and measure what a worker costs before any job."""
     import torch
 
+    from edge_node import session  # what a job needs is part of the baseline, not of the job
     from edge_node.profile import fast_dtypes, warm_up
 
     torch.set_num_threads(threads)
+    logger.info("warming up for %s", session.WorkerSession.__name__)
     warm_up()
+    dtypes = fast_dtypes()
+    release_free_memory()
     return {
         "baseline_bytes": resident_bytes(),
-        "dtypes": fast_dtypes(),
+        "dtypes": dtypes,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "peft")},
@@ -90,6 +94,8 @@ def _profile(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         logger.exception("profiling failed")
         return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        release_free_memory()
 
 
 def _run_job(assignment: WorkerAssignment, events: _Events) -> int:

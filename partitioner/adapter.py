@@ -112,8 +112,7 @@ def _check_layers(table: ModelTable, method: LoraConfig) -> None:
     outside = [index for index in method.layers_to_transform or () if not 0 <= index < table.num_blocks]
     if outside:
         raise ConfigError(
-            f"method.layers_to_transform names block {outside[0]}, but the model has blocks 0 to "
-            f"{table.num_blocks - 1}"
+            f"method.layers_to_transform names block {outside[0]}, but the model has blocks 0 to {table.num_blocks - 1}"
         )
 
 

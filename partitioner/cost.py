@@ -56,7 +56,7 @@ class StepTime:
     @property
     def bubble_share(self) -> float:
         """Idle share of the busiest stage; every other stage idles more."""
-        return 1.0 - max(self.busy_s) / self.step_s if self.step_s > 0 else 0.0
+        return max(0.0, 1.0 - max(self.busy_s) / self.step_s) if self.step_s > 0 else 0.0
 
 
 def stage_cost(
@@ -152,32 +152,49 @@ def pipeline_step_time(stages: Sequence[StageCost], num_micro_batches: int) -> S
     return StepTime(step_s=max(free_at), busy_s=tuple(_busy_s(stage, num_micro_batches) for stage in stages))
 
 
-def extend_lower_bound(
-    stage: StageCost, rest_bound_s: float, rest_round_trip_s: float, *, num_micro_batches: int, num_behind: int
-) -> tuple[float, float]:
+@dataclass(frozen=True, slots=True)
+class BoundTerms:
+    """What one stage adds to a lower bound of the step, independent of the stages behind it."""
+
+    busy_s: float
+    """The stage's own computation of the whole step."""
+    round_trip_s: float
+    """One micro-batch through the stage and its link, there and back."""
+    comes_back: bool
+    """A gradient comes back for every micro-batch."""
+
+
+def bound_terms(stage: StageCost, num_micro_batches: int, *, is_last: bool) -> BoundTerms:
+    """Terms of a stage, wherever in the pipeline it stands."""
+    return BoundTerms(
+        busy_s=_busy_s(stage, num_micro_batches),
+        round_trip_s=stage.round_trip_s,
+        comes_back=stage.has_backward and (is_last or stage.gets_gradient),
+    )
+
+
+def num_turns(num_micro_batches: int, num_behind: int) -> int:
+    """Whole round trips that a stage with ``num_behind`` stages behind it makes one after the other in a step.
+
+    It holds only so many micro-batches at once, so the next ones wait until the first have come back.
+    """
+    return -(-num_micro_batches // micro_batches_in_flight(num_behind + 1, 0, num_micro_batches))
+
+
+def step_lower_bound(terms: BoundTerms, rest_bound_s: float, rest_round_trip_s: float, turns: int) -> float:
     """Seconds that no step can beat: those of a stage in front of others whose bound is known.
 
     A step lasts at least as long as the stage computes; as one micro-batch's way through it plus all that the stages
-    behind need; and, because a stage holds only so many micro-batches at once, as so many whole round trips in a row.
+    behind need; and as its round trips in a row.
 
     Args:
-        stage: the stage in front.
+        terms: the stage in front.
         rest_bound_s: bound of the stages behind it; 0 if there are none.
-        rest_round_trip_s: least seconds of one micro-batch through the stages behind it, there and back.
-        num_micro_batches: micro-batches of the step.
-        num_behind: number of stages behind it.
-
-    Returns:
-        The bound of all of them, and the least seconds of one micro-batch through all of them.
+        rest_round_trip_s: least seconds of one micro-batch through them, there and back; 0 if there are none.
+        turns: round trips in a row, see :func:`num_turns`.
     """
-    round_trip_s = stage.round_trip_s + rest_round_trip_s
-    busy_s = _busy_s(stage, num_micro_batches)
-    through_s = stage.round_trip_s + rest_bound_s if num_behind else 0.0
-    turns_s = 0.0
-    if stage.has_backward and (num_behind == 0 or stage.gets_gradient):
-        in_flight = micro_batches_in_flight(num_behind + 1, 0, num_micro_batches)
-        turns_s = -(-num_micro_batches // in_flight) * round_trip_s
-    return max(busy_s, through_s, turns_s), round_trip_s
+    turns_s = turns * (terms.round_trip_s + rest_round_trip_s) if terms.comes_back else 0.0
+    return max(terms.busy_s, terms.round_trip_s + rest_bound_s, turns_s)
 
 
 def _busy_s(stage: StageCost, num_micro_batches: int) -> float:

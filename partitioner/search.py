@@ -1,262 +1,300 @@
-"""Which devices, in which order, with which blocks: the plan with the shortest predicted step that fits the budgets.
+"""The planner: numbers in, plan with its reasons out.
 
-Keeps the shape of PAC's planner (arXiv:2408.10746 sect. 5.1), dynamic programming over blocks x ordered devices, and
-mends what it leaves out: links stand inside the recurrence, the bottleneck is the slowest stage and not the last, the
-order of the devices is searched, and memory depends on a stage's place in the 1F1B pipeline.
-
-The dynamic program bounds every order's step time from below. Orders are then opened in the order of their bounds, and
-their cuts enumerated by branch and bound against an exact replay of the step (:mod:`partitioner.cost`), until no bound
-is left below the best replay. The answer is exact unless the replay allowance runs out, and the plan says so if it did.
-
-Entry points: :func:`search`, and :func:`fits` where only feasibility matters.
+Entry points: :func:`search` for a given micro-batch, :func:`choose_micro_batch` where the job leaves it open. The search
+itself is in :mod:`partitioner.cuts`; here its candidates become a plan that says why it is the one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from partitioner.cost import StageCost, StepTime, extend_lower_bound, pipeline_step_time, stage_cost
+from partitioner.cost import pipeline_step_time
+from partitioner.cuts import Candidate, CutSearch, SearchResult, checkpointing_choices
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.memory import MemoryModel
+from partitioner.micro_batch import candidate_rows, scaled_devices, with_rows
 from partitioner.model import JobShape, ModelTable
-from partitioner.orders import Order, device_orders
+from partitioner.orders import MAX_EXHAUSTIVE_DEVICES
+from partitioner.plan import Plan, RejectedPlan, StagePlan
+from partitioner.refusal import refuse
+from plutino.errors import InfeasiblePlanError
+from plutino.sizes import format_size
 
-_MAX_ACTIONS = 3_000_000
-"""Allowance of one search in replayed forward and backward passes: about three seconds, as PAC's planner takes."""
-
-_MAX_ORDER_ACTIONS = 60_000
-"""Share of one device order, so that an order whose bound is loose cannot eat the others' allowance."""
-
-_TOLERANCE = 1e-9
-"""Relative; a plan must beat another by more than rounding."""
+_NOTABLE_SHARE = 0.02
+"""A relief that saves less than this share of the step is not worth a sentence."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A complete assignment with its replayed step."""
+def search(
+    table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable | None = None
+) -> Plan:
+    """The plan with the shortest predicted step among those that keep every device within its budget.
 
-    order: Order
-    cuts: tuple[int, ...]
-    """Block borders: stage k holds blocks ``[cuts[k], cuts[k + 1])``."""
-    checkpointing: bool
-    costs: tuple[StageCost, ...]
-    time: StepTime
-
-    @property
-    def step_s(self) -> float:
-        return self.time.step_s
-
-
-@dataclass(frozen=True, slots=True)
-class SearchResult:
-    """The best candidate and what was seen on the way."""
-
-    best: Candidate | None
-    best_by_num_stages: dict[int, Candidate | None]
-    """Fastest candidate that was opened for each number of stages; None: none fits, or none can win."""
-    is_exact: bool
-    """False if the allowance ran out before every bound was settled."""
-
-
-class CutSearch:
-    """Searches cuts for one job on one fleet, with checkpointing on or off.
+    Devices are left out where they would only slow the others. Checkpointing ``auto`` recomputes only where that gives
+    a plan or a faster one.
 
     Args:
         table: the model.
-        shape: the job.
+        shape: the job; its micro-batch is the one that the devices' timings are of.
+        devices: devices that may be used.
+        links: links between them; None: a LAN of 1 Gbit/s.
+
+    Raises:
+        InfeasiblePlanError: nothing fits; the message says what would.
+    """
+    links = links or LinkTable()
+    usable = [device for device in devices if shape.dtype in device.dtypes]
+    results = {}
+    limit_s = math.inf
+    for choice in checkpointing_choices(shape):
+        results[choice] = CutSearch(table, shape, usable, links, checkpointing=choice).run(limit_s=limit_s)
+        found = results[choice].best
+        limit_s = limit_s if found is None else found.step_s
+    # A later choice was asked to beat the earlier ones, so the last one that found anything is the best.
+    best = next((result.best for result in reversed(results.values()) if result.best is not None), None)
+    if best is None:
+        refuse(table, shape, devices, links)
+    stages = _stages(table, shape, usable, best)
+    return Plan(
+        stages=stages,
+        micro_batch_rows=shape.micro_batch_rows,
+        num_micro_batches=shape.num_micro_batches,
+        micro_batch_owners=((0,) * shape.num_micro_batches,) * len(stages),
+        checkpointing=best.checkpointing,
+        dtype=shape.dtype,
+        codec=shape.codec,
+        step_s=best.step_s,
+        bubble_share=best.time.bubble_share,
+        bottleneck=_bottleneck(shape, stages, best),
+        relief=_relief(table, shape, usable, links, stages, best),
+        rejected=_rejected(usable, results, best),
+        unused_devices=_unused(table, shape, devices, stages, best),
+    )
+
+
+def choose_micro_batch(
+    table: ModelTable,
+    shape: JobShape,
+    devices: Sequence[DeviceProfile],
+    links: LinkTable | None = None,
+    *,
+    label_tokens_of: Callable[[int], int] | None = None,
+) -> Plan:
+    """The fastest plan over all micro-batches that divide the batch.
+
+    Args:
+        table: the model.
+        shape: the job; ``shape.micro_batch_rows`` is the size at which the devices were measured.
         devices: devices that may be used.
         links: links between them.
-        checkpointing: whether blocks are recomputed.
+        label_tokens_of: rows -> largest number of label tokens in one micro-batch of so many rows; None: bounded.
+
+    Raises:
+        InfeasiblePlanError: no micro-batch fits; the message is that of the smallest.
     """
-
-    def __init__(
-        self,
-        table: ModelTable,
-        shape: JobShape,
-        devices: Sequence[DeviceProfile],
-        links: LinkTable,
-        *,
-        checkpointing: bool,
-    ) -> None:
-        self._table = table
-        self._shape = shape
-        self._devices = devices
-        self._links = links
-        self._checkpointing = checkpointing
-        self._memory = MemoryModel(table, shape)
-        self._job_bytes: dict[tuple[int, int, int, int], int] = {}
-        self._costs: dict[tuple[int, int | None, int, int], StageCost] = {}
-        self._bounds: dict[tuple[int, Order], tuple[list[float], list[float]]] = {}
-        self._limit_s = math.inf
-
-    def run(self, *, limit_s: float = math.inf) -> SearchResult:
-        """The fastest candidate whose step takes less than ``limit_s``."""
-        self._limit_s = limit_s
-        best: Candidate | None = None
-        best_by_num_stages: dict[int, Candidate | None] = {}
-        spent, is_exact = 0, True
-        for num_stages in self._stage_counts():
-            best_by_num_stages[num_stages] = None
-            bounded = [(self._bound_s(num_stages, order), order) for order in self._orders(num_stages)]
-            for bound_s, order in sorted(bounded):
-                if bound_s >= self._limit_s * (1 - _TOLERANCE):
-                    break
-                allowance = min(_MAX_ORDER_ACTIONS, _MAX_ACTIONS - spent)
-                found, used, was_settled = self._open(num_stages, order, allowance)
-                spent += used
-                is_exact = is_exact and was_settled
-                if found is not None:
-                    best = best_by_num_stages[num_stages] = found
-                    self._limit_s = found.step_s
-        return SearchResult(best, best_by_num_stages, is_exact)
-
-    def fits(self) -> bool:
-        """Whether any assignment keeps every device within its budget."""
-        self._limit_s = math.inf
-        return any(
-            self._bound_s(num_stages, order) < math.inf
-            for num_stages in self._stage_counts()
-            for order in self._orders(num_stages)
+    plans: list[Plan] = []
+    refused: InfeasiblePlanError | None = None
+    rejected: list[RejectedPlan] = []
+    for rows in candidate_rows(shape.batch_rows):
+        try:
+            plans.append(
+                search(
+                    table,
+                    with_rows(shape, rows, label_tokens_of),
+                    scaled_devices(devices, shape.micro_batch_rows, rows),
+                    links,
+                )
+            )
+        except InfeasiblePlanError as error:
+            refused = error
+            rejected.append(RejectedPlan(what=f"micro-batches of {rows} rows", why="do not fit the budgets"))
+    if not plans:
+        assert refused is not None, "a batch has at least one divisor"
+        raise refused
+    best = min(plans, key=lambda plan: plan.step_s)
+    rejected += [
+        RejectedPlan(
+            what=f"micro-batches of {plan.micro_batch_rows} rows",
+            why=f"{plan.step_s:.3g} s a step against {best.step_s:.3g} s",
         )
+        for plan in plans
+        if plan is not best
+    ]
+    return best.model_copy(update={"rejected": (*best.rejected, *rejected)})
 
-    def _stage_counts(self) -> Sequence[int]:
-        largest = min(len(self._devices), self._table.num_blocks)
-        wanted = self._shape.exact_stages
-        if wanted is None:
-            return range(1, largest + 1)
-        return [wanted] if wanted <= largest else []
 
-    def _orders(self, num_stages: int) -> list[Order]:
-        return device_orders(self._devices, self._links, num_stages)
-
-    def _bound_s(self, num_stages: int, order: Order) -> float:
-        return self._suffix_bounds(num_stages, order)[0][0]
-
-    def _suffix_bounds(self, num_stages: int, suffix: Order) -> tuple[list[float], list[float]]:
-        """For every block a: bound of the step, and of one round trip, when ``suffix`` holds blocks [a, end).
-
-        Infinite where the suffix cannot hold them or cannot beat the limit.
-        """
-        key = (num_stages, suffix)
-        if key in self._bounds:
-            return self._bounds[key]
-        num_blocks = self._table.num_blocks
-        bounds_s, round_trips_s = [math.inf] * (num_blocks + 1), [math.inf] * (num_blocks + 1)
-        if suffix:
-            rest_bounds_s, rest_round_trips_s = self._suffix_bounds(num_stages, suffix[1:])
-            stage_index = num_stages - len(suffix)
-            for start in range(stage_index, num_blocks) if stage_index else (0,):
-                for end, cost in self._stages(num_stages, suffix, start):
-                    bound_s, round_trip_s = extend_lower_bound(
-                        cost,
-                        rest_bounds_s[end],
-                        rest_round_trips_s[end],
-                        num_micro_batches=self._shape.num_micro_batches,
-                        num_behind=len(suffix) - 1,
-                    )
-                    bounds_s[start] = min(bounds_s[start], bound_s)
-                    round_trips_s[start] = min(round_trips_s[start], round_trip_s)
-        else:
-            bounds_s[num_blocks] = round_trips_s[num_blocks] = 0.0
-        self._bounds[key] = bounds_s, round_trips_s
-        return bounds_s, round_trips_s
-
-    def _stages(self, num_stages: int, suffix: Order, start: int) -> Iterator[tuple[int, StageCost]]:
-        """Ends that the first device of ``suffix`` can take from ``start`` on, while it fits and can still win."""
-        num_blocks, num_behind = self._table.num_blocks, len(suffix) - 1
-        device = self._devices[suffix[0]]
-        room_bytes = device.available_bytes - device.baseline_bytes
-        # The last stage takes all that is left; others leave at least one block for each stage behind.
-        ends = range(start + 1, num_blocks - num_behind + 1) if num_behind else (num_blocks,)
-        for end in ends:
-            cost = self._cost(suffix[0], suffix[1] if num_behind else None, start, end)
-            is_too_slow = self._shape.num_micro_batches * cost.compute_s >= self._limit_s
-            # Both only grow with the number of blocks.
-            if is_too_slow or self._stage_bytes(num_stages, num_stages - len(suffix), start, end) > room_bytes:
-                return
-            yield end, cost
-
-    def _cost(self, device_index: int, next_index: int | None, start: int, end: int) -> StageCost:
-        key = (device_index, next_index, start, end)
-        if key not in self._costs:
-            device = self._devices[device_index]
-            self._costs[key] = stage_cost(
-                self._table,
-                self._shape,
-                device,
+def _stages(
+    table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], best: Candidate
+) -> tuple[StagePlan, ...]:
+    memory = MemoryModel(table, shape)
+    stages = []
+    for k, device_index in enumerate(best.order):
+        device, start, end = devices[device_index], best.cuts[k], best.cuts[k + 1]
+        items = memory.items(start, end, num_stages=len(best.order), stage_index=k, checkpointing=best.checkpointing)
+        stages.append(
+            StagePlan(
+                stage_index=k,
                 start_block=start,
                 end_block=end,
-                checkpointing=self._checkpointing,
-                link=None if next_index is None else self._links.between(device, self._devices[next_index]),
+                agent_ids=(device.agent_id,),
+                device_names=(device.name,),
+                forward_s=best.costs[k].forward_s,
+                backward_s=best.costs[k].backward_s,
+                memory=items,
+                job_bytes=sum(item.bytes for item in items),
+                baseline_bytes=device.baseline_bytes,
+                budget_bytes=device.available_bytes,
+                threads=device.threads,
             )
-        return self._costs[key]
-
-    def _stage_bytes(self, num_stages: int, stage_index: int, start: int, end: int) -> int:
-        key = (num_stages, stage_index, start, end)
-        if key not in self._job_bytes:
-            self._job_bytes[key] = self._memory.job_bytes(
-                start, end, num_stages=num_stages, stage_index=stage_index, checkpointing=self._checkpointing
-            )
-        return self._job_bytes[key]
-
-    def _open(self, num_stages: int, order: Order, allowance: int) -> tuple[Candidate | None, int, bool]:
-        """Branch and bound over the cuts of one order: best found, actions replayed, whether all was settled."""
-        actions_per_replay = 2 * num_stages * self._shape.num_micro_batches
-        best: Candidate | None = None
-        limit_s = self._limit_s
-        used = 0
-        # Depth first, the most promising branch on top: the first leaf is already near the best.
-        branches: list[tuple[float, tuple[int, ...], tuple[StageCost, ...]]] = [(0.0, (0,), ())]
-        while branches:
-            bound_s, cuts, costs = branches.pop()
-            if bound_s >= limit_s * (1 - _TOLERANCE):
-                continue
-            if len(costs) == num_stages:
-                if best is not None and used >= allowance:
-                    return best, used, False
-                used += actions_per_replay
-                time = pipeline_step_time(costs, self._shape.num_micro_batches)
-                if time.step_s < limit_s * (1 - _TOLERANCE):
-                    best = Candidate(order, cuts, self._checkpointing, costs, time)
-                    limit_s = time.step_s
-                elif used >= allowance:
-                    return best, used, False
-                continue
-            children = []
-            for end, cost in self._stages(num_stages, order[len(costs) :], cuts[-1]):
-                child_bound_s = self._completed_bound_s(num_stages, order, (*costs, cost), end)
-                if child_bound_s < limit_s * (1 - _TOLERANCE):
-                    children.append((child_bound_s, (*cuts, end), (*costs, cost)))
-            branches += sorted(children, key=lambda child: child[0], reverse=True)
-        return best, used, True
-
-    def _completed_bound_s(self, num_stages: int, order: Order, costs: Sequence[StageCost], end: int) -> float:
-        """Bound of the step when the first stages are settled and the others are at their best."""
-        num_behind = num_stages - len(costs)
-        bounds_s, round_trips_s = self._suffix_bounds(num_stages, order[len(costs) :])
-        bound_s, round_trip_s = bounds_s[end], round_trips_s[end]
-        for cost in reversed(costs):
-            bound_s, round_trip_s = extend_lower_bound(
-                cost,
-                bound_s,
-                round_trip_s,
-                num_micro_batches=self._shape.num_micro_batches,
-                num_behind=num_behind,
-            )
-            num_behind += 1
-        return bound_s
+        )
+    return tuple(stages)
 
 
-def checkpointing_choices(shape: JobShape) -> tuple[bool, ...]:
-    """Whether blocks may be recomputed, the cheaper choice first."""
-    return {"on": (True,), "off": (False,), "auto": (False, True)}[shape.checkpointing]
-
-
-def fits(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> bool:
-    """Whether any plan keeps every device within its budget."""
-    usable = [device for device in devices if shape.dtype in device.dtypes]
-    return any(
-        CutSearch(table, shape, usable, links, checkpointing=choice).fits() for choice in checkpointing_choices(shape)
+def _bottleneck(shape: JobShape, stages: Sequence[StagePlan], best: Candidate) -> str:
+    num_micro_batches = shape.num_micro_batches
+    k = max(range(len(stages)), key=lambda k: best.costs[k].compute_s)
+    link = max(range(len(stages)), key=lambda k: best.costs[k].link_busy_s)
+    if best.costs[link].link_busy_s > best.costs[k].compute_s:
+        return (
+            f"the link from {_name(stages[link])} to {_name(stages[link + 1])}: "
+            f"{best.costs[link].link_busy_s:.3g} s each way for every one of {num_micro_batches} micro-batches"
+        )
+    return (
+        f"stage {k} on {_name(stages[k])}: it computes {num_micro_batches * best.costs[k].compute_s:.3g} s "
+        f"of the step's {best.step_s:.3g} s"
     )
+
+
+def _relief(
+    table: ModelTable,
+    shape: JobShape,
+    devices: Sequence[DeviceProfile],
+    links: LinkTable,
+    stages: Sequence[StagePlan],
+    best: Candidate,
+) -> str:
+    """What would make the step shorter, each with the seconds that a new search or replay gives."""
+    target_s = best.step_s * (1 - _NOTABLE_SHARE)
+    found: list[tuple[float, str]] = []
+    roomy = [device.model_copy(update={"available_bytes": 1 << 62}) for device in devices]
+    for choice in checkpointing_choices(shape):
+        freed = CutSearch(table, shape, roomy, links, checkpointing=choice).run(limit_s=target_s).best
+        if freed is not None:
+            target_s = freed.step_s
+            found = [(freed.step_s, f"more memory: {_memory_relief(table, shape, devices, freed)}")]
+    target_s = best.step_s * (1 - _NOTABLE_SHARE)
+    free_links = [replace(cost, link_busy_s=0.0, link_latency_s=0.0) for cost in best.costs]
+    unlinked_s = pipeline_step_time(free_links, shape.num_micro_batches).step_s
+    if unlinked_s < target_s:
+        way = "a faster network" if shape.codec == "bf16" or shape.dtype == "bf16" else "codec bf16 or a faster network"
+        found.append((unlinked_s, f"{way}: {unlinked_s:.3g} s a step if the links cost nothing"))
+    if found:
+        return "; ".join(text for _, text in sorted(found))
+    k = max(range(len(stages)), key=lambda k: best.costs[k].compute_s)
+    bubble = f"; {best.time.bubble_share:.0%} of the busiest stage's time is bubble" if len(stages) > 1 else ""
+    return f"a faster device than {_name(stages[k])}, or one device more{bubble}"
+
+
+def _memory_relief(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], freed: Candidate) -> str:
+    memory = MemoryModel(table, shape)
+    needs = []
+    for k, device_index in enumerate(freed.order):
+        device = devices[device_index]
+        job_bytes = memory.job_bytes(
+            freed.cuts[k],
+            freed.cuts[k + 1],
+            num_stages=len(freed.order),
+            stage_index=k,
+            checkpointing=freed.checkpointing,
+        )
+        lacking_bytes = device.baseline_bytes + job_bytes - device.available_bytes
+        if lacking_bytes > 0:
+            needs.append(f"{format_size(lacking_bytes)} more on {device.name}")
+    return f"{' and '.join(needs)} would give {freed.step_s:.3g} s a step"
+
+
+def _rejected(
+    devices: Sequence[DeviceProfile], results: dict[bool, SearchResult], best: Candidate
+) -> tuple[RejectedPlan, ...]:
+    rejected = []
+    for choice, result in results.items():
+        mode = "on" if choice else "off"
+        if choice != best.checkpointing:
+            if result.best is None:
+                why = "fits no budget" if not choice else f"is not faster than {best.step_s:.3g} s a step"
+            else:
+                why = f"{result.best.step_s:.3g} s a step against {best.step_s:.3g} s"
+            rejected.append(RejectedPlan(what=f"checkpointing {mode}", why=why))
+            continue
+        for num_stages, candidate in result.best_by_num_stages.items():
+            if num_stages == len(best.order):
+                continue
+            if candidate is None:
+                why = f"does not fit, or is not faster than {best.step_s:.3g} s a step"
+            else:
+                why = f"{candidate.step_s:.3g} s a step against {best.step_s:.3g} s"
+            rejected.append(RejectedPlan(what=_count(num_stages, "stage"), why=why))
+    if len(devices) > MAX_EXHAUSTIVE_DEVICES:
+        rejected.append(
+            RejectedPlan(
+                what="other orders of devices",
+                why=f"not tried: of more than {MAX_EXHAUSTIVE_DEVICES} devices only the fastest and the roomiest are "
+                "taken, fastest or roomiest first",
+            )
+        )
+    if not all(result.is_exact for result in results.values()):
+        rejected.append(RejectedPlan(what="some other cuts", why="not tried: the search's allowance was used up"))
+    return tuple(rejected)
+
+
+def _unused(
+    table: ModelTable,
+    shape: JobShape,
+    devices: Sequence[DeviceProfile],
+    stages: Sequence[StagePlan],
+    best: Candidate,
+) -> tuple[RejectedPlan, ...]:
+    used = {agent_id for stage in stages for agent_id in stage.agent_ids}
+    smallest_bytes = _smallest_stage_bytes(table, shape, best.checkpointing)
+    unused = []
+    for device in devices:
+        if device.agent_id in used:
+            continue
+        if shape.dtype not in device.dtypes:
+            why = f"does not run {shape.dtype}, only {', '.join(device.dtypes)}"
+        elif device.available_bytes - device.baseline_bytes < smallest_bytes:
+            why = (
+                f"offers {format_size(device.available_bytes)}; a worker of one block takes "
+                f"{format_size(device.baseline_bytes + smallest_bytes)}"
+            )
+        elif shape.exact_stages is not None and shape.exact_stages == len(stages):
+            why = f"the job asks for exactly {_count(shape.exact_stages, 'stage')}"
+        else:
+            why = f"no plan with it was found that takes less than {best.step_s:.3g} s a step"
+        unused.append(RejectedPlan(what=device.name, why=why))
+    return tuple(unused)
+
+
+def _smallest_stage_bytes(table: ModelTable, shape: JobShape, checkpointing: bool) -> int:
+    """Job bytes of the lightest stage that a pipeline of any length has."""
+    memory = MemoryModel(table, shape)
+    # A stage in the middle of three, or the ends of two, or all of one; held for one micro-batch in flight.
+    num_blocks = table.num_blocks
+    lightest = [
+        memory.job_bytes(num_blocks - 1, num_blocks, num_stages=2, stage_index=1, checkpointing=checkpointing),
+        memory.job_bytes(0, 1, num_stages=2, stage_index=0, checkpointing=checkpointing),
+    ]
+    lightest += [
+        memory.job_bytes(block, block + 1, num_stages=3, stage_index=1, checkpointing=checkpointing)
+        for block in range(1, num_blocks - 1)
+    ]
+    return min(lightest)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _name(stage: StagePlan) -> str:
+    return " + ".join(stage.device_names)

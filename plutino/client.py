@@ -42,7 +42,7 @@ _PLAN_TIMEOUT_S = 600.0
 """A plan reads all rows and measures every device that was not measured yet."""
 _RECONNECT_PAUSE_S = 0.2
 _STEADY_S = 2.0
-"""A stream that lasted so long was a good one; shorter ones count as one absence of the coordinator."""
+"""A stream that lasted so long or brought an event was a good one; others count as one absence of the coordinator."""
 _RETRIED_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 """What a watcher sees of a coordinator that ends or is killed."""
 
@@ -195,7 +195,7 @@ class Client:
         """
         away_since_s = time.monotonic()
         while True:
-            dialled_s = time.monotonic()
+            dialled_s, before = time.monotonic(), after
             stream = self._stub.Watch(pb.WatchRequest(job_id=job_id, after=after))
             try:
                 for response in stream:
@@ -213,7 +213,7 @@ class Client:
             finally:
                 stream.cancel()
             now_s = time.monotonic()
-            if now_s - dialled_s > _STEADY_S:
+            if after > before or now_s - dialled_s > _STEADY_S:
                 away_since_s = now_s
             self._await_return(away_since_s + reconnect_s - now_s, job_id)
 

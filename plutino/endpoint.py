@@ -36,4 +36,4 @@ def read_endpoint(state_dir: Path) -> Mapping[str, str]:
             "(or name another folder with --state-dir)"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
-        raise StoreError(f"{path} cannot be read ({error}); the next start of the coordinator writes it anew") from error
+        raise StoreError(f"{path} cannot be read ({error}); restart the coordinator, which writes it anew") from error

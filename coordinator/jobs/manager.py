@@ -107,6 +107,8 @@ class JobManager:
             ModelError: the base model cannot be used.
             ConfigError: the output folder holds something else.
         """
+        if idempotency_key and (known := self._store.submitted_as(idempotency_key)) is not None:
+            return known
         await asyncio.to_thread(read_model, spec)
         if spec.output.dir is not None:
             check_output_dir(Path(spec.output.dir), "")

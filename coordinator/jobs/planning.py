@@ -15,7 +15,7 @@ from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkProfile, ProfileRequest
 from partitioner.model import JobShape, ModelTable, describe_model
 from partitioner.plan import Plan
-from plutino.errors import AgentError, InfeasiblePlanError, ModelError
+from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
 from plutino.families import family_of
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
@@ -112,6 +112,12 @@ async def make_problem(
         ModelError: the base model cannot be used.
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
+    longest = max(prepared.row_tokens, 0 if spec.scoring is None else prepared.prompt_tokens + spec.scoring.max_new_tokens)
+    if longest > table.max_positions:
+        raise ConfigError(
+            f"the longest row (or prompt with scoring.max_new_tokens) has {longest} tokens, the model has "
+            f"{table.max_positions} positions; lower data.max_tokens or scoring.max_new_tokens"
+        )
     devices, left_out = usable_devices(fleet.devices, spec, numerics, excluded)
     if not devices:
         why = "; ".join(left_out) or "no device has joined: start an agent (plutino-node run) on each device"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from coordinator.artifacts.assemble import AssembledAdapter, AssembleRequest, assemble_adapter
 from coordinator.artifacts.publish import PublishedAdapter, PublishRequest, publish_adapter
+from coordinator.artifacts.verify_process import VerifyReport, VerifyRequest, run_verify_process
 from coordinator.jobs.scoring import Score, score
 from plutino.data.batches import (
     MicroBatchRows,
@@ -82,13 +83,17 @@ class _RowSet:
 
 _SHOWN_SAMPLES = 5
 
+Verify = Callable[[VerifyRequest], VerifyReport]
+"""How an assembled adapter is verified: in a process of its own, because that imports torch."""
+
 
 class JobRunner:
     """Answers the coordinator's questions about one job."""
 
-    def __init__(self, spec: JobSpec, bulk_address: str) -> None:
+    def __init__(self, spec: JobSpec, bulk_address: str, verify: Verify = run_verify_process) -> None:
         self._spec = spec
         self._bulk_address = bulk_address
+        self._verify = verify
 
     def prepare(self) -> PreparedData:
         """Read and tokenise all rows.
@@ -157,7 +162,7 @@ class JobRunner:
 
     def assemble(self, request: AssembleRequest) -> AssembledAdapter:
         """Join the stages' parts into one verified, staged adapter."""
-        return assemble_adapter(request, self._spec, BulkClient(self._bulk_address))
+        return assemble_adapter(request, self._spec, BulkClient(self._bulk_address), verify=self._verify)
 
     def publish(self, request: PublishRequest) -> PublishedAdapter:
         """Make the staged adapter visible, whole, with its card."""

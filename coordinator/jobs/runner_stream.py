@@ -14,7 +14,8 @@ import grpc
 
 from coordinator.artifacts.assemble import AssembleRequest
 from coordinator.artifacts.publish import PublishRequest
-from coordinator.jobs.runner import JobRunner, rows_from_json
+from coordinator.artifacts.verify_process import run_verify_process
+from coordinator.jobs.runner import JobRunner, Verify, rows_from_json
 from plutino.data.batches import MicroBatchRows, StepBatch
 from plutino.errors import PlutinoError
 from plutino.job.spec import JobSpec
@@ -26,12 +27,14 @@ from protos import runners_pb2_grpc
 logger = logging.getLogger(__name__)
 
 
-def run_job_runner(address: str, bulk_address: str, job_id: str, incarnation: int) -> None:
+def run_job_runner(
+    address: str, bulk_address: str, job_id: str, incarnation: int, verify: Verify = run_verify_process
+) -> None:
     """Serve one job until the coordinator ends the stream or goes away."""
     outgoing: queue.SimpleQueue[pb.RunnerEvent | None] = queue.SimpleQueue()
     outgoing.put(pb.RunnerEvent(hello=pb.RunnerHello(job_id=job_id, incarnation=incarnation)))
     channel = sync_channel(address, Lane.REPORT)
-    server = _Answers(bulk_address)
+    server = _Answers(bulk_address, verify)
     try:
         for command in runners_pb2_grpc.RunnerServiceStub(channel).Run(_drain(outgoing), wait_for_ready=True):
             if command.HasField("finish"):
@@ -55,8 +58,9 @@ def _drain(outgoing: queue.SimpleQueue[pb.RunnerEvent | None]) -> Iterator[pb.Ru
 class _Answers:
     """Turns commands into calls and results into events."""
 
-    def __init__(self, bulk_address: str) -> None:
+    def __init__(self, bulk_address: str, verify: Verify) -> None:
         self._bulk_address = bulk_address
+        self._verify = verify
         self._runner: JobRunner | None = None
 
     def answer(self, command: pb.RunnerCommand) -> Iterator[pb.RunnerEvent]:
@@ -72,7 +76,8 @@ class _Answers:
     def _call(self, command: pb.RunnerCommand) -> Iterator[pb.RunnerEvent]:
         kind = command.WhichOneof("command")
         if kind == "prepare":
-            self._runner = JobRunner(JobSpec.model_validate_json(command.prepare.spec_json), self._bulk_address)
+            spec = JobSpec.model_validate_json(command.prepare.spec_json)
+            self._runner = JobRunner(spec, self._bulk_address, self._verify)
             yield pb.RunnerEvent(prepared=pb.Prepared(json=self._runner.prepare().model_dump_json()))
             return
         assert self._runner is not None, "the coordinator prepares a runner before it asks"

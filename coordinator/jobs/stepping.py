@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 
 from coordinator.crash_points import crash_point
@@ -21,7 +22,7 @@ from coordinator.jobs.shadow_policy import shadow_due, shadow_every
 from coordinator.jobs.units import Batch, end_unit, evaluation_loss, feed, score, train_batch
 from coordinator.jobs.worker_link import WorkerStatus
 from coordinator.storage.base import ScoringMoment
-from plutino.errors import JobError
+from plutino.errors import JobError, NumericsError
 from plutino.events import (
     Evaluated,
     ScoredRow,
@@ -96,6 +97,11 @@ class Stepper:
         context = self._context
         started_s = time.monotonic()
         loss_sum, label_tokens = await evaluation_loss(context, num_rows=self._prepared.num_eval)
+        if not math.isfinite(loss_sum):
+            raise NumericsError(
+                f"the evaluation loss after {steps_done} steps is {loss_sum}: the adapter has diverged; lower "
+                "training.lr, or set max_grad_norm"
+            )
         row = EvaluationRow(step=steps_done, loss=loss_sum / label_tokens)
         stopping = context.spec.training.early_stopping
         min_delta = 0.0 if stopping is None else stopping.min_delta

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import threading
 
+from coordinator.artifacts.verify_process import run_verify_process
+from coordinator.jobs.runner import Verify
 from coordinator.jobs.runner_stream import run_job_runner
 from coordinator.scheduling.problem import solve
 from plutino.types import JobId
@@ -16,10 +18,13 @@ logger = logging.getLogger(__name__)
 class LocalEngine:
     """Runs the same code as the Ray engine, in threads."""
 
-    def __init__(self, *, address: str, bulk_address: str, incarnation: int) -> None:
+    def __init__(
+        self, *, address: str, bulk_address: str, incarnation: int, verify: Verify = run_verify_process
+    ) -> None:
         self._address = address
         self._bulk_address = bulk_address
         self._incarnation = incarnation
+        self._verify = verify
         self._runners: dict[JobId, threading.Thread] = {}
 
     async def start(self) -> None:
@@ -34,7 +39,7 @@ class LocalEngine:
         known = self._runners.get(job_id)
         if known is not None and known.is_alive():
             return
-        arguments = (self._address, self._bulk_address, job_id, self._incarnation)
+        arguments = (self._address, self._bulk_address, job_id, self._incarnation, self._verify)
         thread = threading.Thread(target=run_job_runner, args=arguments, name=f"runner {job_id}", daemon=True)
         self._runners[job_id] = thread
         thread.start()

@@ -161,6 +161,10 @@ class Store(ABC):
         """All jobs in the order of their submission."""
 
     @abstractmethod
+    def submitted_as(self, idempotency_key: str) -> JobRecord | None:
+        """The job that was submitted with this key; None if none was."""
+
+    @abstractmethod
     def transitions(self, job_id: JobId) -> tuple[TransitionRow, ...]:
         """The job's changes of state or plan epoch, oldest first."""
 

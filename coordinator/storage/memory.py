@@ -149,6 +149,11 @@ class MemoryStore(Store):
         with self._lock:
             return tuple(job.record for job in self._jobs.values())
 
+    def submitted_as(self, idempotency_key: str) -> JobRecord | None:
+        with self._lock:
+            job_id = self._keys.get(idempotency_key)
+            return None if job_id is None else self._jobs[job_id].record
+
     def transitions(self, job_id: JobId) -> tuple[TransitionRow, ...]:
         with self._lock:
             return tuple(self._find(job_id).transitions)

@@ -79,11 +79,9 @@ class SqliteStore(Store):
     ) -> Future[JobRecord]:
         def write(connection: sqlite3.Connection) -> JobRecord:
             if idempotency_key is not None:
-                known = connection.execute(
-                    "SELECT job_id FROM idempotency_keys WHERE key = ?", (idempotency_key,)
-                ).fetchone()
+                known = _find_by_key(connection, idempotency_key)
                 if known is not None:
-                    return _find(connection, JobId(known["job_id"]))
+                    return known
             if _is_known(connection, record.job_id):
                 raise StoreError(f"a job with the id {record.job_id} exists already")
             connection.execute(rows.INSERT_JOB, rows.job_parameters(record))
@@ -175,6 +173,9 @@ class SqliteStore(Store):
             return tuple(rows.job_record(row, _documents(connection, JobId(row["job_id"]))) for row in found)
 
         return self._read(read)
+
+    def submitted_as(self, idempotency_key: str) -> JobRecord | None:
+        return self._read(lambda connection: _find_by_key(connection, idempotency_key))
 
     def transitions(self, job_id: JobId) -> tuple[TransitionRow, ...]:
         return self._of_job(job_id, "SELECT * FROM transitions WHERE job_id = ? ORDER BY sequence", rows.transition_row)
@@ -342,6 +343,11 @@ def _number(connection: sqlite3.Connection, job_id: JobId, events: Iterable[JobE
         "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
         [(job_id, number, at_s, event.kind, event_json(event)) for number, event in enumerate(events, start=last + 1)],
     )
+
+
+def _find_by_key(connection: sqlite3.Connection, idempotency_key: str) -> JobRecord | None:
+    row = connection.execute("SELECT job_id FROM idempotency_keys WHERE key = ?", (idempotency_key,)).fetchone()
+    return None if row is None else _find(connection, JobId(row["job_id"]))
 
 
 def _find(connection: sqlite3.Connection, job_id: JobId) -> JobRecord:

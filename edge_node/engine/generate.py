@@ -1,8 +1,10 @@
 """Generation through the pipeline: groups of rows follow each other through the stages, with a KV cache per stage.
 
 Each group is prefilled once; then the last stage samples a token per row and sends it straight to the first stage,
-which runs the next round. With as many groups as stages every stage always has a group to work on. Prompts are padded
-on the left, finished rows are fed the pad token until their whole group has finished, as transformers' generate does.
+which runs the next round. As many groups as there are stages are under way at once, so that every stage always has one
+to work on; further groups wait until these have ended, which bounds the caches and the messages that wait at a stage.
+Prompts are padded on the left, finished rows are fed the pad token until their whole group has finished, as
+transformers' generate does.
 """
 
 from __future__ import annotations
@@ -86,15 +88,22 @@ class _Generation:
         self._sampled: dict[int, Tensor] = {}
 
     def run(self) -> list[list[list[int]]]:
-        for position in range(self._options.max_new_tokens):
-            for g in range(self._work.num_micro_batches):
-                if position == 0 or not self._groups[g].is_done:
-                    self._round(g, position)
-            if all(group.is_done for group in self._groups.values()):
-                break
+        num_groups, num_at_once = self._work.num_micro_batches, len(self._executor.stages)
+        for first in range(0, num_groups, num_at_once):
+            self._run_together(range(first, min(first + num_at_once, num_groups)))
         if not self._stage.is_last:
             return []
-        return [self._rows(self._groups[g]) for g in range(self._work.num_micro_batches)]
+        return [self._rows(self._groups[g]) for g in range(num_groups)]
+
+    def _run_together(self, together: range) -> None:
+        for position in range(self._options.max_new_tokens):
+            for g in together:
+                if position == 0 or not self._groups[g].is_done:
+                    self._round(g, position)
+            if all(self._groups[g].is_done for g in together):
+                break
+        for g in together:
+            self._groups[g].cache = None
 
     def _round(self, g: int, position: int) -> None:
         inputs = self._input(g, position)
@@ -197,8 +206,10 @@ class _Generation:
         shares_BV = torch.softmax(logits_BV.double() / self._options.temperature, dim=-1).cumsum(dim=-1)
         samples = self._options.sample_indices[g]
         step = self._options.step
-        draws_B1 = torch.tensor([[uniform(self._seed, step, sample, position)] for sample in samples])
-        return torch.searchsorted(shares_BV, draws_B1.double() * shares_BV[:, -1:]).squeeze(1)
+        draws = [[uniform(self._seed, step, sample, position)] for sample in samples]
+        drawn_B1 = torch.tensor(draws, dtype=torch.float64) * shares_BV[:, -1:]
+        # The first token whose cumulative share lies above the draw: one of share 0 is never chosen.
+        return torch.searchsorted(shares_BV, drawn_B1, right=True).squeeze(1)
 
     def _rows(self, group: _Group) -> list[list[int]]:
         stops = set(self._options.stop_tokens)
@@ -215,6 +226,5 @@ class _Generation:
 def uniform(*parts: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") / 2**64
-
-
+    # As many bits as a double holds: with more, the largest would round up to 1.
+    return (int.from_bytes(digest[:8], "little") >> 11) / 2**53

@@ -1,13 +1,14 @@
 """All stages of a job in one process, one thread each: the oracle that the distributed run is held against.
 
 The same executors run here as in worker processes; only the transport differs. With one stage and one replica it is
-plain single-process training.
+plain single-process training. Units are ended as a worker's session ends them; votes are counted by the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -15,13 +16,15 @@ import torch
 from edge_node.engine.executor import StageExecutor, StepOutcome, UnitInput
 from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.optimizer import StageOptimizer
+from edge_node.methods.base import AttachedMethod
 from edge_node.methods.registry import METHODS
 from edge_node.objectives.registry import OBJECTIVES
-from edge_node.stage.build import build_stage
+from edge_node.stage.build import Stage, build_stage
 from edge_node.stage.weights import TensorSource
-from edge_node.transport.base import Peer
-from edge_node.transport.in_process import InProcessHub
+from edge_node.transport.base import Peer, UnitCancelledError
+from edge_node.transport.in_process import InProcessHub, InProcessTransport
 from plutino.data.batches import MicroBatchRows
+from plutino.errors import PeerLostError
 from plutino.job.assignment import StageShape
 from plutino.job.spec import JobSpec
 from plutino.types import Unit, UnitKind
@@ -30,7 +33,18 @@ Result = TypeVar("Result")
 
 
 class InProcessPipeline:
-    """Executors of all stages and replicas, driven in lock step."""
+    """Executors of all stages and replicas, driven in lock step.
+
+    Args:
+        source: opens the model; called once per executor.
+        spec: the job.
+        stages: the partition.
+        total_steps: length of the learning-rate schedule.
+        dtype: compute dtype of the frozen layers.
+        checkpointing: recompute each block in the backward pass.
+        attention: transformers' attention backend.
+        threads: intra-op threads of every executor.
+    """
 
     def __init__(
         self,
@@ -47,10 +61,9 @@ class InProcessPipeline:
         self._threads = threads
         self._spec = spec
         hub = InProcessHub()
-        self.executors: dict[Peer, StageExecutor] = {}
+        attached: dict[Peer, tuple[Stage, AttachedMethod]] = {}
         for stage_index, shape in enumerate(stages):
             for replica_index in range(shape.num_replicas):
-                me = Peer(stage_index, replica_index)
                 stage = build_stage(
                     source(),
                     shape.start_block,
@@ -60,53 +73,115 @@ class InProcessPipeline:
                     checkpointing=checkpointing,
                 )
                 method = METHODS[spec.method.type](stage, spec.method, seed=spec.training.seed)
-                self.executors[me] = StageExecutor(
-                    stage=stage,
-                    method=method,
-                    objective=OBJECTIVES[spec.objective.type](),
-                    optimizer=StageOptimizer(method.parameters, spec.training, total_steps),
-                    transport=hub.transport(me),
-                    stages=stages,
-                    me=me,
-                    seed=spec.training.seed,
-                    codec=spec.placement.codec,
-                )
+                attached[Peer(stage_index, replica_index)] = stage, method
+        first_trainable_stage = min(me.stage_index for me, (_, method) in attached.items() if method.parameters)
+        self._transports: dict[Peer, InProcessTransport] = {me: hub.transport(me) for me in attached}
+        self.executors: dict[Peer, StageExecutor] = {
+            me: StageExecutor(
+                stage=stage,
+                method=method,
+                objective=OBJECTIVES[spec.objective.type](),
+                optimizer=StageOptimizer(method.parameters, spec.training, total_steps),
+                transport=self._transports[me],
+                stages=stages,
+                me=me,
+                seed=spec.training.seed,
+                codec=spec.placement.codec,
+                first_trainable_stage=first_trainable_stage,
+            )
+            for me, (stage, method) in attached.items()
+        }
         self._pool = ThreadPoolExecutor(len(self.executors), thread_name_prefix="stage")
+
+    def __enter__(self) -> InProcessPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def train_step(self, step: int, rows: Sequence[MicroBatchRows], loss_weight: float) -> dict[Peer, StepOutcome]:
         """Run one step up to the vote."""
         work = UnitInput(Unit(UnitKind.TRAIN, step), len(rows), loss_weight, tuple(rows))
-        return self._everywhere(lambda executor: executor.train_step(work))
+        return self._run_unit(work, lambda executor: executor.train_step(work))
 
     def commit(self, step: int, clip_scale: float) -> None:
         """Apply the step on every executor."""
         self._everywhere(lambda executor: executor.commit(step, clip_scale))
 
+    def drop(self) -> None:
+        """Forget the step that was voted on, on every executor."""
+        self._everywhere(StageExecutor.drop)
+
     def evaluate(self, serial: int, rows: Sequence[MicroBatchRows]) -> float:
         """Sum of token losses."""
         work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows))
-        return sum(self._everywhere(lambda executor: executor.evaluate(work)).values())
+        return sum(self._run_unit(work, lambda executor: executor.evaluate(work)).values())
 
     def generate(self, serial: int, groups: Sequence[MicroBatchRows], options: GenerateOptions) -> list[list[list[int]]]:
         """New tokens per group and row."""
         work = UnitInput(Unit(UnitKind.GENERATE, serial), len(groups), 1.0, tuple(groups))
         seed = self._spec.training.seed
-        results = self._everywhere(lambda executor: generate(executor, work, options, seed=seed))
+        results = self._run_unit(work, lambda executor: generate(executor, work, options, seed=seed))
         return next(rows for rows in results.values() if rows)
+
+    def cancel(self, unit: Unit) -> None:
+        """Abandon a unit, from any thread: whoever runs it gets UnitCancelledError."""
+        for transport in self._transports.values():
+            transport.cancel(unit)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The whole adapter by global name."""
         return {name: value for e in self.executors.values() for name, value in e.method.state().items()}
 
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """The whole training state by global name, as the stages' shadows hold it together."""
+        parts = self._everywhere(lambda executor: executor.optimizer.snapshot())
+        return {name: value for part in parts.values() for name, value in part.items()}
+
+    def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
+        """Load what :meth:`snapshot` gave, of this or of any other partition."""
+        self._everywhere(lambda executor: executor.optimizer.restore(snapshot))
+
     def close(self) -> None:
-        """End the threads."""
+        """End the transports and the threads."""
+        for transport in self._transports.values():
+            transport.close()
         self._pool.shutdown()
 
-    def _everywhere(self, call: Callable[[StageExecutor], Result]) -> dict[Peer, Result]:
+    def _run_unit(self, work: UnitInput, call: Callable[[StageExecutor], Result]) -> dict[Peer, Result]:
         def run(executor: StageExecutor) -> Result:
+            try:
+                return call(executor)
+            finally:
+                executor.transport.finish(work.unit)
+
+        return self._everywhere(run)
+
+    def _everywhere(self, call: Callable[[StageExecutor], Result]) -> dict[Peer, Result]:
+        """Call on every executor at once.
+
+        Raises:
+            Exception: what one of them raised. Unless all were cancelled the pipeline is then at its end, because
+                nobody can wait any more for the one that failed.
+        """
+
+        def run(me: Peer, executor: StageExecutor) -> Result:
             # The thread count set in the main thread does not hold in others.
             torch.set_num_threads(self._threads)
-            return call(executor)
+            try:
+                return call(executor)
+            except UnitCancelledError:
+                raise
+            except Exception:
+                self._transports[me].close()
+                raise
 
-        futures = {me: self._pool.submit(run, executor) for me, executor in self.executors.items()}
+        futures = {me: self._pool.submit(run, me, executor) for me, executor in self.executors.items()}
+        wait(futures.values())
+        errors = [error for future in futures.values() if (error := future.exception()) is not None]
+        if errors:
+            # A lost peer is the consequence of another executor's failure.
+            raise next((error for error in errors if not isinstance(error, PeerLostError)), errors[0])
         return {me: future.result() for me, future in futures.items()}

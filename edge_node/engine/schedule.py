@@ -10,6 +10,7 @@ gradients add up to the same bits in every partition.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,14 +59,29 @@ def replica_of(shape: StageShape, micro_batch: int) -> int:
     return owners[micro_batch % len(owners)] if owners else 0
 
 
-def forwards_ahead(stages: Sequence[StageShape], stage_index: int) -> int:
-    """Micro-batches that one replica of a stage holds at once, at most.
+def forward_window(stages: Sequence[StageShape], stage_index: int) -> int:
+    """How far a stage's forward passes run ahead of its backward passes, in micro-batches of the step.
 
-    The replicas of this and of all later stages must each have one to work on; the stage's own replicas share that.
-    With one replica everywhere this is the number of stages from this one on.
+    Every replica of this and of all later stages must have a micro-batch to work on; with one replica everywhere this
+    is the number of stages from this one on. Micro-batch m is run backward only after every micro-batch of the same
+    worker below m + window was run forward. The window shrinks from stage to stage, so what a stage needs forward for
+    m is held up, one stage below, by backward passes of micro-batches below m alone: whatever the tables, no workers
+    ever wait for each other in a circle.
     """
-    wanted = sum(stage.num_replicas for stage in stages[stage_index:])
-    return -(-wanted // stages[stage_index].num_replicas)
+    return sum(stage.num_replicas for stage in stages[stage_index:])
+
+
+def forwards_ahead(stages: Sequence[StageShape], stage_index: int) -> int:
+    """Micro-batches that one replica of a stage holds at once, at most: its largest share of any window."""
+    shape = stages[stage_index]
+    period = max(1, len(shape.micro_batch_owner))
+    window = forward_window(stages, stage_index)
+    owners = [replica_of(shape, m) for m in range(period + window)]
+    return max(
+        owners[first : first + window].count(replica)
+        for first in range(period)
+        for replica in range(shape.num_replicas)
+    )
 
 
 def train_actions(
@@ -86,15 +102,13 @@ def train_actions(
     mine = [m for m in range(num_micro_batches) if replica_of(stages[me.stage_index], m) == me.replica_index]
     if me.stage_index < first_trainable_stage:
         return [action for m in mine for action in _forward(stages, me, m)]
-    ahead = min(forwards_ahead(stages, me.stage_index), len(mine)) - 1
+    window = forward_window(stages, me.stage_index)
     sends_gradient = me.stage_index > first_trainable_stage
     actions: list[Action] = []
-    for m in mine[:ahead]:  # warm-up
-        actions += _forward(stages, me, m)
-    for forward_m, backward_m in zip(mine[ahead:], mine, strict=False):  # steady: one forward, one backward
-        actions += _forward(stages, me, forward_m)
-        actions += _backward(stages, me, backward_m, sends_gradient=sends_gradient)
-    for m in mine[len(mine) - ahead :]:  # cool-down
+    to_forward = deque(mine)
+    for m in mine:
+        while to_forward and to_forward[0] < m + window:
+            actions += _forward(stages, me, to_forward.popleft())
         actions += _backward(stages, me, m, sends_gradient=sends_gradient)
     return actions
 

@@ -204,7 +204,8 @@ def _fill(
 ) -> tuple[str, ...]:
     """Read every parameter of a meta model; two that come from one stored tensor share one parameter."""
     wanted = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    stored_names = {name: _stored_name(name, source.names(), family, is_tied) for name in wanted}
+    available = source.names()
+    stored_names = {name: _stored_name(name, available, family, is_tied) for name in wanted}
     missing = [name for name, stored in stored_names.items() if stored is None]
     if missing:
         raise ModelError(

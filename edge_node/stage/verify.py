@@ -40,6 +40,5 @@ def _probe(stage: Stage) -> StageInput:
     if stage.is_first:
         ids = torch.randint(0, int(stage.config.vocab_size), (_ROWS, _TOKENS), generator=generator)
         return StageInput(position_ids=position_ids, input_ids=ids)
-    dtype = next(stage.model.parameters()).dtype
-    hidden = torch.randn(_ROWS, _TOKENS, int(stage.config.hidden_size), generator=generator).to(dtype)
+    hidden = torch.randn(_ROWS, _TOKENS, int(stage.config.hidden_size), generator=generator).to(stage.dtype)
     return StageInput(position_ids=position_ids, hidden=hidden)

@@ -18,7 +18,7 @@ class NumericsRecord(SpecPart):
     attention: str
     """Attention backend of transformers: sdpa or eager."""
     micro_batch_size: int
-    """Rows of one micro-batch; a step's batch is cut into micro-batches of this many rows in data order."""
+    """Rows of one micro-batch; a step's rows are sorted by length and cut into micro-batches of this many."""
     threads_per_worker: int | None
     """Intra-op threads of every worker, or None where the budgets differ and each worker uses its device's number.
 

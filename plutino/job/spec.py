@@ -22,6 +22,7 @@ from plutino.job.method import LoraConfig, MethodConfig
 from plutino.job.model import ModelConfig
 from plutino.job.objective import ObjectiveConfig, SftConfig
 from plutino.job.output import OutputConfig
+from plutino.job.overrides import apply_overrides
 from plutino.job.placement import PlacementConfig
 from plutino.job.training import TrainingConfig
 
@@ -57,8 +58,13 @@ class JobSpec(SpecPart):
         return self
 
 
-def load_spec(path: Path) -> JobSpec:
+def load_spec(path: Path, overrides: Iterable[str] = ()) -> JobSpec:
     """Read a job file; relative paths in it are taken from its own folder.
+
+    Args:
+        path: a YAML or JSON file.
+        overrides: settings that win over the file's, as :func:`plutino.job.overrides.apply_overrides` takes them;
+            relative paths among them are taken from the current folder.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or does not validate.
@@ -75,6 +81,7 @@ def load_spec(path: Path) -> JobSpec:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with the keys {', '.join(JobSpec.model_fields)}")
+    values = apply_overrides(_spelled_out(values), overrides, path_keys=("model", *_PATH_KEYS), base_dir=Path.cwd())
     return parse_spec(values, base_dir=path.resolve().parent)
 
 
@@ -84,15 +91,21 @@ def parse_spec(values: Mapping[str, Any], *, base_dir: Path) -> JobSpec:
     Raises:
         ConfigError: with one line per problem.
     """
-    values = dict(values)
-    if isinstance(values.get("model"), str):
-        values["model"] = {"path": values["model"]}
+    values = _spelled_out(values)
     try:
         spec = JobSpec.model_validate(values)
     except ValidationError as error:
         lines = _explain(values, error.errors(include_url=False))
         raise ConfigError("the job spec has problems:\n" + "\n".join(f"  {line}" for line in lines)) from error
     return _absolute(spec, base_dir)
+
+
+def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with ``model: PATH`` in its long form."""
+    spelled_out = dict(values)
+    if isinstance(spelled_out.get("model"), str):
+        spelled_out["model"] = {"path": spelled_out["model"]}
+    return spelled_out
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -173,15 +186,14 @@ def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     return list(part.model_fields)
 
 
-def _absolute(spec: JobSpec, base_dir: Path) -> JobSpec:
-    def fix(path: str | None) -> str | None:
-        return None if path is None else str((base_dir / Path(path).expanduser()).resolve())
+_PATH_KEYS = ("model.path", "data.train", "data.eval", "training.init_adapter", "output.dir")
 
-    return spec.model_copy(
-        update={
-            "model": spec.model.model_copy(update={"path": fix(spec.model.path)}),
-            "data": spec.data.model_copy(update={"train": fix(spec.data.train), "eval": fix(spec.data.eval)}),
-            "training": spec.training.model_copy(update={"init_adapter": fix(spec.training.init_adapter)}),
-            "output": spec.output.model_copy(update={"dir": fix(spec.output.dir)}),
-        }
-    )
+
+def _absolute(spec: JobSpec, base_dir: Path) -> JobSpec:
+    parts: dict[str, Any] = {}
+    for part_name, key in (path_key.split(".") for path_key in _PATH_KEYS):
+        part = parts.get(part_name, getattr(spec, part_name))
+        path = getattr(part, key)
+        if path is not None:
+            parts[part_name] = part.model_copy(update={key: str((base_dir / Path(path).expanduser()).resolve())})
+    return spec.model_copy(update=parts)

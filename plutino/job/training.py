@@ -58,22 +58,26 @@ class TrainingConfig(SpecPart):
             raise ValueError("give epochs or steps, not both")
         if self.early_stopping is not None and self.eval_every is None:
             raise ValueError("early_stopping needs eval_every: it counts evaluations")
+        if self.keep_best and self.eval_every is None:
+            raise ValueError("keep_best needs eval_every: it compares evaluations")
         if isinstance(self.shadow_every, int) and self.shadow_every < 1:
             raise ValueError("shadow_every must be at least 1 step, or auto")
         return self
 
 
 def learning_rate(step: int, config: TrainingConfig, total_steps: int) -> float:
-    """Learning rate of a step: linear warm-up from 0 (excluded), then linear to 0, half a cosine to 0, or constant.
+    """Learning rate of a step: linear warm-up from 0, then linear to 0, half a cosine to 0, or constant.
 
-    Step numbers start at 0. Equal to transformers' get_scheduler with the same names. A pure function of the step, so
-    that a restored or re-planned job needs no scheduler state.
+    Step numbers start at 0. To the bit what transformers' get_scheduler gives under the same name (constant with
+    warm-up: ``constant_with_warmup``), the 0 of the first warm-up step included. A pure function of the step, so that
+    a restored or re-planned job needs no scheduler state.
     """
-    if step < config.warmup_steps:
-        return config.lr * step / config.warmup_steps
+    warmup_steps = config.warmup_steps
+    if step < warmup_steps:
+        return config.lr * (step / warmup_steps)
     if config.lr_schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    decay_steps = max(1, total_steps - warmup_steps)
     if config.lr_schedule == "linear":
-        return config.lr * max(0.0, 1.0 - progress)
-    return config.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return config.lr * max(0.0, (total_steps - step) / decay_steps)
+    return config.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / decay_steps))))

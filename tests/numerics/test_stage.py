@@ -271,7 +271,7 @@ def test_local_source_names_a_file_that_shrank_after_its_header_was_read(tmp_pat
     source = LocalSource(tmp_path)
     path.write_bytes(path.read_bytes()[:-4])
 
-    with pytest.raises(ModelError, match="ends at byte .* inside a tensor"):
+    with pytest.raises(ModelError, match="inside a tensor; download it again"):
         source.read("w", torch.float32)
 
 

@@ -1,0 +1,292 @@
+"""The command ``plutino``: starts the coordinator and asks it things.
+
+Commands parse, call one function and print. What costs time to import is imported inside them, so that ``--help``
+answers at once. A PlutinoError ends the command with its message on stderr and its class's exit code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from plutino.errors import JobError, PlutinoError
+
+if TYPE_CHECKING:
+    from plutino.client import Client
+    from plutino.job.spec import JobSpec
+    from plutino.types import JobId
+
+
+class _Commands(TyperGroup):
+    """Ends with a message and an exit code where a command raises one of our errors."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line; see typer."""
+        try:
+            return super().main(*args, **kwargs)
+        except PlutinoError as error:
+            print(f"plutino: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+
+
+app = typer.Typer(
+    name="plutino",
+    cls=_Commands,
+    help="Fine-tune one language model over several small, unequal devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    # typer's decorations import rich, which costs more than everything else in --help together.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_INTERRUPTED_EXIT_CODE = 130
+"""What a shell gives a command that SIGINT ended."""
+
+StateDir = Annotated[
+    Path | None,
+    typer.Option("--state-dir", help="The coordinator's folder; by default plutino in the user's state directory."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job file, YAML or JSON.")]
+JobIdText = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or its beginning.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrule the job file: training.steps=50. May be repeated."),
+]
+
+
+@app.command()
+def up(
+    state_dir: StateDir = None,
+    engine: Annotated[
+        Literal["ray", "local"], typer.Option(help="Where schedules and jobs are worked on: Ray, or this process.")
+    ] = "ray",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Join a running Ray cluster instead of starting one; trust all of it.")
+    ] = None,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where devices dial.")] = "127.0.0.1:7420",
+    api: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where people and programs dial.")] = "127.0.0.1:7421",
+    as_json: AsJson = False,
+) -> None:
+    """Run the coordinator until Ctrl-C; its jobs go on at the next start."""
+    from coordinator.app import CoordinatorConfig
+    from coordinator.serve import serve
+    from plutino.endpoint import default_state_dir
+
+    config = CoordinatorConfig(
+        state_dir=state_dir or default_state_dir(),
+        devices_address=listen,
+        people_address=api,
+        engine=engine,
+        ray_address=ray_address,
+    )
+    serve(config, as_json=as_json)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def node(context: typer.Context) -> None:
+    """Give this device to a coordinator; the same as plutino-node (try: plutino node run --help)."""
+    import os
+
+    # A process of its own: the agent must stay small, and neither service may import the other.
+    os.execv(sys.executable, [sys.executable, "-m", "edge_node.cli", *context.args])
+
+
+@app.command()
+def plan(job_file: JobFile, overrides: Overrides = None, state_dir: StateDir = None, as_json: AsJson = False) -> None:
+    """Show how a job would be split over the devices that are in; reserves nothing."""
+    spec = _load_spec(job_file, overrides)
+    with _client(state_dir) as client:
+        values = client.plan(spec)
+    if as_json:
+        return _print_json(values)
+    from coordinator.screens import make_console, memory_table, plan_table
+    from partitioner.plan import Plan
+
+    console, chosen = make_console(), Plan.model_validate(values)
+    console.print(plan_table(chosen), "", memory_table(chosen))
+
+
+@app.command()
+def submit(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch/--detach", help="Stay and show the job, or return at once.")] = True,
+    state_dir: StateDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hand a job in. Ctrl-C while watching detaches; the job goes on."""
+    spec = _load_spec(job_file, overrides)
+    with _client(state_dir) as client:
+        job_id = client.submit(spec)
+        if watch:
+            return _watch(client, job_id, state_dir, as_json=as_json)
+    if as_json:
+        return _print_json({"job_id": job_id})
+    print(f"submitted {job_id}; watch it with: {_command('watch', job_id, state_dir)}")
+
+
+@app.command()
+def jobs(state_dir: StateDir = None, as_json: AsJson = False) -> None:
+    """List all jobs, oldest first."""
+    with _client(state_dir) as client:
+        found = client.jobs()
+    if as_json:
+        return _print_json(found)
+    import time
+
+    from coordinator.screens import job_table, make_console
+
+    make_console().print(job_table(found, now_s=time.time()))
+
+
+@app.command()
+def watch(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
+    """Show a job until it has ended. Ctrl-C detaches; the job goes on."""
+    with _client(state_dir) as client:
+        _watch(client, client.job(job).summary.job_id, state_dir, as_json=as_json)
+
+
+@app.command()
+def show(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
+    """Show everything that is stored of a job."""
+    with _client(state_dir) as client:
+        found = client.job(job)
+    if as_json:
+        return _print_json(found)
+    from coordinator.screens import job_detail, make_console
+
+    make_console().print(job_detail(found))
+
+
+@app.command()
+def cancel(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
+    """End a job and free everything it holds."""
+    with _client(state_dir) as client:
+        job_id = client.job(job).summary.job_id
+        state = client.cancel(job_id)
+    if as_json:
+        return _print_json({"job_id": job_id, "state": state})
+    print(f"{job_id} is {state}")
+
+
+@app.command()
+def devices(state_dir: StateDir = None, as_json: AsJson = False) -> None:
+    """List the devices, what they give and what is taken of it."""
+    with _client(state_dir) as client:
+        found = client.devices()
+    if as_json:
+        return _print_json(found)
+    from coordinator.screens import device_table, make_console
+
+    make_console().print(device_table(found))
+
+
+@app.command()
+def demo(
+    task: Annotated[
+        Literal["intent", "json"], typer.Option(help="What an utterance wants, as a name, or with its details as JSON.")
+    ] = "intent",
+    out: Annotated[Path, typer.Option(help="Folder for result.json and the adapter.")] = Path("runs/demo"),
+    engine: Annotated[Literal["ray", "local"], typer.Option(help="As for up.")] = "ray",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's state folder with all logs.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="A few steps only: see it move, expect nothing.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of adapters and data order.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune the bundled model over three devices made of processes on this machine, and compare."""
+    from coordinator.demo.demo import DemoOptions, run_demo
+
+    options = DemoOptions(task=task, out_dir=out, engine=engine, keep=keep, is_fast=fast, is_quiet=as_json, seed=seed)
+    try:
+        result = run_demo(options)
+    except KeyboardInterrupt:
+        print("\nthe demo was stopped; nothing of it is left running", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED_EXIT_CODE) from None
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def version(as_json: AsJson = False) -> None:
+    """Print the version of plutino."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed_version
+
+    try:
+        number = installed_version("plutino")
+    except PackageNotFoundError:
+        number = "unknown: running from a source tree that is not installed"
+    if as_json:
+        return _print_json({"version": number})
+    print(f"plutino {number}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command; ends the process."""
+    app(args=None if arguments is None else list(arguments), prog_name="plutino")
+
+
+def _client(state_dir: Path | None) -> Client:
+    from plutino.client import Client
+
+    return Client.local(state_dir)
+
+
+def _load_spec(job_file: Path, overrides: list[str] | None) -> JobSpec:
+    from plutino.job.spec import load_spec
+
+    return load_spec(job_file, overrides or ())
+
+
+def _command(name: str, job_id: JobId, state_dir: Path | None) -> str:
+    return f"plutino {name} {job_id}" + (f" --state-dir {state_dir}" if state_dir is not None else "")
+
+
+def _watch(client: Client, job_id: JobId, state_dir: Path | None, *, as_json: bool) -> None:
+    """Show a job to its end.
+
+    Raises:
+        JobError: the job failed or was cancelled.
+    """
+    from coordinator.job_view import JobView
+    from coordinator.screens import follow, make_console, summary
+
+    view = JobView(job_id)
+    try:
+        if as_json:
+            for numbered in client.watch(job_id):
+                view.take(numbered)
+                _print_json(numbered)
+        else:
+            console = make_console()
+            follow(view, client.watch(job_id), console)
+            console.print(summary(view))
+    except KeyboardInterrupt:
+        # Not a failure of anything: exit code 0.
+        print(
+            f"\ndetached; {job_id} goes on. Attach again: {_command('watch', job_id, state_dir)}\n"
+            f"End it: {_command('cancel', job_id, state_dir)}",
+            file=sys.stderr,
+        )
+        return
+    if view.state != "succeeded":
+        raise JobError(f"{job_id} is {view.state}: {view.reason}")
+
+
+def _print_json(value: Any) -> None:
+    from coordinator.json_output import to_json
+
+    print(to_json(value), flush=True)
+
+
+if __name__ == "__main__":
+    main()

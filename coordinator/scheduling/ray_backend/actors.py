@@ -1,0 +1,31 @@
+"""What runs inside Ray's worker processes. Each class is a shell around a function that knows nothing of Ray.
+
+The classes are exported to Ray by name and imported by its workers from the same source tree, so importing this module
+must stay cheap: each actor imports what it runs when it is asked to.
+"""
+
+from __future__ import annotations
+
+
+class SchedulerActor:
+    """Decides rounds of scheduling. It has no state: a restarted one answers like its predecessor."""
+
+    def solve(self, round_json: str) -> str:
+        """See :func:`coordinator.scheduling.problem.solve`."""
+        from coordinator.scheduling.problem import solve
+
+        return solve(round_json)
+
+
+class RunnerActor:
+    """Serves one job over a stream that it opens to the coordinator.
+
+    After the death of its process Ray starts another one and calls :meth:`run` again, which dials again; a coordinator
+    that has a newer incarnation by then sends it away.
+    """
+
+    def run(self, address: str, bulk_address: str, job_id: str, incarnation: int) -> None:
+        """See :func:`coordinator.jobs.runner_stream.run_job_runner`."""
+        from coordinator.jobs.runner_stream import run_job_runner
+
+        run_job_runner(address, bulk_address, job_id, incarnation)

@@ -1,0 +1,78 @@
+"""A plan in words and numbers, as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partitioner.plan import Plan, RejectedPlan, StagePlan
+from plutino.sizes import MIB
+
+_HEADER = ("stage", "device", "blocks", "threads", "forward", "backward", "job", "baseline", "peak", "budget")
+
+
+def explain(plan: Plan) -> str:
+    """Stages, memory item by item, the step's seconds, what binds, what would relieve it, and what lost.
+
+    Times are of one micro-batch. A predicted peak is the worker's whole resident memory: its baseline and the job.
+    """
+    sections = [
+        _summary(plan),
+        _table([_HEADER, *(_stage_row(stage) for stage in plan.stages)]),
+        "memory of the job, MiB\n" + _table(_memory_rows(plan.stages)),
+        f"bottleneck: {plan.bottleneck}\nrelief:     {plan.relief}",
+        _reasons("rejected", plan.rejected),
+        _reasons("unused devices", plan.unused_devices),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _summary(plan: Plan) -> str:
+    return (
+        f"step {plan.step_s:.3g} s, bubble {plan.bubble_share:.0%}: {plan.num_micro_batches} micro-batches of "
+        f"{plan.micro_batch_rows} rows, {plan.dtype}, codec {plan.codec}, "
+        f"checkpointing {'on' if plan.checkpointing else 'off'}"
+    )
+
+
+def _stage_row(stage: StagePlan) -> tuple[str, ...]:
+    return (
+        str(stage.stage_index),
+        " + ".join(stage.device_names),
+        f"[{stage.start_block}, {stage.end_block})",
+        str(stage.threads),
+        f"{stage.forward_s * 1e3:.1f} ms",
+        f"{stage.backward_s * 1e3:.1f} ms",
+        f"{_mib(stage.job_bytes)} MiB",
+        f"+ {_mib(stage.baseline_bytes)} MiB",
+        f"= {_mib(stage.peak_bytes)} MiB",
+        f"of {_mib(stage.budget_bytes)} MiB",
+    )
+
+
+def _memory_rows(stages: Sequence[StagePlan]) -> list[tuple[str, ...]]:
+    names = list(dict.fromkeys(item.name for stage in stages for item in stage.memory))
+    bills = [{item.name: item for item in stage.memory} for stage in stages]
+    header = ("item", *(f"stage {stage.stage_index}" for stage in stages), "why")
+    rows = [header]
+    for name in names:
+        amounts = [f"{bill[name].bytes / MIB:.1f}" if name in bill else "-" for bill in bills]
+        # One stage's reason stands for all: the heaviest one's.
+        heaviest = max((bill[name] for bill in bills if name in bill), key=lambda item: item.bytes)
+        rows.append((name, *amounts, heaviest.why))
+    return rows
+
+
+def _reasons(title: str, reasons: Sequence[RejectedPlan]) -> str:
+    if not reasons:
+        return ""
+    return "\n".join([f"{title}:", *(f"  {reason.what}: {reason.why}" for reason in reasons)])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / MIB:.0f}"

@@ -1,0 +1,192 @@
+"""Why a job does not fit, in numbers, and the one change that would make it fit.
+
+Every change that is named was tried: the search ran again with it and found a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NoReturn
+
+from partitioner.cuts import checkpointing_choices, fits
+from partitioner.device import DeviceProfile, LinkTable
+from partitioner.memory import MemoryModel
+from partitioner.micro_batch import candidate_rows, with_rows
+from partitioner.model import JobShape, ModelTable
+from plutino.errors import InfeasiblePlanError
+from plutino.sizes import MIB, format_size
+
+_TOKEN_STEP = 16
+"""Lengths are proposed in steps of so many tokens."""
+
+_DEVICE_STEP_BYTES = 32 * MIB
+"""Sizes of one more device are proposed in steps of so much."""
+
+
+def refuse(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> NoReturn:
+    """Explain that nothing fits.
+
+    Raises:
+        InfeasiblePlanError: always; what the job needs, what each device offers, and what would make it fit.
+    """
+    if not devices:
+        raise InfeasiblePlanError("no device is in; start one with: plutino node join TOKEN")
+    largest = min(len(devices), table.num_blocks)
+    if shape.exact_stages is not None and shape.exact_stages > largest:
+        raise InfeasiblePlanError(
+            f"the job asks for exactly {shape.exact_stages} stages, but {len(devices)} devices and {table.num_blocks} "
+            f"blocks make at most {largest}; lower placement.stages or leave it out"
+        )
+    usable = [device for device in devices if shape.dtype in device.dtypes]
+    need = _need(table, shape, max(1, len(usable)))
+    offers = "; ".join(_offer(device, shape) for device in devices)
+    changes = _changes(table, shape, usable, links)
+    way_out = (
+        f"any one of these makes it fit: {'; '.join(changes)}"
+        if changes
+        else "no single change makes it fit: use a smaller model, or several more devices"
+    )
+    raise InfeasiblePlanError(f"the job does not fit. It needs {need}. Offered: {offers}. Way out: {way_out}")
+
+
+def _need(table: ModelTable, shape: JobShape, num_devices: int) -> str:
+    counts = [shape.exact_stages] if shape.exact_stages else range(1, min(num_devices, table.num_blocks) + 1)
+    needed_bytes, num_stages, checkpointing = min(
+        (_smallest_maximum_bytes(table, shape, count, choice), count, choice)
+        for count in counts
+        for choice in checkpointing_choices(shape)
+    )
+    how = "with checkpointing" if checkpointing else "without checkpointing"
+    if num_stages == 1:
+        return f"at least {format_size(needed_bytes)} beyond a worker's baseline, {how}"
+    return (
+        f"at least {format_size(needed_bytes)} beyond a worker's baseline on the fullest device, "
+        f"cut as evenly as memory allows into {num_stages} stages, {how}"
+    )
+
+
+def _smallest_maximum_bytes(table: ModelTable, shape: JobShape, num_stages: int, checkpointing: bool) -> int:
+    """Job bytes of the heaviest stage under the most even cut into so many stages."""
+    memory = MemoryModel(table, shape)
+    num_blocks = table.num_blocks
+    # After handling stage k: least possible maximum over stages k.. when they hold blocks [start, end of the model).
+    unreachable = 1 << 62
+    behind = [unreachable] * num_blocks + [0]
+    for stage_index in reversed(range(num_stages)):
+        here = [unreachable] * (num_blocks + 1)
+        for start in range(stage_index, num_blocks) if stage_index else (0,):
+            for end in range(start + 1, num_blocks + 1):
+                if behind[end] >= here[start]:
+                    continue
+                job_bytes = memory.job_bytes(
+                    start, end, num_stages=num_stages, stage_index=stage_index, checkpointing=checkpointing
+                )
+                if job_bytes >= here[start]:
+                    break
+                here[start] = max(job_bytes, behind[end])
+        behind = here
+    return behind[0]
+
+
+def _offer(device: DeviceProfile, shape: JobShape) -> str:
+    text = (
+        f"{device.name} {format_size(device.available_bytes)} "
+        f"({format_size(max(0, device.available_bytes - device.baseline_bytes))} beyond its baseline)"
+    )
+    return text if shape.dtype in device.dtypes else f"{text}, but it does not run {shape.dtype}"
+
+
+def _changes(table: ModelTable, shape: JobShape, usable: Sequence[DeviceProfile], links: LinkTable) -> list[str]:
+    """Single changes of a setting, or one more device, with which the job fits."""
+
+    def try_shape(changed: JobShape) -> bool:
+        return fits(table, changed, usable, links)
+
+    changes = [
+        _checkpointing_change(shape, try_shape),
+        _rows_change(shape, try_shape),
+        _tokens_change(shape, try_shape),
+        _dtype_change(shape, try_shape),
+        _rank_change(shape, try_shape),
+        _device_change(table, shape, usable, links),
+    ]
+    return [change for change in changes if change is not None]
+
+
+def _checkpointing_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str | None:
+    if shape.checkpointing != "off" or not try_shape(shape.model_copy(update={"checkpointing": "on"})):
+        return None
+    return "training.checkpointing: on"
+
+
+def _rows_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str | None:
+    smaller = [rows for rows in candidate_rows(shape.batch_rows) if rows < shape.micro_batch_rows]
+    rows = next((rows for rows in smaller if try_shape(with_rows(shape, rows))), None)
+    return None if rows is None else f"training.micro_batch_size: {rows} (now {shape.micro_batch_rows})"
+
+
+def _tokens_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str | None:
+    def shortened(row_tokens: int) -> JobShape:
+        label_tokens = min(shape.label_tokens, shape.micro_batch_rows * row_tokens)
+        return shape.model_copy(update={"row_tokens": row_tokens, "label_tokens": label_tokens})
+
+    steps = _largest(0, (shape.row_tokens - 1) // _TOKEN_STEP, lambda n: try_shape(shortened(n * _TOKEN_STEP)))
+    return f"data.max_tokens: {steps * _TOKEN_STEP} (now {shape.row_tokens})" if steps else None
+
+
+def _dtype_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str | None:
+    other: Literal["fp32", "bf16"] = "bf16" if shape.dtype == "fp32" else "fp32"
+    # Only bf16 saves memory, but fp32 can let devices in that do not run bf16.
+    return f"model.dtype: {other}" if try_shape(shape.model_copy(update={"dtype": other})) else None
+
+
+def _rank_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str | None:
+    """Ranks divided by a power of two; with several ranks in the job all of them are."""
+    largest_rank_sum = max(shape.adapter_rank_out, default=0)
+    divisor = 2
+    while largest_rank_sum and divisor <= largest_rank_sum:
+        changed = shape.model_copy(
+            update={
+                "adapter_params": tuple(-(-params // divisor) for params in shape.adapter_params),
+                "adapter_rank_out": tuple(-(-ranks // divisor) for ranks in shape.adapter_rank_out),
+            }
+        )
+        if try_shape(changed):
+            return f"method.rank divided by {divisor}"
+        divisor *= 2
+    return None
+
+
+def _device_change(table: ModelTable, shape: JobShape, usable: Sequence[DeviceProfile], links: LinkTable) -> str | None:
+    if not usable:
+        return None
+    baseline_bytes = max(device.baseline_bytes for device in usable)
+
+    def joined(steps: int) -> bool:
+        extra = usable[0].model_copy(
+            update={
+                "agent_id": "one more device",
+                "host_id": "one more host",
+                "available_bytes": steps * _DEVICE_STEP_BYTES,
+                "baseline_bytes": baseline_bytes,
+            }
+        )
+        return fits(table, shape, [*usable, extra], links)
+
+    whole_bytes = baseline_bytes + _smallest_maximum_bytes(table, shape, 1, checkpointing_choices(shape)[-1])
+    most = -(-whole_bytes // _DEVICE_STEP_BYTES) + 1
+    if not joined(most):
+        return None
+    steps = most - _largest(0, most, lambda fewer: joined(most - fewer))
+    return f"one more device of {format_size(steps * _DEVICE_STEP_BYTES)}"
+
+
+def _largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """Largest n in [low, high] with holds(n), by bisection; ``low`` is taken to hold, and larger n to hold less."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import psutil
+import pytest
+
+from coordinator.jobs.runner import PreparedData
+from coordinator.scheduling.problem import SchedulingAnswer, SchedulingRound
+from coordinator.scheduling.ray_backend import engine as engine_module
+from coordinator.scheduling.ray_backend.cluster import EmbeddedCluster, JoinedCluster
+from coordinator.scheduling.ray_backend.engine import RayEngine, RoundLostError
+from coordinator.scheduling.ray_backend.reaping import ProcessRecord, is_running, read_record
+from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from plutino.errors import ConfigError, PlutinoError
+from plutino.job.spec import parse_spec
+from plutino.types import JobId
+from plutino.wire.channel import Lane, aio_server, bind
+from protos import runners_pb2 as pb
+from protos import runners_pb2_grpc
+
+# Ray starts twice in this module, once in a child; each takes 3 s on a quiet machine and 15 s on a busy one.
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+
+WAIT_S = 40.0
+INCARNATION = 7
+EMPTY_ROUND = SchedulingRound(queue=(), held=(), budgets_bytes={}).model_dump_json()
+REPOSITORY_DIR = Path(__file__).resolve().parents[2]
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from coordinator.scheduling.ray_backend.engine import RayEngine
+
+async def main():
+    engine = RayEngine(address="127.0.0.1:1", bulk_address="127.0.0.1:1", incarnation=1, state_dir=Path(sys.argv[1]))
+    await engine.start()
+    print("up", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+class RunnerStream:
+    """One stream that a runner has opened."""
+
+    def __init__(self, hello: pb.RunnerHello, events: AsyncIterator[pb.RunnerEvent]) -> None:
+        self.hello = hello
+        self.events = events
+        self.commands: asyncio.Queue[pb.RunnerCommand | None] = asyncio.Queue()
+
+    async def ask(self, command: pb.RunnerCommand) -> pb.RunnerEvent:
+        self.commands.put_nowait(command)
+        return await anext(self.events)
+
+    def end(self) -> None:
+        self.commands.put_nowait(None)
+
+
+class FakeCoordinator(runners_pb2_grpc.RunnerServiceServicer):
+    """Takes runners' streams and lets the test speak on them."""
+
+    def __init__(self) -> None:
+        self.streams: asyncio.Queue[RunnerStream] = asyncio.Queue()
+
+    async def Run(
+        self, request_iterator: AsyncIterator[pb.RunnerEvent], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.RunnerCommand]:
+        events = aiter(request_iterator)
+        stream = RunnerStream((await anext(events)).hello, events)
+        self.streams.put_nowait(stream)
+        while (command := await stream.commands.get()) is not None:
+            yield command
+
+
+class Site:
+    """One event loop with a fake coordinator and a Ray engine for all tests of this module."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.loop = asyncio.new_event_loop()
+        self.coordinator = FakeCoordinator()
+        self.run(self._start())
+
+    async def _start(self) -> None:
+        self._server = aio_server(Lane.REPORT)
+        runners_pb2_grpc.add_RunnerServiceServicer_to_server(self.coordinator, self._server)
+        address = bind(self._server, "127.0.0.1:0")
+        await self._server.start()
+        self.engine = RayEngine(
+            address=address, bulk_address="127.0.0.1:1", incarnation=INCARNATION, state_dir=self.state_dir
+        )
+        await self.engine.start()
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 2 * WAIT_S))
+
+    async def next_stream(self) -> RunnerStream:
+        return await asyncio.wait_for(self.coordinator.streams.get(), WAIT_S)
+
+    async def finish(self, job_id: JobId, stream: RunnerStream) -> None:
+        stream.end()
+        self.engine.stop_runner(job_id)
+        await until(lambda: not actor_processes("RunnerActor"))
+
+    def close(self) -> None:
+        async def stop() -> None:
+            await self.engine.close()
+            await self._server.stop(None)
+
+        self.run(stop())
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def killed_coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ProcessRecord]]:
+    """State of a coordinator that was killed while it had a Ray, and the record that it left."""
+    state_dir = tmp_path_factory.mktemp("state")
+    command = [sys.executable, "-c", CHILD, str(state_dir)]
+    child = subprocess.Popen(command, cwd=REPOSITORY_DIR, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "up\n"
+    finally:
+        child.kill()
+        child.communicate(timeout=WAIT_S)
+    record = read_record(state_dir / "ray" / "processes.json")
+    assert record is not None
+    yield state_dir, record
+
+
+@pytest.fixture(scope="module")
+def site(killed_coordinator: tuple[Path, ProcessRecord]) -> Iterator[Site]:
+    site = Site(killed_coordinator[0])
+    yield site
+    site.close()
+
+
+def record_of(site: Site) -> ProcessRecord:
+    record = read_record(site.state_dir / "ray" / "processes.json")
+    assert record is not None
+    return record
+
+
+def actor_processes(name: str) -> list[psutil.Process]:
+    """Processes of this module's actors of a class; Ray writes the class and the method into the command line."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.is_running()
+        and process.status() != psutil.STATUS_ZOMBIE
+        and " ".join(process.cmdline()).startswith(f"ray::{name}")
+    ]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline_s, "the condition did not come true"
+        await asyncio.sleep(0.05)
+
+
+def snips_spec_json() -> str:
+    values = {
+        "model": {"path": str(TINY_LLAMA_DIR)},
+        "data": {"train": str(SNIPS_DIR / "train.jsonl"), "limit": 12},
+        "training": {"batch_size": 6, "epochs": 2},
+    }
+    return parse_spec(values, base_dir=Path("/")).model_dump_json()
+
+
+def test_start_after_killed_coordinator_leaves_nothing_of_its_ray(
+    killed_coordinator: tuple[Path, ProcessRecord], site: Site
+) -> None:
+    _, old = killed_coordinator
+
+    assert {"gcs_server", "raylet"} <= {process.name for process in old.processes}
+    assert not any(map(is_running, old.processes))
+    assert not old.session_dir.exists()
+    assert record_of(site).session_dir != old.session_dir
+
+
+def test_start_every_port_is_on_loopback(site: Site) -> None:
+    me = psutil.Process()
+    listening = [
+        connection.laddr.ip
+        for process in (me, *me.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)
+    ]
+
+    assert len(listening) >= 5
+    addresses = [ipaddress.ip_address(ip.removeprefix("::ffff:")) for ip in listening]
+    assert all(address.is_loopback for address in addresses), listening
+
+
+def test_start_token_and_session_are_closed_to_others(site: Site) -> None:
+    token, session_dir = site.state_dir / "ray" / "token", record_of(site).session_dir
+
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert session_dir.stat().st_mode & 0o777 == 0o700
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(token)
+
+
+def test_solve_empty_round_answers(site: Site) -> None:
+    answer = site.run(site.engine.solve(EMPTY_ROUND))
+
+    assert SchedulingAnswer.model_validate_json(answer).verdicts == ()
+
+
+def test_solve_damaged_round_says_what_the_scheduler_met(site: Site) -> None:
+    with pytest.raises(RoundLostError, match="validation errors for SchedulingRound"):
+        site.run(site.engine.solve("{}"))
+
+
+def test_solve_after_kill_of_the_scheduler_answers(site: Site) -> None:
+    (process,) = actor_processes("SchedulerActor")
+    process.send_signal(signal.SIGKILL)
+
+    assert SchedulingAnswer.model_validate_json(site.run(site.engine.solve(EMPTY_ROUND))).verdicts == ()
+
+
+def test_solve_given_up_does_not_stand_in_the_way_of_the_next(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "SOLVE_WITHIN_S", 0.0)
+        with pytest.raises(RoundLostError, match="has not answered within"):
+            site.run(site.engine.solve(EMPTY_ROUND))
+
+    assert json.loads(site.run(site.engine.solve(EMPTY_ROUND))) == {"verdicts": []}
+
+
+def test_runner_dials_with_its_incarnation_and_reads_the_jobs_rows(site: Site) -> None:
+    async def scenario() -> tuple[RunnerStream, pb.RunnerEvent]:
+        site.engine.start_runner(JobId("job-1"))
+        site.engine.start_runner(JobId("job-1"))
+        stream = await site.next_stream()
+        answer = await stream.ask(pb.RunnerCommand(request_id="1", prepare=pb.Prepare(spec_json=snips_spec_json())))
+        await site.finish(JobId("job-1"), stream)
+        return stream, answer
+
+    stream, answer = site.run(scenario())
+
+    assert (stream.hello.job_id, stream.hello.incarnation) == ("job-1", INCARNATION)
+    assert PreparedData.model_validate_json(answer.prepared.json).num_train == 12
+    assert site.coordinator.streams.empty()
+
+
+def test_runner_killed_dials_again(site: Site) -> None:
+    async def scenario() -> RunnerStream:
+        site.engine.start_runner(JobId("job-2"))
+        await site.next_stream()
+        (process,) = actor_processes("RunnerActor")
+        process.send_signal(signal.SIGKILL)
+        stream = await site.next_stream()
+        await site.finish(JobId("job-2"), stream)
+        return stream
+
+    assert site.run(scenario()).hello.job_id == "job-2"
+
+
+def test_runner_that_ended_by_itself_starts_again_when_asked(site: Site) -> None:
+    async def scenario() -> RunnerStream:
+        site.engine.start_runner(JobId("job-3"))
+        (await site.next_stream()).end()
+        # Asked before the engine has learnt of the end: it must not be taken for running.
+        site.engine.start_runner(JobId("job-3"))
+        stream = await site.next_stream()
+        await site.finish(JobId("job-3"), stream)
+        return stream
+
+    assert site.run(scenario()).hello.job_id == "job-3"
+
+
+def test_engine_raylet_killed_starts_a_fresh_ray_with_its_runners(site: Site) -> None:
+    old = record_of(site)
+
+    async def scenario() -> tuple[RunnerStream, str]:
+        site.engine.start_runner(JobId("job-4"))
+        await site.next_stream()
+        (raylet,) = (process for process in old.processes if process.name == "raylet")
+        os.kill(raylet.pid, signal.SIGKILL)
+        stream = await site.next_stream()
+        answer = await site.engine.solve(EMPTY_ROUND)
+        await site.finish(JobId("job-4"), stream)
+        return stream, answer
+
+    stream, answer = site.run(scenario())
+
+    assert stream.hello.job_id == "job-4"
+    assert json.loads(answer) == {"verdicts": []}
+    assert not any(map(is_running, old.processes))
+
+
+def test_close_leaves_no_process_folder_or_record(site: Site) -> None:
+    """The last test that uses the engine; closing twice is harmless."""
+    record = record_of(site)
+
+    site.run(site.engine.close())
+
+    assert not any(map(is_running, record.processes))
+    assert not psutil.Process().children(recursive=True)
+    assert not record.session_dir.exists()
+    assert read_record(site.state_dir / "ray" / "processes.json") is None
+
+
+def test_embedded_cluster_ray_does_not_start_leaves_nothing(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the engine's end, because a process has one Ray; this one gives its first daemon no time."""
+    monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "0")
+
+    with pytest.raises(PlutinoError, match="--engine local"):
+        EmbeddedCluster(tmp_path).start()
+
+    assert not psutil.Process().children(recursive=True)
+    assert read_record(tmp_path / "ray" / "processes.json") is None
+
+
+def test_embedded_cluster_never_started_stops_without_ray(tmp_path: Path) -> None:
+    EmbeddedCluster(tmp_path).stop()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_joined_cluster_address_of_ray_client_is_refused() -> None:
+    with pytest.raises(ConfigError, match="host:port"):
+        JoinedCluster("ray://127.0.0.1:10001")
