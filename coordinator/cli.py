@@ -108,11 +108,10 @@ def plan(job_file: JobFile, overrides: Overrides = None, state_dir: StateDir = N
         values = client.plan(spec)
     if as_json:
         return _print_json(values)
-    from coordinator.screens import make_console, memory_table, plan_table
+    from partitioner.explain import explain
     from partitioner.plan import Plan
 
-    console, chosen = make_console(), Plan.model_validate(values)
-    console.print(plan_table(chosen), "", memory_table(chosen))
+    print(explain(Plan.model_validate(values)), end="")
 
 
 @app.command()

@@ -18,8 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.job_view import JobView, told
-from partitioner.plan import Plan
+from coordinator.job_view import JobView, StageView, told
+from partitioner.plan import Plan, StagePlan
 from plutino import events
 from plutino.client import JobDetail, JobSummary, NumberedEvent
 from plutino.sizes import MIB, format_size
@@ -46,43 +46,24 @@ def make_console() -> Console:
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """Stages on devices with predicted seconds and memory, and the reasons."""
-    table = _table(
-        "stage", "device", "blocks", ">threads", ">forward s", ">backward s", ">job MiB", ">peak MiB", ">budget MiB"
-    )
+    """Which device runs which blocks, and what that is predicted to take; the reasons are partitioner.explain's."""
+    table = _table("stage", "device", "blocks", ">threads", ">forward ms", ">backward ms", ">peak MiB", ">budget MiB")
     for stage in plan.stages:
         table.add_row(
             str(stage.stage_index),
             escape(", ".join(stage.device_names)),
-            f"{stage.start_block}-{stage.end_block - 1}",
+            escape(_blocks(stage)),
             str(stage.threads),
-            f"{stage.forward_s:.4f}",
-            f"{stage.backward_s:.4f}",
-            _mib(stage.job_bytes),
+            f"{stage.forward_s * 1e3:.1f}",
+            f"{stage.backward_s * 1e3:.1f}",
             _mib(stage.peak_bytes),
             _mib(stage.budget_bytes),
         )
-    facts = [
-        f"{plan.num_micro_batches} micro-batches of {plan.micro_batch_rows} rows in {plan.dtype}, codec {plan.codec}, "
-        f"checkpointing {'on' if plan.checkpointing else 'off'}",
-        f"predicted: {plan.step_s:.3f} s a step, bubble {plan.bubble_share:.0%}",
-        f"bottleneck: {plan.bottleneck}",
-        f"relief: {plan.relief}",
-        *(f"not chosen: {other.what}: {other.why}" for other in plan.rejected),
-        *(f"not used: {other.what}: {other.why}" for other in plan.unused_devices),
-    ]
-    return Group(table, *(Text(fact) for fact in facts))
-
-
-def memory_table(plan: Plan) -> RenderableType:
-    """The itemised memory bill of every stage."""
-    table = _table("stage", "item", ">MiB", "why")
-    for stage in plan.stages:
-        table.add_row(str(stage.stage_index), "baseline", _mib(stage.baseline_bytes), "measured on an idle worker")
-        for item in stage.memory:
-            table.add_row("", item.name, _mib(item.bytes), escape(item.why))
-        table.add_row("", "peak", _mib(stage.peak_bytes), f"of {_mib(stage.budget_bytes)} MiB", end_section=True)
-    return table
+    step = (
+        f"predicted: {plan.step_s:.3g} s a step, bubble {plan.bubble_share:.0%}; {plan.num_micro_batches} x "
+        f"{plan.micro_batch_rows} rows, {plan.dtype}, checkpointing {'on' if plan.checkpointing else 'off'}"
+    )
+    return Group(table, Text(step))
 
 
 def device_table(devices: Iterable[Mapping[str, Any]]) -> RenderableType:
@@ -193,16 +174,12 @@ def job_detail(job: JobDetail) -> RenderableType:
 def follow(view: JobView, numbered: Iterable[NumberedEvent], console: Console) -> None:
     """Show a job's events until they end; raises what the iterator raises."""
     if not console.is_terminal:
-        for line in plain_lines(view, numbered):
+        for line in plain_lines(view, _with_plans(view, numbered, console)):
             console.print(line, markup=False, soft_wrap=True)
         return
     with Live(job_panel(view), console=console, refresh_per_second=_SCREENS_PER_S) as live:
-        plan = view.plan
-        for one in numbered:
+        for one in _with_plans(view, numbered, console):
             view.take(one)
-            if view.plan is not plan and view.plan is not None:
-                plan = view.plan
-                live.console.print(plan_table(plan))
             live.update(job_panel(view))
 
 
@@ -219,6 +196,16 @@ def plain_lines(view: JobView, numbered: Iterable[NumberedEvent]) -> Iterator[st
             yield f"{_clock(one.at_s)} {_progress_line(view)}"
         elif (line := told(one.event)) is not None:
             yield f"{_clock(one.at_s)} {line}"
+
+
+def _with_plans(view: JobView, numbered: Iterable[NumberedEvent], console: Console) -> Iterator[NumberedEvent]:
+    """The same events; every new plan is printed once, above the live screen where there is one."""
+    printed = view.plan
+    for one in numbered:
+        yield one
+        if view.plan is not None and view.plan is not printed:
+            printed = view.plan
+            console.print(plan_table(printed))
 
 
 def _progress(view: JobView) -> RenderableType:
@@ -246,7 +233,7 @@ def _stage_table(view: JobView) -> Table:
         table.add_row(
             str(stage.stage_index),
             escape(stage.device_name),
-            f"{stage.start_block}-{stage.end_block - 1}",
+            escape(_blocks(stage)),
             str(stage.threads),
             _mib(stage.rss_bytes) if stage.rss_bytes else "",
             _mib(stage.peak_rss_bytes) if stage.peak_rss_bytes else "",
@@ -286,6 +273,10 @@ def _table(*headings: str) -> Table:
 
 def _metrics(score: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.1%}" for name, value in score.items() if isinstance(value, float))
+
+
+def _blocks(stage: StagePlan | StageView) -> str:
+    return f"[{stage.start_block}, {stage.end_block})"
 
 
 def _styled_state(state: str) -> Text:

@@ -40,6 +40,7 @@ class AdapterTable(PlanValue):
 
     @property
     def num_params(self) -> int:
+        """All trainable parameters."""
         return sum(block.params for block in self.blocks) + self.first_params + self.last_params
 
     @property

@@ -33,6 +33,7 @@ class StageCost:
 
     @property
     def compute_s(self) -> float:
+        """Forward and backward of one micro-batch."""
         return self.forward_s + self.backward_s
 
     @property
@@ -42,6 +43,7 @@ class StageCost:
 
     @property
     def round_trip_s(self) -> float:
+        """One micro-batch through the stage and over its link, there and back."""
         return self.compute_s + self.link_s
 
 

@@ -58,6 +58,7 @@ class Candidate:
 
     @property
     def step_s(self) -> float:
+        """Predicted seconds of one optimiser step."""
         return self.time.step_s
 
 

@@ -86,10 +86,12 @@ class JobShape(PlanValue):
 
     @property
     def dtype_bytes(self) -> int:
+        """Bytes of one element in the compute dtype."""
         return 4 if self.dtype == "fp32" else 2
 
     @property
     def num_micro_batches(self) -> int:
+        """Micro-batches of one step; the last one may have fewer rows."""
         return -(-self.batch_rows // self.micro_batch_rows)
 
     @property

@@ -49,7 +49,7 @@ def _arrangements(twin_of: Sequence[int], num_stages: int) -> Iterator[Order]:
 def _twins(devices: Sequence[DeviceProfile], links: LinkTable) -> list[int]:
     """For every device the first one that is like it in every number, links to all others included."""
     twin_of: list[int] = []
-    for i, device in enumerate(devices):
+    for i in range(len(devices)):
         twin_of.append(next((j for j in range(i) if twin_of[j] == j and _alike(devices, links, j, i)), i))
     return twin_of
 

@@ -34,6 +34,7 @@ class StagePlan(PlanValue):
 
     @property
     def peak_bytes(self) -> int:
+        """Predicted peak of the worker's resident memory."""
         return self.baseline_bytes + self.job_bytes
 
 
@@ -67,4 +68,5 @@ class Plan(PlanValue):
 
     @property
     def agent_ids(self) -> tuple[str, ...]:
+        """Agents of all stages, first stage first."""
         return tuple(agent for stage in self.stages for agent in stage.agent_ids)

@@ -40,7 +40,7 @@ def refuse(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile],
     usable = [device for device in devices if shape.dtype in device.dtypes]
     need = _need(table, shape, max(1, len(usable)))
     offers = "; ".join(_offer(device, shape) for device in devices)
-    changes = _changes(table, shape, usable, links)
+    changes = _changes(table, shape, devices, links)
     way_out = (
         f"any one of these makes it fit: {'; '.join(changes)}"
         if changes
@@ -96,11 +96,11 @@ def _offer(device: DeviceProfile, shape: JobShape) -> str:
     return text if shape.dtype in device.dtypes else f"{text}, but it does not run {shape.dtype}"
 
 
-def _changes(table: ModelTable, shape: JobShape, usable: Sequence[DeviceProfile], links: LinkTable) -> list[str]:
+def _changes(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> list[str]:
     """Single changes of a setting, or one more device, with which the job fits."""
 
     def try_shape(changed: JobShape) -> bool:
-        return fits(table, changed, usable, links)
+        return fits(table, changed, devices, links)
 
     changes = [
         _checkpointing_change(shape, try_shape),
@@ -108,7 +108,7 @@ def _changes(table: ModelTable, shape: JobShape, usable: Sequence[DeviceProfile]
         _tokens_change(shape, try_shape),
         _dtype_change(shape, try_shape),
         _rank_change(shape, try_shape),
-        _device_change(table, shape, usable, links),
+        _device_change(table, shape, devices, links),
     ]
     return [change for change in changes if change is not None]
 
@@ -157,7 +157,10 @@ def _rank_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str 
     return None
 
 
-def _device_change(table: ModelTable, shape: JobShape, usable: Sequence[DeviceProfile], links: LinkTable) -> str | None:
+def _device_change(
+    table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable
+) -> str | None:
+    usable = [device for device in devices if shape.dtype in device.dtypes]
     if not usable:
         return None
     baseline_bytes = max(device.baseline_bytes for device in usable)

@@ -1,14 +1,14 @@
 """The planner: numbers in, plan with its reasons out.
 
-Entry points: :func:`search` for a given micro-batch, :func:`choose_micro_batch` where the job leaves it open. The search
-itself is in :mod:`partitioner.cuts`; here its candidates become a plan that says why it is the one.
+Entry points: :func:`search` for a given micro-batch, :func:`choose_micro_batch` where the job leaves it open. The
+search itself is in :mod:`partitioner.cuts`; here its candidates become a plan that says why it is the one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from partitioner.cost import pipeline_step_time
 from partitioner.cuts import Candidate, CutSearch, SearchResult, checkpointing_choices
@@ -19,7 +19,6 @@ from partitioner.model import JobShape, ModelTable
 from partitioner.orders import MAX_EXHAUSTIVE_DEVICES
 from partitioner.plan import Plan, RejectedPlan, StagePlan
 from partitioner.refusal import refuse
-from plutino.errors import InfeasiblePlanError
 from plutino.sizes import format_size
 
 _NOTABLE_SHARE = 0.02
@@ -44,33 +43,10 @@ def search(
         InfeasiblePlanError: nothing fits; the message says what would.
     """
     links = links or LinkTable()
-    usable = [device for device in devices if shape.dtype in device.dtypes]
-    results = {}
-    limit_s = math.inf
-    for choice in checkpointing_choices(shape):
-        results[choice] = CutSearch(table, shape, usable, links, checkpointing=choice).run(limit_s=limit_s)
-        found = results[choice].best
-        limit_s = limit_s if found is None else found.step_s
-    # A later choice was asked to beat the earlier ones, so the last one that found anything is the best.
-    best = next((result.best for result in reversed(results.values()) if result.best is not None), None)
-    if best is None:
+    found = _find(table, shape, devices, links)
+    if found is None:
         refuse(table, shape, devices, links)
-    stages = _stages(table, shape, usable, best)
-    return Plan(
-        stages=stages,
-        micro_batch_rows=shape.micro_batch_rows,
-        num_micro_batches=shape.num_micro_batches,
-        micro_batch_owners=((0,) * shape.num_micro_batches,) * len(stages),
-        checkpointing=best.checkpointing,
-        dtype=shape.dtype,
-        codec=shape.codec,
-        step_s=best.step_s,
-        bubble_share=best.time.bubble_share,
-        bottleneck=_bottleneck(shape, stages, best),
-        relief=_relief(table, shape, usable, links, stages, best),
-        rejected=_rejected(usable, results, best),
-        unused_devices=_unused(table, shape, devices, stages, best),
-    )
+    return _plan(table, shape, devices, links, found)
 
 
 def choose_micro_batch(
@@ -93,35 +69,77 @@ def choose_micro_batch(
     Raises:
         InfeasiblePlanError: no micro-batch fits; the message is that of the smallest.
     """
-    plans: list[Plan] = []
-    refused: InfeasiblePlanError | None = None
-    rejected: list[RejectedPlan] = []
-    for rows in candidate_rows(shape.batch_rows):
-        try:
-            plans.append(
-                search(
-                    table,
-                    with_rows(shape, rows, label_tokens_of),
-                    scaled_devices(devices, shape.micro_batch_rows, rows),
-                    links,
-                )
-            )
-        except InfeasiblePlanError as error:
-            refused = error
-            rejected.append(RejectedPlan(what=f"micro-batches of {rows} rows", why="do not fit the budgets"))
-    if not plans:
-        assert refused is not None, "a batch has at least one divisor"
-        raise refused
-    best = min(plans, key=lambda plan: plan.step_s)
-    rejected += [
-        RejectedPlan(
-            what=f"micro-batches of {plan.micro_batch_rows} rows",
-            why=f"{plan.step_s:.3g} s a step against {best.step_s:.3g} s",
+    links = links or LinkTable()
+    tried = {
+        rows: (
+            with_rows(shape, rows, label_tokens_of),
+            scaled_devices(devices, shape.micro_batch_rows, rows),
         )
-        for plan in plans
-        if plan is not best
+        for rows in candidate_rows(shape.batch_rows)
+    }
+    found = {rows: _find(table, *inputs, links) for rows, inputs in tried.items()}
+    fitting = {rows: result for rows, result in found.items() if result is not None}
+    if not fitting:
+        refuse(table, *tried[min(tried)], links)
+    best_rows = min(fitting, key=lambda rows: fitting[rows].best.step_s)
+    plan = _plan(table, *tried[best_rows], links, fitting[best_rows])
+    rejected = [
+        RejectedPlan(
+            what=f"micro-batches of {_count(rows, 'row')}",
+            why=(
+                f"{fitting[rows].best.step_s:.3g} s a step against {plan.step_s:.3g} s"
+                if rows in fitting
+                else "fit no budget"
+            ),
+        )
+        for rows in tried
+        if rows != best_rows
     ]
-    return best.model_copy(update={"rejected": (*best.rejected, *rejected)})
+    return plan.model_copy(update={"rejected": (*plan.rejected, *rejected)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The best candidate, and the searches it came from by their choice of checkpointing."""
+
+    best: Candidate
+    results: dict[bool, SearchResult]
+
+
+def _find(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> _Found | None:
+    results: dict[bool, SearchResult] = {}
+    best: Candidate | None = None
+    for choice in checkpointing_choices(shape):
+        search_cuts = CutSearch(table, shape, _usable(shape, devices), links, checkpointing=choice)
+        results[choice] = search_cuts.run(limit_s=math.inf if best is None else best.step_s)
+        best = results[choice].best or best
+    return None if best is None else _Found(best, results)
+
+
+def _usable(shape: JobShape, devices: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+    return [device for device in devices if shape.dtype in device.dtypes]
+
+
+def _plan(
+    table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable, found: _Found
+) -> Plan:
+    best, usable = found.best, _usable(shape, devices)
+    stages = _stages(table, shape, usable, best)
+    return Plan(
+        stages=stages,
+        micro_batch_rows=shape.micro_batch_rows,
+        num_micro_batches=shape.num_micro_batches,
+        micro_batch_owners=((0,) * shape.num_micro_batches,) * len(stages),
+        checkpointing=best.checkpointing,
+        dtype=shape.dtype,
+        codec=shape.codec,
+        step_s=best.step_s,
+        bubble_share=best.time.bubble_share,
+        bottleneck=_bottleneck(shape, stages, best),
+        relief=_relief(table, shape, usable, links, stages, best),
+        rejected=_rejected(usable, found.results, best),
+        unused_devices=_unused(table, shape, devices, stages, best),
+    )
 
 
 def _stages(

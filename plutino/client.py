@@ -194,6 +194,7 @@ class Client:
             UnreachableError: the coordinator did not come back in time.
         """
         away_since_s = time.monotonic()
+        had_ended = False
         while True:
             dialled_s, before = time.monotonic(), after
             stream = self._stub.Watch(pb.WatchRequest(job_id=job_id, after=after))
@@ -203,9 +204,13 @@ class Client:
                     yield NumberedEvent(
                         number=after, at_s=response.at_s, event=parse_event(response.kind, response.json)
                     )
-                # A coordinator that is asked to end may end its streams in good order too.
-                if self.job(job_id).summary.has_ended:
+                # A coordinator that is asked to end may end its streams in good order too. Only a stream that was
+                # opened after the job's end is known to have brought everything.
+                if had_ended:
                     return
+                had_ended = self.job(job_id).summary.has_ended
+                if had_ended:
+                    continue
             except grpc.RpcError as error:
                 self._raise_unless_away(error)
             except UnreachableError:

@@ -55,6 +55,7 @@ class JobContext:
         self._serials: list[int] = []
         self.slowest_upload_s: float | None = None
         """Seconds of the slowest shadow upload so far; None before the first."""
+        self.shadow_lock = asyncio.Lock()
         self.excluded_devices: dict[AgentId, str] = {}
         """Devices that this job does not use again, with the reason."""
 
@@ -130,6 +131,12 @@ class JobContext:
         """Let people see something that decides nothing."""
         await asyncio.wrap_future(self.store.append_events(self.job_id, events, at_s=time.time()))
         self._on_events(self.job_id)
+
+    def tell_later(self, *events: JobEvent) -> None:
+        """Like :meth:`tell`, without waiting for the disk; the order of what is told stays."""
+        loop = asyncio.get_running_loop()
+        written = self.store.append_events(self.job_id, events, at_s=time.time())
+        written.add_done_callback(lambda _: loop.call_soon_threadsafe(self._on_events, self.job_id))
 
     def durable(self) -> dict[int, tuple[Shadow, ...]]:
         """Steps to which the job could return, each with the shadows that hold its state."""

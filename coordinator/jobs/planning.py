@@ -12,7 +12,7 @@ from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.runner import PreparedData
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.adapter import adapter_params_of
-from partitioner.device import BlockTimings, DeviceProfile, LinkProfile, ProfileRequest
+from partitioner.device import BlockTimings, DeviceProfile, LinkTable, ProfileRequest
 from partitioner.model import JobShape, ModelTable, describe_model
 from partitioner.plan import Plan
 from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
@@ -136,9 +136,10 @@ async def make_problem(
         job_id=job_id,
         table=table,
         shape=shape,
-        micro_batch_choices=_choices(spec, numerics),
+        is_micro_batch_free=numerics is None and spec.training.micro_batch_size is None,
+        label_tokens_per_row=prepared.label_tokens_per_row,
         devices=measured,
-        link=LinkProfile(),
+        links=LinkTable(),
         is_started=is_started,
     )
 
@@ -169,14 +170,6 @@ def _measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
     if numerics is not None:
         return numerics.micro_batch_size
     return spec.training.micro_batch_size or min(_MEASURED_ROWS, spec.training.batch_size)
-
-
-def _choices(spec: JobSpec, numerics: NumericsRecord | None) -> tuple[int, ...]:
-    fixed = numerics.micro_batch_size if numerics is not None else spec.training.micro_batch_size
-    if fixed is not None:
-        return (fixed,)
-    batch = spec.training.batch_size
-    return tuple(size for size in range(1, batch + 1) if batch % size == 0)
 
 
 def _shape(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:

@@ -176,6 +176,7 @@ class Stepper:
     async def _commit(self, step: int, batch: Batch, decision: Commit, voted_s: float) -> None:
         context = self._context
         lr = learning_rate(step, context.spec.training, context.record.total_steps)
+        times = tuple(_times(context, status) for status in context.workers.statuses)
         row = LedgerRow(
             step=step,
             plan_epoch=context.record.plan_epoch,
@@ -186,7 +187,11 @@ class Stepper:
             clip_scale=decision.clip_scale,
             lr=lr,
         )
-        now_s = time.monotonic()
+        await context.apply(job_events.StepCommitted(step=step), ledger_row=row)
+        crash_point("step_row_stored")
+        stored_s = time.monotonic()
+        self._tell_commit(step, decision.clip_scale)
+        crash_point("commit_sent")
         seen = StepCommitted(
             step=step,
             plan_epoch=row.plan_epoch,
@@ -196,16 +201,14 @@ class Stepper:
             lr=lr,
             tokens=batch.num_tokens,
             label_tokens=int(batch.loss_weight),
-            seconds=now_s - self._last_decision_s,
-            commit_s=now_s - voted_s,
-            workers=tuple(_times(context, status) for status in context.workers.statuses),
+            seconds=stored_s - self._last_decision_s,
+            commit_s=stored_s - voted_s,
+            workers=times,
         )
         self._step_s = seen.seconds
-        self._last_decision_s = now_s
-        await context.apply(job_events.StepCommitted(step=step), ledger_row=row, events=[seen])
-        crash_point("step_row_stored")
-        self._tell_commit(step, decision.clip_scale)
-        crash_point("commit_sent")
+        self._last_decision_s = stored_s
+        # What people see is written behind the workers' backs: nothing of the next step waits for it.
+        context.tell_later(seen)
 
     def _tell_commit(self, step: int, clip_scale: float) -> None:
         context = self._context
@@ -261,6 +264,11 @@ def repeat_last_decision(context: JobContext) -> None:
 
 async def record_shadow(context: JobContext, ref: WorkerRef, stored: pb.ShadowStored) -> None:
     """Write down a verified shadow, tell of the step if it became durable, and drop what nobody will need."""
+    async with context.shadow_lock:  # one after the other: each must see whether it completed a step
+        await _record_shadow(context, ref, stored)
+
+
+async def _record_shadow(context: JobContext, ref: WorkerRef, stored: pb.ShadowStored) -> None:
     before = context.durable()
     shadow = Shadow(
         shadow_id=stored.shadow_id,

@@ -20,10 +20,10 @@ from coordinator.scheduling.scheduler import (
     Wait,
     decide,
 )
-from partitioner.device import DeviceProfile, LinkProfile
+from partitioner.device import DeviceProfile, LinkTable
 from partitioner.model import JobShape, ModelTable
 from partitioner.plan import Plan
-from partitioner.search import choose_micro_batch
+from partitioner.search import choose_micro_batch, search
 from partitioner.values import PlanValue
 from plutino.families import FAMILIES
 from plutino.job.assignment import StageShape
@@ -38,10 +38,12 @@ class PlanningProblem(PlanValue):
     table: ModelTable
     shape: JobShape
     """Its micro_batch_rows is the size that the devices were measured with."""
-    micro_batch_choices: tuple[int, ...]
-    """Sizes to choose from; one where the job or its numerics record fixes it."""
+    is_micro_batch_free: bool
+    """The planner may choose another size; neither the job nor its numerics record fixes it."""
+    label_tokens_per_row: int
+    """Most label tokens in one row."""
     devices: tuple[DeviceProfile, ...]
-    link: LinkProfile
+    links: LinkTable
     is_started: bool = False
 
     def plan(self, devices: tuple[DeviceProfile, ...] | None = None) -> Plan:
@@ -51,7 +53,15 @@ class PlanningProblem(PlanValue):
             InfeasiblePlanError: none fits.
         """
         chosen = self.devices if devices is None else devices
-        return choose_micro_batch(self.table, self.shape, chosen, self.link, choices=self.micro_batch_choices)
+        if not self.is_micro_batch_free:
+            return search(self.table, self.shape, chosen, self.links)
+        return choose_micro_batch(
+            self.table,
+            self.shape,
+            chosen,
+            self.links,
+            label_tokens_of=lambda rows: rows * self.label_tokens_per_row,
+        )
 
 
 class HeldMemory(PlanValue):

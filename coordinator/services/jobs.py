@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -12,9 +13,9 @@ from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.manager import JobManager, find_job
 from coordinator.jobs.record import JobRecord
 from coordinator.storage.base import Store
-from plutino.errors import PlutinoError
+from plutino.errors import ConfigError, PlutinoError
 from plutino.events import event_json
-from plutino.job.spec import JobSpec
+from plutino.job.spec import JobSpec, parse_spec
 from plutino.wire.status import abort_with_aio
 from protos import jobs_pb2 as pb
 from protos import jobs_pb2_grpc
@@ -33,8 +34,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
         """Store a job and begin it."""
         try:
-            spec = JobSpec.model_validate_json(request.spec_json)
-            record = await self._manager.submit(spec, idempotency_key=request.idempotency_key)
+            record = await self._manager.submit(_spec(request.spec_json), idempotency_key=request.idempotency_key)
         except PlutinoError as error:
             await abort_with_aio(context, error)
         return pb.SubmitResponse(job_id=record.job_id)
@@ -42,7 +42,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         """The plan that a job would get now."""
         try:
-            plan = await self._manager.plan(JobSpec.model_validate_json(request.spec_json))
+            plan = await self._manager.plan(_spec(request.spec_json))
         except PlutinoError as error:
             await abort_with_aio(context, error)
         return pb.PlanResponse(plan_json=plan.model_dump_json())
@@ -104,6 +104,21 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             for agent_id, member in sorted(self._fleet.fleet.members.items())
         ]
         return pb.DevicesResponse(devices_json=json.dumps(devices))
+
+
+def _spec(text: str) -> JobSpec:
+    """The spec that a client sent; its paths are absolute already.
+
+    Raises:
+        ConfigError: it is not JSON, or not a job spec.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"the job spec is not JSON ({error}); send it with plutino's client") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the job spec must be a mapping, not {type(values).__name__}")
+    return parse_spec(values, base_dir=Path("/"))
 
 
 def _summary(record: JobRecord) -> pb.JobSummary:

@@ -119,7 +119,9 @@ class InProcessPipeline:
         work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows))
         return sum(self._run_unit(work, lambda executor: executor.evaluate(work)).values())
 
-    def generate(self, serial: int, groups: Sequence[MicroBatchRows], options: GenerateOptions) -> list[list[list[int]]]:
+    def generate(
+        self, serial: int, groups: Sequence[MicroBatchRows], options: GenerateOptions
+    ) -> list[list[list[int]]]:
         """New tokens per group and row."""
         work = UnitInput(Unit(UnitKind.GENERATE, serial), len(groups), 1.0, tuple(groups))
         seed = self._spec.training.seed

@@ -110,14 +110,11 @@ def reduce_group(
             transport.send(holder, MessageKey(MessageKind.TOTAL_GRADIENT, unit, group.key), {"total": total})
     sizes = [shapes[name].numel() for name in group.names]
     return {
-        name: flat.reshape(shapes[name]).clone()
-        for name, flat in zip(group.names, total.split(sizes), strict=True)
+        name: flat.reshape(shapes[name]).clone() for name, flat in zip(group.names, total.split(sizes), strict=True)
     }
 
 
-def _pack(
-    group: Group, local: Mapping[str, Contributions], roles: Mapping[str, Sequence[Role]]
-) -> dict[str, Tensor]:
+def _pack(group: Group, local: Mapping[str, Contributions], roles: Mapping[str, Sequence[Role]]) -> dict[str, Tensor]:
     rows = [
         (index, list(roles[name]).index(role), m, gradient.reshape(-1))
         for index, name in enumerate(group.names)

@@ -11,6 +11,8 @@ import ipaddress
 import logging
 import os
 import secrets
+import socket
+import sys
 import tempfile
 import uuid
 from pathlib import Path
@@ -42,6 +44,8 @@ status 1, no exception), and that process would be the coordinator; so their dea
 
 _START_ATTEMPTS = 2
 """On a machine that is busy Ray may miss its own limits (30 s for its first daemon to answer)."""
+
+_REACH_WITHIN_S = 5.0
 
 _SOCKET_PATH_BYTES = 107
 _SOCKET_SUFFIX_BYTES = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
@@ -222,6 +226,7 @@ class JoinedCluster:
             "users, and what Ray carries between its nodes is pickled and not encrypted; plutino secures none of it",
             self._address,
         )
+        self._check_reachable()
         os.environ.update(_ENVIRONMENT)
         # A process that has missed the cluster's head for this long is ended by Ray (default 60 s).
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
@@ -229,10 +234,7 @@ class JoinedCluster:
             # Other coordinators may be there too.
             _init_ray(address=self._address, namespace=f"plutino-{uuid.uuid4().hex}")
         except (ConnectionError, RuntimeError) as error:
-            raise UnreachableError(
-                f"cannot join the Ray cluster at {self._address}: {error}; check that `ray status` works on this "
-                "machine with the same environment, or leave --ray-address out for an embedded Ray"
-            ) from error
+            raise self._unreachable(error) from error
 
     def stop(self) -> None:
         """Disconnect; Ray then ends this coordinator's actors."""
@@ -247,6 +249,22 @@ class JoinedCluster:
 
     def record(self) -> None:
         """Nothing there is ours."""
+
+    def _check_reachable(self) -> None:
+        """Ray itself would try for as long as it may miss a cluster's head, and say nothing."""
+        if self._address == "auto":
+            return
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_WITHIN_S).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> UnreachableError:
+        return UnreachableError(
+            f"cannot join the Ray cluster at {self._address}: {error}; check that `ray status` works on this "
+            "machine with the same environment, or leave --ray-address out for an embedded Ray"
+        )
 
 
 def _init_ray(**arguments: Any) -> str:
@@ -274,9 +292,11 @@ def _init_ray(**arguments: Any) -> str:
 
 
 def _shut_ray_down() -> None:
-    import ray
+    # A start that found no Ray has none to shut down.
+    if "ray" in sys.modules:
+        import ray
 
-    ray.shutdown()
+        ray.shutdown()
 
 
 @functools.cache

@@ -27,7 +27,7 @@ class FakeCoordinator(workers_pb2_grpc.WorkerServiceServicer):
         self.ends_with_requests = True
         self._end = threading.Event()
 
-    def Work(self, request_iterator, context) -> Iterator[pb.WorkerCommand]:  # noqa: N802
+    def Work(self, request_iterator, context) -> Iterator[pb.WorkerCommand]:
         self._end = end = threading.Event()
 
         def read() -> None:
@@ -145,7 +145,10 @@ def test_stream_without_a_coordinator_is_orphaned_after_its_time_limit():
 def test_stream_that_was_silent_for_long_is_not_orphaned_when_it_breaks():
     """A paused job's coordinator says nothing for hours; its restart must find the worker alive."""
     orphaned, clock = threading.Event(), FakeClock()
-    with coordinator() as (fake, address, _), stream_to(address, on_orphaned=orphaned.set, clock=clock) as (_, commands):
+    with (
+        coordinator() as (fake, address, _),
+        stream_to(address, on_orphaned=orphaned.set, clock=clock) as (_, commands),
+    ):
         commands.get(timeout=WAIT_S)
         assert fake.next_kinds(1) == ["hello"]
         clock.now_s = 10 * ORPHANED_AFTER_S

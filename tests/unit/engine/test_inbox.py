@@ -139,7 +139,7 @@ def test_inbox_ignores_repeated_feeds(is_taken):
 
 
 def test_inbox_gives_an_evaluation_that_is_fed_again_after_its_end_no_second_time():
-    """A coordinator repeats its feeds to a worker that re-attaches; run alone, the unit would wait for peers for ever."""
+    """A coordinator repeats its feeds to a worker that re-attaches; run alone, the unit would never end."""
     inbox = make_inbox(header(EVALUATE_5, 0))
     assert inbox.take().work.unit == EVALUATE_5
     inbox.command(LINK)

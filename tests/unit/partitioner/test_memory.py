@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partitioner.memory import MemoryModel, micro_batches_in_flight, stage_memory
+from plutino.errors import PlanError
+from plutino.job.method import LoraConfig
+from tests.unit.partitioner.fleet import gpt2, job, llama
+
+NUM_BLOCKS = 8
+TABLES = {"llama": llama(NUM_BLOCKS), "gpt2": gpt2(NUM_BLOCKS)}
+
+
+def bill(table, shape, start=0, end=None, *, num_stages=1, stage_index=0, checkpointing=False):
+    items = stage_memory(
+        table,
+        shape,
+        start_block=start,
+        end_block=table.num_blocks if end is None else end,
+        num_stages=num_stages,
+        stage_index=stage_index,
+        checkpointing=checkpointing,
+    )
+    return {item.name: item.bytes for item in items}
+
+
+def total(*args, **kwargs):
+    return sum(bill(*args, **kwargs).values())
+
+
+@pytest.mark.parametrize("family", TABLES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@settings(max_examples=50, deadline=None)
+@given(rank=st.integers(1, 32), rows=st.integers(1, 8), end=st.integers(1, NUM_BLOCKS - 1))
+def test_memory_grows_with_rank_rows_and_blocks(family, checkpointing, rank, rows, end):
+    table = TABLES[family]
+    place = {"num_stages": 2, "stage_index": 0, "checkpointing": checkpointing}
+
+    def peak_bytes(rank, rows, end):
+        # A batch of many micro-batches: with fewer than stages, fewer are in flight.
+        shape = job(table, LoraConfig(rank=rank), micro_batch_rows=rows, batch_rows=64)
+        return total(table, shape, 0, end, **place)
+
+    here = peak_bytes(rank, rows, end)
+
+    assert peak_bytes(rank + 1, rows, end) > here
+    assert peak_bytes(rank, rows + 1, end) > here
+    assert end == NUM_BLOCKS - 1 or peak_bytes(rank, rows, end + 1) > here
+
+
+@pytest.mark.parametrize(("stage_index", "expected"), [(0, 4), (1, 3), (2, 2), (3, 1)])
+def test_micro_batches_in_flight_falls_by_one_from_stage_to_stage(stage_index, expected):
+    assert micro_batches_in_flight(4, stage_index, num_micro_batches=16) == expected
+    assert micro_batches_in_flight(4, stage_index, num_micro_batches=2) == min(2, expected)
+
+
+def test_memory_activations_follow_the_place_in_the_pipeline():
+    table = llama(NUM_BLOCKS)
+    shape = job(table, batch_rows=32)
+
+    first, second, third = (
+        bill(table, shape, 2 * k + 1, 2 * k + 3, num_stages=5, stage_index=k + 1)["activations"] for k in range(3)
+    )
+
+    assert first * 2 == third * 4 and second * 2 == third * 3
+
+
+def test_memory_checkpointing_keeps_less_without_changing_anything_held():
+    table = llama(NUM_BLOCKS)
+    off, on = (bill(table, job(table), checkpointing=choice) for choice in (False, True))
+
+    assert on["activations"] < off["activations"] / 3
+    assert {name: on[name] for name in ("weights", "adapter and optimiser")} == {
+        name: off[name] for name in ("weights", "adapter and optimiser")
+    }
+
+
+def test_memory_trainable_parameter_costs_sixteen_bytes_and_a_shadow_of_twelve():
+    table = llama(2)
+    shape = job(table)
+
+    items = bill(table, shape)
+
+    assert items["adapter and optimiser"] == 16 * sum(shape.adapter_params)
+    assert items["shadow snapshot"] == 12 * sum(shape.adapter_params)
+
+
+def test_memory_tied_head_is_counted_once_on_a_single_stage_and_twice_on_two():
+    table = llama(2)
+    shape = job(table)
+
+    whole = bill(table, shape)["weights"]
+    halves = [bill(table, shape, k, k + 1, num_stages=2, stage_index=k)["weights"] for k in range(2)]
+
+    assert whole == 4 * (sum(table.block_params) + table.embedding_params + table.final_params)
+    assert sum(halves) == whole + 4 * table.head_params
+
+
+def test_memory_logits_only_on_the_last_stage_and_for_label_tokens():
+    table = llama(2)
+    few, many = (job(table, label_tokens=n) for n in (10, 20))
+
+    assert "logits and loss" not in bill(table, few, 0, 1, num_stages=2, stage_index=0)
+    grown = bill(table, many)["logits and loss"] - bill(table, few)["logits and loss"]
+    assert grown == 10 * (3 * 4 * table.vocab_size + 8 * table.hidden_size)
+
+
+def test_memory_blocks_below_the_lowest_adapter_keep_nothing():
+    table = llama(4)
+    shape = job(table, LoraConfig(layers_to_transform=(2, 3)))
+
+    frozen = bill(table, shape, 0, 2, num_stages=2, stage_index=0)["activations"]
+    trained = bill(table, shape, 2, 4, num_stages=2, stage_index=1)["activations"]
+
+    assert frozen < trained / 10
+
+
+def test_memory_bf16_halves_weights_and_not_the_adapter():
+    table = llama(2)
+    fp32, bf16 = (bill(table, job(table, dtype=dtype)) for dtype in ("fp32", "bf16"))
+
+    assert bf16["weights"] * 2 == fp32["weights"]
+    assert bf16["adapter and optimiser"] == fp32["adapter and optimiser"]
+
+
+def test_memory_bf16_codec_halves_the_wire_queues_messages():
+    table = llama(2)
+    place = {"num_stages": 2, "stage_index": 0}
+    raw, coded = (bill(table, job(table, codec=codec), 0, 1, **place)["wire queues"] for codec in ("raw", "bf16"))
+
+    streams_bytes = 2 * coded - raw
+    assert 2 * (coded - streams_bytes) == raw - streams_bytes > 0
+
+
+def test_memory_generation_counts_only_what_training_does_not_free():
+    table = llama(2)
+    short = bill(table, job(table, generate_rows=1, generate_tokens=8))
+    long = bill(table, job(table, generate_rows=256, generate_tokens=512))
+
+    assert "generation" not in short
+    assert long["generation"] > 0
+
+
+def test_memory_loading_peak_counts_where_it_exceeds_the_running_peak():
+    table = llama(1, vocab_size=400_000)
+    shape = job(table, micro_batch_rows=1, row_tokens=4, label_tokens=1)
+
+    items = bill(table, shape)
+
+    running = sum(size for name, size in items.items() if name != "loading peak")
+    assert running + items["loading peak"] == items["weights"] + 8 * table.largest_tensor_params
+
+
+@pytest.mark.parametrize("blocks", [(0, 0), (3, 2), (0, 5), (-1, 2)])
+def test_memory_of_blocks_that_do_not_exist_is_refused(blocks):
+    table = llama(4)
+
+    with pytest.raises(PlanError, match="does not exist in a model of 4 blocks"):
+        bill(table, job(table), *blocks)
+
+
+def test_memory_model_adapter_of_another_model_is_refused():
+    with pytest.raises(PlanError, match="described for 3 blocks, the model has 4"):
+        MemoryModel(llama(4), job(llama(3)))

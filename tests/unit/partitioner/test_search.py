@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import re
+from itertools import combinations, pairwise, permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partitioner.cost import pipeline_step_time, stage_cost
+from partitioner.cuts import fits
+from partitioner.device import LinkProfile, LinkTable, MeasuredLink
+from partitioner.memory import stage_memory
+from partitioner.micro_batch import scaled_devices, with_rows
+from partitioner.plan import Plan
+from partitioner.search import choose_micro_batch, search
+from plutino.errors import InfeasiblePlanError
+from plutino.job.method import LoraConfig
+from plutino.sizes import MIB
+from tests.unit.partitioner.fleet import SLOW_LAN, device, job, llama
+
+LINKS = st.builds(
+    lambda bandwidth, latency: LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth, latency_s=latency)),
+    st.sampled_from([5e5, 5e6, 1e9]),
+    st.sampled_from([0.0, 1e-3, 2e-2]),
+)
+
+
+def fleets(max_devices):
+    one = st.builds(
+        lambda speed, available_mib: (speed, available_mib),
+        st.sampled_from([0.05, 0.5, 1.0, 1.7, 4.0]),
+        st.integers(316, 380),
+    )
+    return st.lists(one, min_size=1, max_size=max_devices).map(
+        lambda numbers: [device(f"d{i}", speed=s, available_mib=a) for i, (s, a) in enumerate(numbers)]
+    )
+
+
+def exhaustive_search(table, shape, devices, links, *, checkpointing):
+    """Least predicted step over every order of every subset and every cut; None if nothing fits."""
+    best_s = None
+    for num_stages in range(1, min(len(devices), table.num_blocks) + 1):
+        for order in permutations(devices, num_stages):
+            for inner in combinations(range(1, table.num_blocks), num_stages - 1):
+                cuts = list(pairwise((0, *inner, table.num_blocks)))
+                place = {"num_stages": num_stages, "checkpointing": checkpointing}
+                peaks = [
+                    order[k].baseline_bytes
+                    + sum(
+                        item.bytes
+                        for item in stage_memory(table, shape, start_block=a, end_block=b, stage_index=k, **place)
+                    )
+                    for k, (a, b) in enumerate(cuts)
+                ]
+                if any(peak > held.available_bytes for peak, held in zip(peaks, order, strict=True)):
+                    continue
+                costs = [
+                    stage_cost(
+                        table,
+                        shape,
+                        order[k],
+                        start_block=a,
+                        end_block=b,
+                        checkpointing=checkpointing,
+                        link=links.between(order[k], order[k + 1]) if k + 1 < num_stages else None,
+                    )
+                    for k, (a, b) in enumerate(cuts)
+                ]
+                step_s = pipeline_step_time(costs, shape.num_micro_batches).step_s
+                best_s = step_s if best_s is None else min(best_s, step_s)
+    return best_s
+
+
+@settings(max_examples=20, deadline=None)
+@given(fleets(3), LINKS, st.integers(1, 6), st.sampled_from([1, 2, 8]), st.sampled_from(["on", "off"]))
+def test_search_small_case_equals_the_exhaustive_oracle(devices, links, num_blocks, rows, checkpointing):
+    table = llama(num_blocks)
+    shape = job(table, micro_batch_rows=rows, checkpointing=checkpointing)
+    expected_s = exhaustive_search(table, shape, devices, links, checkpointing=checkpointing == "on")
+
+    try:
+        found_s = search(table, shape, devices, links).step_s
+    except InfeasiblePlanError:
+        found_s = None
+
+    assert found_s == (None if expected_s is None else pytest.approx(expected_s))
+
+
+@settings(max_examples=20, deadline=None)
+@given(fleets(4), LINKS, st.integers(1, 12), st.sampled_from(["fp32", "bf16"]))
+def test_search_plan_never_over_budget_and_every_block_exactly_once(devices, links, num_blocks, dtype):
+    table = llama(num_blocks)
+    try:
+        plan = search(table, job(table, dtype=dtype), devices, links)
+    except InfeasiblePlanError:
+        assert not fits(table, job(table, dtype=dtype), devices, links)
+        return
+
+    assert [block for s in plan.stages for block in range(s.start_block, s.end_block)] == list(range(num_blocks))
+    assert all(stage.peak_bytes <= stage.budget_bytes for stage in plan.stages)
+    assert all(stage.job_bytes == sum(item.bytes for item in stage.memory) for stage in plan.stages)
+    assert len(set(plan.agent_ids)) == len(plan.stages)
+
+
+def test_search_leaves_out_a_device_that_would_only_slow_the_rest():
+    table = llama(4)
+    devices = [device("fast", speed=2), device("snail", speed=0.01)]
+
+    plan = search(table, job(table), devices)
+
+    assert [stage.device_names for stage in plan.stages] == [("fast",)]
+    assert [(unused.what, "less than" in unused.why) for unused in plan.unused_devices] == [("snail", True)]
+
+
+def test_search_slow_link_keeps_the_job_on_one_device():
+    table = llama(4)
+    devices = [device("a"), device("b")]
+
+    assert len(search(table, job(table), devices).stages) == 2
+    slow = LinkTable(other=LinkProfile(bandwidth_bytes_per_s=1e4, latency_s=0.1))
+    assert len(search(table, job(table), devices, slow).stages) == 1
+
+
+def test_search_order_follows_the_fast_links():
+    table = llama(6)
+    devices = [device(name) for name in "abc"]
+    fast = LinkProfile(bandwidth_bytes_per_s=1e9, latency_s=1e-4)
+    measured = tuple(MeasuredLink(agent_ids=pair, link=fast) for pair in (("id-b", "id-a"), ("id-a", "id-c")))
+    links = LinkTable(measured=measured, other=LinkProfile(bandwidth_bytes_per_s=2e5))
+
+    plan = search(table, job(table, exact_stages=3), devices, links)
+
+    assert plan.stages[1].device_names == ("a",)
+
+
+def test_search_gives_the_faster_device_more_blocks():
+    table = llama(9)
+    devices = [device("slow"), device("fast", speed=2)]
+
+    plan = search(table, job(table, batch_rows=32), devices)
+
+    num_blocks = {stage.device_names[0]: stage.end_block - stage.start_block for stage in plan.stages}
+    assert num_blocks["fast"] > num_blocks["slow"] > 0
+
+
+def test_search_checkpointing_auto_turns_on_only_where_budgets_need_it():
+    table = llama(4)
+    shape = job(table, row_tokens=256)
+
+    roomy, tight = (search(table, shape, [device("d", available_mib=mib)]) for mib in (1000, 330))
+
+    assert (roomy.checkpointing, tight.checkpointing) == (False, True)
+    assert tight.step_s > roomy.step_s
+
+
+def test_search_exact_stages_is_obeyed_where_fewer_would_be_faster():
+    table = llama(4)
+
+    plan = search(table, job(table, exact_stages=2), [device("a", speed=50), device("b")], SLOW_LAN)
+
+    assert len(plan.stages) == 2
+
+
+def test_search_device_without_the_dtype_is_left_out_with_that_reason():
+    table = llama(4)
+    devices = [device("old", dtypes=("fp32",)), device("new")]
+
+    plan = search(table, job(table, dtype="bf16"), devices)
+
+    assert plan.agent_ids == ("id-new",)
+    assert plan.unused_devices[0].why == "does not run bf16, only fp32"
+
+
+def test_search_many_devices_says_which_orders_it_did_not_try():
+    table = llama(12)
+
+    plan = search(table, job(table, batch_rows=16), [device(f"d{i}", speed=1 + i) for i in range(8)])
+
+    assert any("only the fastest and the roomiest" in rejected.why for rejected in plan.rejected)
+
+
+def test_search_plan_survives_the_process_border():
+    table = llama(4)
+
+    plan = search(table, job(table), [device("a"), device("b")])
+
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_search_same_inputs_give_the_same_plan():
+    table = llama(8)
+    devices = [device(f"d{i}", speed=1 + i / 3) for i in range(4)]
+
+    assert search(table, job(table), devices, SLOW_LAN) == search(table, job(table), devices, SLOW_LAN)
+
+
+TIGHT = {"row_tokens": 512, "label_tokens": 400, "batch_rows": 16, "micro_batch_rows": 16}
+
+
+def refusal(table, shape, devices):
+    with pytest.raises(InfeasiblePlanError) as caught:
+        search(table, shape, devices)
+    return str(caught.value)
+
+
+def test_refusal_names_need_offers_and_a_micro_batch_that_really_fits():
+    table = llama(4)
+    shape, devices = job(table, **TIGHT), [device("a", available_mib=380), device("b", available_mib=360)]
+
+    message = refusal(table, shape, devices)
+
+    assert re.search(r"needs at least [\d.]+ MiB", message)
+    assert "a 380 MiB (80 MiB beyond its baseline); b 360 MiB (60 MiB beyond its baseline)" in message
+    rows = int(re.search(r"micro_batch_size: (\d+) \(now 16\)", message)[1])
+    assert search(table, with_rows(shape, rows), devices)
+    assert not fits(table, with_rows(shape, rows * 2), devices, LinkTable())
+
+
+def test_refusal_names_a_length_that_really_fits():
+    table = llama(4)
+    shape, devices = job(table, **TIGHT), [device("a", available_mib=380)]
+
+    tokens = int(re.search(r"max_tokens: (\d+) \(now 512\)", refusal(table, shape, devices))[1])
+
+    assert fits(table, shape.model_copy(update={"row_tokens": tokens}), devices, LinkTable())
+    assert not fits(table, shape.model_copy(update={"row_tokens": tokens + 16}), devices, LinkTable())
+
+
+def test_refusal_names_one_more_device_that_really_helps():
+    table = llama(4)
+    shape, devices = job(table, **TIGHT), [device("a", available_mib=380)]
+
+    more_mib = int(re.search(r"one more device of (\d+) MiB", refusal(table, shape, devices))[1])
+
+    assert fits(table, shape, [*devices, device("b", available_mib=more_mib)], LinkTable())
+    assert not fits(table, shape, [*devices, device("b", available_mib=more_mib - 32)], LinkTable())
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "available_mib", "expected"),
+    [
+        (LoraConfig(), {"checkpointing": "off", "row_tokens": 256}, 330, r"checkpointing: on"),
+        (LoraConfig(), {"vocab": 120_000}, 400, r"dtype: bf16"),
+        (
+            LoraConfig(rank=2048),
+            {"row_tokens": 8, "micro_batch_rows": 1, "label_tokens": 4},
+            500,
+            r"rank divided by \d",
+        ),
+    ],
+)
+def test_refusal_names_the_setting_that_makes_it_fit(method, changes, available_mib, expected):
+    table = llama(4, vocab_size=changes.get("vocab", 1000))
+    shape = job(table, method, **{key: value for key, value in changes.items() if key != "vocab"})
+
+    assert re.search(expected, refusal(table, shape, [device("a", available_mib=available_mib)]))
+
+
+def test_refusal_without_devices_says_how_to_start_one():
+    assert "plutino node join" in refusal(llama(2), job(llama(2)), [])
+
+
+def test_refusal_of_more_stages_than_devices_names_both_numbers():
+    message = refusal(llama(4), job(llama(4), exact_stages=3), [device("a"), device("b")])
+
+    assert "exactly 3 stages, but 2 devices" in message
+
+
+def test_choose_micro_batch_takes_the_fastest_that_fits():
+    table = llama(6)
+    devices = [device(name) for name in "ab"]
+    shape = job(table, batch_rows=12, micro_batch_rows=2)
+
+    plan = choose_micro_batch(table, shape, devices)
+
+    steps_s = {
+        rows: search(table, with_rows(shape, rows), scaled_devices(devices, 2, rows)).step_s
+        for rows in (1, 2, 3, 4, 6, 12)
+    }
+    assert plan.step_s == min(steps_s.values()) == steps_s[plan.micro_batch_rows]
+
+
+def test_choose_micro_batch_smaller_where_memory_asks_for_it():
+    table = llama(4)
+    shape = job(table, **TIGHT)
+
+    plan = choose_micro_batch(table, shape, [device("a", available_mib=380)])
+
+    assert plan.micro_batch_rows < 16
+    assert any(r.what == "micro-batches of 16 rows" and r.why == "fit no budget" for r in plan.rejected)
+
+
+def test_choose_micro_batch_refusal_is_that_of_the_smallest():
+    table = llama(4)
+
+    with pytest.raises(InfeasiblePlanError, match="does not fit"):
+        choose_micro_batch(table, job(table, **TIGHT), [device("a", available_mib=310)])
+
+
+def test_scaled_timings_keep_a_fixed_share():
+    (small,) = scaled_devices([device("a")], 8, 1)
+
+    timings = device("a").timings
+    assert timings.forward_s / 8 < small.timings.forward_s < timings.forward_s
+    assert scaled_devices([device("a")], 8, 8) == [device("a")]
+
+
+def test_same_host_devices_use_the_loopback_link():
+    links = LinkTable(other=LinkProfile(bandwidth_bytes_per_s=1.0))
+
+    assert links.between(device("a", host="h"), device("b", host="h")) == links.same_host
+    assert links.between(device("a"), device("b")).bandwidth_bytes_per_s == 1.0
+    assert device("a").available_bytes == 4000 * MIB
