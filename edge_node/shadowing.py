@@ -155,7 +155,7 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> list[memoryview]:
     contents: list[memoryview] = []
     end = 0
     for name, tensor in tensors.items():
-        content = memoryview(tensor.detach().contiguous().cpu().numpy().reshape(-1)).cast("B")
+        content = tensor.detach().contiguous().cpu().numpy().reshape(-1).data.cast("B")
         start, end = end, end + content.nbytes
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         contents.append(content)

@@ -35,6 +35,8 @@ class _FamilyRule:
     """Tensors of intermediate size that the activation keeps."""
     bf16_mlp_workspace: tuple[int, int]
     """Bytes a token of the MLP's temporaries on a bf16 base, per intermediate and per hidden feature."""
+    dora_keeps_weights: bool
+    """On an fp32 base DoRA's backward pass keeps a copy of the frozen weight: it is stored transposed."""
     input_of: Mapping[str, str]
     """Linear -> the tensor it reads; linears with the same one share a saved copy where no cast is made."""
 
@@ -47,6 +49,7 @@ _RULES: Mapping[str, _FamilyRule] = {
         norm_bytes=lambda hidden_size, compute_bytes: 2 * _FP32_BYTES * (hidden_size + 1),
         mlp_tensors=3,
         bf16_mlp_workspace=(8, 6),
+        dora_keeps_weights=False,
         input_of={
             "self_attn.q_proj": "attention input",
             "self_attn.k_proj": "attention input",
@@ -62,6 +65,7 @@ _RULES: Mapping[str, _FamilyRule] = {
         norm_bytes=lambda hidden_size, compute_bytes: 2 * compute_bytes * (hidden_size + 2),
         mlp_tensors=4,
         bf16_mlp_workspace=(4, 8),
+        dora_keeps_weights=True,
         input_of={
             "attn.c_attn": "attention input",
             "attn.c_proj": _ATTENTION_OUTPUT,
@@ -79,7 +83,11 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     """
     if block < shape.first_trainable_block:
         return 0
-    return micro_batch_tokens(shape) * block_token_bytes(table, shape, block, shape.row_tokens)
+    saved_bytes = micro_batch_tokens(shape) * block_token_bytes(table, shape, block, shape.row_tokens)
+    if shape.use_dora and shape.dtype == "fp32" and _RULES[table.family].dora_keeps_weights:
+        adapted = adapted_linears(table, shape, block)
+        saved_bytes += _FP32_BYTES * sum(linear.in_features * linear.out_features for linear in adapted)
+    return saved_bytes
 
 
 def block_token_bytes(table: ModelTable, shape: JobShape, block: int, row_tokens: int) -> int:

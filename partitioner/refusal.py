@@ -30,7 +30,7 @@ def refuse(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile],
         InfeasiblePlanError: always; what the job needs, what each device offers, and what would make it fit.
     """
     if not devices:
-        raise InfeasiblePlanError("no device is in; start one with: plutino node join TOKEN")
+        raise InfeasiblePlanError("no device is in; start an agent (plutino-node run) on each device")
     largest = min(len(devices), table.num_blocks)
     if shape.exact_stages is not None and shape.exact_stages > largest:
         raise InfeasiblePlanError(

@@ -65,6 +65,16 @@ class JobServiceStub:
                 request_serializer=protos_dot_jobs__pb2.CancelRequest.SerializeToString,
                 response_deserializer=protos_dot_jobs__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/plutino.v1.JobService/Pause',
+                request_serializer=protos_dot_jobs__pb2.PauseRequest.SerializeToString,
+                response_deserializer=protos_dot_jobs__pb2.PauseResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/plutino.v1.JobService/Resume',
+                request_serializer=protos_dot_jobs__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=protos_dot_jobs__pb2.ResumeResponse.FromString,
+                _registered_method=True)
         self.Devices = channel.unary_unary(
                 '/plutino.v1.JobService/Devices',
                 request_serializer=protos_dot_jobs__pb2.DevicesRequest.SerializeToString,
@@ -114,6 +124,19 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pause(self, request, context):
+        """Stop between two steps; workers keep their memory, and nobody computes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Devices(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -152,6 +175,16 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=protos_dot_jobs__pb2.CancelRequest.FromString,
                     response_serializer=protos_dot_jobs__pb2.CancelResponse.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=protos_dot_jobs__pb2.PauseRequest.FromString,
+                    response_serializer=protos_dot_jobs__pb2.PauseResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=protos_dot_jobs__pb2.ResumeRequest.FromString,
+                    response_serializer=protos_dot_jobs__pb2.ResumeResponse.SerializeToString,
             ),
             'Devices': grpc.unary_unary_rpc_method_handler(
                     servicer.Devices,
@@ -322,6 +355,60 @@ class JobService:
             '/plutino.v1.JobService/Cancel',
             protos_dot_jobs__pb2.CancelRequest.SerializeToString,
             protos_dot_jobs__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plutino.v1.JobService/Pause',
+            protos_dot_jobs__pb2.PauseRequest.SerializeToString,
+            protos_dot_jobs__pb2.PauseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plutino.v1.JobService/Resume',
+            protos_dot_jobs__pb2.ResumeRequest.SerializeToString,
+            protos_dot_jobs__pb2.ResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

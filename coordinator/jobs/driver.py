@@ -37,6 +37,7 @@ from plutino.errors import (
     ConfigError,
     ExportError,
     InfeasiblePlanError,
+    InvalidTransitionError,
     JobError,
     ModelError,
     NumericsError,
@@ -67,7 +68,17 @@ class CancelWish:
     """A person wants the job to end."""
 
 
-Interrupt = Loss | CancelWish
+@dataclass(frozen=True, slots=True)
+class PauseWish:
+    """A person wants no step to begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeWish:
+    """A person wants a paused job to go on."""
+
+
+Interrupt = Loss | CancelWish | PauseWish | ResumeWish
 
 
 class JobDriver:
@@ -176,6 +187,8 @@ class JobDriver:
                 case commands.StartWorkers(restore_step=restore_step):
                     if (event := await self._start_workers(restore_step)) is not None:
                         return event
+                case commands.HoldSteps():
+                    logger.info("job %s holds before step %d", self.context.job_id, self.context.record.next_step)
                 case commands.BeginSteps():
                     assert prepared is not None
                     return await Stepper(self.context, prepared).run()
@@ -184,6 +197,8 @@ class JobDriver:
                     return await export(self.context, prepared, default_dir=self._default_dir)
                 case other:
                     raise AssertionError(f"no way to make {other} true")
+        if self.context.record.state is JobState.PAUSED:
+            await asyncio.Event().wait()  # only an interrupt ends this
         return None
 
     async def _start_workers(self, restore_step: int) -> events.AllLoaded | None:
@@ -268,8 +283,19 @@ class JobDriver:
         match interrupt:
             case CancelWish():
                 await self.context.apply(events.CancelRequested())
+            case PauseWish():
+                await self._wish(events.PauseRequested())
+            case ResumeWish():
+                await self._wish(events.ResumeRequested())
             case Loss():
                 await self._on_loss(interrupt)
+
+    async def _wish(self, event: events.Event) -> None:
+        try:
+            await self.context.apply(event)
+        except InvalidTransitionError as error:
+            # The job's state changed between the wish and now; whoever wished sees the state in the answer.
+            logger.info("%s", error)
 
     async def _on_loss(self, loss: Loss) -> None:
         context = self.context

@@ -16,9 +16,9 @@ from coordinator.crash_points import crash_point
 from coordinator.fleet.membership import Change, DeviceState
 from coordinator.fleet.registry import FleetRegistry, WorkerExit
 from coordinator.jobs.context import JobContext, state_event
-from coordinator.jobs.driver import CancelWish, JobDriver
+from coordinator.jobs.driver import CancelWish, Interrupt, JobDriver, PauseWish, ResumeWish
 from coordinator.jobs.planning import Profiler, make_problem, read_model
-from coordinator.jobs.record import JobRecord
+from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.runner_link import RunnerLink
 from coordinator.jobs.stepping import record_shadow
 from coordinator.jobs.worker_link import JobWorkers
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _USAGE_EVERY_S = 2.0
 _EVENTS_AT_ONCE = 500
 _CANCEL_TIMEOUT_S = 5.0
+_WISH_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +162,36 @@ class JobManager:
         task = self._tasks[job_id]
         await asyncio.wait({task}, timeout=_CANCEL_TIMEOUT_S)
         return self._store.job(job_id)
+
+    async def pause(self, job_id: JobId) -> JobRecord:
+        """Let a running job hold between two steps.
+
+        Raises:
+            InvalidTransitionError: the job is not running.
+        """
+        return await self._wish(job_id, PauseWish(), JobState.PAUSED, from_states=(JobState.RUNNING,))
+
+    async def resume(self, job_id: JobId) -> JobRecord:
+        """Let a paused job go on.
+
+        Raises:
+            InvalidTransitionError: the job is not paused.
+        """
+        return await self._wish(job_id, ResumeWish(), JobState.RUNNING, from_states=(JobState.PAUSED,))
+
+    async def _wish(
+        self, job_id: JobId, wish: Interrupt, wanted: JobState, *, from_states: tuple[JobState, ...]
+    ) -> JobRecord:
+        record = self._store.job(job_id)
+        driver = self._drivers.get(job_id)
+        if driver is None or record.state not in from_states:
+            allowed = " or ".join(state.value for state in from_states)
+            raise InvalidTransitionError(f"job {job_id} is {record.state.value}; this is possible while it is {allowed}")
+        driver.interrupt(wish)
+        deadline_s = time.monotonic() + _WISH_TIMEOUT_S
+        while (record := self._store.job(job_id)).state is not wanted and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        return record
 
     async def watch(self, job_id: JobId, *, after: int) -> AsyncIterator[NumberedEvent]:
         """Events of a job with a larger number, as they come, until the job has ended.

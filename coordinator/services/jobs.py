@@ -81,6 +81,22 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             await abort_with_aio(context, error)
         return pb.CancelResponse(state=record.state.value)
 
+    async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.PauseResponse:
+        """Hold a job between two steps."""
+        try:
+            record = await self._manager.pause(find_job(self._store, request.job_id).job_id)
+        except PlutinoError as error:
+            await abort_with_aio(context, error)
+        return pb.PauseResponse(state=record.state.value)
+
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
+        """Let a held job go on."""
+        try:
+            record = await self._manager.resume(find_job(self._store, request.job_id).job_id)
+        except PlutinoError as error:
+            await abort_with_aio(context, error)
+        return pb.ResumeResponse(state=record.state.value)
+
     async def Devices(self, request: pb.DevicesRequest, context: Context) -> pb.DevicesResponse:
         """All devices that ever attached, with what they give and hold."""
         held: dict[str, int] = {}

@@ -136,7 +136,10 @@ class StageExecutor:
         )
         loss_sum = self._run(work, actions, times, is_training=True)
         self._gradients = self._whole_gradients(work, times)
-        norms = squared_norms([self._gradients[p.name] for p in self.method.parameters])
+        norms = tuple(
+            float(torch.linalg.vector_norm(self._gradients[p.name], dtype=torch.float64)) ** 2
+            for p in self.method.parameters
+        )
         reason = self._not_finite(norms, loss_sum, work.unit.serial)
         times.total_s = time.perf_counter() - started_s
         return StepOutcome(norms, not reason, loss_sum, reason, times)
@@ -279,15 +282,6 @@ class StageExecutor:
             if not math.isfinite(norm):
                 return f"the gradient of {parameter.name} has squared norm {norm} at step {step}"
         return ""
-
-
-def squared_norms(gradients: Sequence[Tensor]) -> tuple[float, ...]:
-    """Squared L2 norm of each tensor, added up in float64."""
-    if not gradients:
-        return ()
-    # One transfer to the host for all of them.
-    norms: list[float] = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).tolist()
-    return tuple(norm**2 for norm in norms)
 
 
 def first_stage_input(stage: Stage, rows: MicroBatchRows) -> tuple[StageInput, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from coordinator.jobs.lineage import LedgerRow, LedgerStatus, exactly_once_viola
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.data.batches import batch_indices
 from plutino.job.spec import JobSpec
+from protos import jobs_pb2
 from tests.integration.stack import (
     People,
     ProcessCoordinator,
@@ -208,6 +209,22 @@ def test_cancel_frees_workers_memory_and_queue(
     assert not (tmp_path / "adapter").exists()
 
 
+def test_paused_job_begins_no_step_and_resumed_ends_bit_equal(
+    cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec], undisturbed: tuple[list[float], bytes]
+) -> None:
+    people, agents = start(cleanup, tmp_path / "state", 2)
+    job_id = people.submit(job(eval_every=4))
+    people.wait_for_step(job_id, 2)
+
+    assert people.stub.Pause(jobs_pb2.PauseRequest(job_id=job_id), timeout=10).state == "paused"
+    held = people.job(job_id).step
+    assert any(agent.sessions for agent in agents)
+    assert people.stub.Resume(jobs_pb2.ResumeRequest(job_id=job_id), timeout=10).state == "running"
+
+    assert held <= people.wait(job_id).step == STEPS
+    assert (losses(people.detail(job_id)), adapter_bytes(tmp_path / "adapter")) == undisturbed
+
+
 def test_second_job_runs_beside_the_first_when_memory_allows_and_waits_when_not(
     cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec]
 ) -> None:
@@ -235,9 +252,7 @@ def test_second_job_runs_beside_the_first_when_memory_allows_and_waits_when_not(
     people.stub.Cancel(pb_cancel(second), timeout=10)
 
 
-def pb_cancel(job_id: str) -> object:
-    from protos import jobs_pb2
-
+def pb_cancel(job_id: str) -> jobs_pb2.CancelRequest:
     return jobs_pb2.CancelRequest(job_id=job_id)
 
 

@@ -77,7 +77,7 @@ def test_training_does_not_depend_on_the_number_of_stages(model_dirs, model, met
     spec = make_spec(model_dirs[model], **METHODS[method] | target)
     reference = trained(spec, stages_of(1), **options)
 
-    for num_stages in (2, 3, 4):
+    for num_stages in (2, 3, 4) if method == "dropout" else (2, 4):
         assert_same_run(trained(spec, stages_of(num_stages), **options), reference)
 
 

@@ -171,7 +171,7 @@ def test_sampling_follows_the_models_distribution(model_dirs):
 def test_uniform_is_below_one_and_depends_on_every_part():
     draws = [uniform(0, 1, 2, position) for position in range(2000)]
 
-    assert 0 <= min(draws) and max(draws) < 1 and len(set(draws)) == len(draws)
+    assert all(0 <= draw < 1 for draw in draws) and len(set(draws)) == len(draws)
     assert sum(draws) / len(draws) == pytest.approx(0.5, abs=0.03)
     assert len({uniform(1, 2, 3), uniform(2, 1, 3), uniform(12, 3), uniform(1, 23)}) == 4
 

@@ -144,11 +144,18 @@ def test_search_gives_the_faster_device_more_blocks():
     assert num_blocks["fast"] > num_blocks["slow"] > 0
 
 
+def tight_device(table, shape, *, checkpointing):
+    """A device that holds the whole job with less than 1 MiB to spare."""
+    whole = {"start_block": 0, "end_block": table.num_blocks, "num_stages": 1, "stage_index": 0}
+    items = stage_memory(table, shape, checkpointing=checkpointing, **whole)
+    return device("tight", available_mib=300 + sum(item.bytes for item in items) // MIB + 1)
+
+
 def test_search_checkpointing_auto_turns_on_only_where_budgets_need_it():
     table = llama(4)
     shape = job(table, row_tokens=256)
 
-    roomy, tight = (search(table, shape, [device("d", available_mib=mib)]) for mib in (1000, 330))
+    roomy, tight = (search(table, shape, [d]) for d in (device("d"), tight_device(table, shape, checkpointing=True)))
 
     assert (roomy.checkpointing, tight.checkpointing) == (False, True)
     assert tight.step_s > roomy.step_s
@@ -237,28 +244,32 @@ def test_refusal_names_one_more_device_that_really_helps():
     assert not fits(table, shape, [*devices, device("b", available_mib=more_mib - 32)], LinkTable())
 
 
-@pytest.mark.parametrize(
-    ("method", "changes", "available_mib", "expected"),
-    [
-        (LoraConfig(), {"checkpointing": "off", "row_tokens": 256}, 330, r"checkpointing: on"),
-        (LoraConfig(), {"vocab": 120_000}, 400, r"dtype: bf16"),
-        (
-            LoraConfig(rank=2048),
-            {"row_tokens": 8, "micro_batch_rows": 1, "label_tokens": 4},
-            500,
-            r"rank divided by \d",
-        ),
-    ],
-)
-def test_refusal_names_the_setting_that_makes_it_fit(method, changes, available_mib, expected):
-    table = llama(4, vocab_size=changes.get("vocab", 1000))
-    shape = job(table, method, **{key: value for key, value in changes.items() if key != "vocab"})
+def test_refusal_names_checkpointing_where_the_job_turned_it_off():
+    table = llama(4)
+    shape = job(table, row_tokens=256, checkpointing="off")
 
-    assert re.search(expected, refusal(table, shape, [device("a", available_mib=available_mib)]))
+    assert "training.checkpointing: on" in refusal(table, shape, [tight_device(table, shape, checkpointing=True)])
+
+
+def test_refusal_names_bf16_where_halved_weights_fit():
+    table = llama(4, vocab_size=120_000)
+    tight = tight_device(table, job(table, dtype="bf16"), checkpointing=True)
+
+    assert "model.dtype: bf16" in refusal(table, job(table), [tight])
+
+
+def test_refusal_names_a_rank_that_fits():
+    table = llama(4)
+    few_tokens = {"row_tokens": 8, "micro_batch_rows": 1, "label_tokens": 4}
+    tight = tight_device(table, job(table, LoraConfig(rank=512), **few_tokens), checkpointing=True)
+
+    message = refusal(table, job(table, LoraConfig(rank=2048), **few_tokens), [tight])
+
+    assert "method.rank divided by 4" in message
 
 
 def test_refusal_without_devices_says_how_to_start_one():
-    assert "plutino node join" in refusal(llama(2), job(llama(2)), [])
+    assert "plutino-node run" in refusal(llama(2), job(llama(2)), [])
 
 
 def test_refusal_of_more_stages_than_devices_names_both_numbers():

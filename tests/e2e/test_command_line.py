@@ -1,0 +1,200 @@
+"""The command line end to end, as the README tells it: one coordinator and two agents for the whole module."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from plutino.assets import SNIPS_DIR
+from tests.e2e.stack import PLUTINO, Stack, tiny_model, wait_until, write_job
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        stack.up("--engine", "local")
+        for name in ("one", "two"):
+            stack.node(name)
+        stack.await_devices("one", "two")
+        yield stack
+    finally:
+        stack.close()
+
+
+@pytest.fixture(scope="module")
+def model_dir(stack: Stack) -> Path:
+    return tiny_model(stack.folder / "model")
+
+
+@pytest.fixture(scope="module")
+def job_file(stack: Stack, model_dir: Path) -> Path:
+    return write_job(stack.folder / "job.yaml", model_dir, placement={"stages": 2})
+
+
+def test_up_tells_the_line_that_starts_an_agent(stack):
+    assert stack.endpoint["join"] == (
+        f"plutino node run --coordinator {stack.endpoint['devices_address']} --memory 4GiB"
+    )
+
+
+def test_devices_lists_what_every_agent_gives(stack):
+    devices = {device["name"]: device for device in stack.ask("devices")}
+
+    assert devices.keys() == {"one", "two"}
+    for device in devices.values():
+        assert device["memory_budget_bytes"] == 600 << 20
+        assert 0 < device["baseline_bytes"] < device["memory_budget_bytes"]
+
+
+def test_plan_covers_every_block_once_within_the_budgets(stack, job_file):
+    plan = stack.ask("plan", job_file)
+
+    assert [(stage["start_block"], stage["end_block"]) for stage in plan["stages"]] == [(0, 1), (1, 2)]
+    assert all(stage["baseline_bytes"] + stage["job_bytes"] <= stage["budget_bytes"] for stage in plan["stages"])
+
+
+def test_submitted_job_is_listed_watched_and_ends_with_an_adapter(stack, job_file):
+    out = stack.folder / "adapter"
+    job_id = stack.ask("submit", job_file, "--detach", "--set", f"output.dir={out}")["job_id"]
+    assert job_id in stack.run("jobs").stdout
+
+    watched = stack.run("watch", job_id)
+
+    assert watched.returncode == 0, watched.stdout + watched.stderr
+    assert f"from_pretrained('{out}')" in watched.stdout
+    assert (out / "adapter_model.safetensors").exists() and (out / "README.md").exists()
+    assert stack.ask("show", job_id)["detail"]["ledger"][-1]["step"] == 2
+
+
+def test_watch_ctrl_c_detaches_then_cancel_frees_everything(stack, job_file):
+    job_id = stack.ask("submit", job_file, "--detach", "--set", "training.steps=100000")["job_id"]
+    command = [*PLUTINO, "watch", job_id, "--state-dir", str(stack.state_dir)]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    for line in watching.stdout:
+        if "loss" in line:
+            break
+
+    watching.send_signal(signal.SIGINT)
+    _, said = watching.communicate(timeout=10)
+    assert (watching.returncode, f"Attach again: plutino watch {job_id}" in said) == (0, True)
+    assert stack.ask("show", job_id)["summary"]["state"] == "running"
+
+    assert stack.ask("cancel", job_id)["state"] == "cancelled"
+    assert [device["reserved_bytes"] for device in stack.ask("devices")] == [0, 0]
+
+
+def test_job_with_a_row_without_an_answer_fails_and_names_the_line(stack, model_dir):
+    rows = stack.folder / "rows.jsonl"
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    rows.write_text("\n".join(json.dumps(row) for row in (good, {"messages": good["messages"][:1]})))
+    job = write_job(stack.folder / "no-answer.yaml", model_dir, data={"train": str(rows)})
+
+    ended = stack.run("submit", job)
+
+    assert ended.returncode == 7
+    assert "line 2" in ended.stderr and "assistant" in ended.stderr
+
+
+def test_job_whose_data_file_is_missing_fails_and_names_it(stack, model_dir):
+    job = write_job(stack.folder / "no-data.yaml", model_dir, data={"train": "nowhere.jsonl"})
+
+    ended = stack.run("submit", job)
+
+    assert ended.returncode in (2, 7)
+    assert str(stack.folder / "nowhere.jsonl") in ended.stderr
+
+
+def test_model_too_large_for_the_fleet_is_refused_with_what_would_fit(stack, model_dir):
+    training = {"steps": 1, "batch_size": 4096, "micro_batch_size": 4096, "checkpointing": "off"}
+    data = {"train": str(SNIPS_DIR / "train_json.jsonl")}
+    job = write_job(stack.folder / "too-large.yaml", model_dir, training=training, data=data)
+
+    planned, submitted = stack.run("plan", job), stack.run("submit", job)
+
+    assert (planned.returncode, submitted.returncode) == (4, 7)
+    for said in (planned.stderr, submitted.stderr):
+        assert "MiB" in said and "micro_batch_size" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "told"),
+    [
+        (["--set", "training.stesp=5"], 2, "did you mean 'steps'?"),
+        (["--set", "training.steps=0"], 2, "training.steps"),
+        (["--set", "model.path=nowhere"], 3, "is model.path right?"),
+    ],
+)
+def test_submit_bad_input_is_told_and_nothing_is_stored(stack, job_file, arguments, exit_code, told):
+    before = len(stack.ask("jobs"))
+
+    ended = stack.run("submit", job_file, *arguments)
+
+    assert (ended.returncode, told in ended.stderr, "Traceback" in ended.stderr) == (exit_code, True, False)
+    assert len(stack.ask("jobs")) == before
+
+
+def test_submit_missing_job_file_is_told(stack):
+    ended = stack.run("submit", stack.folder / "none.yaml")
+
+    assert ended.returncode == 2
+    assert "cannot read the job file" in ended.stderr
+
+
+def test_submit_unknown_family_lists_the_known_ones(stack, job_file):
+    other = tiny_model(stack.folder / "other", model_type="mamba")
+
+    ended = stack.run("submit", job_file, "--set", f"model.path={other}")
+
+    assert ended.returncode == 3
+    assert "'mamba' is not supported; plutino knows gpt2, llama" in ended.stderr
+
+
+def test_up_second_coordinator_on_one_state_folder_is_refused(stack):
+    ended = stack.run("up", "--engine", "local", "--listen", "127.0.0.1:0", "--api", "127.0.0.1:0")
+
+    assert ended.returncode == 11
+    assert str(stack.state_dir) in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_up_beyond_loopback_is_refused_with_the_reason(stack, tmp_path):
+    command = [*PLUTINO, "up", "--engine", "local", "--listen", "0.0.0.0:0", "--state-dir", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert ended.returncode == 9
+    assert "neither encrypted nor authenticated" in ended.stderr
+
+
+def test_job_outlives_the_coordinator(stack, job_file):
+    job_id = stack.ask("submit", job_file, "--detach", "--set", "training.steps=100000")["job_id"]
+    wait_until(lambda: stack.ask("show", job_id)["summary"]["step"] > 0)
+
+    stack.kill("coordinator")
+    told = stack.run("jobs")
+    assert told.returncode == 10 and "plutino up" in told.stderr
+    stack.up("--engine", "local")
+    reached = stack.ask("show", job_id)["summary"]["step"]
+
+    wait_until(lambda: stack.ask("show", job_id)["summary"]["step"] > reached)
+    assert {row["status"] for row in stack.ask("show", job_id)["detail"]["ledger"]} == {"committed"}
+    stack.run("cancel", job_id)
+
+
+def test_device_that_vanishes_while_loading_ends_the_job_with_the_reason(stack, model_dir):
+    """The last test: it costs the module its second agent."""
+    job = write_job(stack.folder / "lost.yaml", model_dir, placement={"devices": ["two"]})
+    job_id = stack.ask("submit", job, "--detach", "--set", "training.steps=100000")["job_id"]
+    wait_until(lambda: stack.ask("show", job_id)["summary"]["state"] in ("loading", "running"))
+
+    stack.kill("two")
+    ended = stack.run("watch", job_id)
+
+    assert ended.returncode == 7
+    assert "two" in ended.stderr
+    assert stack.ask("show", job_id)["summary"]["state"] == "failed"
