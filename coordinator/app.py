@@ -142,9 +142,7 @@ async def _serve(
     agents_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(fleet), devices_server)
     workers_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(manager.workers_of), devices_server)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet), people_server)
-    runners_pb2_grpc.add_RunnerServiceServicer_to_server(
-        RunnerServicer(incarnation, manager.runner_of), people_server
-    )
+    runners_pb2_grpc.add_RunnerServiceServicer_to_server(RunnerServicer(incarnation, manager.runner_of), people_server)
     await engine.start()
     stack.push_async_callback(engine.close)
     for server in (devices_server, people_server):

@@ -73,44 +73,52 @@ def measure(request: ProfileRequest) -> BlockTimings:
     full_vocabulary = int(json.loads(request.config_json)["vocab_size"])
     config = three_blocks(request.config_json, vocabulary=min(full_vocabulary, _SHORT_VOCABULARY))
     source = RandomSource(config)
-    dtype = DTYPES[request.dtype]
-    rows, tokens = request.micro_batch_rows, request.row_tokens
-
-    first = _adapted_stage(source, 0, dtype, request)
-    embedding = first.model.get_submodule(first.embedding_name)
-    ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    embedding_s = _fastest_s(lambda: embedding(ids))
-    del first, embedding
-
-    middle = _adapted_stage(source, 1, dtype, request)
-    hidden = torch.randn(rows, tokens, int(middle.config.hidden_size)).to(dtype).requires_grad_(True)
-    positions = torch.arange(tokens).expand(rows, tokens)
-    block_input = StageInput(position_ids=positions, hidden=hidden)
-    forward_s = _fastest_s(lambda: middle.forward(block_input))
-    gradient = torch.ones_like(hidden)
-    both_s = _fastest_s(lambda: middle.forward(block_input).backward(gradient))
-    del middle
-
-    last = _adapted_stage(source, 2, dtype, request)
-    labels = _label_rows(request)
-    normed = torch.randn_like(hidden).requires_grad_(True)
-    objective = SftObjective()
-
-    def head_forward() -> Tensor:
-        scaled = objective.loss(last, normed, labels, 1.0).scaled
-        assert scaled is not None
-        return scaled
-
+    # One stage after the other, so that no more than a block is held on a small device.
+    embedding_s = _measure_embedding(source, request)
+    forward_s, backward_s = _measure_block(source, request)
+    head_forward_s, head_backward_s = _measure_head(source, request)
     wide = full_vocabulary / config["vocab_size"]
-    head_forward_s = _fastest_s(head_forward) * wide
-    head_both_s = _fastest_s(lambda: head_forward().backward()) * wide
     return BlockTimings(
         forward_s=forward_s,
-        backward_s=max(both_s - forward_s, 1e-6),
+        backward_s=backward_s,
         embedding_s=embedding_s,
-        head_forward_s=head_forward_s,
-        head_backward_s=max(head_both_s - head_forward_s, 1e-6),
+        head_forward_s=head_forward_s * wide,
+        head_backward_s=head_backward_s * wide,
     )
+
+
+def _measure_embedding(source: RandomSource, request: ProfileRequest) -> float:
+    first = _adapted_stage(source, 0, request)
+    embedding = first.model.get_submodule(first.embedding_name)
+    ids = torch.zeros(request.micro_batch_rows, request.row_tokens, dtype=torch.int64)
+    return _fastest_s(lambda: embedding(ids))
+
+
+def _measure_block(source: RandomSource, request: ProfileRequest) -> tuple[float, float]:
+    middle = _adapted_stage(source, 1, request)
+    rows, tokens = request.micro_batch_rows, request.row_tokens
+    hidden = torch.randn(rows, tokens, int(middle.config.hidden_size)).to(DTYPES[request.dtype]).requires_grad_(True)
+    inputs = StageInput(position_ids=torch.arange(tokens).expand(rows, tokens), hidden=hidden)
+    gradient = torch.ones_like(hidden)
+    forward_s = _fastest_s(lambda: middle.forward(inputs))
+    both_s = _fastest_s(lambda: middle.forward(inputs).backward(gradient))
+    return forward_s, max(both_s - forward_s, 1e-6)
+
+
+def _measure_head(source: RandomSource, request: ProfileRequest) -> tuple[float, float]:
+    last = _adapted_stage(source, 2, request)
+    shape = (request.micro_batch_rows, request.row_tokens, int(last.config.hidden_size))
+    normed = torch.randn(shape).to(DTYPES[request.dtype]).requires_grad_(True)
+    labels, objective = _label_rows(request), SftObjective()
+
+    def forward() -> Tensor:
+        scaled = objective.loss(last, normed, labels, 1.0).scaled
+        assert scaled is not None, "at least one label is asked for"
+        return scaled
+
+    forward_s = _fastest_s(forward)
+    both_s = _fastest_s(lambda: forward().backward())
+    return forward_s, max(both_s - forward_s, 1e-6)
 
 
 def fast_dtypes() -> list[str]:
@@ -153,8 +161,8 @@ def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
     return config
 
 
-def _adapted_stage(source: RandomSource, block: int, dtype: torch.dtype, request: ProfileRequest) -> Stage:
-    stage = build_stage(source, block, block + 1, dtype=dtype)
+def _adapted_stage(source: RandomSource, block: int, request: ProfileRequest) -> Stage:
+    stage = build_stage(source, block, block + 1, dtype=DTYPES[request.dtype])
     METHODS["lora"](stage, LoraConfig(rank=request.lora_rank), seed=0)
     return stage
 

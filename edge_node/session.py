@@ -24,16 +24,16 @@ from edge_node.methods.registry import METHODS
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.shadowing import ShadowWriter
 from edge_node.stage.build import Stage, build_stage
-from edge_node.stage.weights import LocalSource, TensorSource
 from edge_node.stage.verify import part_difference
+from edge_node.stage.weights import LocalSource, TensorSource
 from edge_node.transport.base import Peer, UnitCancelledError
-from plutino.wire.bulk import BulkClient
 from edge_node.transport.peer import PeerTransport
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ModelError, OutOfMemoryError, PeerLostError
 from plutino.job.assignment import WorkerAssignment
 from plutino.safetensors_index import base_model_hash
 from plutino.types import JobId, Unit, UnitKind
+from plutino.wire.bulk import BulkClient
 from plutino.wire.convert import micro_batch_from_proto, unit_to_proto, worker_to_proto
 from plutino.wire.frames import Bounds
 from protos import workers_pb2 as pb
@@ -56,9 +56,7 @@ class WorkerSession:
         self._commit_s = 0.0
         self._finish_reason = "the coordinator did not come back"
         self._vocab_size = 0
-        self._inbox = Inbox(
-            reads_tokens=assignment.is_first or assignment.is_last, decode_rows=self._decode_rows
-        )
+        self._inbox = Inbox(reads_tokens=assignment.is_first or assignment.is_last, decode_rows=self._decode_rows)
         self._inbox.start_at(self._next_step)
         self._transport: PeerTransport | None = None
         self._control = ControlStream(

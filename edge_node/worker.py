@@ -17,7 +17,7 @@ import threading
 from importlib.metadata import version
 from typing import IO, Any
 
-from edge_node.guard import limit_data_segment, release_free_memory, resident_bytes
+from edge_node.guard import keep_heap, limit_data_segment, release_free_memory, resident_bytes
 from plutino.errors import AgentError, OutOfMemoryError, PlutinoError
 from plutino.job.assignment import WorkerAssignment
 
@@ -105,6 +105,8 @@ def _run_job(assignment: WorkerAssignment, events: _Events) -> int:
 
     threading.Thread(target=_end_with_agent, name="agent-watch", daemon=True).start()
     torch.set_num_threads(assignment.threads)
+    if assignment.keeps_heap:
+        keep_heap()
     limit_data_segment(assignment.memory_budget_bytes, resident_bytes())
     try:
         reason = WorkerSession(assignment).run()

@@ -31,6 +31,8 @@ class StagePlan(PlanValue):
     baseline_bytes: int
     budget_bytes: int
     threads: int
+    keeps_heap: bool = False
+    """malloc keeps freed blocks for the next step instead of giving them back: faster, where the budget has room."""
 
     @property
     def peak_bytes(self) -> int:

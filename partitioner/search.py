@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from partitioner.cost import pipeline_step_time
 from partitioner.cuts import Candidate, CutSearch, SearchResult, checkpointing_choices
 from partitioner.device import DeviceProfile, LinkTable
-from partitioner.memory import MemoryModel
+from partitioner.memory import MemoryModel, heap_reuse
 from partitioner.micro_batch import candidate_rows, scaled_devices, with_rows
 from partitioner.model import JobShape, ModelTable
 from partitioner.orders import MAX_EXHAUSTIVE_DEVICES
@@ -150,6 +150,11 @@ def _stages(
     for k, device_index in enumerate(best.order):
         device, start, end = devices[device_index], best.cuts[k], best.cuts[k + 1]
         items = memory.items(start, end, num_stages=len(best.order), stage_index=k, checkpointing=best.checkpointing)
+        reuse = heap_reuse(items)
+        needed_bytes = device.baseline_bytes + sum(item.bytes for item in items) + reuse.bytes
+        keeps_heap = needed_bytes <= device.available_bytes
+        if keeps_heap:
+            items = (*items, reuse)
         stages.append(
             StagePlan(
                 stage_index=k,
@@ -164,6 +169,7 @@ def _stages(
                 baseline_bytes=device.baseline_bytes,
                 budget_bytes=device.available_bytes,
                 threads=device.threads,
+                keeps_heap=keeps_heap,
             )
         )
     return tuple(stages)

@@ -25,7 +25,17 @@ from coordinator.jobs.lineage import judge_evaluations
 from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
 from coordinator.jobs.planning import Profiler, make_numerics, make_problem
 from coordinator.jobs.record import JobState
-from coordinator.jobs.recovery import Decision, Fail, Incident, Park, Restart, Resume, ReturnTo, decide_recovery, recovery_event
+from coordinator.jobs.recovery import (
+    Decision,
+    Fail,
+    Incident,
+    Park,
+    Restart,
+    Resume,
+    ReturnTo,
+    decide_recovery,
+    recovery_event,
+)
 from coordinator.jobs.runner import PreparedData
 from coordinator.jobs.stepping import Stepper, repeat_last_decision
 from coordinator.scheduling.problem import PlanningProblem, Verdict
@@ -155,8 +165,7 @@ class JobDriver:
             await asyncio.wait({attempt, interrupted}, return_when=asyncio.FIRST_COMPLETED)
             if interrupted.done():
                 # What the attempt came to, if it ended in the same moment, is found again from the record.
-                attempt.cancel()
-                await asyncio.gather(attempt, return_exceptions=True)
+                await _end_task(attempt)
                 await self._on_interrupt(interrupted.result())
             elif (event := attempt.result()) is not None:
                 await self.context.apply(event)
@@ -365,6 +374,18 @@ class JobDriver:
             await asyncio.wrap_future(context.store.remove_shadows(context.job_id, shadow_ids))
         await asyncio.to_thread(context.shadow_files.delete_job, context.job_id)
         self._queue.kick()
+
+
+async def _end_task(task: asyncio.Task[events.Event | None]) -> None:
+    """Cancel a task and wait until it has ended.
+
+    Once is not enough: before Python 3.12, asyncio.wait_for swallows a cancellation that meets its result.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.2)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.info("interrupted while failing: %s", error)
 
 
 def crash_point_after(event: events.Event) -> None:

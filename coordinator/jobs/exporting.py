@@ -1,4 +1,4 @@
-"""From trained stages to a published adapter: restore the best step, score, assemble, verify on the workers, publish."""
+"""From trained stages to a published adapter: restore the best step, score, assemble, verify, publish."""
 
 from __future__ import annotations
 
@@ -126,9 +126,7 @@ async def _assemble(context: JobContext, step: int, output_dir: str, probe: Prob
 async def _verify_on_workers(context: JobContext, assembled: AssembledAdapter) -> Check:
     """Every worker's outputs with the published part must be those with its live part, to the bit."""
     request_id = assembled.adapter_sha256
-    verify = pb.VerifyPart(
-        request_id=request_id, shadow_id=assembled.shadow_id, sha256=assembled.adapter_sha256
-    )
+    verify = pb.VerifyPart(request_id=request_id, shadow_id=assembled.shadow_id, sha256=assembled.adapter_sha256)
     context.workers.tell(pb.WorkerCommand(verify_part=verify), key="verify_part")
     await context.workers.wait(lambda: all(request_id in s.verified for s in context.workers.statuses))
     context.workers.forget("verify_part")
@@ -151,11 +149,17 @@ def _card(
 ) -> CardFacts:
     spec, record = context.spec, context.record
     losses = [row.loss for row in surviving(context.store.ledger(context.job_id)) if row.loss is not None]
-    data = [DataFile(use="training", name=Path(spec.data.train).name, sha256=prepared.train_sha256,
-                     num_rows=prepared.num_train)]
+    data = [
+        DataFile(
+            use="training", name=Path(spec.data.train).name, sha256=prepared.train_sha256, num_rows=prepared.num_train
+        )
+    ]
     if spec.data.eval is not None:
-        data.append(DataFile(use="held-out", name=Path(spec.data.eval).name, sha256=prepared.eval_sha256,
-                             num_rows=prepared.num_eval))
+        data.append(
+            DataFile(
+                use="held-out", name=Path(spec.data.eval).name, sha256=prepared.eval_sha256, num_rows=prepared.num_eval
+            )
+        )
     scores = {
         moment: ScoreReport.model_validate_json(text).score
         for moment, text in context.store.scores(context.job_id).items()

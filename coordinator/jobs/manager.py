@@ -186,7 +186,7 @@ class JobManager:
         driver = self._drivers.get(job_id)
         if driver is None or record.state not in from_states:
             allowed = " or ".join(state.value for state in from_states)
-            raise InvalidTransitionError(f"job {job_id} is {record.state.value}; this is possible while it is {allowed}")
+            raise InvalidTransitionError(f"job {job_id} is {record.state.value}; this needs a job that is {allowed}")
         driver.interrupt(wish)
         deadline_s = time.monotonic() + _WISH_TIMEOUT_S
         while (record := self._store.job(job_id)).state is not wanted and time.monotonic() < deadline_s:

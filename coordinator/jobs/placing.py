@@ -83,6 +83,7 @@ async def stop_workers(context: JobContext, *, before_epoch: int, reason: str) -
 
     for agent_id, ref in running():
         context.fleet.stop_worker(agent_id, ref, reason)
+
     async def wait_until_stopped() -> None:
         while running():
             await asyncio.sleep(0.02)
@@ -175,6 +176,7 @@ def _assignments(context: JobContext, restore_step: int, base_hash: str) -> dict
             max_micro_batches=plan.num_micro_batches,
             threads=plan.stages[ref.stage_index].threads,
             memory_budget_bytes=plan.stages[ref.stage_index].budget_bytes,
+            keeps_heap=plan.stages[ref.stage_index].keeps_heap,
             coordinator_address=context.coordinator_address,
             bulk_address=context.bulk_address,
             restore=restore,

@@ -1,4 +1,4 @@
-"""From a job and the devices that are in to a planning problem: sizes from the model's files, seconds measured there."""
+"""From a job and the devices that are in to a planning problem: sizes from the model's files, measured seconds."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ async def make_problem(
         ModelError: the base model cannot be used.
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
-    longest = max(prepared.row_tokens, 0 if spec.scoring is None else prepared.prompt_tokens + spec.scoring.max_new_tokens)
+    generated = 0 if spec.scoring is None else prepared.prompt_tokens + spec.scoring.max_new_tokens
+    longest = max(prepared.row_tokens, generated)
     if longest > table.max_positions:
         raise ConfigError(
             f"the longest row (or prompt with scoring.max_new_tokens) has {longest} tokens, the model has "
@@ -162,7 +163,7 @@ def make_numerics(spec: JobSpec, plan: Plan, devices: Sequence[Device]) -> Numer
 def _dtype(spec: JobSpec, devices: Sequence[Device]) -> str:
     if spec.model.dtype != "auto":
         return spec.model.dtype
-    # bf16 only where every device runs it faster than fp32: on CPUs without bf16 units its backward is 300 times slower.
+    # bf16 only where every device runs it faster than fp32: without bf16 units its backward is 300 times slower.
     return "bf16" if all(device.dtypes and device.dtypes[0] == "bf16" for device in devices) else "fp32"
 
 

@@ -130,9 +130,7 @@ class JobRunner:
         indices = batch_indices(step, training.batch_size, len(samples), training.seed)
         return cut_micro_batches(samples, indices, micro_batch_size)
 
-    def eval_batch(
-        self, start_row: int, num_rows: int, micro_batch_size: int, *, from_training: bool
-    ) -> StepBatch:
+    def eval_batch(self, start_row: int, num_rows: int, micro_batch_size: int, *, from_training: bool) -> StepBatch:
         """Rows of one evaluation unit, in file order."""
         samples = self._train.samples if from_training else self._need_held_out().samples
         indices = range(start_row, min(start_row + num_rows, len(samples)))
@@ -190,9 +188,7 @@ class JobRunner:
     def _read(self, path: str, limit: int | None) -> _RowSet:
         data = self._spec.data
         rows = read_rows(Path(path), data.format, limit)
-        samples = tokenise(
-            rows, self._tokenizer, max_tokens=data.max_tokens, train_on=self._spec.objective.train_on
-        )
+        samples = tokenise(rows, self._tokenizer, max_tokens=data.max_tokens, train_on=self._spec.objective.train_on)
         return _RowSet(rows, samples)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grpc
 
@@ -112,7 +112,7 @@ def _batch_parts(batch: StepBatch) -> Iterator[pb.RunnerEvent]:
     return _parts(batch.micro_batches, loss_weight=float(batch.loss_weight))
 
 
-def _parts(micro_batches: tuple[MicroBatchRows, ...] | list[MicroBatchRows], loss_weight: float) -> Iterator[pb.RunnerEvent]:
+def _parts(micro_batches: Sequence[MicroBatchRows], loss_weight: float) -> Iterator[pb.RunnerEvent]:
     for m, rows in enumerate(micro_batches):
         part = pb.BatchPart(
             num_micro_batches=len(micro_batches),

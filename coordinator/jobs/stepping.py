@@ -212,9 +212,7 @@ class Stepper:
 
     def _tell_commit(self, step: int, clip_scale: float) -> None:
         context = self._context
-        every = shadow_every(
-            context.spec.training.shadow_every, step_s=self._step_s, upload_s=context.slowest_upload_s
-        )
+        every = shadow_every(context.spec.training.shadow_every, step_s=self._step_s, upload_s=context.slowest_upload_s)
         due = shadow_due(step + 1, context.record.end_step, every)
         commit = pb.Commit(plan_epoch=context.record.plan_epoch, step=step, clip_scale=clip_scale, shadow=due)
         command = pb.WorkerCommand(commit=commit)
@@ -236,9 +234,7 @@ class Stepper:
             reason=decision.reason,
         )
         seen = StepSkipped(step=step, plan_epoch=row.plan_epoch, reason=decision.reason)
-        await context.apply(
-            job_events.StepSkipped(step=step, reason=decision.reason), ledger_row=row, events=[seen]
-        )
+        await context.apply(job_events.StepSkipped(step=step, reason=decision.reason), ledger_row=row, events=[seen])
         abort = pb.Abort(plan_epoch=row.plan_epoch, step=step, reason=decision.reason)
         context.workers.tell(pb.WorkerCommand(abort=abort), key=f"decision {step}")
         context.workers.forget(f"decision {step - 1}")
@@ -255,9 +251,7 @@ def repeat_last_decision(context: JobContext) -> None:
     else:
         is_last = row.step + 1 == context.record.end_step
         decision = pb.WorkerCommand(
-            commit=pb.Commit(
-                plan_epoch=row.plan_epoch, step=row.step, clip_scale=row.clip_scale or 1.0, shadow=is_last
-            )
+            commit=pb.Commit(plan_epoch=row.plan_epoch, step=row.step, clip_scale=row.clip_scale or 1.0, shadow=is_last)
         )
     context.workers.tell(decision, key=f"decision {row.step}")
 
@@ -284,9 +278,7 @@ async def _record_shadow(context: JobContext, ref: WorkerRef, stored: pb.ShadowS
     after = context.durable()
     for step in sorted(after.keys() - before.keys()):
         shadows = after[step]
-        await context.tell(
-            ShadowDurable(step=step, bytes=sum(s.bytes for s in shadows), num_shadows=len(shadows))
-        )
+        await context.tell(ShadowDurable(step=step, bytes=sum(s.bytes for s in shadows), num_shadows=len(shadows)))
     await _drop_obsolete(context)
     await context.workers.wake()
 

@@ -76,9 +76,7 @@ def feed(context: JobContext, unit: Unit, batch: Batch, generate: pb.GenerateOpt
                 f"{message.ByteSize()} bytes, a message may have {Lane.CONTROL.value}; lower micro_batch_size "
                 "(or scoring.batch_rows)"
             )
-        context.workers.tell(
-            pb.WorkerCommand(feed=message), key=f"feed {unit} part {part.micro_batch}", only=readers
-        )
+        context.workers.tell(pb.WorkerCommand(feed=message), key=f"feed {unit} part {part.micro_batch}", only=readers)
     others = [ref for ref in context.refs() if ref not in readers]
     if others:
         header = pb.Feed(

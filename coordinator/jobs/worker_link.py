@@ -33,6 +33,7 @@ class WorkerStatus:
 
     @property
     def is_attached(self) -> bool:
+        """Whether its stream is up."""
         return self.outgoing is not None
 
     def send(self, command: pb.WorkerCommand) -> None:

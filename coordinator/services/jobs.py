@@ -162,15 +162,29 @@ def _detail(store: Store, record: JobRecord) -> dict[str, Any]:
         "best_step": record.best_step,
         "best_eval_loss": record.best_eval_loss,
         "ledger": [
-            {"step": row.step, "plan_epoch": row.plan_epoch, "status": row.status.value, "loss": row.loss,
-             "grad_norm": row.grad_norm, "lr": row.lr, "samples": list(row.sample_indices), "reason": row.reason}
+            {
+                "step": row.step,
+                "plan_epoch": row.plan_epoch,
+                "status": row.status.value,
+                "loss": row.loss,
+                "grad_norm": row.grad_norm,
+                "lr": row.lr,
+                "samples": list(row.sample_indices),
+                "reason": row.reason,
+            }
             for row in store.ledger(job_id)
         ],
         "evaluations": [{"step": row.step, "loss": row.loss} for row in store.evaluations(job_id)],
         "scores": {moment: json.loads(text) for moment, text in store.scores(job_id).items()},
         "transitions": [
-            {"at_s": row.at_s, "event": row.event, "from": row.from_state.value, "to": row.to_state.value,
-             "plan_epoch": row.plan_epoch, "reason": row.reason}
+            {
+                "at_s": row.at_s,
+                "event": row.event,
+                "from": row.from_state.value,
+                "to": row.to_state.value,
+                "plan_epoch": row.plan_epoch,
+                "reason": row.reason,
+            }
             for row in store.transitions(job_id)
         ],
     }

@@ -54,22 +54,28 @@ class WorkerAssignment(_Part):
     threads: int
     memory_budget_bytes: int
     """Bound on the worker's whole resident memory."""
+    keeps_heap: bool = False
+    """malloc keeps freed blocks on the heap."""
     coordinator_address: str
     bulk_address: str
     restore: RestorePoint | None = None
 
     @property
     def ref(self) -> WorkerRef:
+        """The worker's name."""
         return WorkerRef(JobId(self.job_id), self.plan_epoch, self.stage_index, self.replica_index)
 
     @property
     def shape(self) -> StageShape:
+        """The worker's own stage."""
         return self.stages[self.stage_index]
 
     @property
     def is_first(self) -> bool:
+        """Whether the stage reads tokens."""
         return self.stage_index == 0
 
     @property
     def is_last(self) -> bool:
+        """Whether the stage computes the loss."""
         return self.stage_index == len(self.stages) - 1

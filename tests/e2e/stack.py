@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from plutino.client import Client, JobSummary
 
 PLUTINO = (sys.executable, "-m", "coordinator.cli")
 """What ``plutino`` runs, also where the package is not installed."""
@@ -70,8 +72,19 @@ class Stack:
         assert ended.returncode == 0, ended.stderr
         return json.loads(ended.stdout)
 
+    def client(self) -> Client:
+        """For looking again and again, which a process each time would make slow."""
+        return Client.local(self.state_dir)
+
     def await_devices(self, *names: str) -> None:
-        wait_until(lambda: {d["name"] for d in self.ask("devices") if d["state"] == "alive"} >= set(names))
+        with self.client() as client:
+            wait_until(lambda: {d["name"] for d in client.devices() if d["state"] == "alive"} >= set(names))
+
+    def await_job(self, job_id: str, look: Callable[[JobSummary], bool]) -> JobSummary:
+        """The job once ``look`` likes it."""
+        with self.client() as client:
+            wait_until(lambda: look(client.job(job_id).summary))
+            return client.job(job_id).summary
 
     def kill(self, name: str) -> None:
         """SIGKILL to an agent; its workers see its end by themselves."""
@@ -101,29 +114,51 @@ def wait_until(look: Callable[[], Any], timeout_s: float = START_S) -> Any:
 
 def tiny_model(folder: Path, **config: Any) -> Path:
     """A Llama of two blocks with random weights and the bundled tokenizer."""
+    shapes = _write_config(folder, config)
+    random = np.random.default_rng(0)
+    weights = {name: random.normal(0, 0.02, shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def hollow_model(folder: Path, **config: Any) -> Path:
+    """The same with zeros that take no room on the disk: for models that are never loaded."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in _write_config(folder, config).items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Everything but the weights; gives their shapes."""
     shutil.copytree(TINY_LLAMA_DIR, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     values = json.loads((folder / "config.json").read_text())
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    values.update({**sizes, "num_key_value_heads": 2, "head_dim": 8, **config})
+    values.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4})
+    values.update({"num_key_value_heads": 2, "head_dim": 8, **config})
     (folder / "config.json").write_text(json.dumps(values))
-    shapes = {"model.embed_tokens.weight": (values["vocab_size"], 32), "model.norm.weight": (32,)}
-    for block in range(2):
+    hidden, inner = values["hidden_size"], values["intermediate_size"]
+    queries, keys = (values[f"num_{name}_heads"] * values["head_dim"] for name in ("attention", "key_value"))
+    shapes = {"model.embed_tokens.weight": (values["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for block in range(values["num_hidden_layers"]):
         prefix = f"model.layers.{block}"
         shapes |= {
-            **{f"{prefix}.self_attn.{name}_proj.weight": (out, 32) for name, out in (("q", 32), ("k", 16), ("v", 16))},
-            **{f"{prefix}.mlp.{name}_proj.weight": (64, 32) for name in ("gate", "up")},
-            f"{prefix}.self_attn.o_proj.weight": (32, 32),
-            f"{prefix}.mlp.down_proj.weight": (32, 64),
-            f"{prefix}.input_layernorm.weight": (32,),
-            f"{prefix}.post_attention_layernorm.weight": (32,),
+            f"{prefix}.self_attn.q_proj.weight": (queries, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
+            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
         }
-    random = np.random.default_rng(0)
-    save_file(
-        {name: random.normal(0, 0.02, shape).astype(np.float32) for name, shape in shapes.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    return folder
+    return shapes
 
 
 def write_job(path: Path, model_dir: Path, **parts: Any) -> Path:

@@ -36,9 +36,7 @@ from protos import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent.parent
 WAIT_S = 50.0
-TIMINGS = BlockTimings(
-    forward_s=0.01, backward_s=0.02, embedding_s=0.001, head_forward_s=0.005, head_backward_s=0.01
-)
+TIMINGS = BlockTimings(forward_s=0.01, backward_s=0.02, embedding_s=0.001, head_forward_s=0.005, head_backward_s=0.01)
 
 
 def wait_until(condition: Callable[[], Any], what: str, *, within_s: float = WAIT_S) -> Any:

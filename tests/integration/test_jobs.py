@@ -194,9 +194,7 @@ def test_worker_that_runs_out_of_memory_on_the_only_device_fails_the_job_with_th
     assert not (tmp_path / "adapter").exists()
 
 
-def test_cancel_frees_workers_memory_and_queue(
-    cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec]
-) -> None:
+def test_cancel_frees_workers_memory_and_queue(cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec]) -> None:
     people, agents = start(cleanup, tmp_path / "state", 2)
     job_id = people.submit(job(steps=5000))
     people.wait_for_step(job_id, 2)
@@ -233,9 +231,7 @@ def test_second_job_runs_beside_the_first_when_memory_allows_and_waits_when_not(
     people = People(coordinator.endpoints.people_address)
     cleanup.callback(people.close)
     # Two workers with their baselines fit, a third does not; the process's own memory is what is really measured.
-    agent = ThreadAgent(
-        coordinator.endpoints.devices_address, "only", memory_bytes=100 << 30, baseline_bytes=40 << 30
-    )
+    agent = ThreadAgent(coordinator.endpoints.devices_address, "only", memory_bytes=100 << 30, baseline_bytes=40 << 30)
     cleanup.callback(agent.close)
     wait_until(lambda: people.devices(), "the agent attached")
 
@@ -256,9 +252,7 @@ def pb_cancel(job_id: str) -> jobs_pb2.CancelRequest:
     return jobs_pb2.CancelRequest(job_id=job_id)
 
 
-def crash_and_restart(
-    stack: ExitStack, tmp_path: Path, spec: JobSpec, crash_at: str
-) -> tuple[dict[str, object], str]:
+def crash_and_restart(stack: ExitStack, tmp_path: Path, spec: JobSpec, crash_at: str) -> tuple[dict[str, object], str]:
     """Run a job whose coordinator dies at a place and is started again; gives its detail and state."""
     state_dir = tmp_path / "state"
     coordinator = ProcessCoordinator(state_dir, crash_at=crash_at)
