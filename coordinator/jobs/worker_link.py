@@ -143,7 +143,8 @@ class JobWorkers:
             # A training unit is a pure function of its step and so can only be the very one that will be fed again;
             # any other unit of an earlier coordinator is abandoned.
             if unit.kind != unit.kind.TRAIN and unit not in self._known_units:
-                status.send(pb.WorkerCommand(cancel_unit=pb.CancelUnit(unit=unit_message)))
+                # All workers, not only this one: tensors of the unit may wait in any of their queues.
+                self.tell(pb.WorkerCommand(cancel_unit=pb.CancelUnit(unit=unit_message)))
         for refs, command in self._outstanding.values():
             if refs is None or status.ref in refs:
                 status.send(command)
