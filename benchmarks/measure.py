@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks.contender import Contender, StepFigures
+from benchmarks.contender import Contender, ContenderError, StepFigures
 
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
 MIN_TURNS = 7
@@ -106,9 +106,19 @@ def measure_in_turns(
 
 
 def largest_loss_difference(figures: Sequence[Figures]) -> float:
-    """How far apart the contenders' losses of the same step are at most: do they train the same thing?"""
+    """How far apart the contenders' losses of the same step are at most: do they train the same thing?
+
+    Compares the steps that all of them measured.
+
+    Raises:
+        ContenderError: there is no such step.
+    """
     by_step = [each.losses for each in figures]
-    return max(max(at_step) - min(at_step) for at_step in ([each[step] for each in by_step] for step in by_step[0]))
+    common = set(by_step[0]).intersection(*by_step[1:])
+    if not common:
+        names = ", ".join(each.name for each in figures)
+        raise ContenderError(f"no step was measured of all of {names}, so their losses cannot be compared; take more")
+    return max(max(at_step) - min(at_step) for at_step in ([each[step] for each in by_step] for step in common))
 
 
 def table(figures: Sequence[Figures], *, tokens_per_step: int) -> str:
@@ -151,16 +161,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write_results(
-    path: Path,
-    figures: Sequence[Figures],
-    *,
-    workload: Mapping[str, object],
-    machine: Mapping[str, object],
-    turns: Turns,
-) -> None:
-    """Write all figures as JSON, whole or not at all."""
-    document = {
+def figures_document(
+    figures: Sequence[Figures], *, workload: Mapping[str, object], machine: Mapping[str, object], turns: Turns
+) -> dict[str, object]:
+    """All figures as values for JSON."""
+    return {
         "machine": machine,
         "workload": workload,
         "turns": asdict(turns),
@@ -174,6 +179,10 @@ def write_results(
             for each in figures
         },
     }
+
+
+def write_results(path: Path, document: Mapping[str, object]) -> None:
+    """Write a document as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(document, indent=1) + "\n")

@@ -18,6 +18,7 @@ from benchmarks.contender import ChildCommand, ChildContender, Contender
 from benchmarks.measure import (
     RESULTS_DIR,
     Turns,
+    figures_document,
     largest_loss_difference,
     machine_facts,
     measure_in_turns,
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     if difference > LOSS_TOLERANCE:
         print(f"more than {LOSS_TOLERANCE}: they do not train the same thing, nothing written", file=sys.stderr)
         return 1
-    write_results(options.out, figures, workload=asdict(workload), machine=machine, turns=turns)
+    write_results(options.out, figures_document(figures, workload=asdict(workload), machine=machine, turns=turns))
     print(f"all figures: {options.out}")
     return 0
 

@@ -42,8 +42,12 @@ class Workload:
         return Workload(**json.loads(text))
 
 
-def build_model(workload: Workload) -> PeftModel:
-    """The whole model with adapters: base bf16, adapters fp32, equal in every process that calls this."""
+END_TOKEN = 0
+"""Ends every row, and is nowhere else in it."""
+
+
+def build_base(workload: Workload, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The frozen model without adapters, with the weights of the workload's seed."""
     torch.manual_seed(workload.seed)
     config = LlamaConfig(
         vocab_size=workload.vocab_size,
@@ -53,9 +57,16 @@ def build_model(workload: Workload) -> PeftModel:
         num_attention_heads=workload.num_heads,
         max_position_embeddings=workload.seq_len_tokens,
         tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=END_TOKEN,
+        pad_token_id=END_TOKEN,
     )
-    base = LlamaForCausalLM(config)
-    base.bfloat16()
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def build_model(workload: Workload) -> PeftModel:
+    """The whole model with adapters: base bf16, adapters fp32, equal in every process that calls this."""
+    base = build_base(workload, torch.bfloat16)
     lora = LoraConfig(r=workload.lora_rank, lora_alpha=2 * workload.lora_rank, target_modules="all-linear")
     # peft keeps adapters in fp32 on a bf16 base (autocast_adapter_dtype).
     model = get_peft_model(base, lora)
@@ -64,9 +75,12 @@ def build_model(workload: Workload) -> PeftModel:
 
 
 def batch(workload: Workload, step: int) -> Tensor:
-    """Token ids [batch_size, seq_len_tokens] of a step."""
+    """Token ids [batch_size, seq_len_tokens] of a step; every row ends with END_TOKEN, as rows of fine-tuning do."""
     generator = torch.Generator().manual_seed(workload.seed + 1 + step)
-    return torch.randint(workload.vocab_size, (workload.batch_size, workload.seq_len_tokens), generator=generator)
+    shape = (workload.batch_size, workload.seq_len_tokens)
+    ids = torch.randint(END_TOKEN + 1, workload.vocab_size, shape, generator=generator)
+    ids[:, -1] = END_TOKEN
+    return ids
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -111,14 +111,14 @@ def test_job_whose_data_file_is_missing_fails_and_names_it(stack, model_dir):
 
 
 def test_model_too_large_for_the_fleet_is_refused_with_what_would_fit(stack):
-    large = hollow_model(stack.folder / "large", hidden_size=128, intermediate_size=512, num_hidden_layers=800)
+    large = hollow_model(stack.folder / "large", hidden_size=128, intermediate_size=8192, num_hidden_layers=50)
     job = write_job(stack.folder / "too-large.yaml", large)
 
     planned, submitted = stack.run("plan", job), stack.run("submit", job)
 
     assert (planned.returncode, submitted.returncode) == (4, 7)
     for said in (planned.stderr, submitted.stderr):
-        assert "MiB" in said and "800 blocks" in said
+        assert "one 600 MiB" in said and "one more device of" in said
 
 
 @pytest.mark.parametrize(

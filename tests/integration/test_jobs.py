@@ -237,9 +237,9 @@ def test_second_job_runs_beside_the_first_when_memory_allows_and_waits_when_not(
 
     first = people.submit(job("first", stages=1, steps=3000))
     second = people.submit(job("second", stages=1, steps=3000))
-    third = people.submit(job("third", stages=1))
     people.wait_for_step(first, 1)
     people.wait_for_step(second, 1)
+    third = people.submit(job("third", stages=1))
     wait_until(lambda: "queued" in people.job(third).reason, "the third is queued")
 
     people.stub.Cancel(pb_cancel(first), timeout=10)

@@ -5,7 +5,15 @@ import json
 import pytest
 
 from benchmarks.contender import ChildCommand, ChildContender, ContenderError, StepFigures
-from benchmarks.measure import Figures, Turns, largest_loss_difference, measure_in_turns, table, write_results
+from benchmarks.measure import (
+    Figures,
+    Turns,
+    figures_document,
+    largest_loss_difference,
+    measure_in_turns,
+    table,
+    write_results,
+)
 
 
 class FakeContender:
@@ -88,6 +96,19 @@ def test_largest_loss_difference_compares_equal_steps():
     assert largest_loss_difference([figures("a", [5.0, 4.0]), figures("b", [5.0, 4.5])]) == 0.5
 
 
+def test_largest_loss_difference_contender_skipped_steps_compares_common_ones():
+    late = Figures(name="late", turns=((StepFigures(1, 1.0, 4.25),),), facts={})
+
+    assert largest_loss_difference([figures("a", [5.0, 4.0]), late]) == 0.25
+
+
+def test_largest_loss_difference_no_common_step_refused():
+    late = Figures(name="late", turns=((StepFigures(7, 1.0, 4.0),),), facts={})
+
+    with pytest.raises(ContenderError, match="cannot be compared"):
+        largest_loss_difference([figures("a", [5.0, 4.0]), late])
+
+
 def test_table_ratio_is_to_the_fastest():
     text = table([figures("slow", [1.0, 1.0], seconds=3.0), figures("fast", [1.0, 1.0])], tokens_per_step=10)
 
@@ -99,7 +120,8 @@ def test_table_ratio_is_to_the_fastest():
 def test_write_results_keeps_every_step(tmp_path):
     path = tmp_path / "results" / "peers.json"
 
-    write_results(path, [figures("a", [5.0, 4.0])], workload={"seed": 0}, machine={"cpu": "x"}, turns=Turns())
+    measured = [figures("a", [5.0, 4.0])]
+    write_results(path, figures_document(measured, workload={"seed": 0}, machine={"cpu": "x"}, turns=Turns()))
 
     kept = json.loads(path.read_text())["contenders"]["a"]
     assert [step["loss"] for turn in kept["turns"] for step in turn] == [5.0, 4.0]

@@ -1,0 +1,157 @@
+"""A whole plutino on this machine: a coordinator and agents as processes, started as a person starts them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from coordinator.demo.children import Child, Children
+from partitioner.plan import Plan
+from plutino.client import Client
+from plutino.endpoint import ENDPOINT_FILE, read_endpoint
+from plutino.errors import JobError
+from plutino.job.spec import JobSpec
+from plutino.types import JobId
+from plutino.wire.channel import Lane, sync_channel
+from protos import jobs_pb2 as pb
+from protos import jobs_pb2_grpc
+
+_START_TIMEOUT_S = 180.0
+_CALL_TIMEOUT_S = 30.0
+_REST_TIMEOUT_S = 300.0
+_REST_WINDOW_S = 0.5
+_REST_SHARE = 0.1
+"""Of one processor over the window: heartbeats and usage take about a hundredth."""
+
+
+class PlutinoStack:
+    """Coordinator and agents; leaving the ``with`` block ends every process."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._children = Children(state_dir)
+        self._processes: dict[str, Child] = {}
+
+    def __enter__(self) -> PlutinoStack:
+        """Start the coordinator.
+
+        Raises:
+            PlutinoError: it does not start.
+        """
+        self._children.__enter__()
+        try:
+            self._start_coordinator()
+        except BaseException as error:
+            self._children.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._channel.close()
+        self.client.close()
+        self._children.__exit__(kind, error, traceback)
+
+    def _start_coordinator(self) -> None:
+        arguments = ("--engine", "local", "--listen", "127.0.0.1:0", "--api", "127.0.0.1:0")
+        command = ("-m", "coordinator.cli", "up", "--state-dir", str(self._state_dir), *arguments)
+        self._processes["coordinator"] = self._children.start("coordinator", *command)
+        endpoint_path = self._state_dir / ENDPOINT_FILE
+        self._children.wait_for("the coordinator's start", lambda: endpoint_path.exists() or None, _START_TIMEOUT_S)
+        self.client = Client.local(self._state_dir)
+        self._channel = sync_channel(self.client.address, Lane.REPORT)
+        self._stub = jobs_pb2_grpc.JobServiceStub(self._channel)
+
+    def start_agents(self, budgets_bytes: Mapping[str, int]) -> None:
+        """Start agents of one thread with these names and memory budgets, and wait until they have joined.
+
+        Raises:
+            PlutinoError: one of them ended, or did not join in time.
+        """
+        for name, budget_bytes in budgets_bytes.items():
+            self._processes[name] = self._children.start(
+                f"agent-{name}",
+                *("-m", "edge_node.cli", "run"),
+                *("--coordinator", read_endpoint(self._state_dir)["devices_address"]),
+                *("--name", name),
+                *("--memory", f"{budget_bytes}B"),
+                *("--threads", "1"),
+                *("--state-dir", str(self._state_dir / "agents" / name)),
+            )
+
+        def all_in() -> bool | None:
+            alive = {device["name"] for device in self.client.devices() if device["state"] == "alive"}
+            return set(budgets_bytes) <= alive or None
+
+        self._children.wait_for("the agents' joining", all_in, _START_TIMEOUT_S)
+
+    def stop_agents(self) -> None:
+        """End all agents and their workers."""
+        agents = [self._processes.pop(name) for name in list(self._processes) if name != "coordinator"]
+        self._children.stop(*agents)
+
+    def plan(self, spec: JobSpec) -> Plan:
+        """The plan that a job gets now; what is measured for it is kept, so that the job gets the same one.
+
+        Raises:
+            InfeasiblePlanError: the job does not fit.
+        """
+        return Plan.model_validate(self.client.plan(spec))
+
+    def pause(self, job_id: JobId) -> None:
+        """Hold a job, and wait until nothing of plutino computes any more.
+
+        Raises:
+            JobError: the job does not pause, or something goes on computing.
+        """
+        response: pb.PauseResponse = self._stub.Pause(pb.PauseRequest(job_id=job_id), timeout=_CALL_TIMEOUT_S)
+        if response.state != "paused":
+            raise JobError(f"the job was asked to pause and is {response.state}; its processes' logs: {self.logs()}")
+        deadline_s = time.monotonic() + _REST_TIMEOUT_S
+        # The workers still compute the step that they were given; its decision waits for the resume.
+        while self._used_share() > _REST_SHARE:
+            if time.monotonic() > deadline_s:
+                raise JobError(f"a paused job computes for {_REST_TIMEOUT_S:.0f} s; logs: {self.logs()}")
+
+    def resume(self, job_id: JobId) -> None:
+        """Let a paused job go on.
+
+        Raises:
+            JobError: it does not.
+        """
+        response: pb.ResumeResponse = self._stub.Resume(pb.ResumeRequest(job_id=job_id), timeout=_CALL_TIMEOUT_S)
+        if response.state != "running":
+            raise JobError(f"the job was asked to resume and is {response.state}; logs: {self.logs()}")
+
+    def agents_rss_bytes(self) -> dict[str, int]:
+        """Resident memory of every running agent's supervisor, as it tells in its heartbeats."""
+        found = {device["name"]: device["agent_rss_bytes"] for device in self.client.devices()}
+        return {name: found[name] for name in self._processes if name != "coordinator" and found.get(name)}
+
+    def logs(self) -> str:
+        """The end of every process's log."""
+        return "\n".join(f"{name}: {child.last_words()}" for name, child in self._processes.items())
+
+    def cpu_s(self) -> float:
+        """Processor time of all processes so far; those that have ended are not counted."""
+        total_s = 0.0
+        for child in self._processes.values():
+            parent = psutil.Process(child.process.pid)
+            for process in (parent, *parent.children(recursive=True)):
+                try:
+                    times = process.cpu_times()
+                except psutil.NoSuchProcess:
+                    continue  # ended between the listing and the look
+                total_s += times.user + times.system
+        return total_s
+
+    def _used_share(self) -> float:
+        """Processors used over a moment."""
+        before_s, started_s = self.cpu_s(), time.monotonic()
+        time.sleep(_REST_WINDOW_S)
+        return (self.cpu_s() - before_s) / (time.monotonic() - started_s)
