@@ -7,10 +7,11 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 # A person wants to see the downloads go on; a log does not.
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(CI),--quiet)
-# More arguments for pytest, for `plutino demo` and for the benchmark.
+# More arguments for pytest, for `plutino demo` and for the benchmarks, such as PIPELINE_ARGS='--turns 12'.
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BENCH_ARGS ?=
+PIPELINE_ARGS ?=
+MEMORY_ARGS ?=
 
 BIN := $(VENV)/bin
 # Inside the environment, so that it goes with it.
@@ -59,8 +60,9 @@ format: $(STAMP) ## format, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## measure against peers; writes benchmarks/results
-	$(BIN)/python -m benchmarks.pipeline_peers $(BENCH_ARGS)
+bench: $(STAMP) ## measure speed against peers and memory against the plan; writes benchmarks/results
+	$(BIN)/python -m benchmarks.pipeline $(PIPELINE_ARGS)
+	$(BIN)/python -m benchmarks.memory $(MEMORY_ARGS)
 
 protos: $(STAMP) ## generate the code of the .proto files anew
 	$(BIN)/python -m protos.generate

@@ -30,7 +30,7 @@ from benchmarks.measure import (
 )
 from benchmarks.model_folder import job_values, write_with_adapter
 from benchmarks.peers.workload import Workload
-from benchmarks.pipeline_peers import LOSS_TOLERANCE, MAX_QUIET_LOAD, one_process, torch_pipelining
+from benchmarks.pipeline_peers import LOSS_TOLERANCE, MAX_QUIET_LOAD, one_process, stage_sizes, torch_pipelining
 from benchmarks.plutino_contender import PARTS, PlutinoContender
 from benchmarks.stack import PlutinoStack
 from plutino.job.spec import parse_spec
@@ -101,7 +101,7 @@ def pipeline_document(
 
 
 def pipeline_goals(document: Mapping[str, object]) -> list[Goal]:
-    """plutino's speed against the peers'."""
+    """How fast plutino has to be beside its peers."""
     to_torch, to_one = document["ratio_to_torch_pipelining"], document["ratio_to_one_process"]
     assert isinstance(to_torch, float) and isinstance(to_one, float)
     return [
@@ -121,8 +121,7 @@ def _measure(
     with PlutinoStack(state_dir) as stack:
         stack.start_agents({f"device-{index}": AGENT_BUDGET_BYTES for index in range(NUM_STAGES)})
         cuts = tuple(stage.start_block for stage in stack.plan(spec).stages[1:])
-        sizes = "|".join(map(str, (*cuts, workload.num_blocks)))
-        plutino = PlutinoContender(f"plutino, cut at {sizes}", stack, spec)
+        plutino = PlutinoContender(f"plutino {stage_sizes(workload, cuts)}", stack, spec)
         contenders: dict[str, Contender] = {"one_process": one_process(workload, 1)}
         if with_micro_batches:
             contenders["one_process_micro_batches"] = one_process(workload, workload.num_micro_batches)

@@ -33,6 +33,11 @@ LOSS_TOLERANCE = 0.02
 MAX_QUIET_LOAD = 0.5
 
 
+def stage_sizes(workload: Workload, cuts: tuple[int, ...]) -> str:
+    """Numbers of blocks of the stages, such as ``6|6``."""
+    return "|".join(str(end - start) for start, end in pairwise((0, *cuts, workload.num_blocks)))
+
+
 def one_process(workload: Workload, num_micro_batches: int) -> ChildContender:
     """Stock transformers + peft, the batch cut into this many micro-batches."""
     arguments = ("-m", "benchmarks.peers.one_process", workload.to_json(), str(num_micro_batches))
@@ -42,8 +47,6 @@ def one_process(workload: Workload, num_micro_batches: int) -> ChildContender:
 
 def torch_pipelining(workload: Workload, cuts: tuple[int, ...], rendezvous_dir: Path) -> ChildContender:
     """Torch's own 1F1B over gloo, cut before these blocks, a thread a stage."""
-    bounds = (0, *cuts, workload.num_blocks)
-    sizes = "|".join(str(end - start) for start, end in pairwise(bounds))
     cuts_text = ",".join(map(str, cuts))
     rendezvous = str(rendezvous_dir / f"cuts-{cuts_text}")
     commands = [
@@ -52,7 +55,7 @@ def torch_pipelining(workload: Workload, cuts: tuple[int, ...], rendezvous_dir: 
         )
         for rank in range(len(cuts) + 1)
     ]
-    return ChildContender(f"torch pipelining {sizes}", commands)
+    return ChildContender(f"torch pipelining {stage_sizes(workload, cuts)}", commands)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.contender import START_TIMEOUT_S, STEP_TIMEOUT_S, ContenderError, StepFigures
 from benchmarks.job_watch import JobWatch
 from benchmarks.stack import PlutinoStack
-from plutino.errors import InvalidTransitionError, PlutinoError
+from plutino.errors import InvalidTransitionError, PlutinoError, UnreachableError
 from plutino.events import JobEvent, JobStateChanged, StepCommitted
 from plutino.job.spec import JobSpec
 
@@ -63,10 +64,9 @@ class PlutinoContender:
         if self._watch is None:
             return
         watch, self._watch = self._watch, None
-        try:
+        # It has ended by itself, or its coordinator has: then the stack's own end is enough.
+        with contextlib.suppress(InvalidTransitionError, UnreachableError):
             self._stack.client.cancel(watch.job_id)
-        except InvalidTransitionError:
-            pass  # it has ended by itself
         watch.join()
 
     def seconds_by_stage(self, *, num_warmup_turns: int = 1) -> list[dict[str, float]]:
@@ -90,9 +90,7 @@ def seconds_by_stage(turns: Sequence[Sequence[StepCommitted]]) -> list[dict[str,
     steps = [event for turn in turns for event in turn]
     later = [event for turn in turns for event in turn[1:]]
     stages = range(len(steps[0].workers))
-    return [
-        {part: _median_s(later if part == "commit" else steps, stage, part) for part in PARTS} for stage in stages
-    ]
+    return [{part: _median_s(later if part == "commit" else steps, stage, part) for part in PARTS} for stage in stages]
 
 
 def _median_s(steps: Sequence[StepCommitted], stage: int, part: str) -> float:

@@ -42,6 +42,8 @@ def worker_environment(
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        # Threads that wait for their next piece of work sleep instead of spinning: the core may be another stage's.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "GLIBC_TUNABLES": glibc_tunables,

@@ -61,7 +61,10 @@ def build_base(workload: Workload, dtype: torch.dtype) -> LlamaForCausalLM:
         eos_token_id=END_TOKEN,
         pad_token_id=END_TOKEN,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    base = LlamaForCausalLM(config)
+    # On the modules: transformers' own `to` is not typed.
+    torch.nn.Module.to(base, dtype)
+    return base
 
 
 def build_model(workload: Workload) -> PeftModel:

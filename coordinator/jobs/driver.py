@@ -142,7 +142,6 @@ class JobDriver:
         context = self.context
         if context.record.plan_json is not None and not context.record.is_terminal:
             context.workers.expect(context.refs())
-            repeat_last_decision(context)
         while not context.record.is_terminal:
             try:
                 await self._advance_or_interrupt()
@@ -200,6 +199,9 @@ class JobDriver:
                     logger.info("job %s holds before step %d", self.context.job_id, self.context.record.next_step)
                 case commands.BeginSteps():
                     assert prepared is not None
+                    # An attempt that was interrupted, here or before a restart, may have written a decision and told
+                    # nobody: workers that voted wait for it.
+                    repeat_last_decision(self.context)
                     return await Stepper(self.context, prepared).run()
                 case commands.BeginExport():
                     assert prepared is not None

@@ -147,7 +147,7 @@ def test_snips_on_one_to_four_workers_gives_bit_equal_losses_and_adapters(cleanu
             TINY_LLAMA_DIR,
             SNIPS_DIR / "train.jsonl",
             output,
-            training={"steps": 20, "batch_size": 8, "micro_batch_size": 4, "lr": 2e-3},
+            training={"steps": 20, "batch_size": 4, "micro_batch_size": 2, "lr": 2e-3},
             placement={"stages": stages},
             method={"type": "lora", "rank": 8, "dropout": 0.05},
         )
