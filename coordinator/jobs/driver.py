@@ -199,12 +199,11 @@ class JobDriver:
                     logger.info("job %s holds before step %d", self.context.job_id, self.context.record.next_step)
                 case commands.BeginSteps():
                     assert prepared is not None
-                    # An attempt that was interrupted, here or before a restart, may have written a decision and told
-                    # nobody: workers that voted wait for it.
                     repeat_last_decision(self.context)
                     return await Stepper(self.context, prepared).run()
                 case commands.BeginExport():
                     assert prepared is not None
+                    repeat_last_decision(self.context)
                     return await export(self.context, prepared, default_dir=self._default_dir)
                 case other:
                     raise AssertionError(f"no way to make {other} true")

@@ -241,7 +241,10 @@ class Stepper:
 
 
 def repeat_last_decision(context: JobContext) -> None:
-    """After a restart: workers that voted on a step decided already must hear of it, from its row."""
+    """Workers that voted on a step that is decided already must hear of it, from its row.
+
+    An attempt that was interrupted, here or before a restart, may have written a decision and told nobody.
+    """
     rows = [row for row in context.store.ledger(context.job_id) if row.plan_epoch == context.record.plan_epoch]
     if not rows:
         return
