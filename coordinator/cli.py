@@ -7,7 +7,7 @@ answers at once. A PlutinoError ends the command with its message on stderr and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -167,14 +167,21 @@ def show(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) ->
 
 
 @app.command()
+def pause(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
+    """Stop a running job between two steps; it keeps its memory."""
+    _change(job, state_dir, lambda client, job_id: client.pause(job_id), as_json=as_json)
+
+
+@app.command()
+def resume(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
+    """Let a paused job go on."""
+    _change(job, state_dir, lambda client, job_id: client.resume(job_id), as_json=as_json)
+
+
+@app.command()
 def cancel(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
     """End a job and free everything it holds."""
-    with _client(state_dir) as client:
-        job_id = client.job(job).summary.job_id
-        state = client.cancel(job_id)
-    if as_json:
-        return _print_json({"job_id": job_id, "state": state})
-    print(f"{job_id} is {state}")
+    _change(job, state_dir, lambda client, job_id: client.cancel(job_id), as_json=as_json)
 
 
 @app.command()
@@ -248,6 +255,16 @@ def _load_spec(job_file: Path, overrides: list[str] | None) -> JobSpec:
 
 def _command(name: str, job_id: JobId, state_dir: Path | None) -> str:
     return f"plutino {name} {job_id}" + (f" --state-dir {state_dir}" if state_dir is not None else "")
+
+
+def _change(job: str, state_dir: Path | None, change: Callable[[Client, JobId], str], *, as_json: bool) -> None:
+    """Tell a job to change its state, and print the new one."""
+    with _client(state_dir) as client:
+        job_id = client.job(job).summary.job_id
+        state = change(client, job_id)
+    if as_json:
+        return _print_json({"job_id": job_id, "state": state})
+    print(f"{job_id} is {state}")
 
 
 def _watch(client: Client, job_id: JobId, state_dir: Path | None, *, as_json: bool) -> None:

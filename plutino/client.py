@@ -235,6 +235,24 @@ class Client:
         response: pb.CancelResponse = self._call(self._stub.Cancel, pb.CancelRequest(job_id=job_id))
         return response.state
 
+    def pause(self, job_id: str) -> str:
+        """Let a running job hold between two steps; its workers keep their memory.
+
+        Returns:
+            The job's state afterwards.
+
+        Raises:
+            UnknownJobError: no job has this id.
+            InvalidTransitionError: it is not running.
+        """
+        response: pb.PauseResponse = self._call(self._stub.Pause, pb.PauseRequest(job_id=job_id))
+        return response.state
+
+    def resume(self, job_id: str) -> str:
+        """Let a paused job go on; results and errors as :meth:`pause`."""
+        response: pb.ResumeResponse = self._call(self._stub.Resume, pb.ResumeRequest(job_id=job_id))
+        return response.state
+
     def devices(self) -> list[Mapping[str, Any]]:
         """All devices that ever attached to this run of the coordinator, with what they give and hold."""
         response: pb.DevicesResponse = self._call(self._stub.Devices, pb.DevicesRequest())

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,8 +54,14 @@ class Children:
         with _no_interrupts():
             self.stop(*reversed(self._children))
 
-    def start(self, name: str, *arguments: str) -> Child:
-        """Start ``python`` with these arguments; its output goes to a log named after it."""
+    def start(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Child:
+        """Start ``python`` with these arguments; its output goes to a log named after it.
+
+        Args:
+            name: of the child and of its log.
+            arguments: what follows ``python``.
+            environment: variables beside this process's own.
+        """
         log_path = self._log_dir / f"{name}.log"
         with log_path.open("ab") as log:
             process = subprocess.Popen(
@@ -63,7 +69,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})},
                 # Ctrl-C is for us alone: the children are ended in order.
                 start_new_session=True,
             )

@@ -110,6 +110,7 @@ class JobDriver:
         self._stop_runner = stop_runner
         self._interrupts: asyncio.Queue[Interrupt] = asyncio.Queue()
         self._lost_at_s: float | None = None
+        self._last_loss: str | None = None
 
     def interrupt(self, interrupt: Interrupt) -> None:
         """Tell the driver of something it did not wait for."""
@@ -239,12 +240,19 @@ class JobDriver:
             await context.apply(events.Queued(reason=reason))
         await context.fleet.settled()
         started_s = time.monotonic()
-        problem = await self._problem(prepared)
+        try:
+            problem = await self._problem(prepared)
+        except InfeasiblePlanError as error:
+            raise InfeasiblePlanError(self._after_loss(str(error))) from error
 
         async def carry_out(verdict: Verdict) -> bool:
             return await self._carry_out(verdict, problem, time.monotonic() - started_s)
 
         await self._queue.place(context.job_id, problem, carry_out)
+
+    def _after_loss(self, reason: str) -> str:
+        """A refusal, with what was lost before it if anything was."""
+        return reason if self._last_loss is None else f"{self._last_loss}; on what is left: {reason}"
 
     async def _problem(self, prepared: PreparedData) -> PlanningProblem:
         context = self.context
@@ -268,7 +276,7 @@ class JobDriver:
                 await context.apply(events.Queued(reason=verdict.reason))
             return False
         if verdict.kind in ("park", "refuse"):
-            raise InfeasiblePlanError(verdict.reason)
+            raise InfeasiblePlanError(self._after_loss(verdict.reason))
         assert verdict.plan is not None
         record = context.record
         if record.numerics_json is not None and context.spec.placement.numerics == "fixed":
@@ -316,6 +324,7 @@ class JobDriver:
             await self._fail(loss.reason)
             return
         self._lost_at_s = self._lost_at_s or time.monotonic()
+        self._last_loss = loss.reason
         num_left = sum(device.agent_id not in context.excluded_devices for device in context.fleet.devices)
         decision = decide_recovery(
             Incident(

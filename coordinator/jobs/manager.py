@@ -27,7 +27,7 @@ from coordinator.scheduling.queue import PlanningQueue
 from coordinator.storage.base import NumberedEvent, Store
 from coordinator.weights.model_files import register_model
 from partitioner.plan import Plan
-from plutino.errors import InvalidTransitionError, PlutinoError, UnknownJobError
+from plutino.errors import DataError, InvalidTransitionError, PlutinoError, UnknownJobError
 from plutino.events import Usage, WorkerUsage
 from plutino.job.spec import JobSpec
 from plutino.types import JobId, WorkerRef
@@ -111,6 +111,9 @@ class JobManager:
         if idempotency_key and (known := self._store.submitted_as(idempotency_key)) is not None:
             return known
         await asyncio.to_thread(read_model, spec)
+        for path in (spec.data.train, spec.data.eval):
+            if path is not None and not Path(path).is_file():
+                raise DataError(f"there is no file {path}; correct data.train or data.eval")
         if spec.output.dir is not None:
             check_output_dir(Path(spec.output.dir), "")
         record = JobRecord(

@@ -21,11 +21,13 @@ from coordinator.scheduling.problem import (
     Verdict,
 )
 from coordinator.storage.base import Store
-from plutino.errors import PlutinoError
+from plutino.errors import JobError, PlutinoError
 from plutino.types import JobId
 
 logger = logging.getLogger(__name__)
 
+_MOST_FAILURES = 20
+"""A fresh Ray may take half a minute to come; after some minutes it will not."""
 _LOOK_AGAIN_S = 5.0
 """A lost wake-up must not strand a job."""
 
@@ -46,6 +48,7 @@ class PlanningQueue:
         self._engine = engine
         self._entries: dict[JobId, _Entry] = {}
         self._kicked = asyncio.Event()
+        self._num_failures = 0
 
     def kick(self) -> None:
         """Something changed that may let a job start."""
@@ -86,10 +89,14 @@ class PlanningQueue:
             answer = SchedulingAnswer.model_validate_json(
                 await self._engine.solve(self._question(waiting).model_dump_json())
             )
-        except Exception:
+        except Exception as error:
             # The scheduler may be on its way back; nothing was decided, and the next look asks again.
             logger.exception("a round of scheduling failed")
+            self._num_failures += 1
+            if self._num_failures >= _MOST_FAILURES:
+                self._give_up(f"{type(error).__name__}: {error}")
             return
+        self._num_failures = 0
         for verdict in answer.verdicts:
             entry = self._entries.get(JobId(verdict.job_id))
             if entry is None or entry.done.done():
@@ -100,6 +107,13 @@ class PlanningQueue:
             except PlutinoError as error:
                 if not entry.done.done():
                     entry.done.set_exception(error)
+
+    def _give_up(self, why: str) -> None:
+        for entry in self._entries.values():
+            if not entry.done.done():
+                entry.done.set_exception(
+                    JobError(f"the scheduler failed {self._num_failures} times in a row, last with {why}")
+                )
 
     def _question(self, waiting: Sequence[JobId]) -> SchedulingRound:
         return SchedulingRound(

@@ -139,10 +139,12 @@ def test_plan_that_does_not_fit_ends_with_the_planners_words(coordinator, state_
     assert (result.exit_code, result.stderr) == (4, "plutino: needs 5 GiB, 3 GiB offered; lower training.batch_size\n")
 
 
-def test_cancel_takes_the_beginning_of_an_id(coordinator, state_dir):
-    result = plutino("cancel", "fake", "--json", "--state-dir", state_dir)
+@pytest.mark.parametrize(("command", "state"), [("pause", "paused"), ("resume", "running"), ("cancel", "cancelled")])
+def test_change_of_state_takes_the_beginning_of_an_id(coordinator, state_dir, command, state):
+    result = plutino(command, "fake", "--json", "--state-dir", state_dir)
 
-    assert json.loads(result.stdout) == {"job_id": "fake-1", "state": "cancelled"}
+    assert json.loads(result.stdout) == {"job_id": "fake-1", "state": state}
+    assert coordinator.state == state
 
 
 @pytest.mark.parametrize("arguments", [("jobs",), ("devices",), ("show", "fake-1"), ("cancel", "fake-1"), ("version",)])

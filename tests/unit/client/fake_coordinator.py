@@ -80,6 +80,16 @@ class FakeCoordinator(jobs_pb2_grpc.JobServiceServicer):
         self.state = "cancelled"
         return pb.CancelResponse(state=self.state)
 
+    def Pause(self, request: pb.PauseRequest, context: grpc.ServicerContext) -> pb.PauseResponse:
+        self._answer_or_abort(context)
+        self.state = "paused"
+        return pb.PauseResponse(state=self.state)
+
+    def Resume(self, request: pb.ResumeRequest, context: grpc.ServicerContext) -> pb.ResumeResponse:
+        self._answer_or_abort(context)
+        self.state = "running"
+        return pb.ResumeResponse(state=self.state)
+
     def Devices(self, request: pb.DevicesRequest, context: grpc.ServicerContext) -> pb.DevicesResponse:
         return pb.DevicesResponse(devices_json=json.dumps(self.devices))
 

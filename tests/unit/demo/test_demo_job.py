@@ -30,7 +30,7 @@ def test_demo_job_is_the_example_with_a_fixed_placement(task):
     assert (demo.model, demo.method, demo.data, demo.scoring) == (
         example.model, example.method, example.data, example.scoring
     )  # fmt: skip
-    fixed = {"micro_batch_size": 4, "checkpointing": "off"}
+    fixed = {"micro_batch_size": demo.training.micro_batch_size, "checkpointing": "off"}
     assert demo.training == example.training.model_copy(update=fixed)
 
 
