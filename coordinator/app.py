@@ -26,7 +26,7 @@ from coordinator.services.runners import RunnerServicer
 from coordinator.services.workers import WorkerServicer
 from coordinator.storage.base import Store
 from coordinator.storage.sqlite import SqliteStore
-from plutino.errors import ConfigError, JobError, StoreError
+from plutino.errors import JobError, StoreError
 from plutino.wire.channel import Lane, aio_server, bind
 from protos import agents_pb2_grpc, jobs_pb2_grpc, runners_pb2_grpc, workers_pb2_grpc
 
@@ -54,20 +54,6 @@ class CoordinatorConfig:
 
 MakeEngine = Callable[[CoordinatorConfig, Endpoints, int], Engine]
 """Builds the engine of a coordinator's incarnation."""
-
-
-def read_endpoints(state_dir: Path) -> dict[str, str]:
-    """Where the coordinator of a state folder was last reached.
-
-    Raises:
-        ConfigError: none ever ran there.
-    """
-    path = state_dir / "endpoint.json"
-    try:
-        values: dict[str, str] = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"no coordinator has run with the state folder {state_dir}; start one: plutino up") from error
-    return values
 
 
 async def run_coordinator(
