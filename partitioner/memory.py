@@ -37,8 +37,8 @@ It holds for glibc with a fixed mmap threshold of 256 KiB. With a threshold abov
 comes from the heap, where glibc (2.36) cannot put an aligned block into a hole of its own size: the resident set then
 grows to twice the live tensors and stays there."""
 
-_ALLOCATOR_FLOOR_BYTES = 24 << 20
-"""Scratch space of matrix products and pieces of arenas that a worker of any size takes."""
+_ALLOCATOR_FLOOR_BYTES = 16 << 20
+"""Scratch space of matrix products and pieces of arenas that a worker of any size takes (benchmarks/memory.py)."""
 
 
 _HEAP_SHARE = 1.1
