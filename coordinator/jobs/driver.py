@@ -42,13 +42,11 @@ from coordinator.scheduling.problem import PlanningProblem, Verdict
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.scheduling.scheduler import Reservation
 from plutino.errors import (
-    AgentError,
     AgentLostError,
     ConfigError,
     ExportError,
     InfeasiblePlanError,
     InvalidTransitionError,
-    JobError,
     ModelError,
     NumericsError,
     PlutinoError,
@@ -146,14 +144,14 @@ class JobDriver:
         while not context.record.is_terminal:
             try:
                 await self._advance_or_interrupt()
-            except _HOPELESS as error:
-                await self._fail(str(error))
             except AgentLostError as error:
                 await self._on_loss(Loss(self._missing(), str(error)))
-            except (AgentError, JobError) as error:
-                await self._fail(str(error))
             except PlutinoError as error:
                 await self._fail(str(error))
+            except Exception as error:
+                # A fault of ours must end the job with a reason, not leave it in a state that nobody drives.
+                logger.exception("driving job %s failed", context.job_id)
+                await self._fail(f"the coordinator failed ({type(error).__name__}: {error}); see its log")
         await self._end()
 
     # ---- one attempt ----
