@@ -193,20 +193,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bulk: {error}", file=sys.stderr)
         return error.exit_code
     logger.info("serving on %s, %d half-received shadows swept", address, num_swept)
+    # Whoever reads the address may end this process at once.
+    wake_fd = _catch_sigterm()
     print(json.dumps({"address": address}), flush=True)
-    reason = _wait_for_end(options.parent_pid)
+    reason = _wait_for_end(options.parent_pid, wake_fd)
     logger.info("ending: %s", reason)
     ending.set()
     server.stop(_STOP_GRACE_S).wait(2 * _STOP_GRACE_S)
     return 0
 
 
-def _wait_for_end(parent_pid: int) -> str:
-    """Block until standard input ends, SIGTERM comes or the parent is another process; returns which."""
+def _catch_sigterm() -> int:
+    """From now on SIGTERM only makes the returned descriptor readable."""
     wake_fd, signal_fd = os.pipe()
     os.set_blocking(signal_fd, False)
     signal.set_wakeup_fd(signal_fd)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    return wake_fd
+
+
+def _wait_for_end(parent_pid: int, wake_fd: int) -> str:
+    """Block until standard input ends, SIGTERM comes or the parent is another process; returns which."""
     stdin_fd = sys.stdin.fileno()
     while os.getppid() == parent_pid:
         readable, _, _ = select.select([stdin_fd, wake_fd], [], [], _PARENT_CHECK_S)
