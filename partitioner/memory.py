@@ -8,12 +8,18 @@ arXiv:2104.04473 sec. 2.2): a stage holds the activations of as many micro-batch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from partitioner import activations
 from partitioner.model import JobShape, ModelTable
 from partitioner.plan import MemoryItem
 from plutino.errors import PlanError
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 TRAINED_BYTES_PER_PARAM = 16
 """fp32 value, gradient and the two moments of AdamW."""
@@ -78,6 +84,43 @@ def stage_memory(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaShare:
+    """What one replica of a stage has of the step."""
+
+    in_flight: int
+    """Micro-batches between their forward and their backward pass here, at most."""
+    gradient_copies: int
+    """Gradients of single micro-batches that wait here for the sum over replicas."""
+    num_peers: int
+    """Workers it exchanges tensors with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a pipeline a worker stands, as far as its memory depends on it."""
+
+    num_stages: int
+    is_first: bool
+    is_last: bool
+    in_flight: int
+    gradient_copies: int
+    num_peers: int
+
+
+def place_of(num_stages: int, stage_index: int, num_micro_batches: int, share: ReplicaShare | None = None) -> Place:
+    """The place of a stage's only worker, or of a replica with its share."""
+    is_first, is_last = stage_index == 0, stage_index == num_stages - 1
+    return Place(
+        num_stages=num_stages,
+        is_first=is_first,
+        is_last=is_last,
+        in_flight=share.in_flight if share else micro_batches_in_flight(num_stages, stage_index, num_micro_batches),
+        gradient_copies=share.gradient_copies if share else int(num_micro_batches > 1),
+        num_peers=share.num_peers if share else (not is_first) + (not is_last),
+    )
+
+
 def micro_batches_in_flight(num_stages: int, stage_index: int, num_micro_batches: int) -> int:
     """Micro-batches between their forward and their backward pass on one stage, at most, under 1F1B."""
     return min(num_stages - stage_index, num_micro_batches)
@@ -101,6 +144,7 @@ class MemoryModel:
         self._shape = shape
         self._saved_bytes = [activations.saved_block_bytes(table, shape, block) for block in blocks]
         self._sum_saved_bytes = _prefix_sums(self._saved_bytes)
+        self._most_saved_bytes = _range_maxima(self._saved_bytes)
         self._sum_params = _prefix_sums(table.block_params)
         self._sum_trainable = _prefix_sums(shape.adapter_params)
         self._boundary_bytes = activations.boundary_bytes(table, shape)
@@ -114,129 +158,179 @@ class MemoryModel:
         )
 
     def job_bytes(
-        self, start_block: int, end_block: int, *, num_stages: int, stage_index: int, checkpointing: bool
+        self,
+        start_block: int,
+        end_block: int,
+        *,
+        num_stages: int,
+        stage_index: int,
+        checkpointing: bool,
+        share: ReplicaShare | None = None,
     ) -> int:
         """Sum of :meth:`items`."""
-        bill = self._bill(start_block, end_block, num_stages, stage_index, checkpointing)
-        return sum(size_bytes for _, size_bytes, _ in bill)
+        place = self._place(num_stages, stage_index, share)
+        self._check(start_block, end_block, num_stages, stage_index)
+        return int(self.bytes_of(np.asarray(start_block), np.asarray(end_block), place, checkpointing=checkpointing))
+
+    def bytes_of(self, start_block: Ints, end_block: Ints, place: Place, *, checkpointing: bool) -> Ints:
+        """Job bytes of many stages at once; the arrays are broadcast against each other.
+
+        Args:
+            start_block: first blocks.
+            end_block: one past the last blocks, each larger than its start.
+            place: where in the pipeline the stages stand.
+            checkpointing: whether blocks are recomputed.
+        """
+        total = np.zeros((), dtype=np.int64)
+        for size_bytes in self._bill(start_block, end_block, place, checkpointing).values():
+            total = total + size_bytes
+        return total
 
     def items(
-        self, start_block: int, end_block: int, *, num_stages: int, stage_index: int, checkpointing: bool
+        self,
+        start_block: int,
+        end_block: int,
+        *,
+        num_stages: int,
+        stage_index: int,
+        checkpointing: bool,
+        share: ReplicaShare | None = None,
     ) -> tuple[MemoryItem, ...]:
         """See :func:`stage_memory`; items of 0 bytes are left out."""
-        bill = self._bill(start_block, end_block, num_stages, stage_index, checkpointing)
-        return tuple(MemoryItem(name=name, bytes=size_bytes, why=why) for name, size_bytes, why in bill if size_bytes)
+        self._check(start_block, end_block, num_stages, stage_index)
+        place = self._place(num_stages, stage_index, share)
+        bill = self._bill(np.asarray(start_block), np.asarray(end_block), place, checkpointing)
+        whys = self._whys(start_block, end_block, place, checkpointing)
+        return tuple(
+            MemoryItem(name=name, bytes=int(size_bytes), why=whys[name])
+            for name, size_bytes in bill.items()
+            if size_bytes
+        )
 
-    def _bill(
-        self, start_block: int, end_block: int, num_stages: int, stage_index: int, checkpointing: bool
-    ) -> list[tuple[str, int, str]]:
-        table, shape = self._table, self._shape
-        if not 0 <= start_block < end_block <= table.num_blocks or not 0 <= stage_index < num_stages:
+    def _place(self, num_stages: int, stage_index: int, share: ReplicaShare | None) -> Place:
+        return place_of(num_stages, stage_index, self._shape.num_micro_batches, share)
+
+    def _check(self, start_block: int, end_block: int, num_stages: int, stage_index: int) -> None:
+        if not 0 <= start_block < end_block <= self._table.num_blocks or not 0 <= stage_index < num_stages:
             raise PlanError(
                 f"stage {stage_index} of {num_stages} with blocks [{start_block}, {end_block}) does not exist in a "
-                f"model of {table.num_blocks} blocks"
+                f"model of {self._table.num_blocks} blocks"
             )
-        is_first, is_last = stage_index == 0, stage_index == num_stages - 1
-        num_params = self._num_params(start_block, end_block, is_first, is_last)
-        num_trainable = self._num_trainable(start_block, end_block, is_first, is_last)
-        kept_bytes, kept_why = self._activations(start_block, end_block, num_stages, stage_index, checkpointing)
-        weight_bytes = num_params * shape.dtype_bytes
-        has_several = shape.num_micro_batches > 1
-        num_neighbours = (not is_first) + (not is_last)
-        training = [
-            ("activations", kept_bytes, kept_why),
-            (
-                "logits and loss",
-                self._head_bytes if is_last else 0,
-                f"{shape.label_tokens} label tokens x {table.vocab_size} words, in fp32, and the final norm",
+
+    def _bill(self, start_block: Ints, end_block: Ints, place: Place, checkpointing: bool) -> dict[str, Ints]:
+        """Name of every item -> its bytes, for all stages at once."""
+        table, shape = self._table, self._shape
+        num_trainable = self._num_trainable(start_block, end_block, place)
+        weight_bytes = self._num_params(start_block, end_block, place) * shape.dtype_bytes
+        training = {
+            "activations": self._activations(start_block, end_block, place, checkpointing),
+            "logits and loss": np.asarray(self._head_bytes if place.is_last else 0),
+            "workspace": np.asarray(self._workspace_bytes),
+        }
+        passing_bytes = training["activations"] + training["logits and loss"] + training["workspace"]
+        generation_bytes = self._generation_bytes(end_block - start_block, place)
+        coming_and_going = np.maximum(passing_bytes, generation_bytes)
+        bill = {
+            "weights": weight_bytes,
+            "adapter and optimiser": num_trainable * TRAINED_BYTES_PER_PARAM,
+            "gradient of one micro-batch": num_trainable * (_FP32_BYTES * place.gradient_copies),
+            "wire queues": np.asarray(
+                place.num_peers * (_MESSAGES_PER_NEIGHBOUR * self._message_bytes + _STREAM_BYTES)
             ),
-            ("workspace", self._workspace_bytes, "largest temporaries of one block"),
-        ]
-        passing_bytes = sum(size_bytes for _, size_bytes, _ in training)
-        generation_bytes = self._generation_bytes(end_block - start_block, num_stages, is_last)
-        held = [
-            ("weights", weight_bytes, f"{num_params} frozen parameters in {shape.dtype}"),
-            (
-                "adapter and optimiser",
-                num_trainable * TRAINED_BYTES_PER_PARAM,
-                f"{num_trainable} trainable parameters: value, gradient and two moments in fp32",
-            ),
-            (
-                "gradient of one micro-batch",
-                num_trainable * _FP32_BYTES if has_several else 0,
-                "stands beside the step's sum until it is added",
-            ),
-            (
-                "wire queues",
-                num_neighbours * (_MESSAGES_PER_NEIGHBOUR * self._message_bytes + _STREAM_BYTES),
-                f"{_MESSAGES_PER_NEIGHBOUR} messages for each of {num_neighbours} neighbours, and the streams' buffers",
-            ),
-            ("shadow snapshot", num_trainable * SHADOW_BYTES_PER_PARAM, "a copy of value and moments, being sent"),
-        ]
-        generation = (
-            "generation",
-            max(0, generation_bytes - passing_bytes),
-            f"KV cache of {shape.generate_rows} rows x {shape.generate_tokens} tokens; what exceeds training's own",
-        )
-        coming_and_going = max(passing_bytes, generation_bytes)
-        allocator = (
-            "allocator",
-            _ALLOCATOR_FLOOR_BYTES + int(_ALLOCATOR_SHARE * coming_and_going),
-            f"freed pieces that malloc keeps: {_ALLOCATOR_SHARE:.0%} of what comes and goes",
-        )
-        running = [*held, *training, generation, allocator]
-        running_bytes = sum(size_bytes for _, size_bytes, _ in running)
+            "shadow snapshot": num_trainable * SHADOW_BYTES_PER_PARAM,
+            **training,
+            "generation": np.maximum(0, generation_bytes - passing_bytes),
+            "allocator": _ALLOCATOR_FLOOR_BYTES + (_ALLOCATOR_SHARE * coming_and_going).astype(np.int64),
+        }
+        running_bytes = sum(bill.values(), np.zeros((), dtype=np.int64))
         loading_bytes = weight_bytes + table.largest_tensor_params * (_FP32_BYTES + shape.dtype_bytes)
-        loading = ("loading peak", max(0, loading_bytes - running_bytes), "largest tensor as read and as converted")
-        return [*running, loading]
+        return bill | {"loading peak": np.maximum(0, loading_bytes - running_bytes)}
 
-    def _num_params(self, start_block: int, end_block: int, is_first: bool, is_last: bool) -> int:
+    def _whys(self, start_block: int, end_block: int, place: Place, checkpointing: bool) -> dict[str, str]:
+        """Name of every item -> where its bytes come from."""
+        table, shape = self._table, self._shape
+        start, end = np.asarray(start_block), np.asarray(end_block)
+        rows = f"{place.in_flight} micro-batches of {shape.micro_batch_rows} x {shape.row_tokens} tokens in flight"
+        if not self._keeps_activations(start, end, place):
+            rows = "a stage without backward pass keeps nothing"
+        elif checkpointing:
+            rows += ": the blocks' inputs, and all of one block while it is recomputed"
+        return {
+            "weights": f"{self._num_params(start, end, place)} frozen parameters in {shape.dtype}",
+            "adapter and optimiser": f"{self._num_trainable(start, end, place)} trainable parameters: value, gradient "
+            "and two moments in fp32",
+            "gradient of one micro-batch": "stands beside the step's sum until it is added"
+            if place.gradient_copies <= 1
+            else f"{place.gradient_copies} copies: replicas hand over each micro-batch's gradient apart",
+            "wire queues": f"{_MESSAGES_PER_NEIGHBOUR} messages for each of {place.num_peers} neighbours, and the "
+            "streams' buffers",
+            "shadow snapshot": "a copy of value and moments, being sent",
+            "activations": rows,
+            "logits and loss": f"{shape.label_tokens} label tokens x {table.vocab_size} words, in fp32, and the final "
+            "norm",
+            "workspace": "largest temporaries of one block",
+            "generation": f"KV cache of {shape.generate_rows} rows x {shape.generate_tokens} tokens; what exceeds "
+            "training's own",
+            "allocator": f"freed pieces that malloc keeps: {_ALLOCATOR_SHARE:.0%} of what comes and goes",
+            "loading peak": "largest tensor as read and as converted",
+        }
+
+    def _num_params(self, start_block: Ints, end_block: Ints, place: Place) -> Ints:
         table = self._table
-        params = self._sum_params[end_block] - self._sum_params[start_block]
-        params += table.embedding_params if is_first else 0
-        if is_last:
+        outside = table.embedding_params if place.is_first else 0
+        if place.is_last:
             # A tied head is the embedding's own storage where the stage has both.
-            params += table.final_params + (0 if table.is_tied and is_first else table.head_params)
-        return params
+            outside += table.final_params + (0 if table.is_tied and place.is_first else table.head_params)
+        return self._sum_params[end_block] - self._sum_params[start_block] + outside
 
-    def _num_trainable(self, start_block: int, end_block: int, is_first: bool, is_last: bool) -> int:
+    def _num_trainable(self, start_block: Ints, end_block: Ints, place: Place) -> Ints:
         shape = self._shape
-        params = self._sum_trainable[end_block] - self._sum_trainable[start_block]
-        params += shape.first_trainable_params if is_first else 0
-        return params + (shape.last_trainable_params if is_last else 0)
+        outside = shape.first_trainable_params if place.is_first else 0
+        outside += shape.last_trainable_params if place.is_last else 0
+        return self._sum_trainable[end_block] - self._sum_trainable[start_block] + outside
 
-    def _activations(
-        self, start_block: int, end_block: int, num_stages: int, stage_index: int, checkpointing: bool
-    ) -> tuple[int, str]:
-        shape = self._shape
-        num_kept = end_block - max(start_block, min(shape.first_trainable_block, end_block))
-        if num_kept == 0 and not (stage_index == num_stages - 1 and shape.last_trainable_params):
-            # Forward only: the hidden states come in, go out, and are not kept.
-            return 2 * self._boundary_bytes + self._shared_bytes, "a stage without backward pass keeps nothing"
-        in_flight = micro_batches_in_flight(num_stages, stage_index, shape.num_micro_batches)
+    def _num_kept(self, start_block: Ints, end_block: Ints) -> Ints:
+        return end_block - np.maximum(start_block, np.minimum(self._shape.first_trainable_block, end_block))
+
+    def _keeps_activations(self, start_block: Ints, end_block: Ints, place: Place) -> Bools:
+        trains_head = place.is_last and self._shape.last_trainable_params > 0
+        return (self._num_kept(start_block, end_block) > 0) | trains_head
+
+    def _activations(self, start_block: Ints, end_block: Ints, place: Place, checkpointing: bool) -> Ints:
         # Incoming and outgoing hidden states are held by the executor; on the wire they come and go with gradients.
         fixed_bytes = 2 * self._boundary_bytes + self._shared_bytes
-        rows = f"{in_flight} micro-batches of {shape.micro_batch_rows} x {shape.row_tokens} tokens in flight"
-        if not checkpointing:
+        if checkpointing:
+            num_kept = self._num_kept(start_block, end_block)
+            recomputed_bytes = self._most_saved_bytes[start_block, end_block]
+            kept_bytes = place.in_flight * (fixed_bytes + num_kept * self._boundary_bytes) + recomputed_bytes
+        else:
             saved_bytes = self._sum_saved_bytes[end_block] - self._sum_saved_bytes[start_block]
-            return in_flight * (fixed_bytes + saved_bytes), rows
-        recomputed_bytes = max(self._saved_bytes[start_block:end_block])
-        kept_bytes = in_flight * (fixed_bytes + num_kept * self._boundary_bytes) + recomputed_bytes
-        return kept_bytes, f"{rows}: the blocks' inputs, and all of one block while it is recomputed"
+            kept_bytes = place.in_flight * (fixed_bytes + saved_bytes)
+        # Forward only: the hidden states come in, go out, and are not kept.
+        return np.where(self._keeps_activations(start_block, end_block, place), kept_bytes, fixed_bytes)
 
-    def _generation_bytes(self, num_blocks: int, num_stages: int, is_last: bool) -> int:
+    def _generation_bytes(self, num_blocks: Ints, place: Place) -> Ints:
         """KV cache and temporaries of generation, which runs between steps, when no activation of training is held."""
         table, shape = self._table, self._shape
         if not shape.generate_rows:
-            return 0
+            return np.zeros((), dtype=np.int64)
         kv_token_bytes = 2 * table.num_kv_heads * table.head_dim * shape.dtype_bytes
         # As many groups of rows as stages are in flight; a cache grows by copying one block's part of one group.
-        group_rows = -(-shape.generate_rows // num_stages)
+        group_rows = -(-shape.generate_rows // place.num_stages)
         tokens, group_tokens = shape.generate_rows * shape.generate_tokens, group_rows * shape.generate_tokens
         kv_bytes = kv_token_bytes * (tokens * num_blocks + group_tokens)
-        logit_bytes = group_rows * table.vocab_size * 3 * _FP32_BYTES if is_last else 0
+        logit_bytes = group_rows * table.vocab_size * 3 * _FP32_BYTES if place.is_last else 0
         return kv_bytes + group_tokens * self._generation_token_bytes + logit_bytes
 
 
-def _prefix_sums(values: list[int] | tuple[int, ...]) -> list[int]:
-    return list(accumulate(values, initial=0))
+def _prefix_sums(values: Sequence[int]) -> Ints:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.asarray(values, dtype=np.int64))])
+
+
+def _range_maxima(values: Sequence[int]) -> Ints:
+    """[start, end] -> the largest of values[start:end]; 0 where the range is empty."""
+    num_values = len(values)
+    maxima = np.zeros((num_values + 1, num_values + 1), dtype=np.int64)
+    for start in range(num_values):
+        maxima[start, start + 1 :] = np.maximum.accumulate(np.asarray(values[start:], dtype=np.int64))
+    return maxima
