@@ -4,6 +4,7 @@
     ├── ConfigError            a job spec or an option is wrong
     │   └── DataError          a data file or one of its rows is wrong
     ├── ModelError             the base model cannot be used (unknown family, missing tensor, no safetensors)
+    │   └── QuantizationError      a scheme cannot hold a weight, or packed tensors are not what they should be
     ├── PlanError
     │   └── InfeasiblePlanError    the job does not fit the devices
     ├── WireError
@@ -47,6 +48,10 @@ class ModelError(PlutinoError):
     """The base model cannot be used."""
 
     exit_code = 3
+
+
+class QuantizationError(ModelError):
+    """A quantisation scheme cannot hold a weight, or packed tensors are not those of one."""
 
 
 class PlanError(PlutinoError):

@@ -1,0 +1,61 @@
+"""int8: one signed byte a weight and one fp32 scale an output channel (LLM.int8() without its outliers).
+
+Symmetric absolute-maximum quantisation by row, as in Dettmers et al. 2022 (arXiv:2208.07339), equation 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edge_node.quantize.base import PACK_TILE_ELEMENTS, PackedTensor, check_weight, row_tiles
+from plutino.errors import QuantizationError
+
+_LARGEST_CODE = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """W[o, i] = codes[o, i] * scales[o], with codes in [-127, 127]."""
+
+    name: Literal["int8"] = "int8"
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Every matrix fits that has elements."""
+        if out_features < 1 or in_features < 1:
+            raise QuantizationError(f"a [{out_features}, {in_features}] weight has no elements; leave it unpacked")
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, PackedTensor]:
+        """8 bits a weight and 32 an output channel."""
+        return {
+            "codes": PackedTensor(torch.int8, (out_features, in_features)),
+            "scales": PackedTensor(torch.float32, (out_features,)),
+        }
+
+    def row_multiple(self, in_features: int) -> int:
+        """Rows are independent."""
+        return 1
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Quantise by row; a row of zeros has scale 0."""
+        check_weight(self, weight)
+        out_features, in_features = weight.shape
+        codes = torch.empty(out_features, in_features, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(out_features, dtype=torch.float32, device=weight.device)
+        for start, end in row_tiles(out_features, in_features, multiple=1, max_elements=PACK_TILE_ELEMENTS):
+            rows = weight[start:end].to(torch.float32, copy=True)
+            # Subnormal maxima: their scale could be 0 though the row is not, and the quotient infinite.
+            torch.div(torch.linalg.vector_norm(rows, torch.inf, dim=1), _LARGEST_CODE, out=scales[start:end])
+            divisors = torch.where(scales[start:end] > 0, scales[start:end], 1).unsqueeze(1)
+            codes[start:end] = rows.div_(divisors).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
+        return {"codes": codes, "scales": scales}
+
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
+        """Dequantise rows from ``start_row`` on; see :class:`edge_node.quantize.base.Scheme`."""
+        rows = slice(start_row, start_row + len(out))
+        return torch.mul(packed["codes"][rows], packed["scales"][rows].unsqueeze(1), out=out)
