@@ -69,12 +69,23 @@ def plan_table(plan: Plan) -> RenderableType:
 def device_table(devices: Iterable[Mapping[str, Any]]) -> RenderableType:
     """What every device gives, and what is taken of it."""
     table = _table(
-        "device", "state", ">threads", ">budget", ">baseline", ">reserved", ">agent", "dtypes", "torch", "reason"
+        "device",
+        "state",
+        "hardware",
+        ">threads",
+        ">budget",
+        ">baseline",
+        ">reserved",
+        ">agent",
+        "dtypes",
+        "torch",
+        "reason",
     )
     for device in devices:
         table.add_row(
             escape(device["name"]),
             device["state"],
+            escape(_hardware(device["hardware"])),
             str(device["threads"]),
             format_size(device["memory_budget_bytes"]),
             format_size(device["baseline_bytes"]),
@@ -87,6 +98,15 @@ def device_table(devices: Iterable[Mapping[str, Any]]) -> RenderableType:
     if not table.row_count:
         return Text("no devices; start an agent on each with: plutino node run --coordinator HOST:PORT --memory SIZE")
     return table
+
+
+def _hardware(hardware: Mapping[str, Any]) -> str:
+    """Where a device computes, and what it leaves idle."""
+    parts = [hardware["kind"], hardware["name"], hardware["machine"], hardware["capability"]]
+    if hardware["memory_bytes"]:
+        parts.append(format_size(hardware["memory_bytes"]))
+    idle = f" (idle: {', '.join(hardware['idle_accelerators'])})" if hardware["idle_accelerators"] else ""
+    return " ".join(part for part in parts if part) + idle
 
 
 def job_table(jobs: Sequence[JobSummary], *, now_s: float) -> RenderableType:

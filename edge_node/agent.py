@@ -18,6 +18,8 @@ from edge_node.attachment import Attachment
 from edge_node.guard import limit_thread_stacks, read_usage
 from edge_node.state_dir import StateDir, host_id
 from edge_node.worker_pool import PoolConfig, WorkerPool, worker_id, worker_ref
+from plutino.hardware import WIRE_VERSION
+from plutino.wire.hardware import hardware_to_proto
 from protos import agents_pb2
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,8 @@ class Agent:
             versions=readiness.versions,
             dtypes=readiness.dtypes,
             workers=[worker_id(ref) for ref in self._pool.running()],
+            hardware=hardware_to_proto(readiness.hardware),
+            wire_version=WIRE_VERSION,
         )
 
     def _heartbeat(self) -> agents_pb2.Heartbeat:

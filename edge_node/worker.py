@@ -11,15 +11,16 @@ import argparse
 import json
 import logging
 import os
-import platform
 import sys
 import threading
-from importlib.metadata import version
+from dataclasses import asdict
 from typing import IO, Any
 
 from edge_node.guard import keep_heap, limit_data_segment, release_free_memory, resident_bytes
+from edge_node.hardware import describe_cpu
 from plutino.errors import AgentError, OutOfMemoryError, PlutinoError
 from plutino.job.assignment import WorkerAssignment
+from plutino.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,8 @@ def _prepare(threads: int) -> dict[str, Any]:
     return {
         "baseline_bytes": resident_bytes(),
         "dtypes": dtypes,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "peft")},
-        },
+        "versions": installed_versions(),
+        "hardware": asdict(describe_cpu(torch.backends.cpu.get_cpu_capability())),
     }
 
 

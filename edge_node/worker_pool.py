@@ -29,6 +29,7 @@ from edge_node.supervision import (
 )
 from edge_node.worker_process import Event, WorkerProcess
 from plutino.errors import AgentError, ConfigError
+from plutino.hardware import Hardware
 from plutino.sizes import format_size
 from plutino.types import JobId, WorkerRef
 from protos import agents_pb2
@@ -67,6 +68,7 @@ class Readiness:
     baseline_bytes: int
     dtypes: tuple[str, ...]
     versions: dict[str, str]
+    hardware: Hardware
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -257,13 +259,21 @@ class WorkerPool:
 
     def _on_event(self, worker: _Worker, event: Event) -> None:
         match event:
-            case {"ready": {"baseline_bytes": int(baseline_bytes), "dtypes": [*dtypes], "versions": dict(versions)}}:
+            case {
+                "ready": {
+                    "baseline_bytes": int(baseline_bytes),
+                    "dtypes": [*dtypes],
+                    "versions": dict(versions),
+                    "hardware": dict(hardware),
+                }
+            }:
                 self._spare_failures = 0
                 if self._readiness is None:
                     self._readiness = Readiness(
                         baseline_bytes=baseline_bytes,
                         dtypes=tuple(str(dtype) for dtype in dtypes),
                         versions={str(name): str(version) for name, version in versions.items()},
+                        hardware=Hardware.from_values(hardware),
                     )
                 self._changed.set()
             case {"profile": dict(result)} if worker.profile_ids:

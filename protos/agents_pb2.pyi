@@ -120,6 +120,8 @@ class AgentHello(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     DTYPES_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    HARDWARE_FIELD_NUMBER: _builtins.int
+    WIRE_VERSION_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     name: _builtins.str
     host_id: _builtins.str
@@ -129,9 +131,11 @@ class AgentHello(_message.Message):
     threads: _builtins.int
     baseline_bytes: _builtins.int
     """Resident memory of a worker with its imports done and its kernels warm, before any job."""
+    wire_version: _builtins.int
+    """plutino.hardware.WIRE_VERSION; another number than the coordinator's is refused."""
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Versions of python, torch, transformers, peft and plutino."""
+        """Versions of python, torch, transformers, peft, grpcio, protobuf and plutino."""
 
     @_builtins.property
     def dtypes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -141,6 +145,8 @@ class AgentHello(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerId]:
         """Workers that are alive, so that a restarted coordinator need not start them again."""
 
+    @_builtins.property
+    def hardware(self) -> Global___Hardware: ...
     def __init__(
         self,
         *,
@@ -153,14 +159,56 @@ class AgentHello(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         dtypes: _abc.Iterable[_builtins.str] | None = ...,
         workers: _abc.Iterable[Global___WorkerId] | None = ...,
+        hardware: Global___Hardware | None = ...,
+        wire_version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "dtypes", b"dtypes", "host_id", b"host_id", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "threads", b"threads", "versions", b"versions", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AgentHello: _TypeAlias = AgentHello  # noqa: Y015
+
+@_typing.final
+class Hardware(_message.Message):
+    """plutino.hardware.Hardware."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
+    ARITHMETIC_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    IDLE_ACCELERATORS_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    name: _builtins.str
+    machine: _builtins.str
+    capability: _builtins.str
+    arithmetic: _builtins.str
+    memory_bytes: _builtins.int
+    @_builtins.property
+    def idle_accelerators(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        name: _builtins.str = ...,
+        machine: _builtins.str = ...,
+        capability: _builtins.str = ...,
+        arithmetic: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+        idle_accelerators: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arithmetic", b"arithmetic", "capability", b"capability", "idle_accelerators", b"idle_accelerators", "kind", b"kind", "machine", b"machine", "memory_bytes", b"memory_bytes", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hardware: _TypeAlias = Hardware  # noqa: Y015
 
 @_typing.final
 class WorkerStarted(_message.Message):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from plutino.hardware import Hardware
 from plutino.types import AgentId
 
 
@@ -39,6 +40,7 @@ class Device:
     versions: Mapping[str, str] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ("fp32",)
     """Compute dtypes that the device runs, fastest first."""
+    hardware: Hardware = field(default_factory=Hardware)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from coordinator.fleet.membership import Change, Device, DeviceState, Fleet
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.errors import AgentError, AgentLostError
+from plutino.hardware import wire_refusal
 from plutino.types import AgentId, WorkerRef
 from plutino.wire.convert import worker_from_proto, worker_to_proto
+from plutino.wire.hardware import hardware_from_proto
 from protos import agents_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,11 @@ class FleetRegistry:
         """One control stream of an agent, from its hello to its end."""
         first = await anext(events, None)
         if first is None or not first.HasField("hello"):
+            return
+        refused = wire_refusal(first.hello.name, first.hello.wire_version)
+        if refused is not None:
+            logger.warning("refused: %s", refused)
+            yield pb.AgentCommand(welcome=pb.AgentWelcome(incarnation=self._incarnation, refused=refused))
             return
         link = AgentLink(
             agent_id=AgentId(first.hello.agent_id),
@@ -245,4 +252,5 @@ def _device(hello: pb.AgentHello) -> Device:
         threads=hello.threads,
         versions=dict(hello.versions),
         dtypes=tuple(hello.dtypes),
+        hardware=hardware_from_proto(hello.hardware),
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
+from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
 from coordinator.jobs.runner import PreparedData
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable, ProfileRequest
 from partitioner.model import JobShape, ModelTable, describe_model
-from partitioner.plan import Plan
+from partitioner.plan import Plan, RejectedPlan
 from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
 from plutino.families import family_of
 from plutino.job.numerics import NumericsRecord
@@ -64,36 +65,6 @@ def read_model(spec: JobSpec) -> tuple[str, ModelTable]:
     return config_json, describe_model(config, shapes, family)
 
 
-def usable_devices(
-    devices: Sequence[Device], spec: JobSpec, numerics: NumericsRecord | None, excluded: dict[AgentId, str]
-) -> tuple[list[Device], list[str]]:
-    """Devices that may take part, and why the others may not."""
-    usable: list[Device] = []
-    left_out: list[str] = []
-    for device in devices:
-        if spec.placement.devices and device.name not in spec.placement.devices:
-            left_out.append(f"{device.name} is not among placement.devices")
-        elif device.agent_id in excluded:
-            left_out.append(f"{device.name}: {excluded[device.agent_id]}")
-        elif numerics is not None and (why := _breaks(device, numerics)) is not None:
-            left_out.append(f"{device.name} {why}")
-        else:
-            usable.append(device)
-    return usable, left_out
-
-
-def _breaks(device: Device, numerics: NumericsRecord) -> str | None:
-    if numerics.dtype not in device.dtypes:
-        return f"does not compute in {numerics.dtype}, which the numerics record fixes"
-    for library, wanted in numerics.versions.items():
-        found = device.versions.get(library)
-        if found != wanted:
-            return f"has {library} {found}, the numerics record fixes {wanted}"
-    if numerics.threads_per_worker is not None and device.threads < numerics.threads_per_worker:
-        return f"has {device.threads} threads, the numerics record fixes {numerics.threads_per_worker}"
-    return None
-
-
 async def make_problem(
     job_id: JobId,
     spec: JobSpec,
@@ -119,9 +90,10 @@ async def make_problem(
             f"the longest row (or prompt with scoring.max_new_tokens) has {longest} tokens, the model has "
             f"{table.max_positions} positions; lower data.max_tokens or scoring.max_new_tokens"
         )
-    devices, left_out = usable_devices(fleet.devices, spec, numerics, excluded)
+    found = eligible(fleet.devices, wanted_names=spec.placement.devices, numerics=numerics, excluded=excluded)
+    devices = found.devices
     if not devices:
-        why = "; ".join(left_out) or "no device has joined: start an agent (plutino-node run) on each device"
+        why = found.reasons() or "no device has joined: start an agent (plutino-node run) on each device"
         raise InfeasiblePlanError(f"no device can take part: {why}")
     dtype = numerics.dtype if numerics is not None else _dtype(spec, devices)
     rows = _measured_rows(spec, numerics)
@@ -133,6 +105,11 @@ async def make_problem(
     measured = tuple(profile for profile in profiles if isinstance(profile, DeviceProfile))
     if not measured:
         raise InfeasiblePlanError("no device could be measured: " + "; ".join(str(p) for p in profiles))
+    unmeasured = tuple(
+        RejectedPlan(what=device.name, why=f"could not be measured: {profile}")
+        for device, profile in zip(devices, profiles, strict=True)
+        if isinstance(profile, str)
+    )
     return PlanningProblem(
         job_id=job_id,
         table=table,
@@ -141,6 +118,7 @@ async def make_problem(
         label_tokens_per_row=prepared.label_tokens_per_row,
         devices=measured,
         links=LinkTable(),
+        left_out=(*found.left_out, *unmeasured),
         is_started=is_started,
     )
 
@@ -148,7 +126,7 @@ async def make_problem(
 def make_numerics(spec: JobSpec, plan: Plan, devices: Sequence[Device]) -> NumericsRecord:
     """The record that fixes the job's bits, from its first plan."""
     chosen = {device.agent_id: device for device in devices}
-    first = chosen[AgentId(plan.agent_ids[0])]
+    members = [chosen[AgentId(agent_id)] for agent_id in plan.agent_ids]
     threads = {stage.threads for stage in plan.stages}
     return NumericsRecord(
         dtype="fp32" if plan.dtype == "fp32" else "bf16",
@@ -156,7 +134,8 @@ def make_numerics(spec: JobSpec, plan: Plan, devices: Sequence[Device]) -> Numer
         micro_batch_size=plan.micro_batch_rows,
         threads_per_worker=threads.pop() if len(threads) == 1 else None,
         codecs=plan.codec,
-        versions={name: first.versions[name] for name in ("torch", "transformers", "peft") if name in first.versions},
+        versions=agreed_versions(members),
+        arithmetic=shared_arithmetic(members),
     )
 
 

@@ -22,7 +22,7 @@ from coordinator.scheduling.scheduler import (
 )
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.model import JobShape, ModelTable
-from partitioner.plan import Plan
+from partitioner.plan import Plan, RejectedPlan
 from partitioner.search import choose_micro_batch, search
 from partitioner.values import PlanValue
 from plutino.families import FAMILIES
@@ -44,6 +44,8 @@ class PlanningProblem(PlanValue):
     """Most label tokens in one row."""
     devices: tuple[DeviceProfile, ...]
     links: LinkTable
+    left_out: tuple[RejectedPlan, ...] = ()
+    """Devices that may not take part, with the reason."""
     is_started: bool = False
 
     def plan(self, devices: tuple[DeviceProfile, ...] | None = None) -> Plan:
@@ -52,13 +54,16 @@ class PlanningProblem(PlanValue):
         Raises:
             InfeasiblePlanError: none fits.
         """
-        chosen = self.devices if devices is None else devices
+        plan = self._search(self.devices if devices is None else devices)
+        return plan.model_copy(update={"unused_devices": (*plan.unused_devices, *self.left_out)})
+
+    def _search(self, devices: tuple[DeviceProfile, ...]) -> Plan:
         if not self.is_micro_batch_free:
-            return search(self.table, self.shape, chosen, self.links)
+            return search(self.table, self.shape, devices, self.links)
         return choose_micro_batch(
             self.table,
             self.shape,
-            chosen,
+            devices,
             self.links,
             label_tokens_of=lambda rows: rows * self.label_tokens_per_row,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
                 "baseline_bytes": member.device.baseline_bytes,
                 "reserved_bytes": held.get(agent_id, 0),
                 "dtypes": list(member.device.dtypes),
+                "hardware": asdict(member.device.hardware),
                 "versions": dict(member.device.versions),
                 "agent_rss_bytes": 0 if (link := self._fleet.link(agent_id)) is None else link.agent_rss_bytes,
             }

@@ -27,3 +27,6 @@ class NumericsRecord(SpecPart):
     """Codec of every boundary: raw or bf16."""
     versions: dict[str, str]
     """Versions of torch, transformers and peft on the workers."""
+    arithmetic: str | None = None
+    """What the first plan's devices round by (plutino.hardware.Hardware.arithmetic), or None where they differ: then
+    the job runs on all of them, and moving a block in a re-plan may change the last bit of its products."""

@@ -27,7 +27,13 @@ def main() -> None:
     with os.fdopen(options.events_fd, "w", buffering=1) as events:
         if options.start == "babble":
             events.write("no json\n")
-        ready = {"baseline_bytes": options.baseline_bytes, "dtypes": ["fp32"], "versions": {"torch": "0"}}
+        hardware = {"kind": "cpu", "name": "fake", "machine": "", "capability": "", "arithmetic": "fake"}
+        ready = {
+            "baseline_bytes": options.baseline_bytes,
+            "dtypes": ["fp32"],
+            "versions": {"torch": "0"},
+            "hardware": {**hardware, "memory_bytes": 0, "idle_accelerators": []},
+        }
         events.write(json.dumps({"ready": ready}) + "\n")
         held = []
         for line in sys.stdin:

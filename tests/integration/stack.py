@@ -27,15 +27,18 @@ from coordinator.jobs.manager import Endpoints
 from coordinator.scheduling.local import LocalEngine
 from edge_node.session import WorkerSession
 from partitioner.device import BlockTimings
+from plutino.hardware import WIRE_VERSION, Hardware
 from plutino.job.assignment import WorkerAssignment
 from plutino.job.spec import JobSpec, parse_spec
 from plutino.types import WorkerRef
 from plutino.wire.channel import Lane, sync_channel
 from plutino.wire.convert import worker_from_proto, worker_to_proto
+from plutino.wire.hardware import hardware_to_proto
 from protos import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent.parent
 WAIT_S = 50.0
+HARDWARE = Hardware(name="thread", machine="x86_64", arithmetic="cpu x86_64 test")
 TIMINGS = BlockTimings(forward_s=0.01, backward_s=0.02, embedding_s=0.001, head_forward_s=0.005, head_backward_s=0.01)
 
 
@@ -140,13 +143,23 @@ class ThreadAgent:
     """An agent whose workers are threads of this process."""
 
     def __init__(
-        self, address: str, name: str, *, memory_bytes: int = 1 << 40, threads: int = 1, baseline_bytes: int = 1 << 20
+        self,
+        address: str,
+        name: str,
+        *,
+        memory_bytes: int = 1 << 40,
+        threads: int = 1,
+        baseline_bytes: int = 1 << 20,
+        torch_version: str = torch.__version__,
+        hardware: Hardware = HARDWARE,
     ) -> None:
         self.name = name
         self._address = address
         self._memory_bytes = memory_bytes
         self._threads = threads
         self._baseline_bytes = baseline_bytes
+        self._versions = {"torch": torch_version}
+        self._hardware = hardware
         self.sessions: dict[WorkerRef, WorkerSession] = {}
         self.assignments: list[WorkerAssignment] = []
         self._worker_threads: list[threading.Thread] = []
@@ -205,9 +218,11 @@ class ThreadAgent:
             memory_budget_bytes=self._memory_bytes,
             threads=self._threads,
             baseline_bytes=self._baseline_bytes,
-            versions={"torch": torch.__version__},
+            versions=self._versions,
             dtypes=["fp32", "bf16"],
             workers=[worker_to_proto(ref) for ref in self.sessions],
+            hardware=hardware_to_proto(self._hardware),
+            wire_version=WIRE_VERSION,
         )
 
     def _on_command(self, command: agents_pb2.AgentCommand) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict
 
 from rich.console import Console, RenderableType
 
 from coordinator.job_view import JobView
 from coordinator.screens import device_table, follow, job_panel, job_table, plain_lines, plan_table, summary
 from plutino.client import NumberedEvent
+from plutino.hardware import Hardware
 from tests.unit.client.job_history import history, plan, state, step
 
 
@@ -60,7 +62,7 @@ def test_device_table_brackets_in_a_reason_are_not_markup():
     device = {
         "name": "alpha", "state": "gone", "threads": 2, "memory_budget_bytes": 1 << 30, "baseline_bytes": 1 << 28,
         "reserved_bytes": 0, "agent_rss_bytes": 1 << 26, "dtypes": ["fp32"], "versions": {"torch": "2.13.0"},
-        "reason": "silent [for 15 s]",
+        "reason": "silent [for 15 s]", "hardware": asdict(Hardware(name="Cortex-A76", machine="aarch64")),
     }  # fmt: skip
 
     assert "silent [for 15 s]" in drawn(device_table([device]))
