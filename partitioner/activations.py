@@ -1,10 +1,10 @@
 """Bytes that one micro-batch keeps for its backward pass, block by block, from first principles.
 
-What autograd saves in a transformers block (sdpa attention) under peft's LoRA on a frozen base:
+What autograd saves in a transformers block (sdpa attention) under LoRA on a frozen base:
 
-- A frozen linear saves nothing: its input would only serve the gradient of its weight. A LoRA linear saves the fp32
-  input of A and the output of A. On an fp32 base linears that read the same tensor share one copy and attention's
-  output is saved already; on a bf16 base each casts its own fp32 copy.
+- A frozen linear saves nothing: its input would only serve the gradient of its weight. A LoRA linear saves its input
+  and the output of A, in the compute dtype. Linears that read the same tensor share one copy, and attention's output is
+  saved already; dropout makes a copy of its own. DoRA computes in fp32: on a bf16 base each linear casts its own copy.
 - Norms save their input (llama's RMSNorm casts it to fp32 first) and their statistics.
 - Attention saves q, k, v, its output, the log-sum-exp, and in every block its own copy of the padding mask in the
   compute dtype. A mask makes sdpa repeat k and v to all heads.
@@ -33,8 +33,6 @@ class _FamilyRule:
     """(hidden size, compute bytes) -> bytes a token that both norms keep."""
     mlp_tensors: int
     """Tensors of intermediate size that the activation keeps."""
-    bf16_mlp_workspace: tuple[int, int]
-    """Bytes a token of the MLP's temporaries on a bf16 base, per intermediate and per hidden feature."""
     dora_keeps_weights: bool
     """On an fp32 base DoRA's backward pass keeps a copy of the frozen weight: it is stored transposed."""
     input_of: Mapping[str, str]
@@ -48,7 +46,6 @@ _RULES: Mapping[str, _FamilyRule] = {
         # The normalised input in fp32, and one reciprocal root mean square.
         norm_bytes=lambda hidden_size, compute_bytes: 2 * _FP32_BYTES * (hidden_size + 1),
         mlp_tensors=3,
-        bf16_mlp_workspace=(8, 6),
         dora_keeps_weights=False,
         input_of={
             "self_attn.q_proj": "attention input",
@@ -64,7 +61,6 @@ _RULES: Mapping[str, _FamilyRule] = {
         # LayerNorm: its input, mean and reciprocal standard deviation.
         norm_bytes=lambda hidden_size, compute_bytes: 2 * compute_bytes * (hidden_size + 2),
         mlp_tensors=4,
-        bf16_mlp_workspace=(4, 8),
         dora_keeps_weights=True,
         input_of={
             "attn.c_attn": "attention input",
@@ -100,7 +96,7 @@ def block_token_bytes(table: ModelTable, shape: JobShape, block: int, row_tokens
     token_bytes += compute_bytes * rule.mlp_tensors * table.intermediate_size
     token_bytes += _lora_token_bytes(shape, rule, adapted_linears(table, shape, block))
     if shape.adapter_params[block]:
-        token_bytes += _FP32_BYTES * _rank_sum(shape, block)
+        token_bytes += _lora_compute_bytes(shape) * _rank_sum(shape, block)
     return token_bytes
 
 
@@ -129,17 +125,18 @@ def head_bytes(table: ModelTable, shape: JobShape) -> int:
 def workspace_bytes(table: ModelTable, shape: JobShape) -> int:
     """Bytes of the largest temporaries inside one block's forward or backward pass.
 
-    The backward pass of the MLP holds gradients of its inner tensor from the frozen linear and from LoRA before they
-    are added, that of attention those of q, k, v and of the block's input; whichever is larger. On a bf16 base LoRA's
-    share is fp32 and casts of it stand beside it. The factors are the smallest that covered every peak measured with
-    torch's memory profiler over widths D and F from F = D / 4 to F = 8 D.
+    The backward pass of the MLP holds two gradients of its inner tensor, that of attention those of q, k, v and of the
+    block's input, and norms compute in fp32; whichever is largest. The factors are the smallest that covered every peak
+    measured with torch's memory profiler over widths D and F from F = D / 4 to F = 8 D.
     """
     inner, hidden = table.intermediate_size, table.hidden_size
-    if shape.dtype == "fp32":
-        token_bytes = _FP32_BYTES * max(2 * inner + 2 * hidden, 4 * hidden)
+    if shape.use_dora and shape.dtype == "bf16":
+        # Its share is fp32, with casts beside it.
+        token_bytes = max(8 * inner + 8 * hidden, 24 * hidden)
+    elif shape.dtype == "fp32":
+        token_bytes = max(8 * inner, 17 * hidden)
     else:
-        inner_bytes, hidden_bytes = _RULES[table.family].bf16_mlp_workspace
-        token_bytes = max(inner_bytes * inner + hidden_bytes * hidden, 24 * hidden)
+        token_bytes = max(3 * inner, 15 * hidden)
     total_bytes = token_bytes * micro_batch_tokens(shape)
     if shape.use_dora:
         # DoRA forms the whole update B @ A from an identity matrix, in fp32, to take the norm of its columns.
@@ -166,6 +163,10 @@ def adapted_linears(table: ModelTable, shape: JobShape, block: int) -> tuple[Lin
     return tuple(linear for linear in linears if linear.name in shape.adapted_linears[block])
 
 
+def _lora_compute_bytes(shape: JobShape) -> int:
+    return _FP32_BYTES if shape.use_dora else shape.dtype_bytes
+
+
 def _rank_sum(shape: JobShape, block: int) -> int:
     return shape.adapter_rank_out[block] if shape.adapter_rank_out else 0
 
@@ -175,9 +176,9 @@ def _lora_token_bytes(shape: JobShape, rule: _FamilyRule, adapted: tuple[LinearS
     shared: set[str] = {_ATTENTION_OUTPUT}
     for linear in adapted:
         source = rule.input_of[linear.name]
-        has_own_copy = shape.dtype == "bf16" or shape.has_dropout
+        has_own_copy = (shape.use_dora and shape.dtype == "bf16") or shape.has_dropout
         if has_own_copy or source not in shared:
-            token_bytes += _FP32_BYTES * linear.in_features
+            token_bytes += _lora_compute_bytes(shape) * linear.in_features
             shared.add(source)
         if shape.has_dropout:
             token_bytes += linear.in_features  # the mask, one byte an element

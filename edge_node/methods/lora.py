@@ -26,6 +26,7 @@ from edge_node.methods.lora_config import (
     resolve_peft_config,
     saved_peft_config,
 )
+from edge_node.methods.lora_linear import use_lean_lora
 from edge_node.methods.seeding import seeded_generator
 from edge_node.methods.trained_copy import TrainedCopy, trainable_copy
 from edge_node.stage.build import Stage
@@ -178,7 +179,9 @@ def _initialise(layer: Any, name: str, config: LoraConfig, seed: int) -> None:
     nn.init.zeros_(lora_b)
     if config.dropout > 0:
         layer.lora_dropout[_ADAPTER] = SeededDropout(config.dropout, name)
-    if config.use_dora:
+    if not config.use_dora:
+        use_lean_lora(layer, _ADAPTER)
+    else:
         # Once more, with the adapter in fp32: peft rounds the norms of a bf16 weight to bf16, and the adapted model
         # would start up to 0.4 % away from the base model.
         layer.lora_magnitude_vector[_ADAPTER].update_layer(

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from edge_node.methods.dropout import SeededDropout, dropout_position
+from edge_node.methods.lora_linear import use_lean_lora
 from partitioner.activations import micro_batch_tokens, saved_block_bytes, workspace_bytes
 from partitioner.adapter import adapter_params_of
 from partitioner.model import JobShape, describe_model
@@ -73,10 +74,13 @@ def peft_model(family, method, num_blocks=NUM_BLOCKS, dtype=torch.float32):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if method.dropout:
-        for name, module in model.named_modules():
-            if hasattr(module, "lora_dropout"):
-                module.lora_dropout["default"] = SeededDropout(method.dropout, name)
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_dropout"):
+            continue
+        if method.dropout:
+            module.lora_dropout["default"] = SeededDropout(method.dropout, name)
+        if not method.use_dora:
+            use_lean_lora(module, "default")
     return model
 
 
