@@ -42,13 +42,17 @@ class Agent:
 
         Raises:
             ConfigError: the coordinator's address is malformed.
-            SecurityError: the coordinator's address is not on loopback.
+            SecurityError: the coordinator's address is not on loopback and there is no identity, or it cannot be read.
         """
         self._config = config
         self._state_dir = state_dir
         self._agent_id = ""
         self._attachment = Attachment(
-            config.coordinator_address, hello=self._hello, heartbeat=self._heartbeat, obey=self._obey
+            config.coordinator_address,
+            hello=self._hello,
+            heartbeat=self._heartbeat,
+            obey=self._obey,
+            credentials=config.pool.network.credentials(),
         )
         self._pool = WorkerPool(config.pool, state_dir, self._attachment.report)
         self._ended = asyncio.Event()

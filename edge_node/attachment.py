@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from plutino.errors import WireError
+from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, aio_channel
 from plutino.wire.status import error_from_rpc
 from protos import agents_pb2, agents_pb2_grpc
@@ -42,21 +43,22 @@ class Attachment:
         hello: Callable[[], agents_pb2.AgentHello],
         heartbeat: Callable[[], agents_pb2.Heartbeat],
         obey: Callable[[agents_pb2.AgentCommand], Awaitable[None]],
+        credentials: Credentials | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``hello`` and ``heartbeat`` are asked for the present state; ``obey`` gets every command but the welcome.
 
         Raises:
             ConfigError: the address is malformed.
-            SecurityError: the address is not on loopback.
+            SecurityError: the address is not on loopback, and there are no credentials.
         """
         self._address = address
         self._hello = hello
         self._heartbeat = heartbeat
         self._obey = obey
         self._clock = clock
-        self._channel = aio_channel(address, Lane.CONTROL)
-        self._stub = agents_pb2_grpc.AgentServiceStub(self._channel)
+        self._credentials = credentials
+        self._dial()
         self._waiting: deque[agents_pb2.AgentEvent] = deque()
         self._sent: deque[tuple[float, agents_pb2.AgentEvent]] = deque()
         self._wake = asyncio.Event()
@@ -99,6 +101,9 @@ class Attachment:
     async def _attach(self) -> tuple[bool, str]:
         """Run one stream to its end; returns whether the coordinator took the agent in, and why the stream ended."""
         self._put_back_unsure()
+        if self._credentials is not None and self._credentials.version != self._dialled_version:
+            await self._channel.close(None)
+            self._dial()
         call = self._stub.Attach(self._outgoing())
         beating: asyncio.Task[None] | None = None
         try:
@@ -122,6 +127,11 @@ class Attachment:
             if beating is not None:
                 beating.cancel()
             call.cancel()
+
+    def _dial(self) -> None:
+        self._dialled_version = 0 if self._credentials is None else self._credentials.version
+        self._channel = aio_channel(self._address, Lane.CONTROL, self._credentials)
+        self._stub = agents_pb2_grpc.AgentServiceStub(self._channel)
 
     async def _read_welcome(
         self, call: grpc.aio.StreamStreamCall[agents_pb2.AgentEvent, agents_pb2.AgentCommand]

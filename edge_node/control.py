@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 
+from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, sync_channel
 from protos import workers_pb2 as pb
 from protos import workers_pb2_grpc
@@ -47,6 +48,7 @@ class ControlStream:
         hello: gives the first event of every stream.
         on_command: called on the stream's thread for every command.
         on_orphaned: called once if the coordinator is away for longer than ``orphaned_after_s``.
+        credentials: who dials; None for a coordinator without TLS on this machine.
         orphaned_after_s: counts from the end of the last stream on which the coordinator said anything.
         clock: seconds that never go back.
     """
@@ -58,6 +60,7 @@ class ControlStream:
         hello: Callable[[], pb.WorkerHello],
         on_command: Callable[[pb.WorkerCommand], None],
         on_orphaned: Callable[[], None],
+        credentials: Credentials | None = None,
         orphaned_after_s: float = ORPHANED_AFTER_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,6 +68,7 @@ class ControlStream:
         self._hello = hello
         self._on_command = on_command
         self._on_orphaned = on_orphaned
+        self._credentials = credentials
         self._orphaned_after_s = orphaned_after_s
         self._clock = clock
         self._kept: dict[str, pb.WorkerEvent] = {}
@@ -128,7 +132,7 @@ class ControlStream:
     def _serve(self, outgoing: _Outgoing) -> bool:
         """Run one stream to its end; True if the coordinator said anything."""
         has_answered = False
-        channel = sync_channel(self._address, Lane.CONTROL)
+        channel = sync_channel(self._address, Lane.CONTROL, self._credentials)
         try:
             self._call = workers_pb2_grpc.WorkerServiceStub(channel).Work(self._events(outgoing))
             for command in self._call:

@@ -21,6 +21,7 @@ from edge_node.engine.optimizer import StageOptimizer
 from edge_node.guard import resident_bytes
 from edge_node.inbox import CommandTask, Inbox, UnitTask
 from edge_node.methods.registry import METHODS
+from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.shadowing import ShadowWriter
 from edge_node.stage.build import Stage, build_stage
@@ -47,8 +48,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class WorkerSession:
     """Runs one stage of one job until the coordinator says that it is over."""
 
-    def __init__(self, assignment: WorkerAssignment) -> None:
+    def __init__(self, assignment: WorkerAssignment, network: DeviceNetwork | None = None) -> None:
         self._assignment = assignment
+        self._network = network or DeviceNetwork()
+        self._credentials = self._network.credentials()
         self._me = Peer(assignment.stage_index, assignment.replica_index)
         self._next_step = assignment.restore.step if assignment.restore else 0
         self._is_loaded = False
@@ -60,12 +63,13 @@ class WorkerSession:
         self._inbox.start_at(self._next_step)
         self._transport: PeerTransport | None = None
         self._control = ControlStream(
-            assignment.coordinator_address,
+            self._network.reached(assignment.coordinator_address),
+            credentials=self._credentials,
             hello=self._hello,
             on_command=self._on_command,
             on_orphaned=lambda: self.end("no coordinator for too long"),
         )
-        self._bulk = BulkClient(assignment.bulk_address)
+        self._bulk = BulkClient(self._network.reached(assignment.bulk_address), self._credentials)
         self._shadows = ShadowWriter(assignment.ref, self._bulk, on_stored=self._on_shadow_stored)
         self._executor: StageExecutor | None = None
 
@@ -163,6 +167,9 @@ class WorkerSession:
             job_id=JobId(assignment.job_id),
             plan_epoch=assignment.plan_epoch,
             own=self._me,
+            listen_address=f"{self._network.listen_host}:0",
+            credentials=self._credentials,
+            advertised_host=self._network.advertised_host,
             bounds=Bounds(max_message_bytes=largest_bytes, max_inbox_bytes=4 * largest_bytes),
             on_peer_lost=self._on_peer_lost,
         )
@@ -281,7 +288,8 @@ class WorkerSession:
         if self._transport is not None and not self._is_linked:
             peers = {Peer(p.stage_index, p.replica_index): p.data_address for p in link.peers}
             peers.pop(self._me, None)
-            self._transport.connect(peers)
+            node_ids = {Peer(p.stage_index, p.replica_index): p.agent_id for p in link.peers}
+            self._transport.connect(peers, node_ids=node_ids)
         self._is_linked = True
         self._send(pb.WorkerEvent(links_up=pb.LinksUp()), keep_as="links_up")
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_node.guard import read_usage
+from edge_node.network import DeviceNetwork
 from edge_node.state_dir import StateDir, log_tail, rotate_log
 from edge_node.supervision import (
     NOT_STARTED_EXIT_CODE,
@@ -57,6 +58,8 @@ class PoolConfig:
     """Time between SIGTERM and SIGKILL."""
     spare_settle_s: float = 15.0
     """Time that a job's worker gets to load before a spare's imports may compete with it."""
+    network: DeviceNetwork = field(default_factory=DeviceNetwork)
+    """How workers reach the coordinator and each other."""
     ready_timeout_s: float = 300.0
     """Longest time for a worker's imports; minutes on a slow disk."""
 
@@ -192,7 +195,7 @@ class WorkerPool:
             return
         worker.ref, worker.budget_bytes = ref, budget_bytes
         self._last_start_s = self._clock()
-        worker.process.send({"assign": json.loads(assignment_json)})
+        worker.process.send({"assign": json.loads(assignment_json), "network": self._config.network.to_json()})
         self._report_started(ref, worker)
 
     def stop(self, ref: WorkerRef, reason: str) -> None:

@@ -28,8 +28,9 @@ from plutino.endpoint import default_state_dir, read_endpoint
 from plutino.errors import PlutinoError, UnreachableError
 from plutino.events import JobEvent, parse_event
 from plutino.job.spec import JobSpec
+from plutino.security.tls import Credentials
 from plutino.types import JobId
-from plutino.wire.channel import Lane, sync_channel
+from plutino.wire.channel import Lane, RenewedChannel
 from plutino.wire.status import error_from_rpc
 from protos import jobs_pb2 as pb
 from protos import jobs_pb2_grpc
@@ -98,19 +99,19 @@ class NumberedEvent:
 class Client:
     """A coordinator, seen from a program. Close it, or use it as a context manager."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         """Dials nothing before the first call.
 
         Args:
             address: the coordinator's ``host:port`` for people and programs.
+            credentials: a person's, made by the coordinator in its state folder; None for one that runs without TLS.
 
         Raises:
             ConfigError: the address is malformed.
-            SecurityError: the address is not on loopback.
+            SecurityError: the address is not on loopback, and there are no credentials.
         """
         self.address = address
-        self._channel = sync_channel(address, Lane.REPORT)
-        self._stub = jobs_pb2_grpc.JobServiceStub(self._channel)
+        self._channel = RenewedChannel(address, Lane.REPORT, credentials)
 
     @classmethod
     def local(cls, state_dir: Path | None = None) -> Client:
@@ -118,8 +119,15 @@ class Client:
 
         Raises:
             UnreachableError: no coordinator has run there.
+            SecurityError: this user may not use it.
         """
-        return cls(read_endpoint(state_dir or default_state_dir())["people_address"])
+        endpoint = read_endpoint(state_dir or default_state_dir())
+        identity = endpoint.get("person_identity")
+        return cls(endpoint["people_address"], Credentials(Path(identity)) if identity else None)
+
+    @property
+    def _stub(self) -> jobs_pb2_grpc.JobServiceStub:
+        return jobs_pb2_grpc.JobServiceStub(self._channel.current())
 
     def __enter__(self) -> Client:
         return self
@@ -283,7 +291,7 @@ class Client:
         """Wait until the coordinator can be dialled again."""
         # A server that accepts connections and ends every call at once must not be asked in a tight loop.
         time.sleep(_RECONNECT_PAUSE_S)
-        ready = grpc.channel_ready_future(self._channel)
+        ready = grpc.channel_ready_future(self._channel.current())
         try:
             if left_s <= 0:
                 raise grpc.FutureTimeoutError

@@ -568,19 +568,23 @@ class Link(_message.Message):
         STAGE_INDEX_FIELD_NUMBER: _builtins.int
         REPLICA_INDEX_FIELD_NUMBER: _builtins.int
         DATA_ADDRESS_FIELD_NUMBER: _builtins.int
+        AGENT_ID_FIELD_NUMBER: _builtins.int
         stage_index: _builtins.int
         replica_index: _builtins.int
         data_address: _builtins.str
+        agent_id: _builtins.str
+        """Whom the worker runs on; with mutual TLS the only one whose certificate is accepted for it."""
         def __init__(
             self,
             *,
             stage_index: _builtins.int = ...,
             replica_index: _builtins.int = ...,
             data_address: _builtins.str = ...,
+            agent_id: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "replica_index", b"replica_index", "stage_index", b"stage_index"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "data_address", b"data_address", "replica_index", b"replica_index", "stage_index", b"stage_index"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -129,11 +129,13 @@ async def _link(context: JobContext) -> None:
     statuses = context.workers.statuses
     if all(status.is_linked for status in statuses):
         return
+    owners = context.refs()
     peers = [
         pb.Link.Peer(
             stage_index=status.ref.stage_index,
             replica_index=status.ref.replica_index,
             data_address="" if status.loaded is None else status.loaded.data_address,
+            agent_id=owners[status.ref],
         )
         for status in statuses
     ]

@@ -32,6 +32,7 @@ from plutino.data.samples import Samples
 from plutino.data.tokenisation import ModelTokenizer, load_tokenizer, tokenise
 from plutino.errors import DataError
 from plutino.job.spec import JobSpec
+from plutino.security.tls import Credentials
 from plutino.wire.bulk import BulkClient
 
 
@@ -90,7 +91,14 @@ Verify = Callable[[VerifyRequest], VerifyReport]
 class JobRunner:
     """Answers the coordinator's questions about one job."""
 
-    def __init__(self, spec: JobSpec, bulk_address: str, verify: Verify = run_verify_process) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        bulk_address: str,
+        verify: Verify = run_verify_process,
+        credentials: Credentials | None = None,
+    ) -> None:
+        self._credentials = credentials
         self._spec = spec
         self._bulk_address = bulk_address
         self._verify = verify
@@ -160,7 +168,9 @@ class JobRunner:
 
     def assemble(self, request: AssembleRequest) -> AssembledAdapter:
         """Join the stages' parts into one verified, staged adapter."""
-        return assemble_adapter(request, self._spec, BulkClient(self._bulk_address), verify=self._verify)
+        return assemble_adapter(
+            request, self._spec, BulkClient(self._bulk_address, self._credentials), verify=self._verify
+        )
 
     def publish(self, request: PublishRequest) -> PublishedAdapter:
         """Make the staged adapter visible, whole, with its card."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import grpc
 
@@ -19,6 +20,7 @@ from coordinator.jobs.runner import JobRunner, Verify, rows_from_json
 from plutino.data.batches import MicroBatchRows, StepBatch
 from plutino.errors import PlutinoError
 from plutino.job.spec import JobSpec
+from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, sync_channel
 from plutino.wire.convert import micro_batch_to_proto
 from protos import runners_pb2 as pb
@@ -28,13 +30,23 @@ logger = logging.getLogger(__name__)
 
 
 def run_job_runner(
-    address: str, bulk_address: str, job_id: str, incarnation: int, verify: Verify = run_verify_process
+    address: str,
+    bulk_address: str,
+    job_id: str,
+    incarnation: int,
+    verify: Verify = run_verify_process,
+    identity: Path | None = None,
 ) -> None:
-    """Serve one job until the coordinator ends the stream or goes away."""
+    """Serve one job until the coordinator ends the stream or goes away.
+
+    Raises:
+        SecurityError: the runners' identity cannot be read here.
+    """
+    credentials = None if identity is None else Credentials(identity)
     outgoing: queue.SimpleQueue[pb.RunnerEvent | None] = queue.SimpleQueue()
     outgoing.put(pb.RunnerEvent(hello=pb.RunnerHello(job_id=job_id, incarnation=incarnation)))
-    channel = sync_channel(address, Lane.REPORT)
-    server = _Answers(bulk_address, verify)
+    channel = sync_channel(address, Lane.REPORT, credentials)
+    server = _Answers(bulk_address, verify, credentials)
     try:
         for command in runners_pb2_grpc.RunnerServiceStub(channel).Run(_drain(outgoing), wait_for_ready=True):
             if command.HasField("finish"):
@@ -58,8 +70,9 @@ def _drain(outgoing: queue.SimpleQueue[pb.RunnerEvent | None]) -> Iterator[pb.Ru
 class _Answers:
     """Turns commands into calls and results into events."""
 
-    def __init__(self, bulk_address: str, verify: Verify) -> None:
+    def __init__(self, bulk_address: str, verify: Verify, credentials: Credentials | None) -> None:
         self._bulk_address = bulk_address
+        self._credentials = credentials
         self._verify = verify
         self._runner: JobRunner | None = None
 
@@ -77,7 +90,7 @@ class _Answers:
         kind = command.WhichOneof("command")
         if kind == "prepare":
             spec = JobSpec.model_validate_json(command.prepare.spec_json)
-            self._runner = JobRunner(spec, self._bulk_address, self._verify)
+            self._runner = JobRunner(spec, self._bulk_address, self._verify, self._credentials)
             yield pb.RunnerEvent(prepared=pb.Prepared(json=self._runner.prepare().model_dump_json()))
             return
         assert self._runner is not None, "the coordinator prepares a runner before it asks"

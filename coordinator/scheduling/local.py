@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from pathlib import Path
 
 from coordinator.artifacts.verify_process import run_verify_process
 from coordinator.jobs.runner import Verify
@@ -19,8 +20,15 @@ class LocalEngine:
     """Runs the same code as the Ray engine, in threads."""
 
     def __init__(
-        self, *, address: str, bulk_address: str, incarnation: int, verify: Verify = run_verify_process
+        self,
+        *,
+        address: str,
+        bulk_address: str,
+        incarnation: int,
+        verify: Verify = run_verify_process,
+        runner_identity: Path | None = None,
     ) -> None:
+        self._runner_identity = runner_identity
         self._address = address
         self._bulk_address = bulk_address
         self._incarnation = incarnation
@@ -39,7 +47,10 @@ class LocalEngine:
         known = self._runners.get(job_id)
         if known is not None and known.is_alive():
             return
-        arguments = (self._address, self._bulk_address, job_id, self._incarnation, self._verify)
+        arguments = (
+            *(self._address, self._bulk_address, job_id, self._incarnation),
+            *(self._verify, self._runner_identity),
+        )
         thread = threading.Thread(target=run_job_runner, args=arguments, name=f"runner {job_id}", daemon=True)
         self._runners[job_id] = thread
         thread.start()

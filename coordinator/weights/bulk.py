@@ -27,6 +27,8 @@ from coordinator.artifacts.shadows import CHUNK_BYTES, ShadowStore
 from coordinator.weights.model_files import ModelFiles
 from coordinator.weights.rate import TokenBucket
 from plutino.errors import ConfigError, FrameError, JobError, PlutinoError
+from plutino.security.interceptors import SyncGate
+from plutino.security.tls import Credentials
 from plutino.sizes import GIB, format_size
 from plutino.wire.channel import Lane, bind, sync_server
 from plutino.wire.status import abort_with
@@ -162,17 +164,30 @@ def _require_deadline(context: grpc.ServicerContext) -> None:
 
 
 def serve(
-    service: bulk_pb2_grpc.BulkServiceServicer, address: str, *, num_calls: int = NUM_CALLS
+    service: bulk_pb2_grpc.BulkServiceServicer,
+    address: str,
+    *,
+    credentials: Credentials | None = None,
+    gate: SyncGate | None = None,
+    num_calls: int = NUM_CALLS,
 ) -> tuple[grpc.Server, str]:
     """Start a server of the service; returns it and where it listens.
 
+    Args:
+        service: what answers.
+        address: where to listen.
+        credentials: the coordinator's; None listens in plain, on loopback only.
+        gate: who may call; needed with credentials.
+        num_calls: calls at the same time.
+
     Raises:
         ConfigError: the address is malformed or taken.
-        SecurityError: the address is not on loopback.
+        SecurityError: the address is not on loopback, and there are no credentials.
     """
-    server = sync_server(Lane.BULK, ThreadPoolExecutor(num_calls, thread_name_prefix="bulk"))
+    executor = ThreadPoolExecutor(num_calls, thread_name_prefix="bulk")
+    server = sync_server(Lane.BULK, executor, interceptors=[] if gate is None else [gate])
     bulk_pb2_grpc.add_BulkServiceServicer_to_server(service, server)
-    bound = bind(server, address)
+    bound = bind(server, address, credentials)
     server.start()
     return server, bound
 

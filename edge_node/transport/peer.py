@@ -23,9 +23,12 @@ from edge_node.transport.inbox import Inbox, Message
 from edge_node.transport.link import Link, LinkUsage
 from edge_node.transport.receiver import refusal_of_origin
 from edge_node.transport.streams import AcceptedStream, DialledStream, Stream, data_service, hello_in
-from plutino.errors import FrameError, PeerLostError, StaleFrameError, WireError
+from plutino.errors import FrameError, PeerLostError, SecurityError, StaleFrameError, WireError
+from plutino.security.identity import COORDINATOR, PeerName, Role
+from plutino.security.interceptors import SyncGate, caller_of, nobody_is_revoked
+from plutino.security.tls import Credentials
 from plutino.types import JobId, Unit
-from plutino.wire.channel import Lane, bind, sync_server
+from plutino.wire.channel import Lane, bind, split_address, sync_server
 from plutino.wire.frames import AckFrame, Bounds, Origin, Refusal, job_hash
 from plutino.wire.status import abort_with, error_from_rpc
 from plutino.wire.tensors import BufferPool, codec_named
@@ -59,9 +62,10 @@ class _Ending(NamedTuple):
 class _Pairing:
     """A link with its thread and, on the accepting side, the stream that the peer has just dialled."""
 
-    def __init__(self, link: Link, address: str, is_dialler: bool) -> None:
+    def __init__(self, link: Link, address: str, name: PeerName | None, is_dialler: bool) -> None:
         self.link = link
         self.address = address
+        self.name = name
         self.is_dialler = is_dialler
         self.current: Stream | None = None
         self.offered: Stream | None = None
@@ -79,12 +83,14 @@ class PeerTransport:
         own: This worker.
         listen_address: Where the higher of a pair is dialled; port 0 takes a free one.
         bounds: What a peer may make this worker hold; the same on all workers of a plan.
+        credentials: This device's; None for plain streams, on loopback only.
+        advertised_host: Where peers reach this device; None where the host listened on says it.
         reconnect_s: How long a broken stream may take to come back before the peer is lost.
         on_peer_lost: Called once per lost peer, from a thread of the transport, with the reason.
 
     Raises:
         ConfigError: the address cannot be listened on.
-        SecurityError: the address is not on loopback.
+        SecurityError: the address is not on loopback, and there are no credentials.
     """
 
     def __init__(
@@ -95,12 +101,15 @@ class PeerTransport:
         listen_address: str = "127.0.0.1:0",
         bounds: Bounds | None = None,
         *,
+        credentials: Credentials | None = None,
+        advertised_host: str | None = None,
         reconnect_s: float = 5.0,
         on_peer_lost: Callable[[Peer, str], None] | None = None,
     ) -> None:
         self._own = own
         self._origin = Origin(job_hash(job_id), plan_epoch, own.stage_index, own.replica_index)
         self._bounds = bounds or Bounds()
+        self._credentials = credentials
         self._reconnect_s = reconnect_s
         self._on_peer_lost = on_peer_lost
         self._inbox = Inbox()
@@ -113,9 +122,12 @@ class PeerTransport:
         self._closed = False
         self._num_send_threads = 0
         self._executor = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix=f"plutino-accept-{own.stage_index}")
-        self._server = sync_server(Lane.DATA, self._executor, max_concurrent_calls=MAX_STREAMS)
+        gates = [] if credentials is None else [SyncGate(nobody_is_revoked)]
+        self._server = sync_server(Lane.DATA, self._executor, max_concurrent_calls=MAX_STREAMS, interceptors=gates)
         self._server.add_generic_rpc_handlers((data_service(self._exchange),))
-        self.address = bind(self._server, listen_address)
+        bound_address = bind(self._server, listen_address, credentials)
+        bound_host, port = split_address(bound_address)
+        self.address = f"{advertised_host or bound_host}:{port}"
         """Where peers dial this worker."""
         self._server.start()
 
@@ -142,23 +154,33 @@ class PeerTransport:
                 setattr(total, part.name, getattr(total, part.name) + getattr(usage, part.name))
         return total
 
-    def connect(self, addresses: Mapping[Peer, str], *, timeout_s: float = 30.0) -> None:
+    def connect(
+        self,
+        addresses: Mapping[Peer, str],
+        *,
+        node_ids: Mapping[Peer, str] | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
         """Set up the streams to all given peers: dial the higher ones, wait for the lower ones.
 
         Both sides of a pair must name each other. This worker itself may be among the addresses and is passed over.
+        With credentials only the device that the plan names is accepted as a peer: ``node_ids`` must hold all of them.
 
         Raises:
             PeerLostError: a stream did not come up in time.
-            SecurityError: an address is not on loopback.
+            SecurityError: an address is not on loopback without credentials, or with them a peer has no node id.
         """
         deadline_s = time.monotonic() + timeout_s
+        names = {peer: self._name_of(peer, node_ids or {}) for peer in addresses}
         with self._changed:
             if self._is_connecting:
                 raise RuntimeError("a transport connects once; a new plan takes a new transport")
             for peer, address in addresses.items():
                 if peer != self._own:
                     link = Link(self._origin, peer, self._inbox, self._bounds, self._pool, self._count)
-                    self._pairings[peer] = _Pairing(link, address, is_dialler=_order(self._own) < _order(peer))
+                    self._pairings[peer] = _Pairing(
+                        link, address, names[peer], is_dialler=_order(self._own) < _order(peer)
+                    )
             self._is_connecting = True
             pairings = list(self._pairings.values())
             for pairing in pairings:
@@ -313,7 +335,7 @@ class PeerTransport:
     # The dialling side.
 
     def _dial(self, pairing: _Pairing) -> Stream | None:
-        stream = DialledStream(pairing.address, pairing.link.hello)
+        stream = DialledStream(pairing.address, pairing.link.hello, self._credentials, peer=pairing.name or COORDINATOR)
         with self._changed:
             # Under the lock, so that close() either finds the stream or keeps it from being opened.
             if self._closed:
@@ -328,7 +350,7 @@ class PeerTransport:
     def _exchange(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         try:
             pairing, peer_hello = self._admit(context)
-        except WireError as error:
+        except (WireError, SecurityError) as error:
             abort_with(context, error)
         stream = AcceptedStream(requests, context, pairing.link.hello, peer_hello)
         with self._changed:
@@ -354,6 +376,10 @@ class PeerTransport:
         if pairing is None or pairing.is_dialler or pairing.link.lost_reason:
             self._count(Refusal.UNKNOWN_SENDER)
             raise StaleFrameError(f"stage {_label(self._own)} expects no stream from stage {_label(dialler)}")
+        caller = None if self._credentials is None else caller_of(context.auth_context())
+        if caller != pairing.name:
+            self._count(Refusal.UNKNOWN_SENDER)
+            raise SecurityError(f"stage {_label(dialler)} runs on {pairing.name}; a stream of {caller} is not its")
         return pairing, hello
 
     def _wait_offered(self, pairing: _Pairing, deadline_s: float) -> Stream | None:
@@ -365,6 +391,13 @@ class PeerTransport:
             return None if self._closed else pairing.current
 
     # Small things.
+
+    def _name_of(self, peer: Peer, node_ids: Mapping[Peer, str]) -> PeerName | None:
+        if self._credentials is None:
+            return None
+        if peer not in node_ids:
+            raise SecurityError(f"the plan names no device for stage {_label(peer)}; its stream could be anybody's")
+        return PeerName(node_ids[peer], Role.NODE)
 
     def _check_origin(self, origin: Origin, peer: Peer) -> None:
         refusal = refusal_of_origin(origin, self._origin, peer)

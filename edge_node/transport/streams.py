@@ -13,6 +13,8 @@ import grpc
 
 from edge_node.transport.link import StreamToken
 from plutino.errors import FrameError
+from plutino.security.identity import COORDINATOR, PeerName
+from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, sync_channel
 from plutino.wire.frames import AckFrame, Bounds, decode_header, encode_ack
 
@@ -53,14 +55,16 @@ class DialledStream:
 
     Raises:
         ConfigError: the address is not ``host:port``.
-        SecurityError: the address is not on loopback.
+        SecurityError: the address is not on loopback, and there are no credentials.
     """
 
-    def __init__(self, address: str, hello: AckFrame) -> None:
+    def __init__(
+        self, address: str, hello: AckFrame, credentials: Credentials | None = None, peer: PeerName = COORDINATOR
+    ) -> None:
         self.token = StreamToken(hello.ack)
         self._address = address
         self._hello = hello
-        self._channel = sync_channel(address, Lane.DATA)
+        self._channel = sync_channel(address, Lane.DATA, credentials, peer=peer)
         self._call: Any = None
 
     def open(self, outgoing: Iterator[bytes]) -> None:

@@ -16,8 +16,9 @@ from typing import TypeVar
 import grpc
 
 from plutino.errors import FrameError, UnreachableError
+from plutino.security.tls import Credentials
 from plutino.sizes import GIB, KIB, format_size
-from plutino.wire.channel import Lane, sync_channel
+from plutino.wire.channel import Lane, RenewedChannel
 from plutino.wire.status import error_from_rpc
 from protos import bulk_pb2, bulk_pb2_grpc
 
@@ -35,6 +36,7 @@ class BulkClient:
     def __init__(
         self,
         address: str,
+        credentials: Credentials | None = None,
         *,
         num_attempts: int = 6,
         base_deadline_s: float = 30.0,
@@ -45,15 +47,18 @@ class BulkClient:
 
         Raises:
             ConfigError: the address is malformed.
-            SecurityError: the address is not on loopback.
+            SecurityError: the address is not on loopback, and there are no credentials.
         """
         self._address = address
         self._num_attempts = num_attempts
         self._base_deadline_s = base_deadline_s
         self._slowest_bytes_per_s = slowest_bytes_per_s
         self._sleep = sleep
-        self._channel = sync_channel(address, Lane.BULK)
-        self._stub = bulk_pb2_grpc.BulkServiceStub(self._channel)
+        self._channel = RenewedChannel(address, Lane.BULK, credentials)
+
+    @property
+    def _stub(self) -> bulk_pb2_grpc.BulkServiceStub:
+        return bulk_pb2_grpc.BulkServiceStub(self._channel.current())
 
     def __enter__(self) -> BulkClient:
         return self

@@ -3,21 +3,26 @@
 Owns the keepalive, the reconnect backoff, the bounds on message sizes and the rule who may be listened to.
 Entry points: :func:`sync_channel`, :func:`aio_channel`, :func:`sync_server`, :func:`aio_server` and :func:`bind`.
 
-Connections carry no TLS, so only loopback addresses are dialled or listened to. Transport security belongs into this
-file: nothing else in the tree names a credential or an insecure port.
+With :class:`plutino.security.tls.Credentials` a connection is mutual TLS, and whoever dials checks the name of whom it
+means. Without them it is plain, and then only loopback addresses are dialled or listened to. Nothing else in the tree
+opens a port.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
 from plutino.errors import ConfigError, SecurityError
+from plutino.security.identity import COORDINATOR, PeerName
+from plutino.security.tls import Credentials
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -48,52 +53,133 @@ class _Bindable(Protocol):
 
     def add_insecure_port(self, address: str) -> int: ...
 
+    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int: ...
 
-def sync_channel(address: str, lane: Lane) -> grpc.Channel:
+
+def sync_channel(
+    address: str, lane: Lane, credentials: Credentials | None = None, *, peer: PeerName = COORDINATOR
+) -> grpc.Channel:
     """Dial ``address`` (``host:port``) for blocking callers; the connection is made by the first call.
 
-    Raises:
-        ConfigError: the address is not ``host:port``.
-        SecurityError: the address is not on loopback.
-    """
-    return grpc.insecure_channel(_loopback_target(address), options=_channel_options(lane))
-
-
-def aio_channel(address: str, lane: Lane) -> grpc.aio.Channel:
-    """Dial ``address`` (``host:port``) for coroutines of the running event loop.
+    Args:
+        address: where the server listens.
+        lane: what the connection carries.
+        credentials: who dials; None dials in plain, on loopback only.
+        peer: who must answer.
 
     Raises:
         ConfigError: the address is not ``host:port``.
-        SecurityError: the address is not on loopback.
+        SecurityError: the address is not on loopback, and there are no credentials.
     """
-    return grpc.aio.insecure_channel(_loopback_target(address), options=_channel_options(lane))
+    target = _target(address, credentials)
+    if credentials is None:
+        return grpc.insecure_channel(target, options=_channel_options(lane))
+    return grpc.secure_channel(target, credentials.for_channel(), options=_secure_options(lane, peer))
 
 
-def sync_server(lane: Lane, executor: ThreadPoolExecutor, *, max_concurrent_calls: int | None = None) -> grpc.Server:
+def aio_channel(
+    address: str, lane: Lane, credentials: Credentials | None = None, *, peer: PeerName = COORDINATOR
+) -> grpc.aio.Channel:
+    """Dial ``address`` for coroutines of the running event loop; arguments and errors as :func:`sync_channel`."""
+    target = _target(address, credentials)
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=_channel_options(lane))
+    return grpc.aio.secure_channel(target, credentials.for_channel(), options=_secure_options(lane, peer))
+
+
+class RenewedChannel:
+    """A channel of a caller that lives longer than its certificate. May be shared between threads.
+
+    Args:
+        address, lane, credentials, peer: as of :func:`sync_channel`, which tells what is raised.
+    """
+
+    def __init__(
+        self, address: str, lane: Lane, credentials: Credentials | None = None, *, peer: PeerName = COORDINATOR
+    ) -> None:
+        self._build: Callable[[], grpc.Channel] = lambda: sync_channel(address, lane, credentials, peer=peer)
+        self._credentials = credentials
+        self._lock = threading.Lock()
+        self._version = 0 if credentials is None else credentials.version
+        self._channel = self._build()
+
+    def current(self) -> grpc.Channel:
+        """The channel for the next call; another one once the certificate was renewed.
+
+        Calls on the one before go on: it ends with the last of them.
+        """
+        with self._lock:
+            if self._credentials is not None and (version := self._credentials.version) != self._version:
+                self._version, self._channel = version, self._build()
+            return self._channel
+
+    def close(self) -> None:
+        """End the channel; calls in flight fail."""
+        self._channel.close()
+
+
+def sync_server(
+    lane: Lane,
+    executor: ThreadPoolExecutor,
+    *,
+    max_concurrent_calls: int | None = None,
+    interceptors: Sequence[grpc.ServerInterceptor[Any, Any]] = (),
+) -> grpc.Server:
     """Build a server whose calls run in ``executor``; every open stream keeps one of its threads.
 
     Calls beyond ``max_concurrent_calls`` are refused with RESOURCE_EXHAUSTED; None leaves only the executor as bound,
-    and calls beyond its threads wait.
+    and calls beyond its threads wait. A server of credentials needs a gate among its ``interceptors``
+    (:mod:`plutino.security.interceptors`): TLS says who calls, the gate who may.
     """
-    return grpc.server(executor, options=_server_options(lane), maximum_concurrent_rpcs=max_concurrent_calls)
+    return grpc.server(
+        executor,
+        options=_server_options(lane),
+        maximum_concurrent_rpcs=max_concurrent_calls,
+        interceptors=list(interceptors),
+    )
 
 
-def aio_server(lane: Lane, *, max_concurrent_calls: int | None = None) -> grpc.aio.Server:
-    """Build a server whose calls run as coroutines on the running event loop; bounded like :func:`sync_server`."""
-    return grpc.aio.server(options=_server_options(lane), maximum_concurrent_rpcs=max_concurrent_calls)
+def aio_server(
+    lane: Lane,
+    *,
+    max_concurrent_calls: int | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+) -> grpc.aio.Server:
+    """Build a server whose calls run as coroutines on the running event loop; otherwise as :func:`sync_server`."""
+    return grpc.aio.server(
+        options=_server_options(lane),
+        maximum_concurrent_rpcs=max_concurrent_calls,
+        interceptors=list(interceptors),
+    )
 
 
-def bind(server: grpc.Server | grpc.aio.Server, address: str) -> str:
+def bind(
+    server: grpc.Server | grpc.aio.Server,
+    address: str,
+    credentials: Credentials | None = None,
+    *,
+    asks_certificate: bool = True,
+) -> str:
     """Let a server listen on ``address`` and return where it really listens (port 0 asks for a free port).
+
+    Args:
+        server: not started yet.
+        address: ``host:port`` of this machine.
+        credentials: who listens; None listens in plain, on loopback only.
+        asks_certificate: False lets in who has none yet.
 
     Raises:
         ConfigError: the address is not ``host:port`` or is taken.
-        SecurityError: the address is not on loopback.
+        SecurityError: the address is not on loopback, and there are no credentials.
     """
-    host, port = _split(_loopback_target(address))
+    host, port = split_address(_target(address, credentials))
     bindable: _Bindable = server
     try:
-        bound_port = bindable.add_insecure_port(f"{host}:{port}")
+        if credentials is None:
+            bound_port = bindable.add_insecure_port(f"{host}:{port}")
+        else:
+            server_credentials = credentials.for_server(asks_certificate=asks_certificate)
+            bound_port = bindable.add_secure_port(f"{host}:{port}", server_credentials)
     except RuntimeError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port}: it is in use or not an address of this machine; "
@@ -102,26 +188,37 @@ def bind(server: grpc.Server | grpc.aio.Server, address: str) -> str:
     return f"{host}:{bound_port}"
 
 
-def _loopback_target(address: str) -> str:
-    """The address with its host in numbers."""
-    host, port = _split(address)
+def is_loopback(host: str) -> bool:
+    """Whether an address stays on this machine."""
+    bare_host = host.removeprefix("[").removesuffix("]")
+    if bare_host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(bare_host).is_loopback
+    except ValueError:
+        return False
+
+
+def _target(address: str, credentials: Credentials | None) -> str:
+    """The address with its host in numbers where that matters."""
+    host, port = split_address(address)
     if host == "localhost":
         # The name may stand for an IPv4 and an IPv6 socket; both ends must mean the same one.
         host = "127.0.0.1"
-    bare_host = host.removeprefix("[").removesuffix("]")
-    try:
-        is_loopback = ipaddress.ip_address(bare_host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
+    if credentials is None and not is_loopback(host):
         raise SecurityError(
-            f"{address} is not a loopback address, and connections of this version are neither encrypted nor "
-            "authenticated; use 127.0.0.1, [::1] or localhost, and a tunnel such as ssh -L to reach another machine"
+            f"{address} is not a loopback address, and this connection would be neither encrypted nor authenticated; "
+            "join with a token of the coordinator (plutino token create), or use 127.0.0.1, [::1] or localhost"
         )
     return f"{host}:{port}"
 
 
-def _split(address: str) -> tuple[str, int]:
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port``; an IPv6 host keeps its brackets.
+
+    Raises:
+        ConfigError: the address is not ``host:port``.
+    """
     host, colon, port_text = address.rpartition(":")
     is_bare_ipv6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
     is_port = port_text.isascii() and port_text.isdigit() and int(port_text) <= 65535
@@ -157,6 +254,10 @@ def _channel_options(lane: Lane) -> list[tuple[str, int]]:
         # A proxy of the environment must never see what is meant for this machine.
         ("grpc.enable_http_proxy", 0),
     ]
+
+
+def _secure_options(lane: Lane, peer: PeerName) -> list[tuple[str, int | str]]:
+    return [*_channel_options(lane), ("grpc.ssl_target_name_override", peer.dns)]
 
 
 def _server_options(lane: Lane) -> list[tuple[str, int]]:

@@ -24,8 +24,11 @@ class RunnerActor:
     that has a newer incarnation by then sends it away.
     """
 
-    def run(self, address: str, bulk_address: str, job_id: str, incarnation: int) -> None:
+    def run(self, address: str, bulk_address: str, job_id: str, incarnation: int, identity: str | None = None) -> None:
         """See :func:`coordinator.jobs.runner_stream.run_job_runner`."""
+        from pathlib import Path
+
         from coordinator.jobs.runner_stream import run_job_runner
 
-        run_job_runner(address, bulk_address, job_id, incarnation)
+        path = None if identity is None else Path(identity)
+        run_job_runner(address, bulk_address, job_id, incarnation, identity=path)

@@ -55,11 +55,20 @@ class RayEngine:
         incarnation: of the coordinator; fences runners of earlier ones.
         state_dir: the coordinator's; the embedded Ray keeps its token and its record of processes in ``ray`` below it.
         ray_address: of an existing cluster to join; None starts an embedded one.
+        runner_identity: the identity file of runners; None without TLS.
     """
 
     def __init__(
-        self, *, address: str, bulk_address: str, incarnation: int, state_dir: Path, ray_address: str | None = None
+        self,
+        *,
+        address: str,
+        bulk_address: str,
+        incarnation: int,
+        state_dir: Path,
+        ray_address: str | None = None,
+        runner_identity: Path | None = None,
     ) -> None:
+        self._runner_identity = None if runner_identity is None else str(runner_identity)
         self._address = address
         self._bulk_address = bulk_address
         self._incarnation = incarnation
@@ -171,7 +180,7 @@ class RayEngine:
 
         runner = await asyncio.to_thread(_create_actor, RunnerActor)
         try:
-            await runner.run.remote(self._address, self._bulk_address, job_id, self._incarnation)
+            await runner.run.remote(self._address, self._bulk_address, job_id, self._incarnation, self._runner_identity)
         except RayError:
             logger.exception("the runner of %s broke", job_id)
         finally:

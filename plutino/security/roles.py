@@ -1,0 +1,34 @@
+"""Who may call what: one table over every method of every service. A method that is not in it is refused."""
+
+from __future__ import annotations
+
+from plutino.security.identity import Role
+
+_NODES = frozenset({Role.NODE})
+_PEOPLE = frozenset({Role.PERSON})
+_RUNNERS = frozenset({Role.RUNNER})
+
+METHOD_ROLES: dict[str, frozenset[Role]] = {
+    "/plutino.v1.AgentService/Attach": _NODES,
+    "/plutino.v1.WorkerService/Work": _NODES,
+    "/plutino.v1.BulkService/PutShadow": _NODES | _RUNNERS,
+    "/plutino.v1.BulkService/GetShadow": _NODES | _RUNNERS,
+    "/plutino.v1.BulkService/GetRange": _NODES | _RUNNERS,
+    "/plutino.v1.BulkService/GetManifest": _NODES | _RUNNERS,
+    "/plutino.v1.RunnerService/Run": _RUNNERS,
+    "/plutino.v1.JobService/Submit": _PEOPLE,
+    "/plutino.v1.JobService/Plan": _PEOPLE,
+    "/plutino.v1.JobService/List": _PEOPLE,
+    "/plutino.v1.JobService/Get": _PEOPLE,
+    "/plutino.v1.JobService/Watch": _PEOPLE,
+    "/plutino.v1.JobService/Cancel": _PEOPLE,
+    "/plutino.v1.JobService/Pause": _PEOPLE,
+    "/plutino.v1.JobService/Resume": _PEOPLE,
+    "/plutino.v1.JobService/Devices": _PEOPLE,
+    # Not in a .proto file: frames are bytes (edge_node/transport/streams.py).
+    "/plutino.v1.DataService/Exchange": _NODES,
+}
+"""Method to the roles that may call it."""
+
+OPEN_METHODS: frozenset[str] = frozenset()
+"""Methods for callers that have no certificate yet, on a port of their own."""
