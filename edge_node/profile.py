@@ -17,13 +17,12 @@ from torch import Tensor
 
 from edge_node.methods.registry import METHODS
 from edge_node.objectives.sft import SftObjective
-from edge_node.stage.architecture import build_meta_model, parse_config
-from edge_node.stage.build import Stage, StageInput, build_stage
+from edge_node.stage.build import COMPUTE_DTYPES, Stage, StageInput, build_stage
+from edge_node.stage.random_source import RandomSource
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.data.batches import MicroBatchRows
 from plutino.job.method import LoraConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHORT_VOCABULARY = 8192
 """Rows of the head that are measured; its time grows linearly with them."""
 _REPEATS = 3
@@ -39,32 +38,6 @@ _TINY_CONFIG = {
     "vocab_size": 256,
     "tie_word_embeddings": False,
 }
-
-
-class RandomSource:
-    """A model folder that does not exist: its tensors are drawn when they are asked for."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._config = config
-        meta = build_meta_model(parse_config(config), dtype=torch.float32, attention="sdpa")
-        self._shapes = {name: tuple(p.shape) for name, p in meta.named_parameters(remove_duplicate=False)}
-        self.bytes_read = 0
-
-    def config(self) -> dict[str, Any]:
-        """See :class:`edge_node.stage.weights.TensorSource`."""
-        return dict(self._config)
-
-    def names(self) -> set[str]:
-        """See :class:`edge_node.stage.weights.TensorSource`."""
-        return set(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See :class:`edge_node.stage.weights.TensorSource`."""
-        return self._shapes[name]
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """See :class:`edge_node.stage.weights.TensorSource`."""
-        return torch.randn(self._shapes[name], dtype=dtype) * 0.02
 
 
 def measure(request: ProfileRequest) -> BlockTimings:
@@ -97,7 +70,9 @@ def _measure_embedding(source: RandomSource, request: ProfileRequest) -> float:
 def _measure_block(source: RandomSource, request: ProfileRequest) -> tuple[float, float]:
     middle = _adapted_stage(source, 1, request)
     rows, tokens = request.micro_batch_rows, request.row_tokens
-    hidden = torch.randn(rows, tokens, int(middle.config.hidden_size)).to(DTYPES[request.dtype]).requires_grad_(True)
+    hidden = (
+        torch.randn(rows, tokens, int(middle.config.hidden_size)).to(COMPUTE_DTYPES[request.dtype]).requires_grad_(True)
+    )
     inputs = StageInput(position_ids=torch.arange(tokens).expand(rows, tokens), hidden=hidden)
     gradient = torch.ones_like(hidden)
     forward_s = _fastest_s(lambda: middle.forward(inputs))
@@ -108,7 +83,7 @@ def _measure_block(source: RandomSource, request: ProfileRequest) -> tuple[float
 def _measure_head(source: RandomSource, request: ProfileRequest) -> tuple[float, float]:
     last = _adapted_stage(source, 2, request)
     shape = (request.micro_batch_rows, request.row_tokens, int(last.config.hidden_size))
-    normed = torch.randn(shape).to(DTYPES[request.dtype]).requires_grad_(True)
+    normed = torch.randn(shape).to(COMPUTE_DTYPES[request.dtype]).requires_grad_(True)
     labels, objective = _label_rows(request), SftObjective()
 
     def forward() -> Tensor:
@@ -128,7 +103,7 @@ def fast_dtypes() -> list[str]:
     300 times slower than fp32, whatever the forward pass does.
     """
     seconds = {}
-    for name, dtype in DTYPES.items():
+    for name, dtype in COMPUTE_DTYPES.items():
         gradient, weight = torch.randn(128, 512).to(dtype), torch.randn(512, 512).to(dtype)
         seconds[name] = _fastest_s(lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
     return sorted((n for n in seconds if n == "fp32" or seconds[n] < seconds["fp32"]), key=seconds.__getitem__)
@@ -162,7 +137,7 @@ def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
 
 
 def _adapted_stage(source: RandomSource, block: int, request: ProfileRequest) -> Stage:
-    stage = build_stage(source, block, block + 1, dtype=DTYPES[request.dtype])
+    stage = build_stage(source, block, block + 1, dtype=COMPUTE_DTYPES[request.dtype], packing=request.packing)
     METHODS["lora"](stage, LoraConfig(rank=request.lora_rank), seed=0)
     return stage
 

@@ -24,7 +24,7 @@ from edge_node.methods.registry import METHODS
 from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.shadowing import ShadowWriter
-from edge_node.stage.build import Stage, build_stage
+from edge_node.stage.build import COMPUTE_DTYPES, Stage, build_stage
 from edge_node.stage.verify import part_difference
 from edge_node.stage.weights import LocalSource, TensorSource
 from edge_node.transport.base import Peer, UnitCancelledError
@@ -42,7 +42,6 @@ from protos import workers_pb2 as pb
 logger = logging.getLogger(__name__)
 
 _METADATA_BYTES = 1 << 20
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class WorkerSession:
@@ -118,9 +117,10 @@ class WorkerSession:
             source,
             assignment.shape.start_block,
             assignment.shape.end_block,
-            dtype=DTYPES[assignment.numerics.dtype],
+            dtype=COMPUTE_DTYPES[assignment.numerics.dtype],
             attention=assignment.numerics.attention,
             checkpointing=assignment.checkpointing,
+            packing=assignment.numerics.packing,
         )
         self._vocab_size = int(stage.config.vocab_size)
         self._transport = self._open_transport(stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from partitioner.values import PlanValue
+from plutino.job.model import PLAIN, Packing
 
 
 class ProfileRequest(PlanValue):
@@ -11,6 +12,8 @@ class ProfileRequest(PlanValue):
     config_json: str
     """The model's config.json."""
     dtype: str
+    packing: Packing = PLAIN
+    """How the job's frozen weights are held: unpacking them takes time too."""
     micro_batch_rows: int
     row_tokens: int
     label_tokens: int

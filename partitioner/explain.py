@@ -16,7 +16,7 @@ def explain(plan: Plan) -> str:
     Times are of one micro-batch. A predicted peak is the worker's whole resident memory: its baseline and the job.
     """
     sections = [
-        _summary(plan),
+        _summary(plan) + _packing(plan),
         _table([_HEADER, *(_stage_row(stage) for stage in plan.stages)]),
         "memory of the job, MiB\n" + _table(_memory_rows(plan.stages)),
         f"bottleneck: {plan.bottleneck}\nrelief:     {plan.relief}",
@@ -32,6 +32,15 @@ def _summary(plan: Plan) -> str:
         f"{plan.micro_batch_rows} rows, {plan.dtype}, codec {plan.codec}, "
         f"checkpointing {'on' if plan.checkpointing else 'off'}"
     )
+
+
+def _packing(plan: Plan) -> str:
+    packing = plan.packing
+    if packing.is_plain and not plan.packing_why.startswith("the least"):
+        return ""
+    outer = [name for name, held in (("embedding", packing.embedding), ("head", packing.head)) if held != "keep"]
+    also = f", {' and '.join(outer)} in int8" if outer else ""
+    return f"\nweights {packing.scheme}{also}, {plan.unpacked_share:.1%} of them left unpacked; {plan.packing_why}"
 
 
 def _stage_row(stage: StagePlan) -> tuple[str, ...]:

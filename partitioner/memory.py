@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from partitioner import activations
 from partitioner.model import JobShape, ModelTable
+from partitioner.packed import WeightSizes
 from partitioner.plan import MemoryItem
 from plutino.errors import PlanError
 
@@ -145,7 +146,7 @@ class MemoryModel:
         self._saved_bytes = [activations.saved_block_bytes(table, shape, block) for block in blocks]
         self._sum_saved_bytes = _prefix_sums(self._saved_bytes)
         self._most_saved_bytes = _range_maxima(self._saved_bytes)
-        self._sum_params = _prefix_sums(table.block_params)
+        self._weights = WeightSizes(table, shape)
         self._sum_trainable = _prefix_sums(shape.adapter_params)
         self._boundary_bytes = activations.boundary_bytes(table, shape)
         self._shared_bytes = activations.shared_bytes(table, shape)
@@ -219,9 +220,11 @@ class MemoryModel:
 
     def _bill(self, start_block: Ints, end_block: Ints, place: Place, checkpointing: bool) -> dict[str, Ints]:
         """Name of every item -> its bytes, for all stages at once."""
-        table, shape = self._table, self._shape
+        shape = self._shape
         num_trainable = self._num_trainable(start_block, end_block, place)
-        weight_bytes = self._num_params(start_block, end_block, place) * shape.dtype_bytes
+        weights, ends = self._weights, {"is_first": place.is_first, "is_last": place.is_last}
+        weight_bytes = weights.plain_params(start_block, end_block, **ends) * shape.dtype_bytes
+        packed_bytes = weights.packed_bytes(start_block, end_block, **ends)
         training = {
             "activations": self._activations(start_block, end_block, place, checkpointing),
             "logits and loss": np.asarray(self._head_bytes if place.is_last else 0),
@@ -232,6 +235,8 @@ class MemoryModel:
         coming_and_going = np.maximum(passing_bytes, generation_bytes)
         bill = {
             "weights": weight_bytes,
+            "packed weights": packed_bytes,
+            "unpacking": np.asarray(weights.workspace_bytes(is_last=place.is_last)),
             "adapter and optimiser": num_trainable * TRAINED_BYTES_PER_PARAM,
             "gradient of one micro-batch": num_trainable * (_FP32_BYTES * place.gradient_copies),
             "wire queues": np.asarray(
@@ -243,7 +248,7 @@ class MemoryModel:
             "allocator": _ALLOCATOR_FLOOR_BYTES + (_ALLOCATOR_SHARE * coming_and_going).astype(np.int64),
         }
         running_bytes = sum(bill.values(), np.zeros((), dtype=np.int64))
-        loading_bytes = weight_bytes + table.largest_tensor_params * (_FP32_BYTES + shape.dtype_bytes)
+        loading_bytes = weight_bytes + packed_bytes + weights.reading_bytes()
         return bill | {"loading peak": np.maximum(0, loading_bytes - running_bytes)}
 
     def _whys(self, start_block: int, end_block: int, place: Place, checkpointing: bool) -> dict[str, str]:
@@ -255,8 +260,13 @@ class MemoryModel:
             rows = "a stage without backward pass keeps nothing"
         elif checkpointing:
             rows += ": the blocks' inputs, and all of one block while it is recomputed"
+        weights, ends = self._weights, {"is_first": place.is_first, "is_last": place.is_last}
+        num_packed = int(weights.packed_params(start, end, **ends))
+        bits = 8 * int(weights.packed_bytes(start, end, **ends)) / max(num_packed, 1)
         return {
-            "weights": f"{self._num_params(start, end, place)} frozen parameters in {shape.dtype}",
+            "weights": f"{weights.plain_params(start, end, **ends)} frozen parameters in {shape.dtype}",
+            "packed weights": f"{num_packed} frozen parameters, {bits:.2f} bits each with all constants",
+            "unpacking": "the largest matrix, or a tile of it, as it is unpacked for one product",
             "adapter and optimiser": f"{self._num_trainable(start, end, place)} trainable parameters: value, gradient "
             "and two moments in fp32",
             "gradient of one micro-batch": "stands beside the step's sum until it is added"
@@ -272,16 +282,8 @@ class MemoryModel:
             "generation": f"KV cache of {shape.generate_rows} rows x {shape.generate_tokens} tokens; what exceeds "
             "training's own",
             "allocator": f"freed pieces that malloc keeps: {_ALLOCATOR_SHARE:.0%} of what comes and goes",
-            "loading peak": "largest tensor as read and as converted",
+            "loading peak": "what is read and not yet converted or packed",
         }
-
-    def _num_params(self, start_block: Ints, end_block: Ints, place: Place) -> Ints:
-        table = self._table
-        outside = table.embedding_params if place.is_first else 0
-        if place.is_last:
-            # A tied head is the embedding's own storage where the stage has both.
-            outside += table.final_params + (0 if table.is_tied and place.is_first else table.head_params)
-        return self._sum_params[end_block] - self._sum_params[start_block] + outside
 
     def _num_trainable(self, start_block: Ints, end_block: Ints, place: Place) -> Ints:
         shape = self._shape

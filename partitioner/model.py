@@ -12,6 +12,8 @@ from typing import Any, Literal
 from partitioner.values import PlanValue
 from plutino.errors import ModelError
 from plutino.families import Family
+from plutino.gptq_index import GptqFormat
+from plutino.job.model import PLAIN, Packing
 
 TensorShape = tuple[int, ...]
 
@@ -51,12 +53,16 @@ class ModelTable(PlanValue):
     is_tied: bool
     largest_tensor_params: int
     """The biggest single tensor: it sets the loading peak."""
+    gptq: GptqFormat | None = None
+    """How the checkpoint's linears are packed; None: they are not."""
 
 
 class JobShape(PlanValue):
     """What a job asks of a pipeline at its worst step."""
 
     dtype: Literal["fp32", "bf16"]
+    packing: Packing = PLAIN
+    """How the frozen weights are held."""
     batch_rows: int
     micro_batch_rows: int
     row_tokens: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from partitioner.values import PlanValue
+from plutino.job.model import PLAIN, Packing
 
 
 class MemoryItem(PlanValue):
@@ -57,6 +58,11 @@ class Plan(PlanValue):
     """For every stage: the replica that runs micro-batch m."""
     checkpointing: bool
     dtype: str
+    packing: Packing = PLAIN
+    """How the frozen weights are held."""
+    packing_why: str = ""
+    unpacked_share: float = 1.0
+    """Share of the model's weights that stay in the compute dtype."""
     codec: str
     step_s: float
     """Predicted seconds of one optimiser step."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ExportError
+from plutino.job.model import PLAIN, Packing
 
 Check = tuple[str, str]
 """What was checked, and the outcome in words and numbers."""
@@ -62,6 +63,8 @@ class Probe(_Value):
     num_label_tokens: int
     dtype: Literal["fp32", "bf16"]
     """The pipeline's compute dtype; the reload uses the same."""
+    packing: Packing = PLAIN
+    """How the pipeline held its frozen weights; the reload takes them as they are stored."""
 
 
 class VerifyRequest(_Value):

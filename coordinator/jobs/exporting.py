@@ -100,7 +100,11 @@ def _probe(context: JobContext, batch: Batch, loss_sum: float, label_tokens: flo
         for part in batch.parts
     )
     return Probe(
-        micro_batches=rows, loss_sum=loss_sum, num_label_tokens=int(label_tokens), dtype=context.numerics.dtype
+        micro_batches=rows,
+        loss_sum=loss_sum,
+        num_label_tokens=int(label_tokens),
+        dtype=context.numerics.dtype,
+        packing=context.numerics.packing,
     )
 
 

@@ -15,9 +15,13 @@ from coordinator.scheduling.problem import PlanningProblem
 from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable, ProfileRequest
 from partitioner.model import JobShape, ModelTable, describe_model
+from partitioner.packed import check_scheme
 from partitioner.plan import Plan, RejectedPlan
+from partitioner.scheme_choice import choose_scheme
 from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
 from plutino.families import family_of
+from plutino.gptq_index import gptq_format, unpacked_shapes
+from plutino.job.model import Packing, packing_of
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
 from plutino.safetensors_index import read_safetensors_headers
@@ -62,7 +66,10 @@ def read_model(spec: JobSpec) -> tuple[str, ModelTable]:
     config = json.loads(config_json)
     family = family_of(config.get("model_type"))
     shapes = {name: entry.shape for name, entry in read_safetensors_headers(model_dir).items()}
-    return config_json, describe_model(config, shapes, family)
+    gptq = gptq_format(config)
+    if gptq is not None:
+        shapes = unpacked_shapes(shapes, gptq)
+    return config_json, describe_model(config, shapes, family).model_copy(update={"gptq": gptq})
 
 
 async def make_problem(
@@ -97,7 +104,10 @@ async def make_problem(
         raise InfeasiblePlanError(f"no device can take part: {why}")
     dtype = numerics.dtype if numerics is not None else _dtype(spec, devices)
     rows = _measured_rows(spec, numerics)
+    is_micro_batch_free = numerics is None and spec.training.micro_batch_size is None
     shape = _shape(spec, prepared, table, dtype, rows)
+    packing, packing_why = _packing(spec, table, shape, devices, numerics, is_micro_batch_free=is_micro_batch_free)
+    shape = shape.model_copy(update={"packing": packing})
     threads = spec.placement.threads if numerics is None else numerics.threads_per_worker
     profiles = await asyncio.gather(
         *(_profile(device, config_json, shape, spec, profiler, threads) for device in devices)
@@ -114,7 +124,8 @@ async def make_problem(
         job_id=job_id,
         table=table,
         shape=shape,
-        is_micro_batch_free=numerics is None and spec.training.micro_batch_size is None,
+        is_micro_batch_free=is_micro_batch_free,
+        packing_why=packing_why,
         label_tokens_per_row=prepared.label_tokens_per_row,
         devices=measured,
         links=LinkTable(),
@@ -130,6 +141,7 @@ def make_numerics(spec: JobSpec, plan: Plan, devices: Sequence[Device]) -> Numer
     threads = {stage.threads for stage in plan.stages}
     return NumericsRecord(
         dtype="fp32" if plan.dtype == "fp32" else "bf16",
+        packing=plan.packing,
         attention="sdpa",
         micro_batch_size=plan.micro_batch_rows,
         threads_per_worker=threads.pop() if len(threads) == 1 else None,
@@ -144,6 +156,52 @@ def _dtype(spec: JobSpec, devices: Sequence[Device]) -> str:
         return spec.model.dtype
     # bf16 only where every device runs it faster than fp32: without bf16 units its backward is 300 times slower.
     return "bf16" if all(device.dtypes and device.dtypes[0] == "bf16" for device in devices) else "fp32"
+
+
+def _packing(
+    spec: JobSpec,
+    table: ModelTable,
+    shape: JobShape,
+    devices: Sequence[Device],
+    numerics: NumericsRecord | None,
+    *,
+    is_micro_batch_free: bool,
+) -> tuple[Packing, str]:
+    """How the frozen weights will be held, and why.
+
+    Raises:
+        ConfigError: the embedding or head is to be trained and packed.
+        QuantizationError: the scheme cannot hold this model's layers.
+    """
+    for setting, packed, trained in (
+        ("quantize_embedding", spec.model.quantize_embedding, shape.first_trainable_params),
+        ("quantize_head", spec.model.quantize_head, shape.last_trainable_params),
+    ):
+        if packed != "keep" and trained:
+            raise ConfigError(
+                f"model.{setting}: {packed} packs what method.modules_to_save trains ({trained} parameters); "
+                f"set model.{setting}: keep, or leave it out of modules_to_save"
+            )
+    if numerics is not None:
+        return numerics.packing, "fixed by the numerics record"
+    wanted = spec.model.quantization
+    if wanted != "auto":
+        check_scheme(table, wanted)
+        return packing_of(spec.model, wanted), "as the job asks"
+    scheme, why = choose_scheme(
+        table,
+        shape.model_copy(update={"packing": packing_of(spec.model, "none")}),
+        [_unmeasured(device) for device in devices],
+        LinkTable(),
+        is_micro_batch_free=is_micro_batch_free,
+    )
+    return packing_of(spec.model, scheme), why
+
+
+def _unmeasured(device: Device) -> DeviceProfile:
+    """A device by its memory alone: how it is measured depends on the scheme."""
+    any_s = BlockTimings(forward_s=1.0, backward_s=1.0, embedding_s=1.0, head_forward_s=1.0, head_backward_s=1.0)
+    return _device_profile(device, any_s, device.threads)
 
 
 def _measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
@@ -178,6 +236,7 @@ async def _profile(
     request = ProfileRequest(
         config_json=config_json,
         dtype=shape.dtype,
+        packing=shape.packing,
         micro_batch_rows=shape.micro_batch_rows,
         row_tokens=shape.row_tokens,
         label_tokens=shape.label_tokens,
@@ -188,11 +247,15 @@ async def _profile(
         timings = await profiler.timings(device, request)
     except AgentError as error:
         return str(error)
+    return _device_profile(device, timings, used_threads)
+
+
+def _device_profile(device: Device, timings: BlockTimings, threads: int) -> DeviceProfile:
     return DeviceProfile(
         agent_id=device.agent_id,
         name=device.name,
         host_id=device.host_id,
-        threads=used_threads,
+        threads=threads,
         available_bytes=device.memory_budget_bytes,
         baseline_bytes=device.baseline_bytes,
         timings=timings,

@@ -22,6 +22,7 @@ from coordinator.scheduling.scheduler import (
 )
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.model import JobShape, ModelTable
+from partitioner.packed import WeightSizes
 from partitioner.plan import Plan, RejectedPlan
 from partitioner.search import choose_micro_batch, search
 from partitioner.values import PlanValue
@@ -44,6 +45,8 @@ class PlanningProblem(PlanValue):
     """Most label tokens in one row."""
     devices: tuple[DeviceProfile, ...]
     links: LinkTable
+    packing_why: str = ""
+    """Why the shape's packing is the one."""
     left_out: tuple[RejectedPlan, ...] = ()
     """Devices that may not take part, with the reason."""
     is_started: bool = False
@@ -55,7 +58,14 @@ class PlanningProblem(PlanValue):
             InfeasiblePlanError: none fits.
         """
         plan = self._search(self.devices if devices is None else devices)
-        return plan.model_copy(update={"unused_devices": (*plan.unused_devices, *self.left_out)})
+        return plan.model_copy(
+            update={
+                "unused_devices": (*plan.unused_devices, *self.left_out),
+                "packing": self.shape.packing,
+                "packing_why": self.packing_why,
+                "unpacked_share": WeightSizes(self.table, self.shape).unpacked_share,
+            }
+        )
 
     def _search(self, devices: tuple[DeviceProfile, ...]) -> Plan:
         if not self.is_micro_batch_free:

@@ -229,7 +229,8 @@ class StageExecutor:
     def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> Tensor | None:
         """Back-propagate one micro-batch; gives the gradient of its incoming hidden states, if a stage wants it."""
         if flight.output is not None and flight.output.requires_grad:
-            torch.autograd.backward(flight.output, None if received is None else received["gradient"])
+            gradient = None if received is None else received["gradient"].to(flight.output.device)
+            torch.autograd.backward(flight.output, gradient)
         hidden_BTD = flight.hidden_in_BTD
         if hidden_BTD is None or not hidden_BTD.requires_grad:
             return None

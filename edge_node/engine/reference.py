@@ -26,6 +26,7 @@ from edge_node.transport.in_process import InProcessHub, InProcessTransport
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import PeerLostError
 from plutino.job.assignment import StageShape
+from plutino.job.model import PLAIN, Packing
 from plutino.job.spec import JobSpec
 from plutino.types import Unit, UnitKind
 
@@ -44,6 +45,8 @@ class InProcessPipeline:
         checkpointing: recompute each block in the backward pass.
         attention: transformers' attention backend.
         threads: intra-op threads of every executor.
+        packing: how frozen weights are held.
+        device: where all stages compute.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class InProcessPipeline:
         checkpointing: bool = False,
         attention: str = "sdpa",
         threads: int = 1,
+        packing: Packing = PLAIN,
+        device: torch.device | None = None,
     ) -> None:
         self._threads = threads
         self._spec = spec
@@ -71,6 +76,8 @@ class InProcessPipeline:
                     dtype=dtype,
                     attention=attention,
                     checkpointing=checkpointing,
+                    packing=packing,
+                    device=device or torch.device("cpu"),
                 )
                 method = METHODS[spec.method.type](stage, spec.method, seed=spec.training.seed)
                 attached[Peer(stage_index, replica_index)] = stage, method

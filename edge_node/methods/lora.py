@@ -29,6 +29,7 @@ from edge_node.methods.lora_config import (
 from edge_node.methods.lora_linear import use_lean_lora
 from edge_node.methods.seeding import seeded_generator
 from edge_node.methods.trained_copy import TrainedCopy, trainable_copy
+from edge_node.quantize.linear import QuantLinear
 from edge_node.stage.build import Stage
 from plutino.errors import ConfigError
 from plutino.job.method import LoraConfig
@@ -161,6 +162,9 @@ def _inject(model: nn.Module, peft_config: peft.LoraConfig, own_targets: list[st
     """Let peft replace this stage's targets, and only them."""
     local = copy.deepcopy(peft_config)
     local.target_modules = own_targets
+    if any(isinstance(model.get_submodule(name), QuantLinear) for name in own_targets):
+        # A packed Conv1D is held as [out, in] like any other layer; the adapter's own matrices do not differ.
+        local.fan_in_fan_out = False
     # peft warns of patterns that match no layer here, though they may match another stage's.
     for setting in ("rank_pattern", "alpha_pattern"):
         patterns: dict[str, Any] = getattr(local, setting)
@@ -175,7 +179,8 @@ def _initialise(layer: Any, name: str, config: LoraConfig, seed: int) -> None:
     """Give an adapted layer peft's kind of initial values, from a generator of its own, and seeded dropout."""
     lora_a, lora_b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     generator = seeded_generator(seed, f"{_KEY_PREFIX}{name}.lora_A.weight")
-    nn.init.kaiming_uniform_(lora_a, a=5**0.5, generator=generator)
+    # On the CPU, whatever device the stage computes on: elsewhere the generator would draw other numbers.
+    lora_a.copy_(nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=5**0.5, generator=generator))
     nn.init.zeros_(lora_b)
     if config.dropout > 0:
         layer.lora_dropout[_ADAPTER] = SeededDropout(config.dropout, name)

@@ -7,8 +7,9 @@ mode; methods attach what is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,9 +26,16 @@ from edge_node.stage.architecture import (
     parse_config,
     rebuild_buffers,
 )
+from edge_node.stage.packing import FindStored, PackedCache, StagePacker
 from edge_node.stage.weights import TensorSource
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
+from plutino.job.model import PLAIN, Packing
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Dtypes of weights and computation, by their names in job specs."""
+
+_CPU = torch.device("cpu")
 
 
 # Shape suffixes: B rows, T tokens of this pass, D hidden size, V vocabulary.
@@ -61,6 +69,8 @@ class Stage:
         *,
         dtype: torch.dtype,
         attention: str,
+        packing: Packing,
+        device: torch.device,
         block_linears: tuple[str, ...],
         tensor_names_read: tuple[str, ...],
         bytes_read: int,
@@ -76,6 +86,9 @@ class Stage:
         """Blocks of the whole model."""
         self.dtype = dtype
         self.attention = attention
+        self.packing = packing
+        """How its frozen weights are held."""
+        self.device = device
         self.block_linears = block_linears
         """Global names of the linear layers of all blocks, other stages' included."""
         self.tensor_names_read = tensor_names_read
@@ -121,8 +134,8 @@ class Stage:
             mask = make_packed_mask(inputs.segment_ids, mask, dtype=hidden_BTD.dtype, attention=self.attention)
         output = self.model.base_model(
             inputs_embeds=hidden_BTD,
-            attention_mask=mask,
-            position_ids=inputs.position_ids,
+            attention_mask=None if mask is None else mask.to(self.device),
+            position_ids=inputs.position_ids.to(self.device),
             past_key_values=inputs.cache,
             use_cache=inputs.cache is not None,
         )
@@ -140,9 +153,10 @@ class Stage:
     def _entry(self, inputs: StageInput) -> Tensor:
         if not self.is_first:
             assert inputs.hidden is not None, "a later stage needs the previous stage's hidden states"
-            return inputs.hidden
+            # What comes over a wire lies on the CPU; autograd brings its gradient back there.
+            return inputs.hidden.to(self.device)
         assert inputs.input_ids is not None, "the first stage needs token ids"
-        return cast(Tensor, self.model.get_submodule(self.embedding_name)(inputs.input_ids))
+        return cast(Tensor, self.model.get_submodule(self.embedding_name)(inputs.input_ids.to(self.device)))
 
 
 def build_stage(
@@ -153,11 +167,14 @@ def build_stage(
     dtype: torch.dtype,
     attention: str = "sdpa",
     checkpointing: bool = False,
+    packing: Packing = PLAIN,
+    device: torch.device = _CPU,
+    cache: PackedCache | None = None,
 ) -> Stage:
     """Load blocks ``[start_block, end_block)``, with the embedding if first, the final norm and the head if last.
 
     The model is built on the meta device and its own tensors are read one by one: memory peaks at the stage's weights
-    plus one tensor in its stored dtype. No tensor outside the stage is read.
+    as they are held plus one matrix in its stored dtype. No tensor outside the stage is read.
 
     Args:
         source: the model's configuration and tensors.
@@ -166,9 +183,13 @@ def build_stage(
         dtype: dtype of weights and computation.
         attention: transformers' attention backend, sdpa or eager.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        packing: how frozen weights are held.
+        device: where the stage computes.
+        cache: packed tensors that earlier jobs left on this device.
 
     Raises:
         ModelError: unknown family, blocks that the model does not have, or tensors missing or of another shape.
+        QuantizationError: a layer cannot be packed as asked.
     """
     config = parse_config(source.config())
     num_blocks: int = config.num_hidden_layers
@@ -180,7 +201,18 @@ def build_stage(
     cut_to_stage(model, family, start_block, end_block)
     rebuild_buffers(model)
     bytes_before = source.bytes_read
-    names_read = _fill(model, source, family, is_tied=bool(config.tie_word_embeddings), dtype=dtype)
+    find_stored = partial(_stored_name, stored=source.names(), family=family, is_tied=bool(config.tie_word_embeddings))
+    packer = StagePacker(source, find_stored, packing, dtype=dtype, device=device, cache=cache)
+    own_linears = [name for name in block_linears if name.startswith(_block_prefixes(family, start_block, end_block))]
+    _check_complete(model, find_stored, packer, own_linears if packing.scheme != "none" else ())
+    packer.pack_linears(model, own_linears)
+    packer.pack_outer(
+        model,
+        family.embedding[0].removesuffix(".weight") if start_block == 0 else None,
+        family.head.removesuffix(".weight") if end_block == num_blocks else None,
+    )
+    names_read = (*packer.names_read, *_fill(model, source, find_stored, dtype=dtype, device=device))
+    nn.Module.to(model, device)
     model.eval()
     model.requires_grad_(False)
     if checkpointing:
@@ -193,28 +225,42 @@ def build_stage(
         end_block,
         dtype=dtype,
         attention=attention,
+        packing=packing,
+        device=device,
         block_linears=block_linears,
         tensor_names_read=names_read,
         bytes_read=source.bytes_read - bytes_before,
     )
 
 
-def _fill(
-    model: PreTrainedModel, source: TensorSource, family: Family, *, is_tied: bool, dtype: torch.dtype
-) -> tuple[str, ...]:
-    """Read every parameter of a meta model; two that come from one stored tensor share one parameter."""
-    wanted = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    available = source.names()
-    stored_names = {name: _stored_name(name, available, family, is_tied) for name in wanted}
-    missing = [name for name, stored in stored_names.items() if stored is None]
+def _block_prefixes(family: Family, start_block: int, end_block: int) -> tuple[str, ...]:
+    return tuple(f"{family.block_prefix}{block}." for block in range(start_block, end_block))
+
+
+def _check_complete(
+    model: PreTrainedModel, find_stored: FindStored, packer: StagePacker, packed_linears: Sequence[str]
+) -> None:
+    """Refuse a checkpoint that lacks tensors of a meta model's parameters, before anything is read."""
+    packed_weights = {f"{linear}.weight" for linear in packed_linears}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in packed_weights]
+    wanted: dict[str, str | None] = {name: find_stored(name) for name in names}
+    for linear in packed_linears:
+        wanted |= {f"{linear}.{part}": stored for part, stored in packer.stored_parts(linear).items()}
+    missing = [name for name, stored in wanted.items() if stored is None]
     if missing:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} of the stage's {len(wanted)} tensors: {', '.join(missing[:8])}"
             f"{', ...' if len(missing) > 8 else ''}; download it again, or check that config.json belongs to it"
         )
+
+
+def _fill(
+    model: PreTrainedModel, source: TensorSource, find_stored: FindStored, *, dtype: torch.dtype, device: torch.device
+) -> tuple[str, ...]:
+    """Read every parameter that is still meta; two that come from one stored tensor share one parameter."""
     filled: dict[str, nn.Parameter] = {}
-    for name in wanted:
-        stored = cast(str, stored_names[name])
+    for name in [name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta]:
+        stored = cast(str, find_stored(name))
         module_name, _, key = name.rpartition(".")
         module = model.get_submodule(module_name)
         if stored not in filled:
@@ -224,12 +270,12 @@ def _fill(
                     f"tensor {stored} has shape {list(found)} but config.json asks for {list(expected)}; "
                     "config.json does not belong to these weights"
                 )
-            filled[stored] = nn.Parameter(source.read(stored, dtype), requires_grad=False)
+            filled[stored] = nn.Parameter(source.read(stored, dtype).to(device), requires_grad=False)
         module.register_parameter(key, filled[stored])
     return tuple(filled)
 
 
-def _stored_name(name: str, stored: set[str], family: Family, is_tied: bool) -> str | None:
+def _stored_name(name: str, *, stored: set[str], family: Family, is_tied: bool) -> str | None:
     """Name under which the checkpoint holds a parameter, or None if it does not."""
     candidates = [name]
     if is_tied and name in (family.head, family.embedding[0]):

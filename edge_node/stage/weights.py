@@ -8,6 +8,7 @@ every page that was touched, whatever stage the page belongs to.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,12 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Floating dtypes a weight may be stored in, by the names of the safetensors format."""
 
+_INTEGER_DTYPES: dict[str, torch.dtype] = {"I32": torch.int32}
+"""What checkpoints store quantised weights in; given as they are and never converted."""
+
+CONVERSION_BYTES = 16 << 20
+"""Stored bytes that are held while a tensor is converted: more are read piece by piece."""
+
 RANGE_BYTES = 4 << 20
 """Longest range asked for at once, so that beside the tensor itself only so much is held while it comes in."""
 
@@ -43,12 +50,15 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor, without reading it."""
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A stored tensor in memory of its own, converted to ``dtype``.
+    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """A stored tensor in memory of its own, converted to ``dtype``; None: as it is stored.
 
         Raises:
             ModelError: no such tensor, a dtype that is not a floating one, or its bytes cannot be read.
         """
+
+    def read_rows(self, name: str, start_row: int, end_row: int, dtype: torch.dtype | None) -> Tensor:
+        """Rows ``[start_row, end_row)`` of a stored tensor; otherwise as :meth:`read`."""
 
     @property
     def bytes_read(self) -> int:
@@ -72,22 +82,33 @@ class _SafetensorsSource(ABC):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        shape = self._entry(name).shape
+        num_rows = shape[0] if shape else 1
+        return self.read_rows(name, 0, num_rows, dtype)
+
+    def read_rows(self, name: str, start_row: int, end_row: int, dtype: torch.dtype | None) -> Tensor:
         entry = self._entry(name)
-        if entry.dtype not in DTYPES:
+        stored_dtype = _stored_dtype(name, entry, wants_integers=dtype is None or not dtype.is_floating_point)
+        row_bytes = math.prod(entry.shape[1:]) * stored_dtype.itemsize
+        assert 0 <= start_row <= end_row <= (entry.shape[0] if entry.shape else 1)
+        wanted = torch.empty((end_row - start_row, *entry.shape[1:]), dtype=dtype or stored_dtype)
+        if entry.end - entry.start != row_bytes * (entry.shape[0] if entry.shape else 1):
             raise ModelError(
-                f"tensor {name} of {entry.file} is stored as {entry.dtype}; plutino loads {', '.join(sorted(DTYPES))}: "
-                "use the unquantised model"
+                f"tensor {name} of {entry.file} should have rows of {row_bytes} bytes but its range has "
+                f"{entry.end - entry.start} in all; download the file again"
             )
-        stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        if stored.nbytes != entry.end - entry.start:
-            raise ModelError(
-                f"tensor {name} of {entry.file} should have {stored.nbytes} bytes but its range has "
-                f"{entry.end - entry.start}; download the file again"
-            )
-        self._fill(stored.reshape(-1).view(torch.uint8).numpy().data, entry.file, entry.start)
-        self._bytes_read += stored.nbytes
-        return stored.to(dtype)
+        # One row at least, and all of them where nothing is converted.
+        step = max(1, CONVERSION_BYTES // max(row_bytes, 1)) if wanted.dtype != stored_dtype else max(1, len(wanted))
+        for first in range(0, len(wanted), step):
+            rows = wanted[first : first + step]
+            stored = rows if rows.dtype == stored_dtype else torch.empty(rows.shape, dtype=stored_dtype)
+            target = stored.reshape(-1).view(torch.uint8).numpy().data
+            self._fill(target, entry.file, entry.start + (start_row + first) * row_bytes)
+            self._bytes_read += stored.nbytes
+            if stored is not rows:
+                rows.copy_(stored)
+        return wanted if entry.shape else wanted.reshape(())
 
     def _entry(self, name: str) -> TensorEntry:
         try:
@@ -98,6 +119,16 @@ class _SafetensorsSource(ABC):
     @abstractmethod
     def _fill(self, target: memoryview, file: str, start: int) -> None:
         """Fill the whole of ``target`` with a file's bytes from ``start`` on."""
+
+
+def _stored_dtype(name: str, entry: TensorEntry, *, wants_integers: bool) -> torch.dtype:
+    known = DTYPES | _INTEGER_DTYPES if wants_integers else DTYPES
+    if entry.dtype not in known:
+        raise ModelError(
+            f"tensor {name} of {entry.file} is stored as {entry.dtype}; plutino loads {', '.join(sorted(known))}: "
+            "use the unquantised model"
+        )
+    return known[entry.dtype]
 
 
 class LocalSource(_SafetensorsSource):

@@ -1,10 +1,18 @@
-"""Which base model a job fine-tunes."""
+"""Which base model a job fine-tunes, and how its frozen weights are held."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
 from plutino.job.base import SpecPart
+
+Scheme = Literal["none", "int8", "nf4", "int4", "gptq"]
+"""How the blocks' linear layers are held; ``none`` keeps them in the compute dtype."""
+
+Outer = Literal["keep", "int8"]
+"""How the embedding or the head is held: in the compute dtype, or one byte a weight and one scale a word."""
 
 
 class ModelConfig(SpecPart):
@@ -14,3 +22,32 @@ class ModelConfig(SpecPart):
     """Folder with config.json, safetensors and the tokenizer. A relative path is taken from the job file's folder."""
     dtype: str = Field("auto", pattern="^(auto|fp32|bf16)$")
     """Compute dtype of the frozen layers: fp32, bf16, or auto (the fastest that every chosen device runs well)."""
+    quantization: Scheme | Literal["auto"] = "none"
+    """How the blocks' linear layers are held: none (in the compute dtype), int8 (8 bits), nf4 (4.13 bits, QLoRA), int4
+    (groups of 128), gptq (as a GPTQ checkpoint stores them), or auto (the least lossy that fits the devices)."""
+    quantize_embedding: Outer = "keep"
+    """keep the token embedding in the compute dtype, or hold it in int8."""
+    quantize_head: Outer = "keep"
+    """keep the output head in the compute dtype, or hold it in int8."""
+
+
+class Packing(SpecPart):
+    """How a job's frozen weights are held, once it is chosen."""
+
+    scheme: Scheme = "none"
+    embedding: Outer = "keep"
+    head: Outer = "keep"
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is quantised."""
+        return self == PLAIN
+
+
+PLAIN = Packing()
+"""Nothing is quantised."""
+
+
+def packing_of(config: ModelConfig, scheme: Scheme) -> Packing:
+    """What a job's model settings come to with a scheme chosen."""
+    return Packing(scheme=scheme, embedding=config.quantize_embedding, head=config.quantize_head)

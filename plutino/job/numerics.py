@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from plutino.job.base import SpecPart
+from plutino.job.model import PLAIN, Packing
 
 
 class NumericsRecord(SpecPart):
@@ -15,6 +16,8 @@ class NumericsRecord(SpecPart):
 
     dtype: Literal["fp32", "bf16"]
     """Compute dtype of the frozen layers; adapters, gradients and moments are always fp32."""
+    packing: Packing = PLAIN
+    """How the frozen weights are held: a scheme rounds them, so it decides the job's bits."""
     attention: str
     """Attention backend of transformers: sdpa or eager."""
     micro_batch_size: int

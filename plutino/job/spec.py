@@ -41,6 +41,15 @@ class JobSpec(SpecPart):
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")
+    def _dora_has_plain_weights(self) -> JobSpec:
+        if self.method.use_dora and self.model.quantization != "none":
+            raise ValueError(
+                f"method.use_dora takes the norm of every frozen weight, which model.quantization: "
+                f"{self.model.quantization} would have to unpack whole in each pass; set one of the two off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_has_rows(self) -> JobSpec:
         if self.data.eval is None:
             wants = [

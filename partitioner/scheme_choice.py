@@ -1,0 +1,53 @@
+"""Which scheme holds a job's frozen weights where the job says ``auto``: the least lossy that fits the devices.
+
+Entry point: :func:`choose_scheme`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partitioner.cuts import fits
+from partitioner.device import DeviceProfile, LinkTable
+from partitioner.micro_batch import with_rows
+from partitioner.model import JobShape, ModelTable
+from partitioner.packed import check_scheme
+from plutino.errors import QuantizationError
+from plutino.job.model import Scheme
+
+LEAST_LOSSY_FIRST: tuple[Scheme, ...] = ("none", "int8", "nf4", "int4")
+"""By the error of the weights: 0, 0.018, 0.096 and 0.107 of their norm (benchmarks/results/quantize.json)."""
+
+
+def choose_scheme(
+    table: ModelTable,
+    shape: JobShape,
+    devices: Sequence[DeviceProfile],
+    links: LinkTable,
+    *,
+    is_micro_batch_free: bool,
+) -> tuple[Scheme, str]:
+    """The scheme, and why. Where none fits it is the smallest, for whose bill the refusal will then give numbers.
+
+    Args:
+        table: the model.
+        shape: the job; its packing's scheme is the one that is replaced.
+        devices: devices that may be used; of their timings nothing is used.
+        links: links between them.
+        is_micro_batch_free: the planner may make micro-batches smaller.
+    """
+    if table.gptq is not None:
+        return "gptq", "the checkpoint is a GPTQ one"
+    smallest = with_rows(shape, 1) if is_micro_batch_free else shape
+    lost: list[str] = []
+    for scheme in LEAST_LOSSY_FIRST:
+        try:
+            check_scheme(table, scheme)
+        except QuantizationError as error:
+            lost.append(f"{scheme} cannot hold this model ({error})")
+            continue
+        packing = shape.packing.model_copy(update={"scheme": scheme})
+        if fits(table, smallest.model_copy(update={"packing": packing}), devices, links):
+            return scheme, f"the least lossy that fits: {'; '.join(lost)}" if lost else "it fits without any"
+        lost.append(f"{scheme} does not fit the devices")
+    return "nf4", f"the smallest of all, though nothing fits: {'; '.join(lost)}"
