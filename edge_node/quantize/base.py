@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edge_node.quantize.workspace import scratch_elements
 from plutino.errors import QuantizationError
 
 PACK_TILE_ELEMENTS = 1 << 20
@@ -122,3 +123,25 @@ def row_tiles(num_rows: int, row_elements: int, *, multiple: int, max_elements: 
     rows = max(multiple, max_elements // max(row_elements, 1) // multiple * multiple)
     for start in range(0, num_rows, rows):
         yield start, min(start + rows, num_rows)
+
+
+def scale_groups(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Put ``codes * scales`` into ``out``, rounded once.
+
+    Args:
+        codes: [N, group] of an integer dtype, at most 8 bits: exact in bf16.
+        scales: bf16 [N, 1].
+        out: [N, group] of any floating dtype.
+    """
+    rows = max(1, scratch_elements(out.device) // max(codes.shape[1], 1))
+    if out.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        # fp16 cannot hold every bf16 scale.
+        for start in range(0, len(out), rows):
+            piece = slice(start, start + rows)
+            out[piece] = codes[piece].float().mul_(scales[piece].float())
+        return
+    scales = scales.to(out.dtype)
+    # Piece by piece, so that the second operation finds in a core's cache what the first has written.
+    for start in range(0, len(out), rows):
+        piece = slice(start, start + rows)
+        out[piece].copy_(codes[piece]).mul_(scales[piece])

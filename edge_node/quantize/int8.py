@@ -1,6 +1,8 @@
-"""int8: one signed byte a weight and one fp32 scale an output channel (LLM.int8() without its outliers).
+"""int8: one signed byte a weight and one scale an output channel (LLM.int8() without its outliers).
 
-Symmetric absolute-maximum quantisation by row, as in Dettmers et al. 2022 (arXiv:2208.07339), equation 1.
+Symmetric absolute-maximum quantisation by row, as in Dettmers et al. 2022 (arXiv:2208.07339), equation 1. Scales are
+bf16: codes are exact in bf16 too, so that a bf16 weight is one exact conversion and one product, rounded once, which
+is several times faster than going through fp32. The coarser scale costs less than a code's own rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from edge_node.quantize.base import PACK_TILE_ELEMENTS, PackedTensor, check_weight, row_tiles
+from edge_node.quantize.base import PACK_TILE_ELEMENTS, PackedTensor, check_weight, row_tiles, scale_groups
 from plutino.errors import QuantizationError
 
 _LARGEST_CODE = 127
@@ -30,10 +32,10 @@ class Int8:
             raise QuantizationError(f"a [{out_features}, {in_features}] weight has no elements; leave it unpacked")
 
     def layout(self, out_features: int, in_features: int) -> dict[str, PackedTensor]:
-        """8 bits a weight and 32 an output channel."""
+        """8 bits a weight and 16 an output channel."""
         return {
             "codes": PackedTensor(torch.int8, (out_features, in_features)),
-            "scales": PackedTensor(torch.float32, (out_features,)),
+            "scales": PackedTensor(torch.bfloat16, (out_features,)),
         }
 
     def row_multiple(self, in_features: int) -> int:
@@ -46,16 +48,17 @@ class Int8:
         check_weight(self, weight)
         out_features, in_features = weight.shape
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=weight.device)
-        scales = torch.empty(out_features, dtype=torch.float32, device=weight.device)
+        scales = torch.empty(out_features, dtype=torch.bfloat16, device=weight.device)
         for start, end in row_tiles(out_features, in_features, multiple=1, max_elements=PACK_TILE_ELEMENTS):
             rows = weight[start:end].to(torch.float32, copy=True)
-            # Subnormal maxima: their scale could be 0 though the row is not, and the quotient infinite.
-            torch.div(torch.linalg.vector_norm(rows, torch.inf, dim=1), _LARGEST_CODE, out=scales[start:end])
-            divisors = torch.where(scales[start:end] > 0, scales[start:end], 1).unsqueeze(1)
+            scales[start:end] = torch.linalg.vector_norm(rows, torch.inf, dim=1) / _LARGEST_CODE
+            # By the rounded scale, and 1 where even a row that is not all zeros is too small to have one.
+            divisors = torch.where(scales[start:end] > 0, scales[start:end], 1).float().unsqueeze(1)
             codes[start:end] = rows.div_(divisors).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
         return {"codes": codes, "scales": scales}
 
     def unpack(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
         """Dequantise rows from ``start_row`` on; see :class:`edge_node.quantize.base.Scheme`."""
-        rows = slice(start_row, start_row + len(out))
-        return torch.mul(packed["codes"][rows], packed["scales"][rows].unsqueeze(1), out=out)
+        codes, scales = (packed[name][start_row : start_row + len(out)] for name in ("codes", "scales"))
+        scale_groups(codes, scales.unsqueeze(1), out)
+        return out

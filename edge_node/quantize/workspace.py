@@ -15,6 +15,12 @@ TILE_ELEMENTS = 1 << 24
 """Weights dequantised at once, or one row multiple where that is more: 32 MiB in bf16, 64 MiB in fp32."""
 
 
+_CACHED_ELEMENTS = 1 << 18
+"""Weights that stay in a core's second-level cache over the few operations that dequantise them."""
+_GPU_ELEMENTS = 1 << 22
+"""Enough to fill a GPU, and little beside a tile."""
+
+
 class _Buffers(threading.local):
     def __init__(self) -> None:
         self.by_purpose: dict[str, Tensor] = {}
@@ -45,3 +51,8 @@ def release_workspace() -> None:
 def held_workspace_bytes() -> int:
     """Bytes this thread's buffers hold."""
     return sum(buffer.nbytes for buffer in _buffers.by_purpose.values())
+
+
+def scratch_elements(device: torch.device) -> int:
+    """How many weights a scheme that needs several operations takes through them at once."""
+    return _CACHED_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS

@@ -1,0 +1,203 @@
+"""nf4: 4-bit NormalFloat in blocks of 64 with doubly quantised constants, as QLoRA has it (arXiv:2305.14314).
+
+Bytes are laid out as bitsandbytes lays them out, so that packed weights go either way, and dequantise to the same bits:
+level times block constant in fp32, rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_node.quantize.base import PACK_TILE_ELEMENTS, PackedTensor, check_weight
+from edge_node.quantize.native import nf4_kernel
+from edge_node.quantize.workspace import scratch_elements, workspace
+from plutino.errors import QuantizationError
+
+BLOCK = 64
+"""Weights that share a constant; blocks run on over row ends."""
+NESTED_BLOCK = 256
+"""Block constants that share an fp32 constant of their own."""
+
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The values of the 16 codes: quantiles of the normal distribution, the paper's appendix E."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4:
+    """W[n] = LEVELS[code[n]] * absmax[n // 64], where absmax is itself held in 8 bits."""
+
+    name: Literal["nf4"] = "nf4"
+
+    def check(self, out_features: int, in_features: int) -> None:
+        """Two weights share a byte."""
+        if out_features < 1 or in_features < 1 or out_features * in_features % 2:
+            raise QuantizationError(
+                f"nf4 holds two weights a byte, so it cannot hold a [{out_features}, {in_features}] weight of "
+                f"{out_features * in_features} elements; choose int8"
+            )
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, PackedTensor]:
+        """4 + 8/64 + 32/(64*256) = 4.127 bits a weight, and 32 bits a matrix."""
+        num_weights = out_features * in_features
+        num_blocks = -(-num_weights // BLOCK)
+        return {
+            "codes": PackedTensor(torch.uint8, (num_weights // 2,)),
+            "absmax": PackedTensor(torch.uint8, (num_blocks,)),
+            "nested_absmax": PackedTensor(torch.float32, (-(-num_blocks // NESTED_BLOCK),)),
+            "nested_offset": PackedTensor(torch.float32, ()),
+        }
+
+    def row_multiple(self, in_features: int) -> int:
+        """Rows until one starts with a block."""
+        return BLOCK // math.gcd(in_features, BLOCK)
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Quantise to the nearest level of each block's range. The first weight of a pair is in the high half-byte."""
+        check_weight(self, weight)
+        flat = weight.reshape(-1)
+        num_weights = flat.numel()
+        device = flat.device
+        bounds = _bounds(device)
+        codes = torch.empty(num_weights // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(-(-num_weights // BLOCK), dtype=torch.float32, device=device)
+        for start in range(0, num_weights, PACK_TILE_ELEMENTS):
+            end = min(start + PACK_TILE_ELEMENTS, num_weights)
+            values = flat[start:end].float()
+            tail = -values.numel() % BLOCK
+            blocks = torch.nn.functional.pad(values, (0, tail)).view(-1, BLOCK)
+            largest = blocks.abs().amax(dim=1)
+            absmax[start // BLOCK : start // BLOCK + len(largest)] = largest
+            scaled = (blocks * (1 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1)
+            nearest = torch.bucketize(scaled.view(-1)[: end - start], bounds, out_int32=True).to(torch.uint8)
+            torch.bitwise_or(nearest[0::2] << 4, nearest[1::2], out=codes[start // 2 : end // 2])
+        # In fp64, because a fp32 sum depends on the number of threads that form it, and packed bytes must not.
+        offset = absmax.double().mean().float()
+        nested_codes, nested_absmax = _pack_constants(absmax - offset)
+        return {"codes": codes, "absmax": nested_codes, "nested_absmax": nested_absmax, "nested_offset": offset}
+
+    def unpack(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
+        """Dequantise rows from ``start_row`` on; see :class:`edge_node.quantize.base.Scheme`."""
+        in_features = out.shape[1]
+        start = start_row * in_features
+        assert start % BLOCK == 0, f"row {start_row} of {in_features} weights starts inside a block"
+        first_block, last_block = start // BLOCK, -(-(start + out.numel()) // BLOCK)
+        absmax = _unpack_constants(packed, first_block, last_block)
+        codes = packed["codes"][start // 2 : start // 2 + out.numel() // 2]
+        kernel = nf4_kernel(out.dtype, out.device, unpack_in_torch)
+        if kernel is not None and out.numel() % BLOCK == 0:
+            kernel(codes, absmax, out)
+        else:
+            unpack_in_torch(codes, absmax, out)
+        return out
+
+
+def unpack_in_torch(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """Dequantise ``out`` of N elements from codes [N / 2] and fp32 block constants [ceil(N / 64)], with torch alone.
+
+    One lookup gives both weights of a byte: a table of 256 pairs of fp32, which torch sees as one fp64 each. Pieces are
+    small enough to stay in a core's cache from the lookup to the rounding.
+    """
+    table = _pairs(out.device)
+    out = out.view(-1)
+    piece = scratch_elements(out.device)
+    for start in range(0, out.numel(), piece):
+        num_weights = min(piece, out.numel() - start)
+        num_blocks = -(-num_weights // BLOCK)
+        indices = workspace("indices", num_weights // 2, torch.int32, out.device)
+        values = workspace("values", num_blocks * BLOCK, torch.float32, out.device)
+        indices.copy_(codes[start // 2 : (start + num_weights) // 2])
+        torch.index_select(table, 0, indices, out=values[:num_weights].view(torch.float64))
+        values.view(-1, BLOCK).mul_(absmax[start // BLOCK : start // BLOCK + num_blocks].unsqueeze(1))
+        out[start : start + num_weights].copy_(values[:num_weights])
+
+
+@functools.cache
+def _pairs(device: torch.device) -> Tensor:
+    """Both values of a byte as the bytes of one fp64, [256]."""
+    with torch.inference_mode(False):
+        byte = torch.arange(256)
+        levels = torch.tensor(LEVELS, dtype=torch.float32)
+        return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).view(torch.float64).flatten().to(device)
+
+
+@functools.cache
+def _bounds(device: torch.device) -> Tensor:
+    """Where one level ends and the next begins, [15]."""
+    with torch.inference_mode(False):
+        levels = torch.tensor(LEVELS, dtype=torch.float32)
+        return ((levels[:-1] + levels[1:]) / 2).to(device)
+
+
+@functools.cache
+def constant_levels(device: torch.device) -> Tensor:
+    """Values of the codes of block constants, fp32 [256], rising: the dynamic type of Dettmers (arXiv:1511.04561).
+
+    Seven decades below 1, the i-th lowest cut into 2^i equal parts whose middles are levels, with both signs; 0 and 1.
+    """
+    f32 = np.float32
+    levels = [0.0, 1.0]
+    low = f32(0.1)
+    for decade in range(7):
+        parts = 2**decade
+        step = (f32(1) - low) / f32(parts)
+        # The edges as a fused multiply-add gives them, from the nearer end: products in fp64 are exact. bitsandbytes'
+        # own table comes out of torch.linspace, whose bits depend on the processor.
+        edges = [
+            f32(float(low) + float(step) * part) if part < (parts + 1) // 2 else f32(1 - float(step) * (parts - part))
+            for part in range(parts + 1)
+        ]
+        scale = f32(10.0 ** (decade - 6))
+        middles = [float((left + right) / f32(2) * scale) for left, right in pairwise(edges)]
+        levels += [*middles, *(-middle for middle in middles)]
+    with torch.inference_mode(False):
+        return torch.tensor(sorted(levels), dtype=torch.float32).to(device)
+
+
+def _pack_constants(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N] and fp32 constants [ceil(N / 256)] of block constants less their mean."""
+    levels = constant_levels(values.device)
+    blocks = torch.nn.functional.pad(values, (0, -values.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    largest = blocks.abs().amax(dim=1)
+    scaled = blocks / torch.where(largest > 0, largest, 1).unsqueeze(1)
+    upper = torch.bucketize(scaled, levels).clamp_(1, len(levels) - 1)
+    lower = upper - 1
+    # Of two levels equally near the lower one.
+    codes = torch.where(levels[upper] - scaled < scaled - levels[lower], upper, lower)
+    return codes.view(-1)[: values.numel()].to(torch.uint8), largest
+
+
+def _unpack_constants(packed: Mapping[str, Tensor], first_block: int, last_block: int) -> Tensor:
+    """The fp32 constants of blocks [first_block, last_block)."""
+    codes = packed["absmax"][first_block:last_block]
+    first, last = first_block // NESTED_BLOCK, -(-last_block // NESTED_BLOCK)
+    scales = packed["nested_absmax"][first:last].repeat_interleave(NESTED_BLOCK)
+    skipped = first_block - first * NESTED_BLOCK
+    values = constant_levels(codes.device).index_select(0, codes.int())
+    return values.mul_(scales[skipped : skipped + len(codes)]).add_(packed["nested_offset"])
