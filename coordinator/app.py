@@ -21,6 +21,7 @@ from coordinator.fleet.registry import FleetRegistry, WorkerExit
 from coordinator.jobs.manager import Endpoints, JobManager
 from coordinator.scheduling.engine import Engine
 from coordinator.services.agents import AgentServicer
+from coordinator.services.doctor import DoctorServicer
 from coordinator.services.jobs import JobServicer
 from coordinator.services.runners import RunnerServicer
 from coordinator.services.workers import WorkerServicer
@@ -28,7 +29,7 @@ from coordinator.storage.base import Store
 from coordinator.storage.sqlite import SqliteStore
 from plutino.errors import JobError, StoreError
 from plutino.wire.channel import Lane, aio_server, bind
-from protos import agents_pb2_grpc, jobs_pb2_grpc, runners_pb2_grpc, workers_pb2_grpc
+from protos import agents_pb2_grpc, doctor_pb2_grpc, jobs_pb2_grpc, runners_pb2_grpc, workers_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ async def _serve(
     )
     jobs.append(manager)
     agents_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(fleet), devices_server)
+    doctor_pb2_grpc.add_DoctorServiceServicer_to_server(DoctorServicer(fleet, bulk_address), devices_server)
     workers_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(manager.workers_of), devices_server)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet), people_server)
     runners_pb2_grpc.add_RunnerServiceServicer_to_server(RunnerServicer(incarnation, manager.runner_of), people_server)

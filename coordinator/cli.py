@@ -197,6 +197,23 @@ def devices(state_dir: StateDir = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def doctor(
+    state_dir: StateDir = None,
+    engine: Annotated[Literal["ray", "local"], typer.Option(help="As for up; local leaves Ray out.")] = "ray",
+    as_json: AsJson = False,
+) -> None:
+    """Examine this machine and the devices that are in; on a device: plutino node doctor."""
+    from coordinator.doctor import DoctorOptions, examine_coordinator
+    from plutino.doctor.report import as_json as report_json
+    from plutino.doctor.report import as_text, exit_code
+    from plutino.endpoint import default_state_dir
+
+    findings = examine_coordinator(DoctorOptions(state_dir=state_dir or default_state_dir(), has_ray=engine == "ray"))
+    print(report_json(findings) if as_json else as_text(findings))
+    raise typer.Exit(exit_code(findings))
+
+
+@app.command()
 def demo(
     task: Annotated[
         Literal["intent", "json"], typer.Option(help="What an utterance wants, as a name, or with its details as JSON.")

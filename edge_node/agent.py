@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from edge_node.attachment import Attachment
 from edge_node.guard import limit_thread_stacks, read_usage
+from edge_node.reachability import Reachability
 from edge_node.state_dir import StateDir, host_id
 from edge_node.worker_pool import PoolConfig, WorkerPool, worker_id, worker_ref
 from plutino.hardware import WIRE_VERSION
@@ -55,6 +56,7 @@ class Agent:
             credentials=config.pool.network.credentials(),
         )
         self._pool = WorkerPool(config.pool, state_dir, self._attachment.report)
+        self._reachability = Reachability(self._attachment.report, config.pool.network)
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
@@ -77,6 +79,7 @@ class Agent:
                 finally:
                     await self._pool.end(f"agent {self._config.name} ends")
         finally:
+            await self._reachability.close()
             # Only now: the ends of the workers are still reported on it.
             await self._attachment.close(attaching)
 
@@ -126,6 +129,10 @@ class Agent:
                 self._pool.stop(worker_ref(command.stop_worker.worker), command.stop_worker.reason)
             case "profile":
                 await self._pool.profile(command.profile.request_id, command.profile.request_json)
+            case "open_door":
+                self._reachability.open_door(command.open_door)
+            case "knock":
+                self._reachability.knock(command.knock)
             case other:
                 logger.warning("the coordinator sent %r, which this version does not know; ignored", other)
 

@@ -22,14 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        _run(options)
+        return int(options.command(options))
     except PlutinoError as error:
         print(f"plutino-node: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     if not _NAME.fullmatch(options.name):
         raise ConfigError(
             f"device name {options.name!r} is not allowed; use 1 to 63 letters, digits, '.', '-' or '_', "
@@ -49,6 +48,25 @@ def _run(options: argparse.Namespace) -> None:
         pool=PoolConfig(memory_budget_bytes=memory_budget_bytes, threads=options.threads),
     )
     run_agent(config, StateDir(options.state_dir or default_state_dir(options.name)))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    # Imported here, like run's.
+    from edge_node.doctor import NodeDoctorOptions, examine_node
+    from edge_node.state_dir import default_state_dir
+    from plutino.doctor.report import as_json, as_text, exit_code
+
+    findings = examine_node(
+        NodeDoctorOptions(
+            state_dir=options.state_dir or default_state_dir(options.name),
+            threads=options.threads,
+            memory_budget_bytes=None if options.memory is None else parse_size(options.memory),
+            coordinator_address=options.coordinator,
+        )
+    )
+    print(as_json(findings) if options.json else as_text(findings))
+    return exit_code(findings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,17 +77,28 @@ def _parser() -> argparse.ArgumentParser:
         help="supervise this device's workers until ended",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    run.set_defaults(command=_run)
     run.add_argument("--coordinator", required=True, metavar="HOST:PORT", help="where the coordinator listens")
     run.add_argument("--memory", required=True, metavar="SIZE", help="bound on all workers' memory, such as 600MiB")
-    run.add_argument("--name", default=socket.gethostname(), help="what people call this device")
-    run.add_argument("--threads", type=int, default=_num_cores(), help="threads of each worker")
-    run.add_argument(
-        "--state-dir",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="identity and logs; by default plutino/nodes/NAME in the user's state directory",
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine this device: kernels, memory, versions, and the way to the coordinator and back",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    doctor.set_defaults(command=_doctor)
+    doctor.add_argument("--coordinator", metavar="HOST:PORT", help="where the coordinator listens; none: not examined")
+    doctor.add_argument("--memory", metavar="SIZE", help="what the agent would be given; none: not examined")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    for command in (run, doctor):
+        command.add_argument("--name", default=socket.gethostname(), help="what people call this device")
+        command.add_argument("--threads", type=int, default=_num_cores(), help="threads of each worker")
+        command.add_argument(
+            "--state-dir",
+            type=Path,
+            default=None,
+            metavar="DIR",
+            help="identity and logs; by default plutino/nodes/NAME in the user's state directory",
+        )
     return parser
 
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from plutino.doctor.wire import Dialled, dialled
 from plutino.endpoint import default_state_dir, read_endpoint
 from plutino.errors import PlutinoError, UnreachableError
 from plutino.events import JobEvent, parse_event
@@ -41,6 +42,7 @@ ENDED_STATES = frozenset({"succeeded", "cancelled", "failed"})
 _CALL_TIMEOUT_S = 30.0
 _PLAN_TIMEOUT_S = 600.0
 """A plan reads all rows and measures every device that was not measured yet."""
+_LINKS_TIMEOUT_S = 120.0
 _RECONNECT_PAUSE_S = 0.2
 _STEADY_S = 2.0
 """A stream that lasted so long or brought an event was a good one; others count as one absence of the coordinator."""
@@ -266,6 +268,12 @@ class Client:
         response: pb.DevicesResponse = self._call(self._stub.Devices, pb.DevicesRequest())
         devices: list[Mapping[str, Any]] = json.loads(response.devices_json)
         return devices
+
+    def check_links(self) -> list[Dialled]:
+        """Let every device that is in dial every other one; seconds where a device does not answer."""
+        request = pb.CheckLinksRequest()
+        response: pb.CheckLinksResponse = self._call(self._stub.CheckLinks, request, timeout_s=_LINKS_TIMEOUT_S)
+        return dialled(response.dials)
 
     def _call(self, method: Callable[..., Result], request: Any, *, timeout_s: float = _CALL_TIMEOUT_S) -> Result:
         try:

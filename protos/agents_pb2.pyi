@@ -56,6 +56,8 @@ class AgentEvent(_message.Message):
     WORKER_EXITED_FIELD_NUMBER: _builtins.int
     PROFILE_RESULT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    DOOR_OPENED_FIELD_NUMBER: _builtins.int
+    KNOCKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello: ...
     @_builtins.property
@@ -66,6 +68,10 @@ class AgentEvent(_message.Message):
     def profile_result(self) -> Global___ProfileResult: ...
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
+    @_builtins.property
+    def door_opened(self) -> Global___DoorOpened: ...
+    @_builtins.property
+    def knocked(self) -> Global___Knocked: ...
     def __init__(
         self,
         *,
@@ -74,12 +80,14 @@ class AgentEvent(_message.Message):
         worker_exited: Global___WorkerExited | None = ...,
         profile_result: Global___ProfileResult | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        door_opened: Global___DoorOpened | None = ...,
+        knocked: Global___Knocked | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "worker_started", "worker_exited", "profile_result", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "worker_started", "worker_exited", "profile_result", "heartbeat", "door_opened", "knocked"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -348,6 +356,8 @@ class AgentCommand(_message.Message):
     START_WORKER_FIELD_NUMBER: _builtins.int
     STOP_WORKER_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    OPEN_DOOR_FIELD_NUMBER: _builtins.int
+    KNOCK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___AgentWelcome: ...
     @_builtins.property
@@ -356,6 +366,10 @@ class AgentCommand(_message.Message):
     def stop_worker(self) -> Global___StopWorker: ...
     @_builtins.property
     def profile(self) -> Global___ProfileRequest: ...
+    @_builtins.property
+    def open_door(self) -> Global___OpenDoor: ...
+    @_builtins.property
+    def knock(self) -> Global___Knock: ...
     def __init__(
         self,
         *,
@@ -363,12 +377,14 @@ class AgentCommand(_message.Message):
         start_worker: Global___StartWorker | None = ...,
         stop_worker: Global___StopWorker | None = ...,
         profile: Global___ProfileRequest | None = ...,
+        open_door: Global___OpenDoor | None = ...,
+        knock: Global___Knock | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "profile", b"profile", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "profile", b"profile", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["welcome", "start_worker", "stop_worker", "profile"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["welcome", "start_worker", "stop_worker", "profile", "open_door", "knock"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -474,3 +490,109 @@ class ProfileRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProfileRequest: _TypeAlias = ProfileRequest  # noqa: Y015
+
+@_typing.final
+class OpenDoor(_message.Message):
+    """Listen for a moment where workers would listen, so that other devices can try to dial."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenDoor: _TypeAlias = OpenDoor  # noqa: Y015
+
+@_typing.final
+class DoorOpened(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    address: _builtins.str
+    error: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "error", b"error", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DoorOpened: _TypeAlias = DoorOpened  # noqa: Y015
+
+@_typing.final
+class Knock(_message.Message):
+    """Dial an address as a worker would, and hang up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    address: _builtins.str
+    timeout_s: _builtins.float
+    node_id: _builtins.str
+    """Who must answer there: a node id; empty without TLS."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        timeout_s: _builtins.float = ...,
+        node_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "node_id", b"node_id", "request_id", b"request_id", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Knock: _TypeAlias = Knock  # noqa: Y015
+
+@_typing.final
+class Knocked(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    seconds: _builtins.float
+    error: _builtins.str
+    """Why nobody was reached; empty if somebody was."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "request_id", b"request_id", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Knocked: _TypeAlias = Knocked  # noqa: Y015

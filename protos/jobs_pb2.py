@@ -22,53 +22,58 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos import doctor_pb2 as protos_dot_doctor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/jobs.proto\x12\nplutino.v1\";\n\rSubmitRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\" \n\x0eSubmitResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\" \n\x0bPlanRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\"!\n\x0cPlanResponse\x12\x11\n\tplan_json\x18\x01 \x01(\t\"\r\n\x0bListRequest\"4\n\x0cListResponse\x12$\n\x04jobs\x18\x01 \x03(\x0b\x32\x16.plutino.v1.JobSummary\"\xad\x01\n\nJobSummary\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\r\x12\x13\n\x0btotal_steps\x18\x06 \x01(\r\x12\x16\n\x0esubmitted_at_s\x18\x07 \x01(\x01\x12\x12\n\nended_at_s\x18\x08 \x01(\x01\x12\x13\n\x0b\x61\x64\x61pter_dir\x18\t \x01(\t\"\x1c\n\nGetRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"K\n\x0bGetResponse\x12\'\n\x07summary\x18\x01 \x01(\x0b\x32\x16.plutino.v1.JobSummary\x12\x13\n\x0b\x64\x65tail_json\x18\x02 \x01(\t\"-\n\x0cWatchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"I\n\rWatchResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04json\x18\x04 \x01(\t\"\x1f\n\rCancelRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x1e\n\x0cPauseRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1e\n\rPauseResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\x0eResumeResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65vicesRequest\"\'\n\x0f\x44\x65vicesResponse\x12\x14\n\x0c\x64\x65vices_json\x18\x01 \x01(\t2\xbf\x04\n\nJobService\x12?\n\x06Submit\x12\x19.plutino.v1.SubmitRequest\x1a\x1a.plutino.v1.SubmitResponse\x12\x39\n\x04Plan\x12\x17.plutino.v1.PlanRequest\x1a\x18.plutino.v1.PlanResponse\x12\x39\n\x04List\x12\x17.plutino.v1.ListRequest\x1a\x18.plutino.v1.ListResponse\x12\x36\n\x03Get\x12\x16.plutino.v1.GetRequest\x1a\x17.plutino.v1.GetResponse\x12>\n\x05Watch\x12\x18.plutino.v1.WatchRequest\x1a\x19.plutino.v1.WatchResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.plutino.v1.CancelRequest\x1a\x1a.plutino.v1.CancelResponse\x12<\n\x05Pause\x12\x18.plutino.v1.PauseRequest\x1a\x19.plutino.v1.PauseResponse\x12?\n\x06Resume\x12\x19.plutino.v1.ResumeRequest\x1a\x1a.plutino.v1.ResumeResponse\x12\x42\n\x07\x44\x65vices\x12\x1a.plutino.v1.DevicesRequest\x1a\x1b.plutino.v1.DevicesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/jobs.proto\x12\nplutino.v1\x1a\x13protos/doctor.proto\";\n\rSubmitRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\" \n\x0eSubmitResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\" \n\x0bPlanRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\"!\n\x0cPlanResponse\x12\x11\n\tplan_json\x18\x01 \x01(\t\"\r\n\x0bListRequest\"4\n\x0cListResponse\x12$\n\x04jobs\x18\x01 \x03(\x0b\x32\x16.plutino.v1.JobSummary\"\xad\x01\n\nJobSummary\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\r\x12\x13\n\x0btotal_steps\x18\x06 \x01(\r\x12\x16\n\x0esubmitted_at_s\x18\x07 \x01(\x01\x12\x12\n\nended_at_s\x18\x08 \x01(\x01\x12\x13\n\x0b\x61\x64\x61pter_dir\x18\t \x01(\t\"\x1c\n\nGetRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"K\n\x0bGetResponse\x12\'\n\x07summary\x18\x01 \x01(\x0b\x32\x16.plutino.v1.JobSummary\x12\x13\n\x0b\x64\x65tail_json\x18\x02 \x01(\t\"-\n\x0cWatchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"I\n\rWatchResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04json\x18\x04 \x01(\t\"\x1f\n\rCancelRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x1e\n\x0cPauseRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1e\n\rPauseResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\x0eResumeResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65vicesRequest\"\'\n\x0f\x44\x65vicesResponse\x12\x14\n\x0c\x64\x65vices_json\x18\x01 \x01(\t\"\x13\n\x11\x43heckLinksRequest\"5\n\x12\x43heckLinksResponse\x12\x1f\n\x05\x64ials\x18\x01 \x03(\x0b\x32\x10.plutino.v1.Dial2\x8c\x05\n\nJobService\x12?\n\x06Submit\x12\x19.plutino.v1.SubmitRequest\x1a\x1a.plutino.v1.SubmitResponse\x12\x39\n\x04Plan\x12\x17.plutino.v1.PlanRequest\x1a\x18.plutino.v1.PlanResponse\x12\x39\n\x04List\x12\x17.plutino.v1.ListRequest\x1a\x18.plutino.v1.ListResponse\x12\x36\n\x03Get\x12\x16.plutino.v1.GetRequest\x1a\x17.plutino.v1.GetResponse\x12>\n\x05Watch\x12\x18.plutino.v1.WatchRequest\x1a\x19.plutino.v1.WatchResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.plutino.v1.CancelRequest\x1a\x1a.plutino.v1.CancelResponse\x12<\n\x05Pause\x12\x18.plutino.v1.PauseRequest\x1a\x19.plutino.v1.PauseResponse\x12?\n\x06Resume\x12\x19.plutino.v1.ResumeRequest\x1a\x1a.plutino.v1.ResumeResponse\x12\x42\n\x07\x44\x65vices\x12\x1a.plutino.v1.DevicesRequest\x1a\x1b.plutino.v1.DevicesResponse\x12K\n\nCheckLinks\x12\x1d.plutino.v1.CheckLinksRequest\x1a\x1e.plutino.v1.CheckLinksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.jobs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SUBMITREQUEST']._serialized_start=33
-  _globals['_SUBMITREQUEST']._serialized_end=92
-  _globals['_SUBMITRESPONSE']._serialized_start=94
-  _globals['_SUBMITRESPONSE']._serialized_end=126
-  _globals['_PLANREQUEST']._serialized_start=128
-  _globals['_PLANREQUEST']._serialized_end=160
-  _globals['_PLANRESPONSE']._serialized_start=162
-  _globals['_PLANRESPONSE']._serialized_end=195
-  _globals['_LISTREQUEST']._serialized_start=197
-  _globals['_LISTREQUEST']._serialized_end=210
-  _globals['_LISTRESPONSE']._serialized_start=212
-  _globals['_LISTRESPONSE']._serialized_end=264
-  _globals['_JOBSUMMARY']._serialized_start=267
-  _globals['_JOBSUMMARY']._serialized_end=440
-  _globals['_GETREQUEST']._serialized_start=442
-  _globals['_GETREQUEST']._serialized_end=470
-  _globals['_GETRESPONSE']._serialized_start=472
-  _globals['_GETRESPONSE']._serialized_end=547
-  _globals['_WATCHREQUEST']._serialized_start=549
-  _globals['_WATCHREQUEST']._serialized_end=594
-  _globals['_WATCHRESPONSE']._serialized_start=596
-  _globals['_WATCHRESPONSE']._serialized_end=669
-  _globals['_CANCELREQUEST']._serialized_start=671
-  _globals['_CANCELREQUEST']._serialized_end=702
-  _globals['_CANCELRESPONSE']._serialized_start=704
-  _globals['_CANCELRESPONSE']._serialized_end=735
-  _globals['_PAUSEREQUEST']._serialized_start=737
-  _globals['_PAUSEREQUEST']._serialized_end=767
-  _globals['_PAUSERESPONSE']._serialized_start=769
-  _globals['_PAUSERESPONSE']._serialized_end=799
-  _globals['_RESUMEREQUEST']._serialized_start=801
-  _globals['_RESUMEREQUEST']._serialized_end=832
-  _globals['_RESUMERESPONSE']._serialized_start=834
-  _globals['_RESUMERESPONSE']._serialized_end=865
-  _globals['_DEVICESREQUEST']._serialized_start=867
-  _globals['_DEVICESREQUEST']._serialized_end=883
-  _globals['_DEVICESRESPONSE']._serialized_start=885
-  _globals['_DEVICESRESPONSE']._serialized_end=924
-  _globals['_JOBSERVICE']._serialized_start=927
-  _globals['_JOBSERVICE']._serialized_end=1502
+  _globals['_SUBMITREQUEST']._serialized_start=54
+  _globals['_SUBMITREQUEST']._serialized_end=113
+  _globals['_SUBMITRESPONSE']._serialized_start=115
+  _globals['_SUBMITRESPONSE']._serialized_end=147
+  _globals['_PLANREQUEST']._serialized_start=149
+  _globals['_PLANREQUEST']._serialized_end=181
+  _globals['_PLANRESPONSE']._serialized_start=183
+  _globals['_PLANRESPONSE']._serialized_end=216
+  _globals['_LISTREQUEST']._serialized_start=218
+  _globals['_LISTREQUEST']._serialized_end=231
+  _globals['_LISTRESPONSE']._serialized_start=233
+  _globals['_LISTRESPONSE']._serialized_end=285
+  _globals['_JOBSUMMARY']._serialized_start=288
+  _globals['_JOBSUMMARY']._serialized_end=461
+  _globals['_GETREQUEST']._serialized_start=463
+  _globals['_GETREQUEST']._serialized_end=491
+  _globals['_GETRESPONSE']._serialized_start=493
+  _globals['_GETRESPONSE']._serialized_end=568
+  _globals['_WATCHREQUEST']._serialized_start=570
+  _globals['_WATCHREQUEST']._serialized_end=615
+  _globals['_WATCHRESPONSE']._serialized_start=617
+  _globals['_WATCHRESPONSE']._serialized_end=690
+  _globals['_CANCELREQUEST']._serialized_start=692
+  _globals['_CANCELREQUEST']._serialized_end=723
+  _globals['_CANCELRESPONSE']._serialized_start=725
+  _globals['_CANCELRESPONSE']._serialized_end=756
+  _globals['_PAUSEREQUEST']._serialized_start=758
+  _globals['_PAUSEREQUEST']._serialized_end=788
+  _globals['_PAUSERESPONSE']._serialized_start=790
+  _globals['_PAUSERESPONSE']._serialized_end=820
+  _globals['_RESUMEREQUEST']._serialized_start=822
+  _globals['_RESUMEREQUEST']._serialized_end=853
+  _globals['_RESUMERESPONSE']._serialized_start=855
+  _globals['_RESUMERESPONSE']._serialized_end=886
+  _globals['_DEVICESREQUEST']._serialized_start=888
+  _globals['_DEVICESREQUEST']._serialized_end=904
+  _globals['_DEVICESRESPONSE']._serialized_start=906
+  _globals['_DEVICESRESPONSE']._serialized_end=945
+  _globals['_CHECKLINKSREQUEST']._serialized_start=947
+  _globals['_CHECKLINKSREQUEST']._serialized_end=966
+  _globals['_CHECKLINKSRESPONSE']._serialized_start=968
+  _globals['_CHECKLINKSRESPONSE']._serialized_end=1021
+  _globals['_JOBSERVICE']._serialized_start=1024
+  _globals['_JOBSERVICE']._serialized_end=1676
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from protos import doctor_pb2 as _doctor_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -420,3 +421,38 @@ class DevicesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DevicesResponse: _TypeAlias = DevicesResponse  # noqa: Y015
+
+@_typing.final
+class CheckLinksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckLinksRequest: _TypeAlias = CheckLinksRequest  # noqa: Y015
+
+@_typing.final
+class CheckLinksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def dials(self) -> _containers.RepeatedCompositeFieldContainer[_doctor_pb2.Dial]: ...
+    def __init__(
+        self,
+        *,
+        dials: _abc.Iterable[_doctor_pb2.Dial] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dials", b"dials"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckLinksResponse: _TypeAlias = CheckLinksResponse  # noqa: Y015

@@ -80,6 +80,11 @@ class JobServiceStub:
                 request_serializer=protos_dot_jobs__pb2.DevicesRequest.SerializeToString,
                 response_deserializer=protos_dot_jobs__pb2.DevicesResponse.FromString,
                 _registered_method=True)
+        self.CheckLinks = channel.unary_unary(
+                '/plutino.v1.JobService/CheckLinks',
+                request_serializer=protos_dot_jobs__pb2.CheckLinksRequest.SerializeToString,
+                response_deserializer=protos_dot_jobs__pb2.CheckLinksResponse.FromString,
+                _registered_method=True)
 
 
 class JobServiceServicer:
@@ -143,6 +148,13 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckLinks(self, request, context):
+        """Every device dials every other one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -190,6 +202,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.Devices,
                     request_deserializer=protos_dot_jobs__pb2.DevicesRequest.FromString,
                     response_serializer=protos_dot_jobs__pb2.DevicesResponse.SerializeToString,
+            ),
+            'CheckLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckLinks,
+                    request_deserializer=protos_dot_jobs__pb2.CheckLinksRequest.FromString,
+                    response_serializer=protos_dot_jobs__pb2.CheckLinksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -436,6 +453,33 @@ class JobService:
             '/plutino.v1.JobService/Devices',
             protos_dot_jobs__pb2.DevicesRequest.SerializeToString,
             protos_dot_jobs__pb2.DevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plutino.v1.JobService/CheckLinks',
+            protos_dot_jobs__pb2.CheckLinksRequest.SerializeToString,
+            protos_dot_jobs__pb2.CheckLinksResponse.FromString,
             options,
             channel_credentials,
             insecure,

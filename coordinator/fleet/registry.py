@@ -12,9 +12,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from coordinator.fleet.membership import Change, Device, DeviceState, Fleet
 from partitioner.device import BlockTimings, ProfileRequest
+from plutino.doctor.door import DOOR_S, KNOCK_TIMEOUT_S
 from plutino.errors import AgentError, AgentLostError
 from plutino.hardware import wire_refusal
 from plutino.types import AgentId, WorkerRef
@@ -29,7 +31,10 @@ SUSPECT_AFTER_S = 4.0
 LEASE_S = 15.0
 SETTLE_S = 1.5
 _PROFILE_TIMEOUT_S = 120.0
+_KNOCK_GRACE_S = 2.0
 _OUTGOING_BOUND = 1024
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(slots=True)
@@ -53,6 +58,8 @@ class AgentLink:
     usage: dict[WorkerRef, WorkerUsage] = field(default_factory=dict)
     agent_rss_bytes: int = 0
     profiles: dict[str, asyncio.Future[BlockTimings]] = field(default_factory=dict)
+    doors: dict[str, asyncio.Future[str]] = field(default_factory=dict)
+    knocks: dict[str, asyncio.Future[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +154,10 @@ class FleetRegistry:
             reader.cancel()
             if self._links.get(link.agent_id) is link:
                 del self._links[link.agent_id]
-            for profile in link.profiles.values():
-                if not profile.done():
-                    profile.set_exception(AgentLostError(f"{self.name_of(link.agent_id)} left while it was measured"))
+            waiting: list[asyncio.Future[Any]] = [*link.profiles.values(), *link.doors.values(), *link.knocks.values()]
+            for answer in waiting:
+                if not answer.done():
+                    answer.set_exception(AgentLostError(f"{self.name_of(link.agent_id)} left before it answered"))
             self._step(self.fleet.stream_lost(link.agent_id, link.stream, self._clock()))
 
     async def watch_leases(self) -> None:
@@ -175,23 +183,69 @@ class FleetRegistry:
             AgentLostError: it left.
             AgentError: it could not measure, or did not answer in time.
         """
+        request_json = request.model_dump_json()
+        return await self._ask(
+            agent_id,
+            lambda link: link.profiles,
+            lambda request_id: pb.AgentCommand(
+                profile=pb.ProfileRequest(request_id=request_id, request_json=request_json)
+            ),
+            _PROFILE_TIMEOUT_S,
+        )
+
+    async def open_door(self, agent_id: AgentId) -> str:
+        """Let a device listen for a moment where its workers would; the address that others would dial.
+
+        Raises:
+            AgentLostError: it left.
+            AgentError: it cannot listen, or did not answer in time.
+        """
+        return await self._ask(
+            agent_id,
+            lambda link: link.doors,
+            lambda request_id: pb.AgentCommand(open_door=pb.OpenDoor(request_id=request_id, seconds=DOOR_S)),
+            KNOCK_TIMEOUT_S + _KNOCK_GRACE_S,
+        )
+
+    async def knock(self, agent_id: AgentId, address: str, node_id: str) -> float:
+        """Let a device dial an address; seconds that it took. ``node_id`` must answer there; empty without TLS.
+
+        Raises:
+            AgentLostError: the device left.
+            AgentError: nobody answered it, or it did not answer in time.
+        """
+        return await self._ask(
+            agent_id,
+            lambda link: link.knocks,
+            lambda request_id: pb.AgentCommand(
+                knock=pb.Knock(request_id=request_id, address=address, timeout_s=KNOCK_TIMEOUT_S, node_id=node_id)
+            ),
+            KNOCK_TIMEOUT_S + _KNOCK_GRACE_S,
+        )
+
+    async def _ask(
+        self,
+        agent_id: AgentId,
+        answers_of: Callable[[AgentLink], dict[str, asyncio.Future[_Answer]]],
+        command: Callable[[str], pb.AgentCommand],
+        timeout_s: float,
+    ) -> _Answer:
+        """Send a command that has an answer, and wait for it."""
         link = self._links.get(agent_id)
         if link is None:
             raise AgentLostError(f"{self.name_of(agent_id)} is not attached")
         request_id = str(next(self._requests))
-        answer: asyncio.Future[BlockTimings] = asyncio.get_running_loop().create_future()
-        link.profiles[request_id] = answer
-        message = pb.ProfileRequest(request_id=request_id, request_json=request.model_dump_json())
-        self._send(agent_id, pb.AgentCommand(profile=message))
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        answers_of(link)[request_id] = answer
+        self._send(agent_id, command(request_id))
         try:
-            return await asyncio.wait_for(answer, _PROFILE_TIMEOUT_S)
+            return await asyncio.wait_for(answer, timeout_s)
         except asyncio.TimeoutError:
             raise AgentError(
-                f"{self.name_of(agent_id)} did not finish measuring within {_PROFILE_TIMEOUT_S:.0f} s; "
-                "see the agent's log"
+                f"{self.name_of(agent_id)} did not answer within {timeout_s:.0f} s; see the agent's log"
             ) from None
         finally:
-            link.profiles.pop(request_id, None)
+            answers_of(link).pop(request_id, None)
 
     def _send(self, agent_id: AgentId, command: pb.AgentCommand) -> bool:
         link = self._links.get(agent_id)
@@ -222,12 +276,13 @@ class FleetRegistry:
                 )
             case "profile_result":
                 result = event.profile_result
-                answer = link.profiles.get(result.request_id)
-                if answer is not None and not answer.done():
-                    if result.error:
-                        answer.set_exception(AgentError(f"{self.name_of(link.agent_id)}: {result.error}"))
-                    else:
-                        answer.set_result(BlockTimings.model_validate_json(result.timings_json))
+                self._settle(link, link.profiles.get(result.request_id), result.error, lambda: _timings(result))
+            case "door_opened":
+                door = event.door_opened
+                self._settle(link, link.doors.get(door.request_id), door.error, lambda: door.address)
+            case "knocked":
+                knocked = event.knocked
+                self._settle(link, link.knocks.get(knocked.request_id), knocked.error, lambda: knocked.seconds)
             case "heartbeat":
                 link.agent_rss_bytes = event.heartbeat.agent_rss_bytes
                 for usage in event.heartbeat.workers:
@@ -235,11 +290,26 @@ class FleetRegistry:
                         usage.rss_bytes, usage.peak_rss_bytes, usage.cpu_seconds
                     )
 
+    def _settle(
+        self, link: AgentLink, answer: asyncio.Future[_Answer] | None, error: str, value: Callable[[], _Answer]
+    ) -> None:
+        """Hand an agent's answer to whoever waits for it; nobody does any more once it has taken too long."""
+        if answer is None or answer.done():
+            return
+        if error:
+            answer.set_exception(AgentError(f"{self.name_of(link.agent_id)}: {error}"))
+        else:
+            answer.set_result(value())
+
     def _step(self, step: tuple[Fleet, tuple[Change, ...]]) -> None:
         self.fleet, changes = step
         for change in changes:
             logger.info("%s", change.reason)
             self._on_change(change)
+
+
+def _timings(result: pb.ProfileResult) -> BlockTimings:
+    return BlockTimings.model_validate_json(result.timings_json)
 
 
 def _device(hello: pb.AgentHello) -> Device:

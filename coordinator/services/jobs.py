@@ -10,13 +10,16 @@ from typing import Any
 
 import grpc.aio
 
+from coordinator.fleet.links import check_links
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.manager import JobManager, find_job
 from coordinator.jobs.record import JobRecord
+from coordinator.services.doctor import dial_to_proto
 from coordinator.storage.base import Store
 from plutino.errors import ConfigError, PlutinoError
 from plutino.events import event_json
 from plutino.job.spec import JobSpec, parse_spec
+from plutino.security.interceptors import caller_of
 from plutino.wire.status import abort_with_aio
 from protos import jobs_pb2 as pb
 from protos import jobs_pb2_grpc
@@ -122,6 +125,11 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             for agent_id, member in sorted(self._fleet.fleet.members.items())
         ]
         return pb.DevicesResponse(devices_json=json.dumps(devices))
+
+    async def CheckLinks(self, request: pb.CheckLinksRequest, context: Context) -> pb.CheckLinksResponse:
+        """Every device dials every other one."""
+        dials = await check_links(self._fleet, has_tls=caller_of(context.auth_context()) is not None)
+        return pb.CheckLinksResponse(dials=[dial_to_proto(dial) for dial in dials])
 
 
 def _spec(text: str) -> JobSpec:

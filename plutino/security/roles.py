@@ -25,6 +25,9 @@ METHOD_ROLES: dict[str, frozenset[Role]] = {
     "/plutino.v1.JobService/Pause": _PEOPLE,
     "/plutino.v1.JobService/Resume": _PEOPLE,
     "/plutino.v1.JobService/Devices": _PEOPLE,
+    "/plutino.v1.JobService/CheckLinks": _PEOPLE,
+    "/plutino.v1.DoctorService/Greet": _NODES,
+    "/plutino.v1.DoctorService/DialBack": _NODES,
     # Not in a .proto file: frames are bytes (edge_node/transport/streams.py).
     "/plutino.v1.DataService/Exchange": _NODES,
 }
