@@ -27,8 +27,8 @@ INT4_GROUP = 128
 
 UNPACK_TILE_PARAMS = 1 << 24
 """Weights that are unpacked at once, unless one row has more."""
-UNPACK_SCRATCH_BYTES_PER_PARAM = 4
-"""What a scheme needs beside the unpacked tile."""
+UNPACK_SCRATCH_BYTES = 4 << 20
+"""What schemes need beside the unpacked tile, which they fill piece by piece."""
 PACK_SCRATCH_BYTES = 32 << 20
 """What packing holds beside the matrix and its packed form: pieces of a million weights in fp32."""
 CONVERSION_BYTES = 16 << 20
@@ -44,7 +44,7 @@ def matrix_bytes(scheme: Scheme, out_features: int, in_features: int, *, gptq: G
     num_weights = out_features * in_features
     match scheme:
         case "int8":
-            return num_weights + _FP32_BYTES * out_features
+            return num_weights + 2 * out_features
         case "nf4":
             num_blocks = -(-num_weights // NF4_BLOCK)
             return num_weights // 2 + num_blocks + _FP32_BYTES * -(-num_blocks // NF4_SCALE_BLOCK) + _FP32_BYTES
@@ -110,11 +110,18 @@ class WeightSizes:
 
     def workspace_bytes(self, *, is_last: bool) -> int:
         """Bytes of the buffer that matrices are unpacked into, a tile at a time."""
-        shape = self._shape
-        largest = self._largest_matrix_params
+        table, shape = self._table, self._shape
+        matrices = [linear for linears in table.block_linears for linear in linears] if self.packs_blocks else []
+        sizes = [(_num_weights(linear), linear.in_features) for linear in matrices]
         if is_last and shape.packing.head != "keep":
-            largest = max(largest, self._token_params)
-        return min(largest, UNPACK_TILE_PARAMS) * (shape.dtype_bytes + UNPACK_SCRATCH_BYTES_PER_PARAM)
+            sizes.append((self._token_params, table.hidden_size))
+        if not sizes:
+            return 0
+        tile_bytes = min(max(size for size, _ in sizes), UNPACK_TILE_PARAMS) * shape.dtype_bytes
+        # The gradients that several tiles give are added up in fp32, each beside the next one.
+        tiled_inputs = max((inputs for size, inputs in sizes if size > UNPACK_TILE_PARAMS), default=0)
+        sum_bytes = shape.micro_batch_rows * shape.row_tokens * tiled_inputs * (_FP32_BYTES + shape.dtype_bytes)
+        return tile_bytes + UNPACK_SCRATCH_BYTES + sum_bytes
 
     def reading_bytes(self) -> int:
         """Bytes that stand beside the stage while it is built: what is read, and what packing or converting adds."""

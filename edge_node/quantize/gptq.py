@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from edge_node.quantize.base import PackedTensor
+from edge_node.quantize.workspace import scratch_elements, workspace
 from plutino.errors import QuantizationError
 from plutino.gptq_index import GptqFormat
 
@@ -73,8 +74,16 @@ class Gptq:
 
         Exact in fp32: a scale of 11 bits times a difference of 9 bits. Rounded once where ``out`` is narrower.
         """
+        piece_rows = max(1, scratch_elements(out.device) // out.shape[1])
+        for start in range(0, len(out), piece_rows):
+            self._unpack_rows(packed, out[start : start + piece_rows], start_row + start)
+        return out
+
+    def _unpack_rows(self, packed: Mapping[str, Tensor], out: Tensor, start_row: int) -> None:
         rows = slice(start_row, start_row + len(out))
-        values_OI = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        values_OI = out
+        if out.dtype != torch.float32:
+            values_OI = workspace("values", out.numel(), torch.float32, out.device).view(out.shape)
         codes = packed["codes"][rows]
         if self.packing.bits == 4:
             pairs = values_OI.unflatten(1, (-1, 2))
@@ -89,7 +98,8 @@ class Gptq:
         else:
             values_OG_ = values_OI.unflatten(1, (scales_OG.shape[1], -1))
             values_OG_.sub_(zeros_OG.unsqueeze(2)).mul_(scales_OG.unsqueeze(2))
-        return out if values_OI is out else out.copy_(values_OI)
+        if values_OI is not out:
+            out.copy_(values_OI)
 
     @torch.no_grad()
     def repack(self, layer: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
