@@ -7,10 +7,13 @@ ratio (A/A) is what this machine shows for no difference at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import sqlite3
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -131,6 +134,20 @@ def table(figures: Sequence[Figures], *, tokens_per_step: int) -> str:
         for each in sorted(figures, key=lambda each: each.median_step_s)
     ]
     return "\n".join(lines)
+
+
+def median_sync_s(path: Path, *, num_transactions: int = 50) -> float:
+    """Seconds of a transaction of one row, as the coordinator's store makes them, in a new database at ``path``."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("CREATE TABLE rows (number INTEGER)")
+        seconds = []
+        for number in range(num_transactions):
+            started_s = time.perf_counter()
+            connection.execute("INSERT INTO rows VALUES (?)", (number,))
+            seconds.append(time.perf_counter() - started_s)
+    return statistics.median(seconds)
 
 
 def machine_facts(packages: Iterable[str]) -> dict[str, object]:

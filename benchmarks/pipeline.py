@@ -25,6 +25,7 @@ from benchmarks.measure import (
     largest_loss_difference,
     machine_facts,
     measure_in_turns,
+    median_sync_s,
     table,
     write_results,
 )
@@ -60,11 +61,18 @@ def main(arguments: list[str] | None = None) -> int:
     if os.getloadavg()[0] > MAX_QUIET_LOAD:
         print(f"load average {os.getloadavg()[0]:.1f}: other programs are running, expect noise", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="plutino-benchmark-") as scratch:
-        figures, per_step_seconds = _measure(workload, turns, Path(scratch), with_micro_batches=options.micro_batches)
+        figures, per_step_seconds, sync_s = _measure(
+            workload, turns, Path(scratch), with_micro_batches=options.micro_batches
+        )
     difference = largest_loss_difference(list(figures.values()))
     document = pipeline_document(figures, per_step_seconds, tokens_per_step=workload.tokens_per_step)
     print(table(list(figures.values()), tokens_per_step=workload.tokens_per_step))
     print(_parts_table(per_step_seconds))
+    # The last to vote waits for nobody: what it waits is the decision, its transaction and the way there and back.
+    beyond_sync_s = min(stage["commit"] for stage in per_step_seconds) - sync_s
+    print(
+        f"from the last vote to the commit: {1e3 * beyond_sync_s:.1f} ms beyond the transaction's {1e3 * sync_s:.1f} ms"
+    )
     goals = pipeline_goals(document)
     print(goal_table(goals))
     print(f"losses of the same step differ by at most {difference:.4f}")
@@ -72,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"more than {LOSS_TOLERANCE}: they do not train the same thing, nothing written", file=sys.stderr)
         return 1
     details = figures_document(list(figures.values()), workload=asdict(workload), machine=machine, turns=turns)
-    write_results(out, {**document, "goals": [goal.to_dict() for goal in goals], **details})
+    commit = {"sync_s": sync_s, "last_vote_to_commit_beyond_sync_s": beyond_sync_s}
+    write_results(out, {**document, "commit": commit, "goals": [goal.to_dict() for goal in goals], **details})
     print(f"all figures: {out}")
     return 0
 
@@ -112,7 +121,8 @@ def pipeline_goals(document: Mapping[str, object]) -> list[Goal]:
 
 def _measure(
     workload: Workload, turns: Turns, scratch: Path, *, with_micro_batches: bool
-) -> tuple[dict[str, Figures], list[dict[str, float]]]:
+) -> tuple[dict[str, Figures], list[dict[str, float]], float]:
+    """Figures by contender, plutino's seconds by stage, and those of one transaction on the coordinator's disk."""
     folder = write_with_adapter(workload, scratch, num_steps=_num_steps(turns))
     values = job_values(workload, folder, dtype="bf16", shadow_every=NO_SHADOWS, num_stages=NUM_STAGES)
     spec = parse_spec(values, base_dir=scratch)
@@ -128,7 +138,8 @@ def _measure(
         contenders["torch_pipelining"] = torch_pipelining(workload, cuts, scratch)
         contenders["plutino"] = plutino
         figures = measure_in_turns(list(contenders.values()), turns)
-        return dict(zip(contenders, figures, strict=True)), plutino.seconds_by_stage()
+        sync_s = median_sync_s(state_dir / "sync.sqlite")
+        return dict(zip(contenders, figures, strict=True)), plutino.seconds_by_stage(), sync_s
 
 
 def _num_steps(turns: Turns) -> int:
