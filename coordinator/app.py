@@ -10,14 +10,14 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import grpc.aio
 
 from coordinator.fleet.membership import Change
-from coordinator.fleet.registry import FleetRegistry, WorkerExit
+from coordinator.fleet.registry import FleetRegistry, Patience, WorkerExit
 from coordinator.jobs.manager import Endpoints, JobManager
 from coordinator.scheduling.engine import Engine
 from coordinator.services.agents import AgentServicer
@@ -51,6 +51,8 @@ class CoordinatorConfig:
     """An existing Ray cluster; None starts an embedded one."""
     bulk_rate_bytes_per_s: int = 0
     """Cap on weights and shadows together; 0 means none."""
+    patience: Patience = field(default_factory=Patience)
+    """How long devices are waited for."""
 
 
 MakeEngine = Callable[[CoordinatorConfig, Endpoints, int], Engine]
@@ -109,7 +111,9 @@ async def _serve(
     def on_worker_exit(exit_: WorkerExit) -> None:
         jobs[0].on_worker_exit(exit_)
 
-    fleet = FleetRegistry(incarnation=incarnation, on_change=on_change, on_worker_exit=on_worker_exit)
+    fleet = FleetRegistry(
+        incarnation=incarnation, on_change=on_change, on_worker_exit=on_worker_exit, patience=config.patience
+    )
     devices_server, people_server = aio_server(Lane.CONTROL), aio_server(Lane.REPORT)
     endpoints = Endpoints(
         devices_address=bind(devices_server, _stored_address(store, "devices_address", config.devices_address)),
@@ -135,7 +139,7 @@ async def _serve(
     stack.push_async_callback(engine.close)
     for server in (devices_server, people_server):
         await server.start()
-        stack.push_async_callback(_stop_server, server)
+    stack.push_async_callback(_stop_servers, devices_server, people_server)
     stack.push_async_callback(manager.close)
     manager.resume_all()
     await _write_endpoints(config, store, endpoints)
@@ -164,8 +168,9 @@ async def _watch_store(store: Store) -> None:
     raise StoreError("the store cannot be written any more; free disk space or mend the disk, then: plutino up")
 
 
-async def _stop_server(server: grpc.aio.Server) -> None:
-    await server.stop(_STOP_GRACE_S)
+async def _stop_servers(*servers: grpc.aio.Server) -> None:
+    # At once: each waits its whole grace for streams that agents and watchers keep open.
+    await asyncio.gather(*(server.stop(_STOP_GRACE_S) for server in servers))
 
 
 def _make_engine(config: CoordinatorConfig, endpoints: Endpoints, incarnation: int) -> Engine:

@@ -72,10 +72,17 @@ def up(
     ] = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where devices dial.")] = "127.0.0.1:7420",
     api: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where people and programs dial.")] = "127.0.0.1:7421",
+    lease: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1.0, help="A device that is silent for so long is lost.")
+    ] = 15.0,
+    settle: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.0, help="Plans wait until no device has joined for so long.")
+    ] = 1.5,
     as_json: AsJson = False,
 ) -> None:
     """Run the coordinator until Ctrl-C; its jobs go on at the next start."""
     from coordinator.app import CoordinatorConfig
+    from coordinator.fleet.registry import Patience
     from coordinator.serve import serve
     from plutino.endpoint import default_state_dir
 
@@ -85,6 +92,7 @@ def up(
         people_address=api,
         engine=engine,
         ray_address=ray_address,
+        patience=Patience(lease_s=lease, settle_s=settle),
     )
     serve(config, as_json=as_json)
 

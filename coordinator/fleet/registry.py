@@ -26,13 +26,30 @@ from protos import agents_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_EVERY_S = 1.0
-SUSPECT_AFTER_S = 4.0
-LEASE_S = 15.0
-SETTLE_S = 1.5
 _PROFILE_TIMEOUT_S = 120.0
 _KNOCK_GRACE_S = 2.0
 _OUTGOING_BOUND = 1024
+_LOOK_AGAIN_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long the coordinator waits for devices."""
+
+    lease_s: float = 15.0
+    """A device that is silent for so long is gone, and its workers are lost."""
+    settle_s: float = 1.5
+    """A plan waits until no device has joined for so long."""
+
+    @property
+    def heartbeat_every_s(self) -> float:
+        """How often agents speak up: a lease survives many lost words, and a short one makes them speak faster."""
+        return min(1.0, self.lease_s / 15)
+
+    @property
+    def suspect_after_s(self) -> float:
+        """Four heartbeats."""
+        return 4 * self.heartbeat_every_s
 
 _Answer = TypeVar("_Answer")
 
@@ -82,15 +99,17 @@ class FleetRegistry:
         incarnation: int,
         on_change: Callable[[Change], None],
         on_worker_exit: Callable[[WorkerExit], None],
+        patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._incarnation = incarnation
+        self._patience = patience or Patience()
         self._on_change = on_change
         self._on_worker_exit = on_worker_exit
         self._clock = clock
         self._streams = itertools.count(1)
         self._requests = itertools.count(1)
-        self.fleet = Fleet(lease_s=LEASE_S, suspect_after_s=SUSPECT_AFTER_S)
+        self.fleet = Fleet(lease_s=self._patience.lease_s, suspect_after_s=self._patience.suspect_after_s)
         self._links: dict[AgentId, AgentLink] = {}
         self._last_join_s = clock()
 
@@ -104,8 +123,9 @@ class FleetRegistry:
 
         Agents that outlived the coordinator come back one after the other; a plan made over the first would be wrong.
         """
-        while not self.devices or self._clock() - self._last_join_s < SETTLE_S:
-            await asyncio.sleep(SETTLE_S / 10)
+        settle_s = self._patience.settle_s
+        while not self.devices or self._clock() - self._last_join_s < settle_s:
+            await asyncio.sleep(max(_LOOK_AGAIN_S, settle_s / 10))
 
     def link(self, agent_id: AgentId) -> AgentLink | None:
         """The stream of an attached agent."""
@@ -144,7 +164,7 @@ class FleetRegistry:
         self._last_join_s = self._clock()
         self._step(self.fleet.hello(_device(first.hello), link.stream, self._clock()))
         yield pb.AgentCommand(
-            welcome=pb.AgentWelcome(incarnation=self._incarnation, heartbeat_every_s=HEARTBEAT_EVERY_S)
+            welcome=pb.AgentWelcome(incarnation=self._incarnation, heartbeat_every_s=self._patience.heartbeat_every_s)
         )
         reader = asyncio.create_task(self._read(link, events))
         try:
@@ -163,7 +183,7 @@ class FleetRegistry:
     async def watch_leases(self) -> None:
         """Run forever: devices that stay silent become suspect, then gone."""
         while True:
-            await asyncio.sleep(HEARTBEAT_EVERY_S / 2)
+            await asyncio.sleep(self._patience.heartbeat_every_s / 2)
             self._step(self.fleet.tick(self._clock()))
 
     def start_worker(self, agent_id: AgentId, ref: WorkerRef, assignment_json: str) -> bool:
