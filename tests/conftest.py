@@ -1,13 +1,17 @@
 """Ground rules of the whole suite, and the account of where its seconds go.
 
 No test reaches the network or the state of whoever runs the suite. The account is printed before pytest's own last
-line; a part over its budget is marked but never fails, because a busy machine is not a fault of the code.
+line: seconds of the clock against the budget, which holds for two quiet cores, and processor seconds, which a busy
+machine changes little. A part over its budget is marked but never fails, because a busy machine is not a fault of the
+code.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import resource
+import time
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,21 +32,51 @@ class Part:
     budget_s: float
 
 
-# A marker says more about a test's cost than its directory.
+SPINE = Part("spine", 150)
+ANY_MODEL = Part("any model", 80)
+QUANTISED = Part("quantised", 40)
+PLANNER_AND_RAY = Part("planner and Ray", 60)
+PAC = Part("PAC", 70)
+METHODS = Part("methods", 70)
+OBJECTIVES = Part("objectives", 70)
+
+# A marker says more about a test's cost than its file.
 PART_BY_MARKER = {
     "chaos": Part("chaos", 900),
     "gpu": Part("gpu", 300),
-    "slow": Part("slow", 900),
-    "ray": Part("ray", 60),
+    "slow": Part("slow", 1800),
+    "ray": PLANNER_AND_RAY,
 }
-PART_BY_DIRECTORY = {
-    "unit": Part("unit", 60),
-    "numerics": Part("numerics", 90),
-    "integration": Part("integration", 60),
-    "e2e": Part("spine (e2e)", 150),
-    "chaos": PART_BY_MARKER["chaos"],
+# Beginnings of paths below tests/; the longest that fits wins, and what fits none is the spine's.
+PART_BY_PATH = {
+    # Families, weights over the wire, security, machines of all kinds.
+    "numerics/test_famil": ANY_MODEL,
+    "unit/edge/test_cache": ANY_MODEL,
+    "unit/edge/test_hardware": ANY_MODEL,
+    "unit/edge/test_weights": ANY_MODEL,
+    "unit/jobs/test_eligibility": ANY_MODEL,
+    "unit/security/": ANY_MODEL,
+    "unit/weights/": ANY_MODEL,
+    "integration/test_mixed_machines": ANY_MODEL,
+    "integration/test_security": ANY_MODEL,
+    "integration/test_weights": ANY_MODEL,
+    "e2e/test_security": ANY_MODEL,
+    # Quantised layers.
+    "numerics/test_quant": QUANTISED,
+    "unit/quantize/": QUANTISED,
+    "integration/test_quant": QUANTISED,
+    # The planner; Ray has its marker.
+    "numerics/test_planner": PLANNER_AND_RAY,
+    "unit/partitioner/": PLANNER_AND_RAY,
+    "unit/scheduling/": PLANNER_AND_RAY,
+    # Parallel adapters, activation cache, data-parallel epochs.
+    "numerics/test_pac": PAC,
+    "integration/test_pac": PAC,
+    # Methods beside LoRA; objectives beside supervised tuning.
+    "numerics/test_methods": METHODS,
+    "numerics/test_objectives": OBJECTIVES,
+    "unit/objectives/": OBJECTIVES,
 }
-OTHER = Part("other", 10)
 
 
 def part_of(path: Path, markers: set[str]) -> Part:
@@ -50,37 +84,73 @@ def part_of(path: Path, markers: set[str]) -> Part:
     for marker, part in PART_BY_MARKER.items():
         if marker in markers:
             return part
-    directories = path.relative_to(TESTS_DIR).parts if path.is_relative_to(TESTS_DIR) else ()
-    return PART_BY_DIRECTORY.get(directories[0], OTHER) if directories else OTHER
+    below = path.relative_to(TESTS_DIR).as_posix() if path.is_relative_to(TESTS_DIR) else ""
+    beginnings = [beginning for beginning in PART_BY_PATH if below.startswith(beginning)]
+    return PART_BY_PATH[max(beginnings, key=len)] if beginnings else SPINE
+
+
+def processor_s() -> float:
+    """Seconds that this process and its reaped children have computed."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@dataclass(slots=True)
+class Account:
+    """What a part, or a folder of it, has taken."""
+
+    num_tests: int = 0
+    clock_s: float = 0.0
+    processor_s: float = 0.0
 
 
 class SecondsByPart:
-    """Pytest plugin: sums set-up, call and teardown of every test by part."""
+    """Pytest plugin: sums set-up, call and teardown of every test by part, and by folder within it.
+
+    A fixture counts where it is set up or torn down; a child process counts for processor time where it is reaped.
+    """
 
     def __init__(self) -> None:
-        self._part_by_test: dict[str, Part] = {}
-        self._seconds: dict[Part, float] = {}
-        self._tests: dict[Part, set[str]] = {}
+        self._accounts: dict[Part, dict[str, Account]] = {}
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            self._part_by_test[item.nodeid] = part_of(item.path, {marker.name for marker in item.iter_markers()})
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        part = self._part_by_test.get(report.nodeid, OTHER)
-        self._seconds[part] = self._seconds.get(part, 0.0) + report.duration
-        self._tests.setdefault(part, set()).add(report.nodeid)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        clock_s, used_s = time.monotonic(), processor_s()
+        result = yield
+        part = part_of(item.path, {marker.name for marker in item.iter_markers()})
+        folder = item.path.relative_to(TESTS_DIR).parts[0] if item.path.is_relative_to(TESTS_DIR) else "."
+        account = self._accounts.setdefault(part, {}).setdefault(folder, Account())
+        account.num_tests += 1
+        account.clock_s += time.monotonic() - clock_s
+        account.processor_s += processor_s() - used_s
+        return result
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if not self._seconds:
+        if not self._accounts:
             return
         terminalreporter.section("seconds by part")
-        for part in sorted(self._seconds, key=lambda part: -self._seconds[part]):
-            seconds = self._seconds[part]
-            mark = "  over budget" if seconds > part.budget_s else ""
-            terminalreporter.write_line(
-                f"{part.name:<12} {len(self._tests[part]):>5} tests {seconds:>7.1f} s of {part.budget_s:>4.0f} s{mark}"
-            )
+        for part, accounts in sorted(self._accounts.items(), key=lambda entry: -_sum(entry[1]).clock_s):
+            whole = _sum(accounts)
+            mark = "  over budget" if whole.clock_s > part.budget_s else ""
+            terminalreporter.write_line(f"{_row(part.name, whole)} of {part.budget_s:>4.0f} s{mark}")
+            if len(accounts) > 1:
+                for folder in sorted(accounts):
+                    terminalreporter.write_line(_row(f"  {folder}", accounts[folder]))
+
+
+def _sum(accounts: Mapping[str, Account]) -> Account:
+    parts = accounts.values()
+    return Account(
+        sum(part.num_tests for part in parts),
+        sum(part.clock_s for part in parts),
+        sum(part.processor_s for part in parts),
+    )
+
+
+def _row(name: str, account: Account) -> str:
+    return (
+        f"{name:<16} {account.num_tests:>5} tests {account.processor_s:>7.1f} s of processor {account.clock_s:>7.1f} s"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
