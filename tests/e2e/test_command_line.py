@@ -36,6 +36,13 @@ def job_file(stack: Stack, model_dir: Path) -> Path:
     return write_job(stack.folder / "job.yaml", model_dir, placement={"stages": 2})
 
 
+@pytest.fixture(scope="module")
+def long_job_file(stack: Stack, model_dir: Path) -> Path:
+    """On one device, because a worker's imports are what a job costs here."""
+    training = {"steps": 100_000, "batch_size": 4, "micro_batch_size": 2}
+    return write_job(stack.folder / "long.yaml", model_dir, training=training)
+
+
 def test_up_tells_the_line_that_starts_an_agent(stack):
     assert stack.endpoint["join"] == (
         f"plutino node run --coordinator {stack.endpoint['devices_address']} --memory 4GiB"
@@ -58,6 +65,18 @@ def test_plan_covers_every_block_once_within_the_budgets(stack, job_file):
     assert all(stage["baseline_bytes"] + stage["job_bytes"] <= stage["budget_bytes"] for stage in plan["stages"])
 
 
+def test_model_too_large_for_the_fleet_is_refused_with_what_would_fit(stack):
+    """Before the first job: the agents' spare workers, which measure a block of it, are still there."""
+    large = hollow_model(stack.folder / "large", hidden_size=256, intermediate_size=16384, num_hidden_layers=12)
+    job = write_job(stack.folder / "too-large.yaml", large)
+
+    planned, submitted = stack.run("plan", job), stack.run("submit", job)
+
+    assert (planned.returncode, submitted.returncode) == (4, 7)
+    for said in (planned.stderr, submitted.stderr):
+        assert "one 600 MiB" in said and "one more device of" in said
+
+
 def test_submitted_job_is_listed_watched_and_ends_with_an_adapter(stack, job_file):
     out = stack.folder / "adapter"
     job_id = stack.ask("submit", job_file, "--detach", "--set", f"output.dir={out}")["job_id"]
@@ -67,12 +86,14 @@ def test_submitted_job_is_listed_watched_and_ends_with_an_adapter(stack, job_fil
 
     assert watched.returncode == 0, watched.stdout + watched.stderr
     assert f"from_pretrained('{out}')" in watched.stdout
-    assert (out / "adapter_model.safetensors").exists() and (out / "README.md").exists()
+    assert (out / "adapter_model.safetensors").exists()
+    # Stock peft's reload, which happens in a process of its own, found the pipeline's loss.
+    assert "without the adapter" in (out / "README.md").read_text()
     assert stack.ask("show", job_id)["detail"]["ledger"][-1]["step"] == 2
 
 
-def test_watch_ctrl_c_detaches_then_cancel_frees_everything(stack, job_file):
-    job_id = stack.ask("submit", job_file, "--detach", "--set", "training.steps=100000")["job_id"]
+def test_watch_ctrl_c_detaches_then_cancel_frees_everything(stack, long_job_file):
+    job_id = stack.ask("submit", long_job_file, "--detach", "--set", "placement.devices=[one]")["job_id"]
     command = [*PLUTINO, "watch", job_id, "--state-dir", str(stack.state_dir)]
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert watching.stdout is not None
@@ -83,10 +104,11 @@ def test_watch_ctrl_c_detaches_then_cancel_frees_everything(stack, job_file):
     watching.send_signal(signal.SIGINT)
     _, said = watching.communicate(timeout=10)
     assert (watching.returncode, f"Attach again: plutino watch {job_id}" in said) == (0, True)
-    assert stack.ask("show", job_id)["summary"]["state"] == "running"
+    with stack.client() as client:
+        assert client.job(job_id).summary.state == "running"
 
-    assert stack.ask("cancel", job_id)["state"] == "cancelled"
-    assert [device["reserved_bytes"] for device in stack.ask("devices")] == [0, 0]
+        assert stack.ask("cancel", job_id)["state"] == "cancelled"
+        assert [device["reserved_bytes"] for device in client.devices()] == [0, 0]
 
 
 def test_job_with_a_row_without_an_answer_fails_and_names_the_line(stack, model_dir):
@@ -110,17 +132,6 @@ def test_job_whose_data_file_is_missing_fails_and_names_it(stack, model_dir):
     assert str(stack.folder / "nowhere.jsonl") in ended.stderr
 
 
-def test_model_too_large_for_the_fleet_is_refused_with_what_would_fit(stack):
-    large = hollow_model(stack.folder / "large", hidden_size=128, intermediate_size=8192, num_hidden_layers=50)
-    job = write_job(stack.folder / "too-large.yaml", large)
-
-    planned, submitted = stack.run("plan", job), stack.run("submit", job)
-
-    assert (planned.returncode, submitted.returncode) == (4, 7)
-    for said in (planned.stderr, submitted.stderr):
-        assert "one 600 MiB" in said and "one more device of" in said
-
-
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "told"),
     [
@@ -130,12 +141,13 @@ def test_model_too_large_for_the_fleet_is_refused_with_what_would_fit(stack):
     ],
 )
 def test_submit_bad_input_is_told_and_nothing_is_stored(stack, job_file, arguments, exit_code, told):
-    before = len(stack.ask("jobs"))
+    with stack.client() as client:
+        before = len(client.jobs())
 
-    ended = stack.run("submit", job_file, *arguments)
+        ended = stack.run("submit", job_file, *arguments)
 
-    assert (ended.returncode, told in ended.stderr, "Traceback" in ended.stderr) == (exit_code, True, False)
-    assert len(stack.ask("jobs")) == before
+        assert (ended.returncode, told in ended.stderr, "Traceback" in ended.stderr) == (exit_code, True, False)
+        assert len(client.jobs()) == before
 
 
 def test_submit_missing_job_file_is_told(stack):
@@ -169,30 +181,24 @@ def test_up_beyond_loopback_is_refused_with_the_reason(stack, tmp_path):
     assert "neither encrypted nor authenticated" in ended.stderr
 
 
-def test_job_outlives_the_coordinator(stack, job_file):
-    job_id = stack.ask("submit", job_file, "--detach", "--set", "training.steps=100000")["job_id"]
+def test_job_outlives_the_coordinator_and_ends_with_the_reason_when_its_device_vanishes(stack, long_job_file):
+    """The last test: it costs the module its second agent."""
+    job_id = stack.ask("submit", long_job_file, "--detach", "--set", "placement.devices=[two]")["job_id"]
     stack.await_job(job_id, lambda job: job.step > 0)
 
     stack.kill("coordinator")
     told = stack.run("jobs")
     assert told.returncode == 10 and "plutino up" in told.stderr
-    stack.up("--engine", "local")
+    stack.up("--engine", "local", "--lease", "1.5")
     reached = stack.await_job(job_id, lambda job: True).step
 
     stack.await_job(job_id, lambda job: job.step > reached)
     assert {row["status"] for row in stack.ask("show", job_id)["detail"]["ledger"]} == {"committed"}
-    stack.run("cancel", job_id)
-
-
-def test_device_that_vanishes_while_loading_ends_the_job_with_the_reason(stack, model_dir):
-    """The last test: it costs the module its second agent."""
-    job = write_job(stack.folder / "lost.yaml", model_dir, placement={"devices": ["two"]})
-    job_id = stack.ask("submit", job, "--detach", "--set", "training.steps=100000")["job_id"]
-    stack.await_job(job_id, lambda job: job.state in ("loading", "running"))
 
     stack.kill("two")
     ended = stack.run("watch", job_id)
 
     assert ended.returncode == 7
     assert "lost the worker of stage 0 on two" in ended.stdout
-    assert stack.ask("show", job_id)["summary"]["state"] == "failed"
+    with stack.client() as client:
+        assert client.job(job_id).summary.state == "failed"

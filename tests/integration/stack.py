@@ -23,6 +23,7 @@ import torch
 
 from coordinator.app import CoordinatorConfig, run_coordinator
 from coordinator.artifacts.verify import verify_adapter
+from coordinator.fleet.registry import Patience
 from coordinator.jobs.manager import Endpoints
 from coordinator.scheduling.local import LocalEngine
 from edge_node.session import WorkerSession
@@ -64,10 +65,15 @@ def verifying_here(config: CoordinatorConfig, endpoints: Endpoints, incarnation:
 class ThreadCoordinator:
     """A coordinator on an event loop in a thread."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, *, lease_s: float = 15.0) -> None:
         self._ready = threading.Event()
         self._config = CoordinatorConfig(
-            state_dir=state_dir, devices_address="127.0.0.1:0", people_address="127.0.0.1:0", engine="local"
+            state_dir=state_dir,
+            devices_address="127.0.0.1:0",
+            people_address="127.0.0.1:0",
+            engine="local",
+            # Tests wait themselves until all their agents are in.
+            patience=Patience(lease_s=lease_s, settle_s=0.0),
         )
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="coordinator")
@@ -104,7 +110,7 @@ class ThreadCoordinator:
 class ProcessCoordinator:
     """A coordinator in a process of its own, which a test may kill."""
 
-    def __init__(self, state_dir: Path, *, crash_at: str = "") -> None:
+    def __init__(self, state_dir: Path, *, crash_at: str = "", settle_s: float = 0.0) -> None:
         self._state_dir = state_dir
         state_dir.mkdir(exist_ok=True)
         (state_dir / "endpoint.json").unlink(missing_ok=True)
@@ -112,7 +118,7 @@ class ProcessCoordinator:
         environment = {**os.environ, "PYTHONPATH": path, "PLUTINO_CRASH_AT": crash_at}
         self._log = (state_dir / "coordinator.log").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "coordinator_process.py"), str(state_dir)],
+            [sys.executable, str(Path(__file__).parent / "coordinator_process.py"), str(state_dir), str(settle_s)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -166,6 +172,8 @@ class ThreadAgent:
         self._exited: list[agents_pb2.AgentEvent] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._is_deaf = threading.Event()
+        self._beat_every_s = 0.05
         self._outgoing: queue.SimpleQueue[agents_pb2.AgentEvent | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"agent {name}")
         self._thread.start()
@@ -176,6 +184,10 @@ class ThreadAgent:
         """A worker's memory is gone, as after kill -9."""
         self._report(ref, -9, reason, out_of_memory)
         self.sessions[ref].end("lost")
+
+    def ignore_commands(self) -> None:
+        """From now on nothing it is told is done: a job that starts a worker here stays in loading."""
+        self._is_deaf.set()
 
     def close(self) -> None:
         self._closing.set()
@@ -207,7 +219,7 @@ class ThreadAgent:
                 channel.close()
 
     def _beat(self) -> None:
-        while not self._closing.wait(1.0):
+        while not self._closing.wait(self._beat_every_s):
             self._send(agents_pb2.AgentEvent(heartbeat=agents_pb2.Heartbeat()))
 
     def _hello(self) -> agents_pb2.AgentHello:
@@ -227,7 +239,11 @@ class ThreadAgent:
 
     def _on_command(self, command: agents_pb2.AgentCommand) -> None:
         kind = command.WhichOneof("command")
-        if kind == "start_worker":
+        if kind == "welcome":
+            self._beat_every_s = command.welcome.heartbeat_every_s
+        elif self._is_deaf.is_set() and kind != "profile":
+            return
+        elif kind == "start_worker":
             self._start(WorkerAssignment.model_validate_json(command.start_worker.assignment_json))
         elif kind == "stop_worker":
             session = self.sessions.get(worker_from_proto(command.stop_worker.worker))

@@ -117,8 +117,6 @@ def facts(checks: tuple[tuple[str, str], ...], spec: JobSpec) -> CardFacts:
     )
 
 
-# A process imports torch, transformers and peft: 7 s of computing, and minutes where many tests share two cores.
-@pytest.mark.timeout(240)
 def test_export_of_three_stages_is_stock_pefts_file_and_the_cards_code_loads_it(
     stock_model: Any, stock_dir: Path, probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +135,8 @@ def test_export_of_three_stages_is_stock_pefts_file_and_the_cards_code_loads_it(
         probe=probe,
     )
 
-    assembled = assemble_adapter(request, spec, bulk)
+    # In this process, which has torch already; the end-to-end job has its verification in a process of its own.
+    assembled = assemble_adapter(request, spec, bulk, verify=verify.verify_adapter)
     publish_adapter(
         PublishRequest(
             job_id="j1",

@@ -104,8 +104,10 @@ def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-def start(stack: ExitStack, state_dir: Path, num_agents: int) -> tuple[People, list[ThreadAgent]]:
-    coordinator = ThreadCoordinator(state_dir)
+def start(
+    stack: ExitStack, state_dir: Path, num_agents: int, *, lease_s: float = 15.0
+) -> tuple[People, list[ThreadAgent]]:
+    coordinator = ThreadCoordinator(state_dir, lease_s=lease_s)
     stack.callback(coordinator.close)
     return attach(stack, coordinator.endpoints.devices_address, coordinator.endpoints.people_address, num_agents)
 
@@ -138,7 +140,12 @@ def expected_samples(steps: int = STEPS) -> list[int]:
     return [index for step in range(steps) for index in batch_indices(step, BATCH, NUM_ROWS, 0)]
 
 
-def test_snips_on_one_to_four_workers_gives_bit_equal_losses_and_adapters(cleanup: ExitStack, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more_stages", "steps"), [pytest.param((3,), 8), pytest.param((2, 3, 4), 20, marks=pytest.mark.slow)]
+)
+def test_snips_on_one_to_four_workers_gives_bit_equal_losses_and_adapters(
+    cleanup: ExitStack, tmp_path: Path, more_stages: tuple[int, ...], steps: int
+) -> None:
     people, _ = start(cleanup, tmp_path / "state", 4)
 
     def run(stages: int) -> tuple[list[float], bytes]:
@@ -147,7 +154,8 @@ def test_snips_on_one_to_four_workers_gives_bit_equal_losses_and_adapters(cleanu
             TINY_LLAMA_DIR,
             SNIPS_DIR / "train.jsonl",
             output,
-            training={"steps": 20, "batch_size": 4, "micro_batch_size": 2, "lr": 2e-3},
+            data={"limit": 200},
+            training={"steps": steps, "batch_size": 4, "micro_batch_size": 2, "lr": 2e-3},
             placement={"stages": stages},
             method={"type": "lora", "rank": 8, "dropout": 0.05},
         )
@@ -157,8 +165,8 @@ def test_snips_on_one_to_four_workers_gives_bit_equal_losses_and_adapters(cleanu
         return losses(people.detail(job_id)), adapter_bytes(output)
 
     whole = run(1)
-    assert len(whole[0]) == 20 and whole[0][-1] < whole[0][0] / 2
-    for stages in (2, 3, 4):
+    assert len(whole[0]) == steps and whole[0][-1] < whole[0][0] / 2
+    for stages in more_stages:
         assert run(stages) == whole
 
 
@@ -192,6 +200,22 @@ def test_worker_that_runs_out_of_memory_on_the_only_device_fails_the_job_with_th
     assert summary.state == "failed"
     assert "512 MiB of 500 MiB" in summary.reason
     assert not (tmp_path / "adapter").exists()
+
+
+def test_device_that_vanishes_while_loading_fails_the_job_with_the_reason(
+    cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec]
+) -> None:
+    people, (agent,) = start(cleanup, tmp_path / "state", 1, lease_s=1.0)
+    agent.ignore_commands()
+    job_id = people.submit(job(stages=1))
+    wait_until(lambda: people.job(job_id).state == "loading", "loading")
+
+    agent.close()
+
+    summary = people.wait(job_id)
+    assert (summary.state, summary.step) == ("failed", 0)
+    assert "device0 was not heard of for" in summary.reason and "its lease is 1.0 s" in summary.reason
+    wait_until(lambda: all(device["reserved_bytes"] == 0 for device in people.devices()), "memory freed", within_s=6)
 
 
 def test_cancel_frees_workers_memory_and_queue(cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec]) -> None:
@@ -255,19 +279,20 @@ def pb_cancel(job_id: str) -> jobs_pb2.CancelRequest:
 def crash_and_restart(stack: ExitStack, tmp_path: Path, spec: JobSpec, crash_at: str) -> tuple[dict[str, object], str]:
     """Run a job whose coordinator dies at a place and is started again; gives its detail and state."""
     state_dir = tmp_path / "state"
-    coordinator = ProcessCoordinator(state_dir, crash_at=crash_at)
-    stack.callback(coordinator.close)
-    endpoints = coordinator.endpoints
+    # Ended after the agents, which hold streams that an ending server waits for.
+    coordinators = [ProcessCoordinator(state_dir, crash_at=crash_at)]
+    stack.callback(lambda: [coordinator.close() for coordinator in coordinators])
+    endpoints = coordinators[0].endpoints
     people, _ = attach(stack, endpoints.devices_address, endpoints.people_address, 2)
     key = "the-only-job"
     try:
         people.submit(spec, key)
     except Exception:
         assert crash_at.startswith("job_stored")
-    coordinator.wait_for_crash()
-    again = ProcessCoordinator(state_dir)
-    stack.callback(again.close)
-    assert again.endpoints.devices_address == endpoints.devices_address
+    coordinators[0].wait_for_crash()
+    # A plan must wait until both agents are back.
+    coordinators.append(ProcessCoordinator(state_dir, settle_s=1.5))
+    assert coordinators[1].endpoints.devices_address == endpoints.devices_address
     job_id = people.submit(spec, key)  # the same key is the same job
     summary = people.wait(job_id)
     return people.detail(job_id), f"{summary.state} {summary.reason}"

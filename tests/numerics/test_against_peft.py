@@ -35,7 +35,7 @@ SPEC = JobSpec(
     method=LoraConfig(rank=16, alpha=32),
     data=DataConfig(train=str(SNIPS_DIR / "train.jsonl")),
     # 0.1 clips every step of these, 1.0 hardly any.
-    training=TrainingConfig(steps=NUM_STEPS, batch_size=8, lr=2e-3, weight_decay=0.01, max_grad_norm=0.1),
+    training=TrainingConfig(steps=NUM_STEPS, batch_size=4, lr=2e-3, weight_decay=0.01, max_grad_norm=0.1),
 )
 
 
@@ -55,7 +55,7 @@ def batches() -> list[StepBatch]:
     samples = tokenise(read_rows(SNIPS_DIR / "train.jsonl"), load_tokenizer(TINY_LLAMA_DIR), max_tokens=128)
     size = SPEC.training.batch_size
     indices = [batch_indices(step, size, len(samples.lengths), seed=0) for step in range(NUM_STEPS)]
-    return [cut_micro_batches(samples, of_step, 4) for of_step in indices]
+    return [cut_micro_batches(samples, of_step, 2) for of_step in indices]
 
 
 def run_plutino() -> Run:
