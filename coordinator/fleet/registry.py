@@ -51,6 +51,7 @@ class Patience:
         """Four heartbeats."""
         return 4 * self.heartbeat_every_s
 
+
 _Answer = TypeVar("_Answer")
 
 
