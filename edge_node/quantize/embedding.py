@@ -43,7 +43,7 @@ class QuantEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64 ids of any shape to [..., embedding_dim]: the fp32 products rounded once."""
         codes, scales = self.get_buffer("codes"), self.get_buffer("scales")
-        return (codes[input_ids] * scales[input_ids].unsqueeze(-1)).to(self.dtype)
+        return (codes[input_ids].float() * scales[input_ids].float().unsqueeze(-1)).to(self.dtype)
 
     def extra_repr(self) -> str:
         """Shape, as ``print(model)`` shows it."""
