@@ -21,6 +21,7 @@ from edge_node.stage.build import COMPUTE_DTYPES, Stage, StageInput, build_stage
 from edge_node.stage.random_source import RandomSource
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.data.batches import MicroBatchRows
+from plutino.families import family_of
 from plutino.job.method import LoraConfig
 
 _SHORT_VOCABULARY = 8192
@@ -129,6 +130,9 @@ def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
     for key in ("num_hidden_layers", "n_layer"):
         if key in config:
             config[key] = 3
+    for key in family_of(config.get("model_type")).per_block_config:
+        if config.get(key) is not None:
+            config[key] = config[key][:3]
     config["vocab_size"] = vocabulary
     # Special tokens may lie beyond the shortened vocabulary; nothing here looks at them.
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -17,59 +17,28 @@ peft 0.21) but for the lowest trainable block, which keeps a little less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from partitioner.model import JobShape, LinearShape, ModelTable
+from plutino.families import ATTENTION_OUTPUT, Family, family_of
 
 _FP32_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class _FamilyRule:
-    """What a family's block keeps, beside LoRA's own tensors."""
-
-    norm_bytes: Callable[[int, int], int]
-    """(hidden size, compute bytes) -> bytes a token that both norms keep."""
-    mlp_tensors: int
-    """Tensors of intermediate size that the activation keeps."""
-    dora_keeps_weights: bool
-    """On an fp32 base DoRA's backward pass keeps a copy of the frozen weight: it is stored transposed."""
-    input_of: Mapping[str, str]
-    """Linear -> the tensor it reads; linears with the same one share a saved copy where no cast is made."""
-
-
-_ATTENTION_OUTPUT = "attention output"
-
-_RULES: Mapping[str, _FamilyRule] = {
-    "llama": _FamilyRule(
-        # The normalised input in fp32, and one reciprocal root mean square.
-        norm_bytes=lambda hidden_size, compute_bytes: 2 * _FP32_BYTES * (hidden_size + 1),
-        mlp_tensors=3,
-        dora_keeps_weights=False,
-        input_of={
-            "self_attn.q_proj": "attention input",
-            "self_attn.k_proj": "attention input",
-            "self_attn.v_proj": "attention input",
-            "self_attn.o_proj": _ATTENTION_OUTPUT,
-            "mlp.gate_proj": "mlp input",
-            "mlp.up_proj": "mlp input",
-            "mlp.down_proj": "mlp inner",
-        },
-    ),
-    "gpt2": _FamilyRule(
-        # LayerNorm: its input, mean and reciprocal standard deviation.
-        norm_bytes=lambda hidden_size, compute_bytes: 2 * compute_bytes * (hidden_size + 2),
-        mlp_tensors=4,
-        dora_keeps_weights=True,
-        input_of={
-            "attn.c_attn": "attention input",
-            "attn.c_proj": _ATTENTION_OUTPUT,
-            "mlp.c_fc": "mlp input",
-            "mlp.c_proj": "mlp inner",
-        },
-    ),
+_ACTIVATION_TENSORS: Mapping[str, int] = {
+    # One kernel, which saves its input (relu: its output).
+    "bloom_gelu": 1,
+    "gelu": 1,
+    "gelu_pytorch_tanh": 1,
+    "relu": 1,
+    "silu": 1,
+    # Written out in Python: every product saves its factors.
+    "gelu_fast": 6,
+    "gelu_new": 4,
 }
+"""Tensors of intermediate size that an activation function keeps."""
+
+_UNKNOWN_ACTIVATION_TENSORS = 6
 
 
 def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
@@ -80,7 +49,12 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     if block < shape.first_trainable_block:
         return 0
     saved_bytes = micro_batch_tokens(shape) * block_token_bytes(table, shape, block, shape.row_tokens)
-    if shape.use_dora and shape.dtype == "fp32" and _RULES[table.family].dora_keeps_weights:
+    family = family_of(table.family)
+    if family.norm_adds_one:
+        qk_size = 2 * table.head_dim if family.qk_norm == "head" else 0
+        saved_bytes += _FP32_BYTES * (family.num_norms * table.hidden_size + qk_size)
+    if shape.use_dora and shape.dtype == "fp32" and family.has_conv1d:
+        # DoRA's backward pass keeps a copy of a frozen weight that is stored transposed.
         adapted = adapted_linears(table, shape, block)
         saved_bytes += _FP32_BYTES * sum(linear.in_features * linear.out_features for linear in adapted)
     return saved_bytes
@@ -88,16 +62,55 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
 
 def block_token_bytes(table: ModelTable, shape: JobShape, block: int, row_tokens: int) -> int:
     """Bytes a token that one block keeps in rows of ``row_tokens``; no pass without autograd holds more at once."""
-    rule = _RULES[table.family]
-    compute_bytes = shape.dtype_bytes
-    query_size = table.num_heads * table.head_dim
-    token_bytes = rule.norm_bytes(table.hidden_size, compute_bytes)
-    token_bytes += compute_bytes * (4 * query_size + row_tokens) + _FP32_BYTES * table.num_heads
-    token_bytes += compute_bytes * rule.mlp_tensors * table.intermediate_size
-    token_bytes += _lora_token_bytes(shape, rule, adapted_linears(table, shape, block))
+    family = family_of(table.family)
+    token_bytes = _norm_token_bytes(table, family, shape.dtype_bytes)
+    token_bytes += _attention_token_bytes(table, family, shape.dtype_bytes, row_tokens)
+    token_bytes += _mlp_token_bytes(table, family, shape.dtype_bytes, block)
+    token_bytes += _lora_token_bytes(shape, family, adapted_linears(table, shape, block))
     if shape.adapter_params[block]:
         token_bytes += _lora_compute_bytes(shape) * _rank_sum(shape, block)
     return token_bytes
+
+
+def _norm_token_bytes(table: ModelTable, family: Family, compute_bytes: int) -> int:
+    if family.norm == "layer":
+        # Its input, mean and reciprocal standard deviation.
+        return family.num_norms * compute_bytes * (table.hidden_size + 2)
+    # The input in fp32, and one reciprocal root mean square.
+    token_bytes = family.num_norms * _FP32_BYTES * (table.hidden_size + 1)
+    for num_heads in (table.num_heads, table.num_kv_heads) if family.qk_norm != "none" else ():
+        num_statistics = num_heads if family.qk_norm == "head" else 1
+        token_bytes += _FP32_BYTES * (num_heads * table.head_dim + num_statistics)
+    return token_bytes
+
+
+def _attention_token_bytes(table: ModelTable, family: Family, compute_bytes: int, row_tokens: int) -> int:
+    query_size = table.num_heads * table.head_dim
+    token_bytes = 4 * compute_bytes * query_size
+    if family.keeps_fused_qkv:
+        token_bytes += compute_bytes * (query_size + 2 * table.num_kv_heads * table.head_dim)
+    scores = table.num_heads * row_tokens
+    if family.attention == "eager":
+        # Probabilities in fp32, once more in a narrower compute dtype, and what a soft cap of the scores keeps.
+        copies_bytes = compute_bytes * ((compute_bytes < _FP32_BYTES) + family.has_soft_caps)
+        return token_bytes + scores * (_FP32_BYTES + copies_bytes)
+    token_bytes += compute_bytes * row_tokens + _FP32_BYTES * table.num_heads
+    return token_bytes + (_FP32_BYTES * scores if _keeps_scores(table) else 0)
+
+
+def _keeps_scores(table: ModelTable) -> bool:
+    """Whether attention holds a number for every pair of tokens and head."""
+    family = family_of(table.family)
+    return family.attention == "eager" or (family.broadcasts_keys and table.num_kv_heads < table.num_heads)
+
+
+def _mlp_token_bytes(table: ModelTable, family: Family, compute_bytes: int, block: int) -> int:
+    num_tensors = _ACTIVATION_TENSORS.get(table.activation, _UNKNOWN_ACTIVATION_TENSORS) + 2 * family.is_gated
+    if block not in table.expert_blocks:
+        return num_tensors * compute_bytes * table.intermediate_size
+    # What each chosen expert gives before its weight, with places and weights; the router's probabilities.
+    expert_bytes = compute_bytes * (num_tensors * table.expert_inner + table.hidden_size) + 64
+    return table.experts_per_token * expert_bytes + 2 * _FP32_BYTES * table.num_experts
 
 
 def boundary_bytes(table: ModelTable, shape: JobShape) -> int:
@@ -106,10 +119,15 @@ def boundary_bytes(table: ModelTable, shape: JobShape) -> int:
 
 
 def shared_bytes(table: ModelTable, shape: JobShape) -> int:
-    """Bytes that all blocks of a stage keep together of one micro-batch: rotary angles, positions and the mask."""
+    """Bytes that all blocks of a stage keep together of one micro-batch: rotary angles, positions and masks."""
     rotary_bytes = 2 * table.head_dim * shape.dtype_bytes
-    position_and_mask_bytes = 2 * 8 + shape.row_tokens
-    return micro_batch_tokens(shape) * (rotary_bytes + position_and_mask_bytes)
+    mask_bytes = shape.row_tokens
+    if family_of(table.family).attention == "eager":
+        # Additive, for full attention and for sliding windows.
+        mask_bytes += 2 * shape.row_tokens * shape.dtype_bytes
+    if table.adds_alibi:
+        mask_bytes += table.num_heads * shape.row_tokens * shape.dtype_bytes
+    return micro_batch_tokens(shape) * (rotary_bytes + 2 * 8 + mask_bytes)
 
 
 def head_bytes(table: ModelTable, shape: JobShape) -> int:
@@ -119,6 +137,8 @@ def head_bytes(table: ModelTable, shape: JobShape) -> int:
     """
     norm_bytes = micro_batch_tokens(shape) * _FP32_BYTES * (table.hidden_size + 1)
     logit_bytes = shape.label_tokens * table.vocab_size * 3 * _FP32_BYTES
+    if family_of(table.family).has_soft_caps:
+        logit_bytes += shape.label_tokens * table.vocab_size * shape.dtype_bytes
     return norm_bytes + logit_bytes + shape.label_tokens * table.hidden_size * (_FP32_BYTES + shape.dtype_bytes)
 
 
@@ -130,6 +150,10 @@ def workspace_bytes(table: ModelTable, shape: JobShape) -> int:
     measured with torch's memory profiler over widths D and F from F = D / 4 to F = 8 D.
     """
     inner, hidden = table.intermediate_size, table.hidden_size
+    if table.expert_blocks:
+        # Every token stands there once for each of its experts.
+        inner = max(inner, table.experts_per_token * table.expert_inner)
+        hidden *= table.experts_per_token
     if shape.use_dora and shape.dtype == "bf16":
         # Its share is fp32, with casts beside it.
         token_bytes = max(8 * inner + 8 * hidden, 24 * hidden)
@@ -137,6 +161,9 @@ def workspace_bytes(table: ModelTable, shape: JobShape) -> int:
         token_bytes = max(8 * inner, 17 * hidden)
     else:
         token_bytes = max(3 * inner, 15 * hidden)
+    if _keeps_scores(table):
+        # Gradients of probabilities and of scores, in fp32.
+        token_bytes += 2 * _FP32_BYTES * table.num_heads * shape.row_tokens
     total_bytes = token_bytes * micro_batch_tokens(shape)
     if shape.use_dora:
         # DoRA forms the whole update B @ A from an identity matrix, in fp32, to take the norm of its columns.
@@ -171,11 +198,11 @@ def _rank_sum(shape: JobShape, block: int) -> int:
     return shape.adapter_rank_out[block] if shape.adapter_rank_out else 0
 
 
-def _lora_token_bytes(shape: JobShape, rule: _FamilyRule, adapted: tuple[LinearShape, ...]) -> int:
+def _lora_token_bytes(shape: JobShape, family: Family, adapted: tuple[LinearShape, ...]) -> int:
     token_bytes = 0
-    shared: set[str] = {_ATTENTION_OUTPUT}
+    shared: set[str] = {ATTENTION_OUTPUT}
     for linear in adapted:
-        source = rule.input_of[linear.name]
+        source = family.linears[linear.name].reads
         has_own_copy = (shape.use_dora and shape.dtype == "bf16") or shape.has_dropout
         if has_own_copy or source not in shared:
             token_bytes += _lora_compute_bytes(shape) * linear.in_features

@@ -128,7 +128,8 @@ def _check_targets(table: ModelTable, method: LoraConfig) -> None:
         if not any(_ends_with_any(key, (name,)) for key in keys):
             known = ", ".join(sorted({_last(linear) for linears in table.block_linears for linear in linears}))
             raise ConfigError(
-                f"method.target_modules: no linear layer is called {name!r}; this model's blocks have {known} "
+                f"method.target_modules: no linear layer is called {name!r}"
+                f"{family_of(table.family).why_untargetable((name,))}; this model's blocks have {known} "
                 "(head and embedding are trained through method.modules_to_save)"
             )
 
@@ -151,6 +152,6 @@ def _outer_params(table: ModelTable, method: LoraConfig) -> tuple[int, int]:
             raise ConfigError(f"method.modules_to_save: {name!r} cannot be trained in full; this model has {known}")
     if method.ensure_weight_tying and table.is_tied and any(wanted.values()):
         wanted = dict.fromkeys(wanted, True)
-    # The token embedding alone: learned positions stay frozen.
-    token_params = table.vocab_size * table.hidden_size
+    # The token embedding alone, which has the head's shape: learned positions stay frozen.
+    token_params = table.head_params
     return (token_params if wanted[embedding_key] else 0), (table.head_params if wanted[head_key] else 0)

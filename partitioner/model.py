@@ -6,7 +6,8 @@ Entry point: :func:`describe_model`, which reads nothing but the values of confi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from partitioner.values import PlanValue
@@ -53,8 +54,21 @@ class ModelTable(PlanValue):
     is_tied: bool
     largest_tensor_params: int
     """The biggest single tensor: it sets the loading peak."""
+    activation: str
+    """Activation function of the MLPs, by transformers' name."""
     gptq: GptqFormat | None = None
     """How the checkpoint's linears are packed; None: they are not."""
+    adds_alibi: bool = False
+    """Attention adds biases of its own for every head."""
+    merged_params: int = 0
+    """The biggest tensor that is merged from stored pieces: it is held twice while the stage is built."""
+    expert_blocks: tuple[int, ...] = ()
+    """Blocks whose MLP is a mixture of experts."""
+    num_experts: int = 0
+    """Experts of such a block."""
+    experts_per_token: int = 0
+    expert_inner: int = 0
+    """Intermediate size of one expert."""
 
 
 class JobShape(PlanValue):
@@ -114,144 +128,141 @@ class JobShape(PlanValue):
 def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape], family: Family) -> ModelTable:
     """Sizes of a model from its config.json and the shapes of its checkpoint's tensors.
 
-    Checkpoints published without ``family.optional_prefix`` are understood. Every linear layer's shape is checked
-    against the config, so that a config of another model is found here and not by a device.
+    Checkpoints published without ``family.optional_prefix``, under older names or with experts stored one by one are
+    understood. Every linear layer's shape is checked against the config, so that a config of another model is found
+    here and not by a device.
 
     Args:
         config: values of config.json.
         tensors: shape of every tensor of the checkpoint, by its name there.
-        family: names of the family's tensors.
+        family: names and rules of the family.
 
     Raises:
         ModelError: a size is missing from the config, a block or tensor from the checkpoint, or they contradict.
     """
-    sizes = _SIZES[family.model_type](config)
+    sizes = _Sizes(config, family)
     shapes = _canonical(tensors, family)
     blocks = _blocks(shapes, family)
-    if len(blocks) != sizes.num_blocks or sorted(blocks) != list(range(sizes.num_blocks)):
-        gaps = sorted(set(range(sizes.num_blocks)) - blocks.keys())
+    num_blocks = sizes["blocks"]
+    if len(blocks) != num_blocks or sorted(blocks) != list(range(num_blocks)):
+        gaps = sorted(set(range(num_blocks)) - blocks.keys())
         lacking = f"; block {gaps[0]} is missing" if gaps else ""
         raise ModelError(
-            f"the config says {sizes.num_blocks} blocks, the checkpoint holds {len(blocks)}{lacking}; "
+            f"the config says {num_blocks} blocks, the checkpoint holds {len(blocks)}{lacking}; "
             "config.json and the safetensors files must belong together"
         )
-    block_linears = tuple(_linears(index, blocks[index], sizes) for index in range(sizes.num_blocks))
-    embedding = [_required(shapes, name) for name in family.embedding]
-    _check_shape(family.embedding[0], embedding[0], (sizes.vocab_size, sizes.hidden_size))
+    block_linears = tuple(_linears(index, blocks[index], sizes, family) for index in range(num_blocks))
+    token_embedding, head_name = family.embedding[0], family.head
+    if sizes.is_tied and token_embedding not in shapes and head_name in shapes:
+        token_embedding = head_name
+    embedding = [_required(shapes, token_embedding), *(_required(shapes, name) for name in family.embedding[1:])]
+    embedding += [shapes[name] for name in family.optional_embedding if name in shapes]
+    width = sizes.get("embedding", sizes["hidden"])
+    _check_shape(token_embedding, embedding[0], (sizes["vocab"], width))
     final = [shape for name, shape in shapes.items() if name.startswith(family.final)]
     if not final:
         raise ModelError(f"the checkpoint lacks the final norm ({', '.join(family.final)}*); download the model again")
-    head = embedding[0] if sizes.is_tied else _required(shapes, family.head)
-    _check_shape(family.head, head, (sizes.vocab_size, sizes.hidden_size))
+    head = embedding[0] if sizes.is_tied else _required(shapes, head_name)
+    _check_shape(head_name, head, (sizes["vocab"], width))
+    merged_params = _merged_params(blocks, family)
     return ModelTable(
         family=family.model_type,
-        num_blocks=sizes.num_blocks,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        vocab_size=sizes.vocab_size,
-        max_positions=sizes.max_positions,
-        block_params=tuple(sum(map(math.prod, blocks[index].values())) for index in range(sizes.num_blocks)),
+        num_blocks=num_blocks,
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["inner"],
+        num_heads=sizes["heads"],
+        num_kv_heads=sizes.get("cached_heads", sizes["kv_heads"]),
+        head_dim=sizes["head_dim"],
+        vocab_size=sizes["vocab"],
+        max_positions=sizes["positions"],
+        block_params=tuple(sum(map(math.prod, blocks[index].values())) for index in range(num_blocks)),
         block_linears=block_linears,
         embedding_params=sum(map(math.prod, embedding)),
         final_params=sum(map(math.prod, final)),
         head_params=math.prod(head),
         is_tied=sizes.is_tied,
-        largest_tensor_params=max(map(math.prod, shapes.values())),
+        largest_tensor_params=max(*map(math.prod, shapes.values()), *merged_params),
+        merged_params=max(merged_params, default=0),
+        activation=str(_first(config, family.activation_keys, family.activation_default)),
+        adds_alibi=family.adds_alibi is not None and family.adds_alibi(config),
+        expert_blocks=tuple(index for index in range(num_blocks) if _has_experts(blocks[index], family)),
+        num_experts=sizes.get("experts", 0),
+        experts_per_token=sizes.get("experts_per_token", 0),
+        expert_inner=sizes.get("expert_inner", 0),
     )
 
 
-class _Sizes(PlanValue):
-    num_blocks: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    is_tied: bool
-    linears: dict[str, tuple[int, int]]
-    """Dotted name in a block -> (in_features, out_features)."""
-    is_conv1d: bool
-    """Weights are stored [in, out], as transformers' Conv1D does."""
+class _Sizes:
+    """Sizes by the names of :attr:`plutino.families.Family.config_keys`, from config.json alone."""
+
+    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
+        self.is_tied = bool(_first(config, ("tie_word_embeddings",), family.is_tied_by_default))
+        self._known: dict[str, int] = {}
+        for name, keys in family.config_keys.items():
+            default = family.size_defaults.get(name)
+            value = _first(config, keys, self.total(default) if isinstance(default, str) else default)
+            if value is None and name in ("head_dim", "embedding"):
+                value = self["hidden"] // self["heads"] if name == "head_dim" else self["hidden"]
+            if type(value) is not int or value < 1:
+                raise ModelError(
+                    f"config.json gives {keys[0]} = {value!r}, a whole number from 1 is needed; mend config.json"
+                )
+            self._known[name] = value
+        if family.fix_sizes is not None:
+            family.fix_sizes(config, self._known)
+
+    def __getitem__(self, name: str) -> int:
+        match name:
+            case "query":
+                return self["heads"] * self["head_dim"]
+            case "key":
+                return self["kv_heads"] * self["head_dim"]
+        return self._known[name]
+
+    def get(self, name: str, default: int) -> int:
+        """A size that not every family has."""
+        return self._known.get(name, default)
+
+    def total(self, sizes: str) -> int:
+        """A sum such as "query+2key"."""
+        terms = (re.fullmatch(r"(\d*)(\w+)", term) for term in sizes.split("+"))
+        return sum(int(term[1] or 1) * self[term[2]] for term in terms if term)
 
 
-def _llama_sizes(config: Mapping[str, Any]) -> _Sizes:
-    hidden, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
-    num_heads = _size(config, "num_attention_heads")
-    num_kv_heads = _size(config, "num_key_value_heads", num_heads)
-    head_dim = _size(config, "head_dim", hidden // num_heads)
-    query, key = num_heads * head_dim, num_kv_heads * head_dim
-    return _Sizes(
-        num_blocks=_size(config, "num_hidden_layers"),
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        vocab_size=_size(config, "vocab_size"),
-        max_positions=_size(config, "max_position_embeddings"),
-        is_tied=bool(config.get("tie_word_embeddings", False)),
-        linears={
-            "self_attn.q_proj": (hidden, query),
-            "self_attn.k_proj": (hidden, key),
-            "self_attn.v_proj": (hidden, key),
-            "self_attn.o_proj": (query, hidden),
-            "mlp.gate_proj": (hidden, inner),
-            "mlp.up_proj": (hidden, inner),
-            "mlp.down_proj": (inner, hidden),
-        },
-        is_conv1d=False,
-    )
-
-
-def _gpt2_sizes(config: Mapping[str, Any]) -> _Sizes:
-    hidden, num_heads = _size(config, "n_embd"), _size(config, "n_head")
-    inner = _size(config, "n_inner", 4 * hidden)
-    return _Sizes(
-        num_blocks=_size(config, "n_layer"),
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=hidden // num_heads,
-        vocab_size=_size(config, "vocab_size"),
-        max_positions=_size(config, "n_positions"),
-        is_tied=bool(config.get("tie_word_embeddings", True)),
-        linears={
-            "attn.c_attn": (hidden, 3 * hidden),
-            "attn.c_proj": (hidden, hidden),
-            "mlp.c_fc": (hidden, inner),
-            "mlp.c_proj": (inner, hidden),
-        },
-        is_conv1d=True,
-    )
-
-
-_SIZES = {"llama": _llama_sizes, "gpt2": _gpt2_sizes}
-
-
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if type(value) is not int or value < 1:
-        raise ModelError(f"config.json gives {key} = {value!r}, a whole number from 1 is needed; mend config.json")
-    return value
+def _first(config: Mapping[str, Any], keys: Iterable[str], default: Any) -> Any:
+    return next((config[key] for key in keys if config.get(key) is not None), default)
 
 
 def _canonical(tensors: Mapping[str, TensorShape], family: Family) -> dict[str, TensorShape]:
     """Tensors under the names of the transformers class, recomputed buffers left out."""
     prefix = family.optional_prefix
-    is_bare = family.embedding[0] not in tensors and family.embedding[0].removeprefix(prefix) in tensors
-    return {
-        prefix + name if is_bare and name != family.head else name: tuple(shape)
-        for name, shape in tensors.items()
-        if not name.endswith(family.ignored)
-    }
+    is_bare = not any(name.startswith(family.block_prefix) for name in tensors)
+    shapes = {}
+    for stored_name, shape in tensors.items():
+        name = (family.renamed or {}).get(stored_name, stored_name)
+        if name.endswith(family.ignored):
+            continue
+        shapes[prefix + name if is_bare and name != family.head else name] = tuple(shape)
+    return shapes
+
+
+def _has_experts(block: Mapping[str, TensorShape], family: Family) -> bool:
+    prefixes = tuple(target.rpartition(".")[0] for target in family.merged or ())
+    return any(name.startswith(prefixes) for name in block)
+
+
+def _merged_params(blocks: Mapping[int, Mapping[str, TensorShape]], family: Family) -> list[int]:
+    """Sizes of the tensors that transformers merges from those of single experts."""
+    merged = (family.merged or {}).items()
+    return [
+        sum(
+            math.prod(shape)
+            for name, shape in block.items()
+            if name.startswith(target.rpartition(".")[0]) and name.endswith(endings)
+        )
+        for block in blocks.values()
+        for target, endings in merged
+    ]
 
 
 def _blocks(shapes: Mapping[str, TensorShape], family: Family) -> dict[int, dict[str, TensorShape]]:
@@ -264,15 +275,15 @@ def _blocks(shapes: Mapping[str, TensorShape], family: Family) -> dict[int, dict
     return blocks
 
 
-def _linears(index: int, block: Mapping[str, TensorShape], sizes: _Sizes) -> tuple[LinearShape, ...]:
-    for name, (in_features, out_features) in sizes.linears.items():
-        expected = (in_features, out_features) if sizes.is_conv1d else (out_features, in_features)
+def _linears(index: int, block: Mapping[str, TensorShape], sizes: _Sizes, family: Family) -> tuple[LinearShape, ...]:
+    linears = []
+    for name, rule in family.linears.items():
+        in_features, out_features = sizes.total(rule.in_features), sizes.total(rule.out_features)
+        expected = (in_features, out_features) if family.has_conv1d else (out_features, in_features)
         found = _required(block, f"{name}.weight", f"block {index}: ")
         _check_shape(f"block {index}: {name}.weight", found, expected)
-    return tuple(
-        LinearShape(name=name, in_features=in_features, out_features=out_features)
-        for name, (in_features, out_features) in sorted(sizes.linears.items())
-    )
+        linears.append(LinearShape(name=name, in_features=in_features, out_features=out_features))
+    return tuple(sorted(linears, key=lambda linear: linear.name))
 
 
 def _required(shapes: Mapping[str, TensorShape], name: str, where: str = "") -> TensorShape:

@@ -73,8 +73,8 @@ class WeightSizes:
         self._packed_params = _prefix_sums(packed_params)
         self._packed_bytes = _prefix_sums(packed_bytes)
         self._plain_params = _prefix_sums(plain_params)
-        self._token_params = table.vocab_size * table.hidden_size
-        self._int8_outer_bytes = matrix_bytes("int8", table.vocab_size, table.hidden_size)
+        self._token_params = table.head_params
+        self._int8_outer_bytes = matrix_bytes("int8", table.vocab_size, table.head_params // table.vocab_size)
 
     def plain_params(self, start_block: Ints, end_block: Ints, *, is_first: bool, is_last: bool) -> Ints:
         """Parameters of stages that are held in the compute dtype; arrays are broadcast against each other."""
@@ -125,10 +125,11 @@ class WeightSizes:
 
     def reading_bytes(self) -> int:
         """Bytes that stand beside the stage while it is built: what is read, and what packing or converting adds."""
+        merging_bytes = self._table.merged_params * self._shape.dtype_bytes
         if not self.packs_blocks:
-            return CONVERSION_BYTES
+            return CONVERSION_BYTES + merging_bytes
         stored_bytes = self._largest_matrix_params * _FP32_BYTES
-        return max(CONVERSION_BYTES, stored_bytes) + PACK_SCRATCH_BYTES
+        return max(CONVERSION_BYTES + merging_bytes, stored_bytes) + PACK_SCRATCH_BYTES
 
     def _is_shared(self, is_first: bool) -> bool:
         """Whether the last stage's head is the first stage's embedding, in one place and held alike."""

@@ -52,6 +52,7 @@ from plutino.errors import (
     PlutinoError,
 )
 from plutino.events import DataRead, PlanMade, Recovered, Recovering, WorkerLost
+from plutino.families import family_of
 from plutino.types import AgentId, JobId, WorkerRef
 
 logger = logging.getLogger(__name__)
@@ -280,7 +281,7 @@ class JobDriver:
         if record.numerics_json is not None and context.spec.placement.numerics == "fixed":
             numerics_json = record.numerics_json
         else:
-            numerics = make_numerics(context.spec, verdict.plan, context.fleet.devices)
+            numerics = make_numerics(verdict.plan, family_of(problem.table.family), context.fleet.devices)
             numerics_json = numerics.model_dump_json()
         plan_json = verdict.plan.model_dump_json()
         await context.apply(

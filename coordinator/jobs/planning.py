@@ -19,7 +19,7 @@ from partitioner.packed import check_scheme
 from partitioner.plan import Plan, RejectedPlan
 from partitioner.scheme_choice import choose_scheme
 from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
-from plutino.families import family_of
+from plutino.families import Family, family_of
 from plutino.gptq_index import gptq_format, unpacked_shapes
 from plutino.job.model import Packing, packing_of
 from plutino.job.numerics import NumericsRecord
@@ -134,7 +134,7 @@ async def make_problem(
     )
 
 
-def make_numerics(spec: JobSpec, plan: Plan, devices: Sequence[Device]) -> NumericsRecord:
+def make_numerics(plan: Plan, family: Family, devices: Sequence[Device]) -> NumericsRecord:
     """The record that fixes the job's bits, from its first plan."""
     chosen = {device.agent_id: device for device in devices}
     members = [chosen[AgentId(agent_id)] for agent_id in plan.agent_ids]
@@ -142,7 +142,7 @@ def make_numerics(spec: JobSpec, plan: Plan, devices: Sequence[Device]) -> Numer
     return NumericsRecord(
         dtype="fp32" if plan.dtype == "fp32" else "bf16",
         packing=plan.packing,
-        attention="sdpa",
+        attention=family.attention,
         micro_batch_size=plan.micro_batch_rows,
         threads_per_worker=threads.pop() if len(threads) == 1 else None,
         codecs=plan.codec,

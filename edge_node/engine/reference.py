@@ -43,7 +43,7 @@ class InProcessPipeline:
         total_steps: length of the learning-rate schedule.
         dtype: compute dtype of the frozen layers.
         checkpointing: recompute each block in the backward pass.
-        attention: transformers' attention backend.
+        attention: transformers' attention backend; None: the family's.
         threads: intra-op threads of every executor.
         packing: how frozen weights are held.
         device: where all stages compute.
@@ -58,7 +58,7 @@ class InProcessPipeline:
         total_steps: int,
         dtype: torch.dtype = torch.float32,
         checkpointing: bool = False,
-        attention: str = "sdpa",
+        attention: str | None = None,
         threads: int = 1,
         packing: Packing = PLAIN,
         device: torch.device | None = None,

@@ -14,7 +14,6 @@ import peft
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from edge_node.methods.base import Role
-from edge_node.stage.architecture import architecture_of
 from edge_node.stage.build import Stage
 from plutino.errors import ConfigError
 from plutino.job.method import LoraConfig
@@ -46,7 +45,7 @@ def resolve_peft_config(stage: Stage, config: LoraConfig) -> peft.LoraConfig:
         rank_pattern=dict(config.rank_pattern),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        fan_in_fan_out=architecture_of(stage.family).has_conv1d,
+        fan_in_fan_out=stage.family.has_conv1d,
         **values,
     )
 
@@ -149,7 +148,8 @@ def _resolve_target_modules(stage: Stage, config: LoraConfig) -> list[str]:
     ]
     if unknown or not config.target_modules:
         raise ConfigError(
-            f"target_modules: {', '.join(unknown) if unknown else 'an empty list'} names no linear layer of a block; "
+            f"target_modules: {', '.join(unknown) if unknown else 'an empty list'} names no linear layer of a block"
+            f"{stage.family.why_untargetable(unknown)}; "
             f"this model has {', '.join(known)}, and all-linear means all of them"
         )
     return sorted(set(config.target_modules))

@@ -54,15 +54,17 @@ class _AddLora(torch.autograd.Function):
         x_MK = x.reshape(-1, x.shape[-1])
         reduced_MR = x_MK @ lora_a_RK.to(x.dtype).t()
         # Nothing keeps the frozen layer's result for its backward pass, so its memory is taken over. Without `.data`
-        # autograd would see a write into a view where the layer has a bias, and copy.
-        sum_MN = result.data.view(-1, result.shape[-1])
+        # autograd would see a write into a view where the layer has a bias, and copy. What is returned is no view,
+        # because models go on in place (Falcon adds attention's output to the MLP's).
+        total = result.data
+        sum_MN = total.view(-1, result.shape[-1])
         if x.dtype == torch.float32:
             sum_MN.add_((reduced_MR @ lora_b_NR.t()).mul_(scaling))
         else:
             sum_MN.addmm_(reduced_MR, lora_b_NR.to(x.dtype).t(), alpha=scaling)
         ctx.save_for_backward(x_MK, reduced_MR, lora_a_RK, lora_b_NR)
         ctx.scaling, ctx.x_shape = scaling, x.shape
-        return sum_MN.view(result.shape)
+        return total
 
     @staticmethod
     @once_differentiable

@@ -33,7 +33,10 @@ class TrainedCopy(nn.Module):
         if isinstance(self.original, nn.Embedding):
             # Look up first: casting the whole table would cost another table for a few rows.
             rows = functional.embedding(x, self.weight, padding_idx=self.original.padding_idx)
-            return rows.to(self.original.weight.dtype)
+            rows = rows.to(self.original.weight.dtype)
+            # Gemma's embedding scales what it looks up, by a buffer that is not trained.
+            scale = getattr(self.original, "embed_scale", None)
+            return rows if scale is None else rows * scale.to(rows.dtype)
         return functional.linear(x, self.weight.to(x.dtype))
 
 

@@ -1,14 +1,14 @@
-"""What plutino knows of a transformers model beyond its tensors' names, and how a model is cut down to one stage.
+"""How a transformers model is cut down to one stage.
 
-One entry in :data:`ARCHITECTURES` per family of ``plutino.families``. Everything here works on the meta device: shapes
-and structure, no weight. ``build.py`` fills in the weights.
+Everything here works on the meta device: shapes and structure, no weight. ``build.py`` fills in the weights. What
+differs between families is told by ``plutino.families``.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,29 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
 
-
 # Shape suffixes: B rows, T tokens of this pass, S tokens seen so far with this pass, D hidden size.
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """What a family's ``forward`` does that a stage in the middle of the model must know."""
-
-    entry_sums: tuple[str, ...] = ()
-    """Modules whose output ``forward`` adds to the embeddings: later stages must not add it a second time."""
-    per_block_config: tuple[str, ...] = ("layer_types",)
-    """Config fields that are lists with one entry per block."""
-    has_conv1d: bool = False
-    """Linear layers are transformers' Conv1D: weights [in, out] instead of [out, in]."""
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(),
-    "gpt2": Architecture(entry_sums=("transformer.wpe",), has_conv1d=True),
-}
-
-
-def architecture_of(family: Family) -> Architecture:
-    """The entry of a family."""
-    return ARCHITECTURES[family.model_type]
 
 
 def parse_config(values: Mapping[str, Any]) -> PretrainedConfig:
@@ -73,11 +51,16 @@ def build_meta_model(config: PretrainedConfig, *, dtype: torch.dtype, attention:
 
 
 def list_block_linears(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
-    """Global names of all linear layers inside blocks, in the model's order."""
+    """Global names of all linear layers inside blocks that a method may adapt, in the model's order.
+
+    Routers of experts and, where stock peft gives their names another meaning, plain MLPs are not among them.
+    """
     return tuple(
         name
         for name, module in model.named_modules()
-        if name.startswith(family.block_prefix) and isinstance(module, nn.Linear | Conv1D)
+        if name.startswith(family.block_prefix)
+        and isinstance(module, nn.Linear | Conv1D)
+        and name.removeprefix(family.block_prefix).partition(".")[2] in family.linears
     )
 
 
@@ -101,36 +84,49 @@ def cut_to_stage(model: PreTrainedModel, family: Family, start_block: int, end_b
                 module.layer_idx = local_index  # type: ignore[assignment]
     model.set_submodule(blocks_name, own_blocks)
 
+    modules = dict(model.named_modules())
     if start_block > 0:
-        for tensor in family.embedding:
-            name = tensor.removesuffix(".weight")
-            is_summed = name in architecture_of(family).entry_sums
-            model.set_submodule(name, AddsNothing() if is_summed else nn.Identity())
+        for tensor in (*family.embedding, *family.optional_embedding):
+            name = tensor.rpartition(".")[0]
+            if name in modules:
+                model.set_submodule(name, AddsNothing() if name in family.entry_sums else nn.Identity())
+        for name in family.entry_factors:
+            owner, _, attribute = name.rpartition(".")
+            setattr(modules[owner], attribute, 1.0)
     if end_block < num_blocks:
         for prefix in family.final:
-            model.set_submodule(prefix.rstrip("."), nn.Identity())
+            if prefix.rstrip(".") in modules:
+                model.set_submodule(prefix.rstrip("."), nn.Identity())
         model.set_submodule(family.head.removesuffix(".weight"), nn.Identity())
 
     # Blocks hold on to the whole model's configuration; the models around them read it for their loops and the cache.
-    local_config = _cut_config(config, architecture_of(family), start_block, end_block)
+    local_config = _cut_config(config, family, start_block, end_block)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config = local_config
 
 
+@torch.no_grad()
 def rebuild_buffers(model: PreTrainedModel) -> None:
-    """Compute on the CPU what no checkpoint stores, such as rotary frequencies.
+    """Compute on the CPU what no checkpoint stores, such as rotary frequencies and the scale of embeddings.
 
     Raises:
-        ModelError: a module holds computed buffers and cannot be built from the configuration alone.
+        ModelError: a module's computed buffers do not follow from the configuration alone.
     """
     for name, module in list(model.named_modules()):
-        computed = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        computed = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         if not computed:
             continue
-        if any(True for _ in module.parameters()) or not hasattr(module, "config"):
-            raise ModelError(f"cannot compute the buffers {', '.join(computed)} of {name}; this family needs own code")
-        model.set_submodule(name, type(module)(config=module.config))
+        if not any(True for _ in module.parameters()) and hasattr(module, "config"):
+            model.set_submodule(name, type(module)(config=module.config))
+            continue
+        # transformers' own rule, which fills buffers; the parameters beside them still are on the meta device.
+        for key, buffer in computed.items():
+            module.register_buffer(key, torch.full(buffer.shape, math.nan, dtype=buffer.dtype), persistent=False)
+        model._init_weights(module)
+        left = [key for key in computed if bool(module.get_buffer(key).isnan().any())]
+        if left:
+            raise ModelError(f"cannot compute the buffers {', '.join(left)} of {name}; this family needs own code")
 
 
 class AddsNothing(nn.Module):
@@ -140,7 +136,7 @@ class AddsNothing(nn.Module):
     -0.0 into 0.0.
     """
 
-    def forward(self, *_: object) -> Tensor:
+    def forward(self, *_: object, **__: object) -> Tensor:
         """Give a scalar, which takes part in no dtype promotion."""
         return torch.tensor(-0.0)
 
@@ -167,7 +163,6 @@ def make_position_ids(
     Returns:
         int64 positions [B, T].
     """
-    assert family.model_type in ARCHITECTURES
     num_rows, num_tokens = shape
     if segment_ids is not None:
         assert past_tokens == 0, "packed rows are never continued"
@@ -183,10 +178,47 @@ def make_position_ids(
     return torch.arange(past_tokens, past_tokens + num_tokens).expand(num_rows, num_tokens)
 
 
+def make_packed_masks(
+    config: PretrainedConfig,
+    segment_ids_BT: Tensor,
+    attention_mask_BT: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+) -> Tensor | dict[str, Tensor]:
+    """What a model's ``forward`` takes as attention mask of packed rows.
+
+    Returns:
+        One mask, or a mask for each kind of block where the model mixes full attention and sliding windows.
+
+    Raises:
+        ModelError: the family makes its position biases from a padding mask, which cannot tell segments apart.
+    """
+    adds_alibi = family_of(config.model_type).adds_alibi
+    if adds_alibi is not None and adds_alibi(config.to_dict()):
+        raise ModelError(
+            f"rows cannot be packed for this {config.model_type} model, because its attention biases count positions "
+            "over the whole row; send one sequence a row"
+        )
+
+    def mask(window: int | None) -> Tensor:
+        return make_packed_mask(segment_ids_BT, attention_mask_BT, dtype=dtype, attention=attention, window=window)
+
+    window: int | None = getattr(config, "sliding_window", None)
+    if getattr(config, "layer_types", None) is None:
+        return mask(window)
+    return {"full_attention": mask(None)} | ({} if window is None else {"sliding_attention": mask(window)})
+
+
 def make_packed_mask(
-    segment_ids_BT: Tensor, attention_mask_BT: Tensor | None, *, dtype: torch.dtype, attention: str
+    segment_ids_BT: Tensor,
+    attention_mask_BT: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    window: int | None = None,
 ) -> Tensor:
-    """Block-diagonal causal mask of packed rows: tokens attend to earlier ones of their own segment.
+    """Block-diagonal causal mask of packed rows: tokens attend to the last ``window`` ones of their own segment.
 
     Padding forms a segment of its own, because a row of the mask without any token has no softmax.
 
@@ -196,19 +228,19 @@ def make_packed_mask(
     if attention_mask_BT is not None:
         segment_ids_BT = segment_ids_BT.masked_fill(attention_mask_BT == 0, -1)
     num_tokens = segment_ids_BT.shape[1]
-    is_causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
-    mask_B1TT = ((segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & is_causal_TT).unsqueeze(1)
+    is_seen_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    if window is not None:
+        is_seen_TT = is_seen_TT.triu(1 - window)
+    mask_B1TT = ((segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & is_seen_TT).unsqueeze(1)
     if attention != "eager":
         return mask_B1TT
     return torch.zeros(mask_B1TT.shape, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
 
 
-def _cut_config(
-    config: PretrainedConfig, architecture: Architecture, start_block: int, end_block: int
-) -> PretrainedConfig:
+def _cut_config(config: PretrainedConfig, family: Family, start_block: int, end_block: int) -> PretrainedConfig:
     local = copy.deepcopy(config)
     local.num_hidden_layers = end_block - start_block
-    for field in architecture.per_block_config:
+    for field in family.per_block_config:
         values = getattr(local, field, None)
         if values is not None:
             setattr(local, field, values[start_block:end_block])

@@ -7,9 +7,9 @@ mode; methods attach what is trained.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,11 +22,12 @@ from edge_node.stage.architecture import (
     build_meta_model,
     cut_to_stage,
     list_block_linears,
-    make_packed_mask,
+    make_packed_masks,
     parse_config,
     rebuild_buffers,
 )
-from edge_node.stage.packing import FindStored, PackedCache, StagePacker
+from edge_node.stage.packing import PackedCache, StagePacker
+from edge_node.stage.stored_names import StoredNames
 from edge_node.stage.weights import TensorSource
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
@@ -55,6 +56,33 @@ class StageInput:
     """int64 [B, T], segment of each token of packed rows, from 0 up; None: every row is one sequence."""
     cache: Cache | None = None
     """KV cache of this stage, extended in place; None in training."""
+
+
+class _KnownOutput:
+    """Output of a base model of which only the hidden states are known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        assert index == 0
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        """Caches, attention maps and the like, which heads pass on without looking at them."""
+
+
+class _GivesItsInput(nn.Module):
+    """Stands for a base model whose output is known already."""
+
+    @property
+    def decoder(self) -> _GivesItsInput:
+        """OPT's head looks for the decoder inside the base model."""
+        return self
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> _KnownOutput:
+        """Hand the input on."""
+        return _KnownOutput(inputs_embeds)
 
 
 class Stage:
@@ -129,12 +157,14 @@ class Stage:
     def forward(self, inputs: StageInput) -> Tensor:
         """Hidden states [B, T, D]: on the last stage after the final norm, before the head."""
         hidden_BTD = self._entry(inputs)
-        mask = inputs.attention_mask
+        mask: Tensor | dict[str, Tensor] | None = inputs.attention_mask
         if inputs.segment_ids is not None:
-            mask = make_packed_mask(inputs.segment_ids, mask, dtype=hidden_BTD.dtype, attention=self.attention)
+            mask = make_packed_masks(
+                self.config, inputs.segment_ids, inputs.attention_mask, dtype=hidden_BTD.dtype, attention=self.attention
+            )
         output = self.model.base_model(
             inputs_embeds=hidden_BTD,
-            attention_mask=None if mask is None else mask.to(self.device),
+            attention_mask=_move(mask, self.device),
             position_ids=inputs.position_ids.to(self.device),
             past_key_values=inputs.cache,
             use_cache=inputs.cache is not None,
@@ -142,9 +172,18 @@ class Stage:
         return cast(Tensor, output.last_hidden_state)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D] of the last stage, in the model's dtype."""
+        """Logits [..., V] of hidden states [..., D] of the last stage, in the model's dtype.
+
+        The model's own ``forward`` computes them, with whatever it does beside the product (soft caps, scales); only
+        the part below the head is left out.
+        """
         assert self.is_last, f"blocks [{self.start_block}, {self.end_block}) of {self.num_blocks} have no head"
-        return cast(Tensor, self.model.get_submodule(self.head_name)(hidden))
+        # Made anew because methods put other modules in the head's place.
+        above_blocks = copy.copy(self.model)
+        above_blocks._modules = dict(self.model._modules) | {self.model.base_model_prefix: _GivesItsInput()}
+        rows = hidden.unsqueeze(0) if hidden.dim() == 2 else hidden
+        logits = cast(Tensor, above_blocks(inputs_embeds=rows, use_cache=False).logits)
+        return logits.squeeze(0) if hidden.dim() == 2 else logits
 
     def new_cache(self) -> Cache:
         """An empty KV cache for this stage's blocks."""
@@ -159,13 +198,19 @@ class Stage:
         return cast(Tensor, self.model.get_submodule(self.embedding_name)(inputs.input_ids.to(self.device)))
 
 
+def _move(mask: Tensor | dict[str, Tensor] | None, device: torch.device) -> Tensor | dict[str, Tensor] | None:
+    if isinstance(mask, dict):
+        return {kind: each.to(device) for kind, each in mask.items()}
+    return None if mask is None else mask.to(device)
+
+
 def build_stage(
     source: TensorSource,
     start_block: int,
     end_block: int,
     *,
     dtype: torch.dtype,
-    attention: str = "sdpa",
+    attention: str | None = None,
     checkpointing: bool = False,
     packing: Packing = PLAIN,
     device: torch.device = _CPU,
@@ -181,7 +226,7 @@ def build_stage(
         start_block: first block.
         end_block: one past the last block.
         dtype: dtype of weights and computation.
-        attention: transformers' attention backend, sdpa or eager.
+        attention: transformers' attention backend, sdpa or eager; None: the family's.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
         packing: how frozen weights are held.
         device: where the stage computes.
@@ -196,22 +241,26 @@ def build_stage(
     if not 0 <= start_block < end_block <= num_blocks:
         raise ModelError(f"blocks [{start_block}, {end_block}) were asked of a model with blocks [0, {num_blocks})")
     family = family_of(config.model_type)
+    attention = attention or family.attention
     model = build_meta_model(config, dtype=dtype, attention=attention)
     block_linears = list_block_linears(model, family)
     cut_to_stage(model, family, start_block, end_block)
     rebuild_buffers(model)
     bytes_before = source.bytes_read
-    find_stored = partial(_stored_name, stored=source.names(), family=family, is_tied=bool(config.tie_word_embeddings))
-    packer = StagePacker(source, find_stored, packing, dtype=dtype, device=device, cache=cache)
+    is_tied = bool(config.tie_word_embeddings)
+    stored_names = StoredNames(model, source.names(), family, is_tied=is_tied)
+    packer = StagePacker(source, stored_names.find, packing, dtype=dtype, device=device, cache=cache)
     own_linears = [name for name in block_linears if name.startswith(_block_prefixes(family, start_block, end_block))]
-    _check_complete(model, find_stored, packer, own_linears if packing.scheme != "none" else ())
+    _check_complete(model, stored_names, packer, own_linears if packing.scheme != "none" else ())
     packer.pack_linears(model, own_linears)
     packer.pack_outer(
         model,
         family.embedding[0].removesuffix(".weight") if start_block == 0 else None,
         family.head.removesuffix(".weight") if end_block == num_blocks else None,
     )
-    names_read = (*packer.names_read, *_fill(model, source, find_stored, dtype=dtype, device=device))
+    names_read = (*packer.names_read, *_fill(model, source, stored_names, dtype=dtype, device=device))
+    if is_tied:
+        _share_if_equal(model, family)
     nn.Module.to(model, device)
     model.eval()
     model.requires_grad_(False)
@@ -238,12 +287,12 @@ def _block_prefixes(family: Family, start_block: int, end_block: int) -> tuple[s
 
 
 def _check_complete(
-    model: PreTrainedModel, find_stored: FindStored, packer: StagePacker, packed_linears: Sequence[str]
+    model: PreTrainedModel, stored_names: StoredNames, packer: StagePacker, packed_linears: Sequence[str]
 ) -> None:
     """Refuse a checkpoint that lacks tensors of a meta model's parameters, before anything is read."""
     packed_weights = {f"{linear}.weight" for linear in packed_linears}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in packed_weights]
-    wanted: dict[str, str | None] = {name: find_stored(name) for name in names}
+    wanted: dict[str, str | None] = {name: stored_names.find(name) for name in names}
     for linear in packed_linears:
         wanted |= {f"{linear}.{part}": stored for part, stored in packer.stored_parts(linear).items()}
     missing = [name for name, stored in wanted.items() if stored is None]
@@ -255,37 +304,32 @@ def _check_complete(
 
 
 def _fill(
-    model: PreTrainedModel, source: TensorSource, find_stored: FindStored, *, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, source: TensorSource, stored_names: StoredNames, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, ...]:
-    """Read every parameter that is still meta; two that come from one stored tensor share one parameter."""
-    filled: dict[str, nn.Parameter] = {}
+    """Read every parameter that is still meta; two that come from the same stored tensors share one parameter."""
+    filled: dict[tuple[str, ...], nn.Parameter] = {}
     for name in [name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta]:
-        stored = cast(str, find_stored(name))
+        recipe = stored_names.recipe(name)
         module_name, _, key = name.rpartition(".")
         module = model.get_submodule(module_name)
-        if stored not in filled:
-            expected, found = tuple(module.get_parameter(key).shape), source.shape(stored)
+        if recipe.stored not in filled:
+            expected, found = tuple(module.get_parameter(key).shape), recipe.shape(source)
             if expected != found:
                 raise ModelError(
-                    f"tensor {stored} has shape {list(found)} but config.json asks for {list(expected)}; "
+                    f"tensor {recipe.stored[0]} has shape {list(found)} but config.json asks for {list(expected)}; "
                     "config.json does not belong to these weights"
                 )
-            filled[stored] = nn.Parameter(source.read(stored, dtype).to(device), requires_grad=False)
-        module.register_parameter(key, filled[stored])
-    return tuple(filled)
+            filled[recipe.stored] = nn.Parameter(recipe.read(source, dtype).to(device), requires_grad=False)
+        module.register_parameter(key, filled[recipe.stored])
+    return tuple(stored for recipe in filled for stored in recipe)
 
 
-def _stored_name(name: str, *, stored: set[str], family: Family, is_tied: bool) -> str | None:
-    """Name under which the checkpoint holds a parameter, or None if it does not."""
-    candidates = [name]
-    if is_tied and name in (family.head, family.embedding[0]):
-        # Which of the two a checkpoint keeps is up to whoever saved it.
-        candidates.append(family.embedding[0] if name == family.head else family.head)
-    for candidate in candidates:
-        for spelling in (candidate, candidate.removeprefix(family.optional_prefix)):
-            if spelling in stored:
-                return spelling
-    return None
+def _share_if_equal(model: PreTrainedModel, family: Family) -> None:
+    """Some checkpoints store a tied head a second time; one that differs is a head of its own, as in transformers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    embedding, head = parameters.get(family.embedding[0]), parameters.get(family.head)
+    if embedding is not None and head is not None and torch.equal(embedding, head):
+        model.get_submodule(family.head.rpartition(".")[0]).register_parameter("weight", embedding)
 
 
 def _checkpoint_block(block: nn.Module) -> None:

@@ -39,7 +39,7 @@ class RandomSource:
         self._device = device or torch.device("cpu")
         self._gptq = gptq_format(config)
         family = family_of(config["model_type"])
-        meta = build_meta_model(parse_config(config), dtype=torch.float32, attention="sdpa")
+        meta = build_meta_model(parse_config(config), dtype=torch.float32, attention=family.attention)
         self._shapes = {name: tuple(p.shape) for name, p in meta.named_parameters(remove_duplicate=False)}
         if self._gptq is not None:
             for linear in list_block_linears(meta, family):
