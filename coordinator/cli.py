@@ -231,12 +231,24 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's state folder with all logs.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="A few steps only: see it move, expect nothing.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of adapters and data order.")] = 0,
+    quantization: Annotated[
+        Literal["none", "int8", "nf4", "int4"], typer.Option(help="How the devices hold the frozen weights.")
+    ] = "none",
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the bundled model over three devices made of processes on this machine, and compare."""
     from coordinator.demo.demo import DemoOptions, run_demo
 
-    options = DemoOptions(task=task, out_dir=out, engine=engine, keep=keep, is_fast=fast, is_quiet=as_json, seed=seed)
+    options = DemoOptions(
+        task=task,
+        out_dir=out,
+        engine=engine,
+        keep=keep,
+        is_fast=fast,
+        is_quiet=as_json,
+        seed=seed,
+        quantization=quantization,
+    )
     try:
         result = run_demo(options)
     except KeyboardInterrupt:

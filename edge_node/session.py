@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_safetensors
 
+from edge_node.cache import BlobCache, default_cache_dir
 from edge_node.control import ControlStream
 from edge_node.engine.executor import StageExecutor, StepOutcome
 from edge_node.engine.generate import GenerateOptions, generate
@@ -25,6 +26,7 @@ from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.shadowing import ShadowWriter
 from edge_node.stage.build import COMPUTE_DTYPES, Stage, build_stage
+from edge_node.stage.packed_cache import PackedBlobs
 from edge_node.stage.verify import part_difference
 from edge_node.stage.weights import LocalSource, TensorSource
 from edge_node.transport.base import Peer, UnitCancelledError
@@ -121,6 +123,7 @@ class WorkerSession:
             attention=assignment.numerics.attention,
             checkpointing=assignment.checkpointing,
             packing=assignment.numerics.packing,
+            cache=PackedBlobs(BlobCache(default_cache_dir()), assignment.base_hash),
         )
         self._vocab_size = int(stage.config.vocab_size)
         self._transport = self._open_transport(stage)

@@ -33,6 +33,7 @@ from plutino.client import Client
 from plutino.data.readers import read_rows
 from plutino.endpoint import ENDPOINT_FILE, read_endpoint
 from plutino.errors import ConfigError, JobError
+from plutino.job.model import Scheme
 from plutino.job.spec import parse_spec
 from plutino.sizes import GIB, MIB
 
@@ -59,6 +60,8 @@ class DemoOptions:
     is_quiet: bool = False
     """Leave stdout alone: what people read goes to stderr."""
     seed: int = 0
+    quantization: Scheme = "none"
+    """How the devices hold the frozen weights; the reference holds them as they are stored."""
 
 
 def run_demo(options: DemoOptions) -> DemoResult:
@@ -72,7 +75,13 @@ def run_demo(options: DemoOptions) -> DemoResult:
     started_s = time.monotonic()
     console = Console(stderr=True, highlight=False) if options.is_quiet else make_console()
     out_dir = _make_room(options.out_dir)
-    values = job_values(options.task, adapter_dir=out_dir / "adapter", seed=options.seed, is_fast=options.is_fast)
+    values = job_values(
+        options.task,
+        adapter_dir=out_dir / "adapter",
+        seed=options.seed,
+        is_fast=options.is_fast,
+        quantization=options.quantization,
+    )
     (out_dir / "job.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     with interrupted_by_termination(), _state_dir(options, console) as state_dir:
         view = _train(values, options, state_dir, console)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from plutino.job.model import Scheme
 from plutino.sizes import MIB
 
 Task = Literal["intent", "json"]
@@ -36,7 +37,9 @@ DEVICES = (
 )
 
 
-def job_values(task: Task, *, adapter_dir: Path, seed: int, is_fast: bool) -> dict[str, Any]:
+def job_values(
+    task: Task, *, adapter_dir: Path, seed: int, is_fast: bool, quantization: Scheme = "none"
+) -> dict[str, Any]:
     """The job file's values: LoRA of rank 16 on all linear layers, fp32, 16 rows a step."""
     suffix = "" if task == "intent" else "_json"
     data: dict[str, Any] = {
@@ -58,9 +61,12 @@ def job_values(task: Task, *, adapter_dir: Path, seed: int, is_fast: bool) -> di
     if is_fast:
         data["eval_limit"] = 20
         training["steps"] = NUM_FAST_STEPS
+    model = {"path": str(TINY_LLAMA_DIR), "dtype": "fp32"}
+    if quantization != "none":
+        model["quantization"] = quantization
     return {
         "name": f"demo-{task}",
-        "model": {"path": str(TINY_LLAMA_DIR), "dtype": "fp32"},
+        "model": model,
         "method": {"type": "lora", "rank": 16, "alpha": 32, "target_modules": "all-linear"},
         "data": data,
         "scoring": (
@@ -80,10 +86,11 @@ def whole_job_values(values: Mapping[str, Any], device_name: str) -> dict[str, A
 
 
 def reference_values(values: Mapping[str, Any], *, threads: int) -> dict[str, Any]:
-    """The same job for one process: the whole batch at once, which is fastest there.
+    """The same job for one process: the whole batch at once, which is fastest there, and the base as it is stored.
 
     The base model is not scored again; that was done with the same weights already.
     """
     training = {key: value for key, value in values["training"].items() if key != "micro_batch_size"}
     scoring = {**values["scoring"], "before": False}
-    return {**values, "training": training, "scoring": scoring, "placement": {"threads": threads}}
+    model = {key: value for key, value in values["model"].items() if key != "quantization"}
+    return {**values, "model": model, "training": training, "scoring": scoring, "placement": {"threads": threads}}

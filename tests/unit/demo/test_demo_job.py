@@ -49,3 +49,10 @@ def test_reference_takes_the_same_steps_with_the_whole_batch_at_once():
     assert reference.placement.threads == 2
     assert reference.training.micro_batch_size is None
     assert reference.training.steps == values()["training"]["steps"]
+
+
+def test_demo_job_quantises_the_devices_but_not_the_reference(tmp_path):
+    values = job_values("intent", adapter_dir=tmp_path, seed=0, is_fast=True, quantization="nf4")
+
+    assert parse_spec(values, base_dir=tmp_path).model.quantization == "nf4"
+    assert parse_spec(reference_values(values, threads=1), base_dir=tmp_path).model.quantization == "none"
