@@ -171,6 +171,14 @@ class BlobCache:
             path.unlink(missing_ok=True)
         return found
 
+    def has_name(self, name: str) -> bool:
+        """Whether something lies here under a name; its bytes are not looked at."""
+        try:
+            key = self._name_path(name).read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            return False
+        return bool(_KEY.fullmatch(key)) and self._blob_path(key).is_file()
+
     def used_bytes(self) -> int:
         """Bytes of all blobs and, at their full size, of all unfinished downloads."""
         return sum(item.num_bytes for item in self._items())
@@ -211,17 +219,19 @@ class BlobCache:
                 )
             part.touch(mode=0o600)
 
-    def _items(self) -> Iterator[_Item]:
-        for folder, is_part in ((self.root / "blobs", False), (self.root / "parts", True)):
-            for path in folder.glob("*" if is_part else "*/*"):
-                key, _, size_text = path.name.partition(".")
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue
-                if _KEY.fullmatch(key):
-                    num_bytes = int(size_text) if size_text.isdecimal() else status.st_size
-                    yield _Item(path, key, num_bytes, status.st_mtime, is_part)
+    def _items(self) -> list[_Item]:
+        found: dict[str, _Item] = {}
+        # Downloads first: one that is published meanwhile is then seen twice rather than never.
+        for path in [*(self.root / "parts").glob("*"), *(self.root / "blobs").glob("*/*")]:
+            key, _, size_text = path.name.partition(".")
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            if _KEY.fullmatch(key):
+                num_bytes = int(size_text) if size_text.isdecimal() else status.st_size
+                found[key] = _Item(path, key, num_bytes, status.st_mtime, is_part=bool(size_text))
+        return list(found.values())
 
     def _pinned(self) -> set[str]:
         """Keys that live processes use; what dead ones left is removed."""

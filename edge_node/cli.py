@@ -9,6 +9,7 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from plutino.errors import ConfigError, PlutinoError
@@ -37,15 +38,20 @@ def _run(options: argparse.Namespace) -> int:
     if options.threads < 1:
         raise ConfigError(f"--threads {options.threads} is less than 1")
     memory_budget_bytes = parse_size(options.memory)
+    cache_bytes = 0 if options.cache == "0" else parse_size(options.cache)
     # Imported here: gRPC would cost --help more than the rest together.
     from edge_node.agent import AgentConfig, run_agent
     from edge_node.state_dir import StateDir, default_state_dir
+    from edge_node.weights_config import WeightsConfig
     from edge_node.worker_pool import PoolConfig
 
+    allowed = WeightsConfig(cache_bytes=cache_bytes)
+    if options.cache_dir is not None:
+        allowed = replace(allowed, cache_dir=options.cache_dir.expanduser().absolute())
     config = AgentConfig(
         coordinator_address=options.coordinator,
         name=options.name,
-        pool=PoolConfig(memory_budget_bytes=memory_budget_bytes, threads=options.threads),
+        pool=PoolConfig(memory_budget_bytes=memory_budget_bytes, threads=options.threads, weights=allowed),
     )
     run_agent(config, StateDir(options.state_dir or default_state_dir(options.name)))
     return 0
@@ -80,6 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
     run.add_argument("--coordinator", required=True, metavar="HOST:PORT", help="where the coordinator listens")
     run.add_argument("--memory", required=True, metavar="SIZE", help="bound on all workers' memory, such as 600MiB")
+    run.add_argument(
+        "--cache", default="32GiB", metavar="SIZE", help="bound on cached weights on the disk; 0 keeps none"
+    )
+    run.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="cached weights, shared by agents; by default plutino/weights in the user's cache directory",
+    )
     doctor = commands.add_parser(
         "doctor",
         help="examine this device: kernels, memory, versions, and the way to the coordinator and back",

@@ -25,16 +25,17 @@ from edge_node.methods.registry import METHODS
 from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.shadowing import ShadowWriter
+from edge_node.sources.opening import open_weights
+from edge_node.sources.shared import Progress, SharedWeights
 from edge_node.stage.build import COMPUTE_DTYPES, Stage, build_stage
 from edge_node.stage.packed_cache import PackedBlobs
 from edge_node.stage.verify import part_difference
-from edge_node.stage.weights import LocalSource, TensorSource
 from edge_node.transport.base import Peer, UnitCancelledError
 from edge_node.transport.peer import PeerTransport
+from edge_node.weights_config import WeightsConfig
 from plutino.data.batches import MicroBatchRows
-from plutino.errors import ModelError, OutOfMemoryError, PeerLostError
+from plutino.errors import OutOfMemoryError, PeerLostError
 from plutino.job.assignment import WorkerAssignment
-from plutino.safetensors_index import base_model_hash
 from plutino.types import JobId, Unit, UnitKind
 from plutino.wire.bulk import BulkClient
 from plutino.wire.convert import micro_batch_from_proto, unit_to_proto, worker_to_proto
@@ -44,15 +45,25 @@ from protos import workers_pb2 as pb
 logger = logging.getLogger(__name__)
 
 _METADATA_BYTES = 1 << 20
+_PROGRESS_EVERY_S = 0.5
 
 
 class WorkerSession:
     """Runs one stage of one job until the coordinator says that it is over."""
 
-    def __init__(self, assignment: WorkerAssignment, network: DeviceNetwork | None = None) -> None:
+    def __init__(
+        self,
+        assignment: WorkerAssignment,
+        network: DeviceNetwork | None = None,
+        weights: WeightsConfig | None = None,
+    ) -> None:
         self._assignment = assignment
         self._network = network or DeviceNetwork()
         self._credentials = self._network.credentials()
+        self._weights_config = weights or WeightsConfig()
+        self._weights: SharedWeights | None = None
+        self._end_reason: str | None = None
+        self._progress_told_s = 0.0
         self._me = Peer(assignment.stage_index, assignment.replica_index)
         self._next_step = assignment.restore.step if assignment.restore else 0
         self._is_loaded = False
@@ -76,8 +87,10 @@ class WorkerSession:
 
     def end(self, reason: str) -> None:
         """End as if the coordinator had said so; from any thread."""
-        self._finish_reason = reason
+        self._finish_reason = self._end_reason = reason
         self._inbox.finish(reason)
+        if self._weights is not None:
+            self._weights.stop(reason)
         if self._transport is not None:
             self._transport.close()
 
@@ -99,10 +112,14 @@ class WorkerSession:
                 self._check_memory()
             return self._finish_reason
         except Exception as error:
+            if self._end_reason is not None and not self._is_loaded:
+                return self._end_reason  # what was stopped half-way is no failure
             failure = as_plutino_error(error, self._assignment)
             self._send(pb.WorkerEvent(failed=pb.WorkerFailed(error=type(failure).__name__, reason=str(failure))))
             raise failure from error
         finally:
+            if self._weights is not None:
+                self._weights.close()
             self._shadows.close()
             self._control.close()
             if self._transport is not None:
@@ -114,9 +131,11 @@ class WorkerSession:
         started_s = time.monotonic()
         assignment = self._assignment
         spec = assignment.spec
-        source = open_source(assignment, self._bulk)
+        self._weights = open_weights(assignment, self._weights_config, self._bulk, on_progress=self._tell_progress)
+        if self._end_reason is not None:
+            self._weights.stop(self._end_reason)
         stage = build_stage(
-            source,
+            self._weights,
             assignment.shape.start_block,
             assignment.shape.end_block,
             dtype=COMPUTE_DTYPES[assignment.numerics.dtype],
@@ -156,8 +175,25 @@ class WorkerSession:
             trainable_parameters=sum(p.uses[0][1].numel() for p in method.parameters),
             data_address="" if self._transport is None else self._transport.address,
             adapter_config_json=json.dumps(method.peft_config(), sort_keys=True),
+            bytes_by_place=self._weights.progress.by_place,
         )
         self._send(pb.WorkerEvent(loaded=loaded), keep_as="loaded")
+
+    def _tell_progress(self, progress: Progress) -> None:
+        # From several threads: one event too many does no harm.
+        now_s = time.monotonic()
+        if now_s - self._progress_told_s < _PROGRESS_EVERY_S or self._is_loaded:
+            return
+        self._progress_told_s = now_s
+        self._send(
+            pb.WorkerEvent(
+                load_progress=pb.LoadProgress(
+                    done_bytes=progress.done_bytes,
+                    total_bytes=progress.total_bytes,
+                    bytes_by_place=progress.by_place,
+                )
+            )
+        )
 
     def _open_transport(self, stage: Stage) -> PeerTransport | None:
         assignment = self._assignment
@@ -372,24 +408,6 @@ class WorkerSession:
                 f"stage {self._assignment.stage_index} uses {used_bytes / 2**20:.0f} MiB, its budget is "
                 f"{budget_bytes / 2**20:.0f} MiB; give the device more (--memory), or lower micro_batch_size"
             )
-
-
-def open_source(assignment: WorkerAssignment, bulk: BulkClient) -> TensorSource:
-    """The base model's folder on this device.
-
-    Raises:
-        ModelError: the folder is not here, or holds another model than the coordinator's.
-    """
-    model_dir = Path(assignment.spec.model.path)
-    if not model_dir.is_dir():
-        raise ModelError(f"this device has no folder {model_dir}; copy the model there")
-    found = base_model_hash(model_dir)
-    if found != assignment.base_hash:
-        raise ModelError(
-            f"{model_dir} holds another model here (hash {found[:12]}) than on the coordinator "
-            f"(hash {assignment.base_hash[:12]}); copy the coordinator's folder"
-        )
-    return LocalSource(model_dir)
 
 
 def as_plutino_error(error: Exception, assignment: WorkerAssignment) -> Exception:

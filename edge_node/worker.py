@@ -19,6 +19,7 @@ from typing import IO, Any
 from edge_node.guard import keep_heap, limit_data_segment, release_free_memory, resident_bytes
 from edge_node.hardware import describe_cpu
 from edge_node.network import DeviceNetwork
+from edge_node.weights_config import WeightsConfig
 from plutino.errors import AgentError, OutOfMemoryError, PlutinoError
 from plutino.job.assignment import WorkerAssignment
 from plutino.versions import installed_versions
@@ -60,7 +61,8 @@ def main() -> int:
             events.send(profile=_profile(command["profile"]))
         elif "assign" in command:
             network = DeviceNetwork.from_json(command.get("network", {}))
-            return _run_job(WorkerAssignment.model_validate(command["assign"]), network, events)
+            weights = WeightsConfig.from_json(command.get("weights", {}))
+            return _run_job(WorkerAssignment.model_validate(command["assign"]), network, weights, events)
         else:
             raise AgentError(f"unknown command from the agent: {sorted(command)}")
     return 0
@@ -99,7 +101,7 @@ def _profile(request: dict[str, Any]) -> dict[str, Any]:
         release_free_memory()
 
 
-def _run_job(assignment: WorkerAssignment, network: DeviceNetwork, events: _Events) -> int:
+def _run_job(assignment: WorkerAssignment, network: DeviceNetwork, weights: WeightsConfig, events: _Events) -> int:
     import torch
 
     from edge_node.session import WorkerSession
@@ -110,7 +112,7 @@ def _run_job(assignment: WorkerAssignment, network: DeviceNetwork, events: _Even
         keep_heap()
     limit_data_segment(assignment.memory_budget_bytes, resident_bytes())
     try:
-        reason = WorkerSession(assignment, network).run()
+        reason = WorkerSession(assignment, network, weights).run()
     except PlutinoError as error:
         logger.error("%s", error)
         is_memory = isinstance(error, OutOfMemoryError)

@@ -28,6 +28,7 @@ from edge_node.supervision import (
     refusal,
     spare_is_due,
 )
+from edge_node.weights_config import WeightsConfig
 from edge_node.worker_process import Event, WorkerProcess
 from plutino.errors import AgentError, ConfigError
 from plutino.hardware import Hardware
@@ -54,6 +55,8 @@ class PoolConfig:
     """Threads of each worker."""
     worker_command: Sequence[str] = (sys.executable, "-m", "edge_node.worker")
     """Program that is a worker; ``--events-fd N --threads T`` is appended."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """What workers may use for weights."""
     stop_grace_s: float = 2.0
     """Time between SIGTERM and SIGKILL."""
     spare_settle_s: float = 15.0
@@ -195,7 +198,13 @@ class WorkerPool:
             return
         worker.ref, worker.budget_bytes = ref, budget_bytes
         self._last_start_s = self._clock()
-        worker.process.send({"assign": json.loads(assignment_json), "network": self._config.network.to_json()})
+        worker.process.send(
+            {
+                "assign": json.loads(assignment_json),
+                "network": self._config.network.to_json(),
+                "weights": self._config.weights.to_json(),
+            }
+        )
         self._report_started(ref, worker)
 
     def stop(self, ref: WorkerRef, reason: str) -> None:

@@ -64,6 +64,17 @@ class PlanMade(JobEvent):
     search_s: float
 
 
+class WorkerLoading(JobEvent):
+    """How far a worker is with its stage's weights."""
+
+    worker: WorkerName
+    plan_epoch: int
+    done_bytes: int
+    total_bytes: int
+    bytes_by_place: Mapping[str, int]
+    """Where they came from: folder, cache, hub, coordinator, or a device's name."""
+
+
 class WorkerLoaded(JobEvent):
     """A worker holds its stage."""
 
@@ -76,6 +87,8 @@ class WorkerLoaded(JobEvent):
     seconds: float
     rss_bytes: int
     trainable_parameters: int
+    bytes_by_place: Mapping[str, int] = {}
+    """Where the weights came from: folder, cache, hub, coordinator, or a device's name."""
 
 
 class WorkerStepTimes(_Value):
@@ -234,6 +247,7 @@ EVENTS: dict[str, type[JobEvent]] = {
     "JobStateChanged": JobStateChanged,
     "DataRead": DataRead,
     "PlanMade": PlanMade,
+    "WorkerLoading": WorkerLoading,
     "WorkerLoaded": WorkerLoaded,
     "StepCommitted": StepCommitted,
     "StepSkipped": StepSkipped,

@@ -1,13 +1,11 @@
 """Where the tensors of a model folder lie, read from the headers alone: no torch, no weight byte.
 
-Owns the reading of ``model.safetensors``, of ``model.safetensors.index.json`` with its shards, and the hash that tells
-two base models apart. Headers come from files that somebody else wrote, so every number in them is checked against the
-file before it is used.
+Owns the reading of ``model.safetensors`` and of ``model.safetensors.index.json`` with its shards. Headers come from
+files that somebody else wrote, so every number in them is checked against the file before it is used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -42,10 +40,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_HASH_CHUNK_BYTES = 1 << 20
-
-_file_digests: dict[tuple[str, int, int], str] = {}
-"""sha256 by (real path, size, modification time in ns): hashing 16 GB again for every job would take a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +75,6 @@ def read_safetensors_headers(model_dir: str | Path) -> dict[str, TensorEntry]:
             )
         entries |= found if wanted is None else {name: found[name] for name in wanted}
     return dict(sorted(entries.items()))
-
-
-def base_model_hash(model_dir: str | Path) -> str:
-    """Hash of what a base model computes: config.json and the names, sizes and contents of its safetensors files.
-
-    Two folders with the same hash give the same model; the tokenizer does not enter.
-
-    Raises:
-        ModelError: config.json or the safetensors files cannot be read.
-    """
-    folder = Path(model_dir)
-    total = hashlib.sha256()
-    config = _read_bytes(folder / "config.json")
-    total.update(b"config.json %d\n" % len(config) + config)
-    for file in sorted(_files(folder)):
-        size_bytes, digest = _file_digest(folder / file)
-        total.update(f"{file} {size_bytes} {digest}\n".encode())
-    return total.hexdigest()
 
 
 def _files(folder: Path) -> dict[str, list[str] | None]:
@@ -191,21 +167,6 @@ def _check_extents(path: Path, entries: Mapping[str, TensorEntry], data_start: i
         raise ModelError(
             f"{path} has {file_bytes} bytes but its tensors end at {at}; it is cut off or grown: download it again"
         )
-
-
-def _file_digest(path: Path) -> tuple[int, str]:
-    try:
-        status = path.stat()
-        key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-        if key not in _file_digests:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(_HASH_CHUNK_BYTES):
-                    digest.update(chunk)
-            _file_digests[key] = digest.hexdigest()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    return status.st_size, _file_digests[key]
 
 
 def _read_bytes(path: Path) -> bytes:

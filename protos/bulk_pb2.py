@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/bulk.proto\x12\nplutino.v1\"h\n\x10PutShadowRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tshadow_id\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"#\n\x11PutShadowResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"5\n\x10GetShadowRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tshadow_id\x18\x02 \x01(\t\"Z\n\x0fGetRangeRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tfile_name\x18\x02 \x01(\t\x12\x12\n\nstart_byte\x18\x03 \x01(\x04\x12\x10\n\x08\x65nd_byte\x18\x04 \x01(\x04\"\x19\n\tBulkChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"$\n\x12GetManifestRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"o\n\x13GetManifestResponse\x12\x33\n\x05\x66iles\x18\x01 \x03(\x0b\x32$.plutino.v1.GetManifestResponse.File\x1a#\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x32\xaf\x02\n\x0b\x42ulkService\x12J\n\tPutShadow\x12\x1c.plutino.v1.PutShadowRequest\x1a\x1d.plutino.v1.PutShadowResponse(\x01\x12\x42\n\tGetShadow\x12\x1c.plutino.v1.GetShadowRequest\x1a\x15.plutino.v1.BulkChunk0\x01\x12@\n\x08GetRange\x12\x1b.plutino.v1.GetRangeRequest\x1a\x15.plutino.v1.BulkChunk0\x01\x12N\n\x0bGetManifest\x12\x1e.plutino.v1.GetManifestRequest\x1a\x1f.plutino.v1.GetManifestResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/bulk.proto\x12\nplutino.v1\"h\n\x10PutShadowRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tshadow_id\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"#\n\x11PutShadowResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"5\n\x10GetShadowRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tshadow_id\x18\x02 \x01(\t\"Z\n\x0fGetRangeRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tfile_name\x18\x02 \x01(\t\x12\x12\n\nstart_byte\x18\x03 \x01(\x04\x12\x10\n\x08\x65nd_byte\x18\x04 \x01(\x04\"\x19\n\tBulkChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"$\n\x12GetManifestRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t2\xa7\x02\n\x0b\x42ulkService\x12J\n\tPutShadow\x12\x1c.plutino.v1.PutShadowRequest\x1a\x1d.plutino.v1.PutShadowResponse(\x01\x12\x42\n\tGetShadow\x12\x1c.plutino.v1.GetShadowRequest\x1a\x15.plutino.v1.BulkChunk0\x01\x12@\n\x08GetRange\x12\x1b.plutino.v1.GetRangeRequest\x1a\x15.plutino.v1.BulkChunk0\x01\x12\x46\n\x0bGetManifest\x12\x1e.plutino.v1.GetManifestRequest\x1a\x15.plutino.v1.BulkChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,10 +43,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BULKCHUNK']._serialized_end=348
   _globals['_GETMANIFESTREQUEST']._serialized_start=350
   _globals['_GETMANIFESTREQUEST']._serialized_end=386
-  _globals['_GETMANIFESTRESPONSE']._serialized_start=388
-  _globals['_GETMANIFESTRESPONSE']._serialized_end=499
-  _globals['_GETMANIFESTRESPONSE_FILE']._serialized_start=464
-  _globals['_GETMANIFESTRESPONSE_FILE']._serialized_end=499
-  _globals['_BULKSERVICE']._serialized_start=502
-  _globals['_BULKSERVICE']._serialized_end=805
+  _globals['_BULKSERVICE']._serialized_start=389
+  _globals['_BULKSERVICE']._serialized_end=684
 # @@protoc_insertion_point(module_scope)

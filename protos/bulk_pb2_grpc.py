@@ -51,10 +51,10 @@ class BulkServiceStub:
                 request_serializer=protos_dot_bulk__pb2.GetRangeRequest.SerializeToString,
                 response_deserializer=protos_dot_bulk__pb2.BulkChunk.FromString,
                 _registered_method=True)
-        self.GetManifest = channel.unary_unary(
+        self.GetManifest = channel.unary_stream(
                 '/plutino.v1.BulkService/GetManifest',
                 request_serializer=protos_dot_bulk__pb2.GetManifestRequest.SerializeToString,
-                response_deserializer=protos_dot_bulk__pb2.GetManifestResponse.FromString,
+                response_deserializer=protos_dot_bulk__pb2.BulkChunk.FromString,
                 _registered_method=True)
 
 
@@ -84,7 +84,7 @@ class BulkServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetManifest(self, request, context):
-        """Names and sizes of the files of a job's base model.
+        """The manifest of a job's base model: bytes of plutino.manifest.Manifest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,10 +108,10 @@ def add_BulkServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_bulk__pb2.GetRangeRequest.FromString,
                     response_serializer=protos_dot_bulk__pb2.BulkChunk.SerializeToString,
             ),
-            'GetManifest': grpc.unary_unary_rpc_method_handler(
+            'GetManifest': grpc.unary_stream_rpc_method_handler(
                     servicer.GetManifest,
                     request_deserializer=protos_dot_bulk__pb2.GetManifestRequest.FromString,
-                    response_serializer=protos_dot_bulk__pb2.GetManifestResponse.SerializeToString,
+                    response_serializer=protos_dot_bulk__pb2.BulkChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,12 +218,12 @@ class BulkService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/plutino.v1.BulkService/GetManifest',
             protos_dot_bulk__pb2.GetManifestRequest.SerializeToString,
-            protos_dot_bulk__pb2.GetManifestResponse.FromString,
+            protos_dot_bulk__pb2.BulkChunk.FromString,
             options,
             channel_credentials,
             insecure,

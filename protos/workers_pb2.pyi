@@ -56,6 +56,7 @@ class WorkerEvent(_message.Message):
     LINKS_UP_FIELD_NUMBER: _builtins.int
     PEER_LOST_FIELD_NUMBER: _builtins.int
     RESTORED_FIELD_NUMBER: _builtins.int
+    LOAD_PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerHello: ...
     @_builtins.property
@@ -76,6 +77,8 @@ class WorkerEvent(_message.Message):
     def peer_lost(self) -> Global___PeerLost: ...
     @_builtins.property
     def restored(self) -> Global___Restored: ...
+    @_builtins.property
+    def load_progress(self) -> Global___LoadProgress: ...
     def __init__(
         self,
         *,
@@ -89,12 +92,13 @@ class WorkerEvent(_message.Message):
         links_up: Global___LinksUp | None = ...,
         peer_lost: Global___PeerLost | None = ...,
         restored: Global___Restored | None = ...,
+        load_progress: Global___LoadProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "hello", b"hello", "links_up", b"links_up", "loaded", b"loaded", "part_verified", b"part_verified", "peer_lost", b"peer_lost", "restored", b"restored", "shadow_stored", b"shadow_stored", "step_ready", b"step_ready", "unit_done", b"unit_done"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "hello", b"hello", "links_up", b"links_up", "load_progress", b"load_progress", "loaded", b"loaded", "part_verified", b"part_verified", "peer_lost", b"peer_lost", "restored", b"restored", "shadow_stored", b"shadow_stored", "step_ready", b"step_ready", "unit_done", b"unit_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "hello", b"hello", "links_up", b"links_up", "loaded", b"loaded", "part_verified", b"part_verified", "peer_lost", b"peer_lost", "restored", b"restored", "shadow_stored", b"shadow_stored", "step_ready", b"step_ready", "unit_done", b"unit_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "hello", b"hello", "links_up", b"links_up", "load_progress", b"load_progress", "loaded", b"loaded", "part_verified", b"part_verified", "peer_lost", b"peer_lost", "restored", b"restored", "shadow_stored", b"shadow_stored", "step_ready", b"step_ready", "unit_done", b"unit_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "loaded", "step_ready", "unit_done", "shadow_stored", "failed", "part_verified", "links_up", "peer_lost", "restored"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "loaded", "step_ready", "unit_done", "shadow_stored", "failed", "part_verified", "links_up", "peer_lost", "restored", "load_progress"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -144,6 +148,26 @@ Global___WorkerHello: _TypeAlias = WorkerHello  # noqa: Y015
 class StageLoaded(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class BytesByPlaceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     BYTES_READ_FIELD_NUMBER: _builtins.int
     TENSORS_READ_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
@@ -152,6 +176,7 @@ class StageLoaded(_message.Message):
     TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
     ADAPTER_CONFIG_JSON_FIELD_NUMBER: _builtins.int
     DATA_ADDRESS_FIELD_NUMBER: _builtins.int
+    BYTES_BY_PLACE_FIELD_NUMBER: _builtins.int
     bytes_read: _builtins.int
     tensors_read: _builtins.int
     seconds: _builtins.float
@@ -165,6 +190,10 @@ class StageLoaded(_message.Message):
     def parameter_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Global names of the trainable parameters this stage holds, sorted; StepReady's numbers follow this order."""
 
+    @_builtins.property
+    def bytes_by_place(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Where the weights' bytes came from: folder, cache, hub, coordinator, or a device's name."""
+
     def __init__(
         self,
         *,
@@ -176,14 +205,63 @@ class StageLoaded(_message.Message):
         trainable_parameters: _builtins.int = ...,
         adapter_config_json: _builtins.str = ...,
         data_address: _builtins.str = ...,
+        bytes_by_place: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config_json", b"adapter_config_json", "bytes_read", b"bytes_read", "data_address", b"data_address", "parameter_names", b"parameter_names", "rss_bytes", b"rss_bytes", "seconds", b"seconds", "tensors_read", b"tensors_read", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config_json", b"adapter_config_json", "bytes_by_place", b"bytes_by_place", "bytes_read", b"bytes_read", "data_address", b"data_address", "parameter_names", b"parameter_names", "rss_bytes", b"rss_bytes", "seconds", b"seconds", "tensors_read", b"tensors_read", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageLoaded: _TypeAlias = StageLoaded  # noqa: Y015
+
+@_typing.final
+class LoadProgress(_message.Message):
+    """How far the loading of the weights is; sent now and then, and lost if a stream breaks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class BytesByPlaceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_BY_PLACE_FIELD_NUMBER: _builtins.int
+    done_bytes: _builtins.int
+    total_bytes: _builtins.int
+    @_builtins.property
+    def bytes_by_place(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        bytes_by_place: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_by_place", b"bytes_by_place", "done_bytes", b"done_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadProgress: _TypeAlias = LoadProgress  # noqa: Y015
 
 @_typing.final
 class LinksUp(_message.Message):

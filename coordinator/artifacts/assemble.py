@@ -23,7 +23,7 @@ from coordinator.artifacts.verify_process import Check, Probe, VerifyReport, Ver
 from plutino.errors import ExportError, FrameError, UnknownJobError
 from plutino.families import family_of
 from plutino.job.spec import JobSpec
-from plutino.safetensors_index import base_model_hash
+from plutino.manifest import base_model_hash
 from plutino.sizes import MIB, format_size
 
 _KEY_PREFIX = "base_model.model."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from coordinator.artifacts.shadows import ShadowStore
 from coordinator.fleet.registry import FleetRegistry
@@ -63,6 +64,11 @@ class JobContext:
     def job_id(self) -> JobId:
         """The job's id."""
         return self.record.job_id
+
+    @property
+    def job_dir(self) -> Path:
+        """Where the coordinator keeps the job's files."""
+        return self.shadow_files.job_dir(self.job_id)
 
     @property
     def plan(self) -> Plan:

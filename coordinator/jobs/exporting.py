@@ -24,7 +24,7 @@ from coordinator.jobs.units import PROBE_ROWS, Batch, evaluation_loss, probe_bat
 from partitioner.explain import explain
 from plutino.errors import ExportError
 from plutino.events import Exported, Verification
-from plutino.safetensors_index import base_model_hash
+from plutino.manifest import base_model_hash
 from protos import runners_pb2 as runner_pb
 from protos import workers_pb2 as pb
 

@@ -25,7 +25,6 @@ from coordinator.jobs.worker_link import JobWorkers
 from coordinator.scheduling.engine import Engine
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.storage.base import NumberedEvent, Store
-from coordinator.weights.model_files import register_model
 from partitioner.plan import Plan
 from plutino.errors import DataError, InvalidTransitionError, PlutinoError, UnknownJobError
 from plutino.events import Usage, WorkerUsage
@@ -245,8 +244,6 @@ class JobManager:
 
     def _drive(self, record: JobRecord) -> None:
         job_id = record.job_id
-        spec = JobSpec.model_validate_json(record.spec_json)
-        register_model(self._shadow_files.job_dir(job_id), Path(spec.model.path))
         context = self._context(record)
         driver = JobDriver(
             context,

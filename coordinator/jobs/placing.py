@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,10 +13,11 @@ from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.recovery import durable_steps
 from coordinator.scheduling.problem import first_trainable_stage
+from coordinator.weights.model_files import offer_model
 from plutino.errors import AgentError, AgentLostError, JobError
-from plutino.events import WorkerLoaded
+from plutino.events import WorkerLoaded, WorkerLoading
 from plutino.job.assignment import RestorePoint, StageShape, WorkerAssignment
-from plutino.safetensors_index import base_model_hash
+from plutino.manifest import Manifest
 from plutino.types import AgentId, WorkerRef
 from protos import workers_pb2 as pb
 
@@ -22,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 4.0
 """An agent ends a worker within 2 s, by force if it must; the job's end waits this long for its word."""
-LOAD_TIMEOUT_S = 600.0
+LOAD_STALLED_S = 600.0
+"""Bounds the silence of a loading worker, not the loading: a large model over a slow link takes hours."""
+_PROGRESS_EVERY_S = 2.0
 LINK_TIMEOUT_S = 60.0
 
 
@@ -38,14 +43,10 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str
     refs = context.refs()
     context.workers.expect(refs)
     # Hashing a large model takes seconds the first time; the event loop must go on with commits meanwhile.
-    base_hash = await asyncio.to_thread(base_model_hash, Path(context.spec.model.path))
-    assignments = _assignments(context, restore_step, base_hash)
+    manifest = await asyncio.to_thread(offer_model, context.job_dir, Path(context.spec.model.path))
+    assignments = _assignments(context, restore_step, manifest)
     asked: set[WorkerRef] = set()
-    try:
-        await asyncio.wait_for(_load_all(context, refs, assignments, asked), LOAD_TIMEOUT_S)
-    except asyncio.TimeoutError:
-        late = [str(ref) for ref in refs if not _is_loaded(context, ref)]
-        raise AgentError(f"{', '.join(late)} did not finish loading within {LOAD_TIMEOUT_S:.0f} s") from None
+    await _load_all(context, refs, assignments, asked)
     await _link(context)
     for status in context.workers.statuses:
         if status.ref in asked and status.loaded is not None:
@@ -61,10 +62,48 @@ async def _load_all(
     assignments: Mapping[WorkerRef, WorkerAssignment],
     asked: set[WorkerRef],
 ) -> None:
+    told: dict[WorkerRef, int] = {}
+    told_at_s = moved_at_s = time.monotonic()
+    moved = (0, 0)
     while not _all_loaded(context):
         for ref, agent_id in refs.items():
             _start_if_missing(context, ref, agent_id, assignments[ref], asked)
         await _changed_soon(context)
+        now_s = time.monotonic()
+        if (state := _loading_state(context)) != moved:
+            moved, moved_at_s = state, now_s
+        if now_s - moved_at_s > LOAD_STALLED_S:
+            late = [str(ref) for ref in refs if not _is_loaded(context, ref)]
+            raise AgentError(f"{', '.join(late)} did not get on with loading for {LOAD_STALLED_S:.0f} s")
+        if now_s - told_at_s > _PROGRESS_EVERY_S:
+            told_at_s = now_s
+            await context.tell(*_progress_events(context, told))
+
+
+def _loading_state(context: JobContext) -> tuple[int, int]:
+    """Changes whenever a worker gets on with loading."""
+    statuses = context.workers.statuses
+    done_bytes = sum(status.progress.done_bytes for status in statuses if status.progress is not None)
+    return done_bytes, sum(_is_loaded(context, status.ref) for status in statuses)
+
+
+def _progress_events(context: JobContext, told: dict[WorkerRef, int]) -> list[WorkerLoading]:
+    """News of workers that are still loading, for those that watch."""
+    events = []
+    for status in context.workers.statuses:
+        progress = status.progress
+        if status.loaded is None and progress is not None and told.get(status.ref) != progress.done_bytes:
+            told[status.ref] = progress.done_bytes
+            events.append(
+                WorkerLoading(
+                    worker=context.worker_name(status.ref),
+                    plan_epoch=status.ref.plan_epoch,
+                    done_bytes=progress.done_bytes,
+                    total_bytes=progress.total_bytes,
+                    bytes_by_place=dict(progress.bytes_by_place),
+                )
+            )
+    return events
 
 
 async def stop_workers(context: JobContext, *, before_epoch: int, reason: str) -> None:
@@ -150,7 +189,7 @@ async def _link(context: JobContext) -> None:
         context.workers.forget("link")
 
 
-def _assignments(context: JobContext, restore_step: int, base_hash: str) -> dict[WorkerRef, WorkerAssignment]:
+def _assignments(context: JobContext, restore_step: int, manifest: Manifest) -> dict[WorkerRef, WorkerAssignment]:
     plan, record = context.plan, context.record
     shapes = tuple(
         StageShape(
@@ -162,6 +201,7 @@ def _assignments(context: JobContext, restore_step: int, base_hash: str) -> dict
         for stage, owners in zip(plan.stages, plan.micro_batch_owners, strict=True)
     )
     restore = _restore_point(context, restore_step)
+    manifest_sha256 = hashlib.sha256(manifest.to_bytes()).hexdigest()
     return {
         ref: WorkerAssignment(
             job_id=context.job_id,
@@ -173,7 +213,8 @@ def _assignments(context: JobContext, restore_step: int, base_hash: str) -> dict
             numerics=context.numerics,
             checkpointing=plan.checkpointing,
             first_trainable_stage=first_trainable_stage(context.spec, shapes),
-            base_hash=base_hash,
+            base_hash=manifest.base_hash,
+            manifest_sha256=manifest_sha256,
             total_steps=record.total_steps,
             max_micro_batches=plan.num_micro_batches,
             threads=plan.stages[ref.stage_index].threads,
@@ -219,6 +260,7 @@ def _loaded_event(context: JobContext, ref: WorkerRef, loaded: pb.StageLoaded) -
         seconds=loaded.seconds,
         rss_bytes=loaded.rss_bytes,
         trainable_parameters=loaded.trainable_parameters,
+        bytes_by_place=dict(loaded.bytes_by_place),
     )
 
 

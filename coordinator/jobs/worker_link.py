@@ -22,6 +22,7 @@ class WorkerStatus:
     ref: WorkerRef
     outgoing: asyncio.Queue[pb.WorkerCommand | None] | None = None
     """None while the worker is not attached."""
+    progress: pb.LoadProgress | None = None
     loaded: pb.StageLoaded | None = None
     is_linked: bool = False
     next_step: int = 0
@@ -164,6 +165,8 @@ class JobWorkers:
 
     def _take(self, status: WorkerStatus, event: pb.WorkerEvent) -> None:
         match event.WhichOneof("event"):
+            case "load_progress":
+                status.progress = event.load_progress
             case "loaded":
                 status.loaded = event.loaded
             case "links_up":

@@ -1,4 +1,4 @@
-"""The bulk process: model byte ranges and shadows, in a process and on a port of their own.
+"""The bulk process: a model's manifest and byte ranges, and shadows, in a process and on a port of their own.
 
 Big transfers here can delay neither a commit nor a lease, which live in the coordinator's process. Started as
 ``python -m coordinator.weights.bulk``; it prints ``{"address": "127.0.0.1:PORT"}`` as one line and runs until its
@@ -24,13 +24,14 @@ from pathlib import Path
 import grpc
 
 from coordinator.artifacts.shadows import CHUNK_BYTES, ShadowStore
-from coordinator.weights.model_files import ModelFiles
+from coordinator.weights.model_files import ModelFiles, manifest_path
 from coordinator.weights.rate import TokenBucket
 from plutino.errors import ConfigError, FrameError, JobError, PlutinoError
 from plutino.security.interceptors import SyncGate
 from plutino.security.tls import Credentials
 from plutino.sizes import GIB, format_size
 from plutino.wire.channel import Lane, bind, sync_server
+from plutino.wire.chunks import chunk_service
 from plutino.wire.status import abort_with
 from protos import bulk_pb2, bulk_pb2_grpc
 
@@ -73,9 +74,7 @@ class BulkService(bulk_pb2_grpc.BulkServiceServicer):
             _require_deadline(context)
             return bulk_pb2.PutShadowResponse(sha256=self._store(request_iterator))
 
-    def GetShadow(
-        self, request: bulk_pb2.GetShadowRequest, context: grpc.ServicerContext
-    ) -> Iterator[bulk_pb2.BulkChunk]:
+    def GetShadow(self, request: bulk_pb2.GetShadowRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream a shadow; initial metadata ``total-bytes`` tells its size."""
         with _answering_errors(context):
             _require_deadline(context)
@@ -84,9 +83,7 @@ class BulkService(bulk_pb2_grpc.BulkServiceServicer):
             context.send_initial_metadata((("total-bytes", str(total_bytes)),))
             yield from self._read(path, 0, total_bytes)
 
-    def GetRange(
-        self, request: bulk_pb2.GetRangeRequest, context: grpc.ServicerContext
-    ) -> Iterator[bulk_pb2.BulkChunk]:
+    def GetRange(self, request: bulk_pb2.GetRangeRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream a byte range of a file of the job's model."""
         with _answering_errors(context):
             _require_deadline(context)
@@ -94,14 +91,12 @@ class BulkService(bulk_pb2_grpc.BulkServiceServicer):
             path = model.check_range(request.file_name, request.start_byte, request.end_byte)
             yield from self._read(path, request.start_byte, request.end_byte)
 
-    def GetManifest(
-        self, request: bulk_pb2.GetManifestRequest, context: grpc.ServicerContext
-    ) -> bulk_pb2.GetManifestResponse:
-        """Names and sizes of the files of the job's model."""
+    def GetManifest(self, request: bulk_pb2.GetManifestRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Stream the manifest of the job's model."""
         with _answering_errors(context):
-            sizes = ModelFiles.of_job(self._shadows.job_dir(request.job_id)).sizes()
-            files = [bulk_pb2.GetManifestResponse.File(name=name, bytes=size) for name, size in sizes.items()]
-            return bulk_pb2.GetManifestResponse(files=files)
+            _require_deadline(context)
+            path = manifest_path(self._shadows.job_dir(request.job_id))
+            yield from self._read(path, 0, path.stat().st_size)
 
     def _store(self, requests: Iterator[bulk_pb2.PutShadowRequest]) -> str:
         first = next(requests, None)
@@ -124,7 +119,7 @@ class BulkService(bulk_pb2_grpc.BulkServiceServicer):
             incoming.publish()
         return sha256
 
-    def _read(self, path: Path, start_byte: int, end_byte: int) -> Iterator[bulk_pb2.BulkChunk]:
+    def _read(self, path: Path, start_byte: int, end_byte: int) -> Iterator[bytes]:
         with path.open("rb", buffering=0) as file:
             file.seek(start_byte)
             left_bytes = end_byte - start_byte
@@ -134,7 +129,7 @@ class BulkService(bulk_pb2_grpc.BulkServiceServicer):
                     raise FrameError(f"{path.name} became shorter while it was sent, {left_bytes} bytes are missing")
                 left_bytes -= len(data)
                 self._pause_for(len(data))
-                yield bulk_pb2.BulkChunk(data=data)
+                yield data
 
     def _pause_for(self, num_bytes: int) -> None:
         wait_s = self._bucket.take(num_bytes)
@@ -186,7 +181,7 @@ def serve(
     """
     executor = ThreadPoolExecutor(num_calls, thread_name_prefix="bulk")
     server = sync_server(Lane.BULK, executor, interceptors=[] if gate is None else [gate])
-    bulk_pb2_grpc.add_BulkServiceServicer_to_server(service, server)
+    server.add_generic_rpc_handlers((chunk_service(bulk_pb2.DESCRIPTOR.services_by_name["BulkService"], service),))
     bound = bind(server, address, credentials)
     server.start()
     return server, bound

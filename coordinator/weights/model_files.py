@@ -1,8 +1,8 @@
 """Which files of which base model a job's workers may read.
 
-The coordinator registers a model folder for a job by writing ``jobs/<job_id>/model.json`` below the state directory;
-the bulk process reads it for every call. Only plain names of the kinds a worker needs are ever served, whatever the
-registration or a request says.
+The coordinator offers a model folder to a job by writing ``jobs/<job_id>/model.json`` and ``manifest.json`` below the
+state directory; the bulk process reads them for every call. Only plain names of the kinds a worker needs are ever
+served, whatever the registration or a request says.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plutino.errors import ConfigError, ModelError, UnknownJobError
+from plutino.manifest import HubOrigin, Manifest, make_manifest
 
 _SERVED = re.compile(
     r"config\.json|generation_config\.json"
@@ -29,8 +30,34 @@ def is_served(file_name: str) -> bool:
     return len(file_name) <= 255 and _SERVED.fullmatch(file_name) is not None
 
 
+def offer_model(job_dir: Path, model_dir: Path, *, origin: HubOrigin | None = None) -> Manifest:
+    """Let a job's workers read a model folder, and write down its manifest; replaces what was offered earlier.
+
+    The first time all weights are hashed, which takes seconds per GB.
+
+    Raises:
+        ModelError: the folder is no readable model folder.
+    """
+    manifest = make_manifest(model_dir, origin=origin)
+    register_model(job_dir, model_dir)
+    _write(job_dir / "manifest.json", manifest.to_bytes())
+    return manifest
+
+
+def manifest_path(job_dir: Path) -> Path:
+    """Where the manifest of a job's model lies.
+
+    Raises:
+        UnknownJobError: the job offers no model.
+    """
+    path = job_dir / "manifest.json"
+    if not path.is_file():
+        raise UnknownJobError(f"job {job_dir.name} offers no model here")
+    return path
+
+
 def register_model(job_dir: Path, model_dir: Path) -> ModelFiles:
-    """Let a job's workers read a model folder; replaces an earlier registration.
+    """Let a job's workers read the files of a model folder.
 
     Raises:
         ModelError: the folder has no config.json or no safetensors file.
@@ -41,11 +68,15 @@ def register_model(job_dir: Path, model_dir: Path) -> ModelFiles:
             f"{model_dir} is no model folder that can be served: it needs config.json and *.safetensors, "
             f"found {', '.join(names) or 'neither'}"
         )
-    job_dir.mkdir(parents=True, exist_ok=True)
-    part = job_dir / "model.json.part"
-    part.write_text(json.dumps({"path": str(model_dir.resolve()), "files": names}), encoding="utf-8")
-    os.replace(part, job_dir / "model.json")
+    _write(job_dir / "model.json", json.dumps({"path": str(model_dir.resolve()), "files": names}).encode())
     return ModelFiles(model_dir.resolve(), frozenset(names))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +119,6 @@ class ModelFiles:
             )
         # Not resolved and compared with the folder: model caches keep their files as links to blobs elsewhere.
         return self.folder / file_name
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every served file, by name, sorted.
-
-        Raises:
-            ModelError: a registered file is gone.
-        """
-        return {name: self._size_bytes(name) for name in sorted(self.names)}
 
     def check_range(self, file_name: str, start_byte: int, end_byte: int) -> Path:
         """Path of a file that has the half-open byte range.

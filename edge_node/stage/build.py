@@ -28,7 +28,7 @@ from edge_node.stage.architecture import (
 )
 from edge_node.stage.packing import PackedCache, StagePacker
 from edge_node.stage.stored_names import StoredNames
-from edge_node.stage.weights import TensorSource
+from edge_node.stage.weights import ReadsAhead, TensorSource
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
 from plutino.job.model import PLAIN, Packing
@@ -251,7 +251,10 @@ def build_stage(
     stored_names = StoredNames(model, source.names(), family, is_tied=is_tied)
     packer = StagePacker(source, stored_names.find, packing, dtype=dtype, device=device, cache=cache)
     own_linears = [name for name in block_linears if name.startswith(_block_prefixes(family, start_block, end_block))]
-    _check_complete(model, stored_names, packer, own_linears if packing.scheme != "none" else ())
+    packed_linears = own_linears if packing.scheme != "none" else ()
+    names = _check_complete(model, stored_names, packer, packed_linears)
+    if isinstance(source, ReadsAhead):
+        source.prepare(stored for name in names if not packer.is_kept(name) for stored in stored_names.pieces(name))
     packer.pack_linears(model, own_linears)
     packer.pack_outer(
         model,
@@ -288,8 +291,8 @@ def _block_prefixes(family: Family, start_block: int, end_block: int) -> tuple[s
 
 def _check_complete(
     model: PreTrainedModel, stored_names: StoredNames, packer: StagePacker, packed_linears: Sequence[str]
-) -> None:
-    """Refuse a checkpoint that lacks tensors of a meta model's parameters, before anything is read."""
+) -> list[str]:
+    """Refuse a checkpoint that lacks tensors of a meta model's parameters, before anything is read; returns what is wanted."""
     packed_weights = {f"{linear}.weight" for linear in packed_linears}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in packed_weights]
     wanted: dict[str, str | None] = {name: stored_names.find(name) for name in names}
@@ -301,6 +304,7 @@ def _check_complete(
             f"the checkpoint lacks {len(missing)} of the stage's {len(wanted)} tensors: {', '.join(missing[:8])}"
             f"{', ...' if len(missing) > 8 else ''}; download it again, or check that config.json belongs to it"
         )
+    return list(wanted)
 
 
 def _fill(

@@ -48,6 +48,10 @@ class PackedBlobs:
             logger.warning("%s is packed anew: %s", name, error)
             return None
 
+    def holds(self, name: str, scheme: str) -> bool:
+        """Whether packed tensors of a matrix lie here; their bytes are not looked at."""
+        return self._blobs.has_name(self._key(name, scheme))
+
     def save(self, name: str, scheme: str, packed: Mapping[str, Tensor]) -> None:
         """Keep packed tensors; a full or failing disk costs the next job time, and this one nothing."""
         if not self._is_writable:

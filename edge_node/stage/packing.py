@@ -39,6 +39,9 @@ class PackedCache(Protocol):
     def load(self, name: str, scheme: str) -> dict[str, Tensor] | None:
         """What :meth:`save` was given for this matrix, to the bit; None: nothing of it is left."""
 
+    def holds(self, name: str, scheme: str) -> bool:
+        """Whether :meth:`load` will probably give it; costs no reading."""
+
     def save(self, name: str, scheme: str, packed: Mapping[str, Tensor]) -> None:
         """Keep packed tensors for the next job, if there is room."""
 
@@ -91,6 +94,13 @@ class StagePacker:
             parts = {part: self._find_stored(f"{linear}.{part}") for part in PARTS}
             return {part: name for part, name in parts.items() if name is not None or part in needed}
         return {"weight": self._find_stored(f"{linear}.weight")}
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a parameter's packed form is probably in the cache, so that what is stored need not be obtained."""
+        linear, _, part = name.rpartition(".")
+        if self._cache is None or self._packing.scheme == "none" or part == "bias":
+            return False
+        return self._cache.holds(linear, self._packing.scheme)
 
     def pack_linears(self, model: PreTrainedModel, linears: Sequence[str]) -> None:
         """Put a packed layer in the place of each of these linears (or Conv1Ds) of a meta model.

@@ -106,6 +106,10 @@ class StoredNames:
         """Name under which the checkpoint holds a parameter, or the first of its pieces; None: it lacks it."""
         return self._recipes[name].stored[0] if name in self._recipes else None
 
+    def pieces(self, name: str) -> tuple[str, ...]:
+        """Names, as stored, of all tensors that a parameter is made of; empty: the checkpoint lacks it."""
+        return self._recipes[name].stored if name in self._recipes else ()
+
     def recipe(self, name: str) -> Recipe:
         """How a parameter comes about that the checkpoint does not lack."""
         return self._recipes[name]

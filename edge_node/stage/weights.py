@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -65,7 +65,15 @@ class TensorSource(Protocol):
         """Stored bytes read so far."""
 
 
-class _SafetensorsSource(ABC):
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can begin to obtain tensors before they are read."""
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """These stored tensors will be read, in this order."""
+
+
+class SafetensorsSource(ABC):
     """The decoding that all sources of safetensors bytes share."""
 
     def __init__(self, index: Mapping[str, TensorEntry]) -> None:
@@ -74,20 +82,25 @@ class _SafetensorsSource(ABC):
 
     @property
     def bytes_read(self) -> int:
+        """Stored bytes read so far."""
         return self._bytes_read
 
     def names(self) -> set[str]:
+        """Names of all stored tensors."""
         return set(self._index)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor."""
         return self._entry(name).shape
 
     def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """See :meth:`TensorSource.read`."""
         shape = self._entry(name).shape
         num_rows = shape[0] if shape else 1
         return self.read_rows(name, 0, num_rows, dtype)
 
     def read_rows(self, name: str, start_row: int, end_row: int, dtype: torch.dtype | None) -> Tensor:
+        """See :meth:`TensorSource.read_rows`."""
         entry = self._entry(name)
         stored_dtype = _stored_dtype(name, entry, wants_integers=dtype is None or not dtype.is_floating_point)
         row_bytes = math.prod(entry.shape[1:]) * stored_dtype.itemsize
@@ -131,7 +144,7 @@ def _stored_dtype(name: str, entry: TensorEntry, *, wants_integers: bool) -> tor
     return known[entry.dtype]
 
 
-class LocalSource(_SafetensorsSource):
+class LocalSource(SafetensorsSource):
     """Tensors of a model folder on this device.
 
     Raises:
@@ -171,7 +184,7 @@ class LocalSource(_SafetensorsSource):
             raise ModelError(f"cannot read {path}: {error.strerror}") from error
 
 
-class RangeSource(_SafetensorsSource):
+class RangeSource(SafetensorsSource):
     """Tensors whose bytes somebody else hands out.
 
     Args:

@@ -46,7 +46,9 @@ class WorkerAssignment(_Part):
     first_trainable_stage: int = 0
     """Stages below it hold nothing to train: they run forward only."""
     base_hash: str
-    """Hash of the base model's files; a worker whose copy differs refuses to load."""
+    """Hash of what the base model computes, see plutino.manifest."""
+    manifest_sha256: str
+    """Hash of the base model's manifest, which the bulk process hands out; whatever is loaded is checked against it."""
     total_steps: int
     """Length of the learning-rate schedule, in optimiser steps."""
     max_micro_batches: int

@@ -9,23 +9,30 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from plutino.errors import FrameError, UnreachableError
 from plutino.security.tls import Credentials
-from plutino.sizes import GIB, KIB, format_size
+from plutino.sizes import GIB, KIB, MIB, format_size
 from plutino.wire.channel import Lane, RenewedChannel
+from plutino.wire.chunks import CHUNK_BYTES, ChunkCall, StallWatch, call_for_chunks
 from plutino.wire.status import error_from_rpc
 from protos import bulk_pb2, bulk_pb2_grpc
 
-CHUNK_BYTES = 1 << 20
-"""Largest piece of a transfer, as protos/bulk.proto has it."""
-
 Buffer = bytes | bytearray | memoryview
+
+STALLED_AFTER_S = 20.0
+"""A transfer in which nothing comes for so long is given up."""
+
+MAX_MANIFEST_BYTES = 64 * MIB
+"""A model of 128 experts in 96 blocks has 37 000 tensors of 180 bytes each in its manifest."""
+
+_SERVICE = bulk_pb2.DESCRIPTOR.services_by_name["BulkService"]
 
 _Result = TypeVar("_Result")
 
@@ -108,7 +115,7 @@ class BulkClient:
         request = bulk_pb2.GetShadowRequest(job_id=job_id, shadow_id=shadow_id)
 
         def attempt() -> bytearray:
-            call = self._stub.GetShadow(request, timeout=self._deadline_s(max_bytes))
+            call = self._chunks("GetShadow", request, self._deadline_s(max_bytes))
             # The size is known only once the server has answered, so the real deadline is set then.
             with _Watchdog(call, self._base_deadline_s):
                 total_bytes = _total_bytes(call.initial_metadata())
@@ -134,8 +141,21 @@ class BulkClient:
             raise FrameError(f"shadow {shadow_id} of job {job_id} arrived with sha256 {found}, expected {sha256}")
         return received
 
+    def stream_range(
+        self, job_id: str, file_name: str, start_byte: int, end_byte: int, *, stalled_after_s: float = STALLED_AFTER_S
+    ) -> Iterator[memoryview]:
+        """Bytes ``[start_byte, end_byte)`` of a file of the job's model, as they come; one attempt.
+
+        Raises:
+            ConfigError: the file is not served or has no such range.
+            UnreachableError: the bulk process did not answer, or sent nothing for ``stalled_after_s``.
+        """
+        request = bulk_pb2.GetRangeRequest(job_id=job_id, file_name=file_name, start_byte=start_byte, end_byte=end_byte)
+        call = self._chunks("GetRange", request, self._deadline_s(end_byte - start_byte))
+        yield from stream_chunks(call, self._address, stalled_after_s)
+
     def read_range(self, job_id: str, file_name: str, start_byte: int, end_byte: int) -> bytearray:
-        """Bytes ``[start_byte, end_byte)`` of a file of the job's model.
+        """Bytes ``[start_byte, end_byte)`` of a file of the job's model; goes on where a broken transfer stopped.
 
         Raises:
             ConfigError: the file is not served or has no such range.
@@ -143,37 +163,46 @@ class BulkClient:
             UnreachableError: the bulk process did not answer.
         """
         received = bytearray(max(0, end_byte - start_byte))
-        self.read_range_into(job_id, file_name, start_byte, memoryview(received))
-        return received
-
-    def read_range_into(self, job_id: str, file_name: str, start_byte: int, target: memoryview) -> None:
-        """Fill ``target`` with the bytes of a file from ``start_byte`` on; as :meth:`read_range`, without a copy."""
-        # Kept over attempts, so that a broken transfer goes on where it stopped.
-        partly = _Target(target.cast("B"))
+        partly = _Target(memoryview(received))
 
         def attempt() -> None:
-            request = bulk_pb2.GetRangeRequest(
-                job_id=job_id,
-                file_name=file_name,
-                start_byte=start_byte + partly.filled_bytes,
-                end_byte=start_byte + partly.total_bytes,
-            )
-            missing_bytes = partly.total_bytes - partly.filled_bytes
-            partly.fill_from(self._stub.GetRange(request, timeout=self._deadline_s(missing_bytes)))
+            partly.fill_from(self.stream_range(job_id, file_name, start_byte + partly.filled_bytes, end_byte))
 
         self._retry(attempt)
         partly.require_full(f"{file_name} from byte {start_byte} on")
+        return received
 
-    def manifest(self, job_id: str) -> dict[str, int]:
-        """Bytes of every file of the job's model that is served, by name.
+    def manifest(self, job_id: str, sha256: str, *, max_bytes: int = MAX_MANIFEST_BYTES) -> bytes:
+        """The manifest of the job's model, checked.
 
         Raises:
-            UnknownJobError: the job has registered no model.
+            FrameError: it is larger than ``max_bytes``, or has another sha256.
+            UnknownJobError: the job offers no model.
             UnreachableError: the bulk process did not answer.
         """
         request = bulk_pb2.GetManifestRequest(job_id=job_id)
-        response = self._retry(lambda: self._stub.GetManifest(request, timeout=self._base_deadline_s))
-        return {file.name: file.bytes for file in response.files}
+
+        def attempt() -> bytes:
+            received = bytearray()
+            call = self._chunks("GetManifest", request, self._deadline_s(max_bytes))
+            for chunk in stream_chunks(call, self._address, STALLED_AFTER_S):
+                received += chunk
+                if len(received) > max_bytes:
+                    call.cancel()
+                    raise FrameError(f"the manifest of job {job_id} has more than {format_size(max_bytes)}")
+            return bytes(received)
+
+        received = self._retry(attempt)
+        found = hashlib.sha256(received).hexdigest()
+        if found != sha256:
+            raise FrameError(
+                f"the manifest of job {job_id} arrived with sha256 {found}, expected {sha256}: the model was changed "
+                "after the job began; put its files back, or submit the job again"
+            )
+        return received
+
+    def _chunks(self, method_name: str, request: Message, timeout_s: float) -> ChunkCall:
+        return call_for_chunks(self._channel.current(), _SERVICE, method_name, request, timeout_s=timeout_s)
 
     def _deadline_s(self, num_bytes: int) -> float:
         return self._base_deadline_s + num_bytes / self._slowest_bytes_per_s
@@ -182,12 +211,35 @@ class BulkClient:
         for number in range(1, self._num_attempts + 1):
             try:
                 return attempt()
+            except UnreachableError:
+                if number == self._num_attempts:
+                    raise
             except grpc.RpcError as rpc_error:
                 error = error_from_rpc(rpc_error, self._address)
                 if not isinstance(error, UnreachableError) or number == self._num_attempts:
                     raise error from rpc_error
             self._sleep(min(1.0, 0.1 * 2 ** (number - 1)))
         raise AssertionError("the last attempt returns or raises")
+
+
+def stream_chunks(call: ChunkCall, address: str, stalled_after_s: float) -> Iterator[memoryview]:
+    """The chunks of a call as they come; a call that is not read to its end is cancelled.
+
+    Raises:
+        PlutinoError: what the other side met; UnreachableError also if nothing came for ``stalled_after_s``.
+    """
+    with StallWatch(call, stalled_after_s) as watch:
+        try:
+            for chunk in call:
+                watch.moved()
+                yield chunk
+                watch.moved()  # what the caller does with a chunk is not the other side's time
+        except grpc.RpcError as error:
+            if watch.has_stalled:
+                raise UnreachableError(f"{address} has sent nothing for {stalled_after_s:.0f} s") from error
+            raise error_from_rpc(error, address) from error
+        finally:
+            call.cancel()
 
 
 class _Target:
@@ -198,12 +250,12 @@ class _Target:
         self.total_bytes = len(view)
         self.filled_bytes = 0
 
-    def fill_from(self, chunks: Iterator[bulk_pb2.BulkChunk]) -> None:
+    def fill_from(self, chunks: Iterable[memoryview]) -> None:
         for chunk in chunks:
-            end = self.filled_bytes + len(chunk.data)
+            end = self.filled_bytes + len(chunk)
             if end > self.total_bytes:
                 raise FrameError(f"more than the {self.total_bytes} bytes asked for came")
-            self._view[self.filled_bytes : end] = chunk.data
+            self._view[self.filled_bytes : end] = chunk
             self.filled_bytes = end
 
     def require_full(self, what: str) -> None:
@@ -214,7 +266,7 @@ class _Target:
 class _Watchdog:
     """Cancels a call that has not been served within a time."""
 
-    def __init__(self, call: grpc.Call, timeout_s: float) -> None:
+    def __init__(self, call: ChunkCall, timeout_s: float) -> None:
         self._timer = threading.Timer(timeout_s, call.cancel)
         self._timer.daemon = True
 

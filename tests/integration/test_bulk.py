@@ -16,14 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from coordinator.artifacts.shadows import ShadowStore
 from coordinator.weights.bulk import BulkService, serve
-from coordinator.weights.model_files import register_model
+from coordinator.weights.model_files import offer_model, register_model
 from coordinator.weights.rate import TokenBucket
 from plutino.errors import ConfigError, FrameError, JobError, UnknownJobError, UnreachableError
-from plutino.wire.bulk import CHUNK_BYTES, BulkClient
+from plutino.manifest import Manifest
+from plutino.wire.bulk import BulkClient
+from plutino.wire.chunks import CHUNK_BYTES
 from protos import bulk_pb2, bulk_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +125,7 @@ def test_bulk_unsafe_job_and_shadow_names_are_refused(tmp_path, name):
         with pytest.raises(ConfigError, match="is not allowed"):
             client.put_shadow("j1", name, b"x", sha256(b"x"))
         with pytest.raises(ConfigError, match="is not allowed"):
-            client.manifest(name)
+            client.manifest(name, "0" * 64)
 
     assert files_below(tmp_path) == []
 
@@ -184,11 +188,38 @@ def test_shadow_store_delete_job_removes_its_shadows_and_is_idempotent(tmp_path)
     assert store.list_shadows("j1") == ()
 
 
-def test_bulk_manifest_lists_only_files_that_workers_need(tmp_path):
-    register_model(tmp_path / "state/jobs/j1", model_folder(tmp_path))
+def real_model_folder(tmp_path: Path) -> Path:
+    folder = model_folder(tmp_path)
+    save_file({"a": np.arange(9, dtype=np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def test_bulk_manifest_is_that_of_the_offered_folder(tmp_path):
+    manifest = offer_model(tmp_path / "state/jobs/j1", real_model_folder(tmp_path))
 
     with bulk(tmp_path / "state") as client:
-        assert client.manifest("j1") == {"config.json": 2, "model.safetensors": len(SHADOW), "tokenizer.json": 2}
+        received = client.manifest("j1", sha256(manifest.to_bytes()))
+
+    assert Manifest.from_bytes(received) == manifest
+
+
+def test_bulk_manifest_of_a_model_that_changed_is_refused(tmp_path):
+    offer_model(tmp_path / "state/jobs/j1", real_model_folder(tmp_path))
+
+    with bulk(tmp_path / "state") as client, pytest.raises(FrameError, match="the model was changed"):
+        client.manifest("j1", "0" * 64)
+
+
+def test_bulk_manifest_of_a_job_that_offers_none_is_told(tmp_path):
+    with bulk(tmp_path) as client, pytest.raises(UnknownJobError, match="j1 offers no model"):
+        client.manifest("j1", "0" * 64)
+
+
+def test_bulk_manifest_above_the_bound_is_refused(tmp_path):
+    offer_model(tmp_path / "state/jobs/j1", real_model_folder(tmp_path))
+
+    with bulk(tmp_path / "state") as client, pytest.raises(FrameError, match="more than 8"):
+        client.manifest("j1", "0" * 64, max_bytes=8)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 0), (5, 5), (3, 17), (0, len(SHADOW)), (len(SHADOW) - 1, len(SHADOW))])
@@ -252,7 +283,7 @@ class _BreaksAfterOneChunk(bulk_pb2_grpc.BulkServiceServicer):
 
     def GetRange(self, request, context):
         self.starts.append(request.start_byte)
-        yield bulk_pb2.BulkChunk(data=SHADOW[request.start_byte : request.end_byte][:CHUNK_BYTES])
+        yield SHADOW[request.start_byte : request.end_byte][:CHUNK_BYTES]
         if request.end_byte - request.start_byte > CHUNK_BYTES:
             context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
 
@@ -270,11 +301,34 @@ def test_bulk_client_goes_on_with_a_broken_range_where_it_stopped():
     assert slept_s == [0.1, 0.2]
 
 
+class _SendsNothing(bulk_pb2_grpc.BulkServiceServicer):
+    """Takes calls and never answers until it is told to end."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def GetRange(self, request, context):
+        context.add_callback(self.ended.set)
+        yield b"x"
+        self.ended.wait(WAIT_S)
+
+
+def test_bulk_client_gives_up_a_range_that_stalls_and_the_server_hears_of_it():
+    service = _SendsNothing()
+    server, address = serve(service, "127.0.0.1:0")
+
+    with BulkClient(address) as client, pytest.raises(UnreachableError, match="sent nothing for 0 s"):
+        list(client.stream_range("j1", "model.safetensors", 0, 2, stalled_after_s=0.2))
+
+    assert service.ended.wait(WAIT_S)
+    server.stop(0).wait(WAIT_S)
+
+
 def test_bulk_client_gives_up_after_its_attempts():
     slept_s: list[float] = []
 
     with BulkClient("127.0.0.1:1", num_attempts=3, sleep=slept_s.append) as client, pytest.raises(UnreachableError):
-        client.manifest("j1")
+        client.manifest("j1", "0" * 64)
 
     assert len(slept_s) == 2
 

@@ -22,7 +22,7 @@ from coordinator.artifacts.publish import PublishRequest, publish_adapter
 from coordinator.artifacts.verify_process import Probe, ProbeRows, VerifyRequest
 from plutino.errors import ExportError
 from plutino.job.spec import JobSpec
-from plutino.safetensors_index import base_model_hash
+from plutino.manifest import base_model_hash
 from plutino.sizes import GIB
 
 MODEL_DIR = Path(__file__).resolve().parents[2] / "plutino" / "assets" / "models" / "tiny-llama-7m"

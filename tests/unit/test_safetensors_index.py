@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from plutino.errors import ModelError
-from plutino.safetensors_index import MAX_HEADER_BYTES, base_model_hash, read_safetensors_headers
+from plutino.safetensors_index import MAX_HEADER_BYTES, read_safetensors_headers
 
 
 def encoded(tensors, data: bytes | None = None, **changes) -> bytes:
@@ -102,31 +102,3 @@ def test_headers_pickled_weights_are_refused_with_the_way_out(tmp_path):
 def test_headers_folder_without_weights_is_refused(tmp_path, path):
     with pytest.raises(ModelError, match=r"model\.path"):
         read_safetensors_headers(tmp_path / path)
-
-
-def model_files(**changes: bytes) -> dict[str, bytes]:
-    return {"config.json": b"{}", "model.safetensors": encoded({"a": (1,)})} | changes
-
-
-def test_base_model_hash_is_that_of_the_content_and_not_of_the_place(tmp_path):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    first = folder(tmp_path / "one", model_files())
-    second = folder(tmp_path / "two", model_files(**{"README.md": b"hello"}))
-
-    assert base_model_hash(first) == base_model_hash(second)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"config.json": b"{ }"}, {"model.safetensors": encoded({"a": (1,)}, data=b"abcd")}],
-)
-def test_base_model_hash_changes_with_config_or_weights(tmp_path, changes):
-    before = base_model_hash(folder(tmp_path, model_files()))
-
-    assert base_model_hash(folder(tmp_path, model_files(**changes))) != before
-
-
-def test_base_model_hash_without_config_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
-        base_model_hash(folder(tmp_path, {"model.safetensors": encoded({"a": (1,)})}))

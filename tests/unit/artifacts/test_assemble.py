@@ -16,7 +16,7 @@ from coordinator.artifacts.assemble import AssembledAdapter, AssembleRequest, as
 from coordinator.artifacts.verify_process import VerifyReport, VerifyRequest
 from plutino.errors import ConfigError, ExportError
 from plutino.job.spec import JobSpec
-from plutino.safetensors_index import base_model_hash
+from plutino.manifest import base_model_hash
 
 NAMES = [f"base_model.model.model.layers.{block}.self_attn.q_proj.lora_{ab}.weight" for block in (0, 5) for ab in "AB"]
 PARAMETERS = {name: np.full((2, 3), index, np.float32) for index, name in enumerate(NAMES)}

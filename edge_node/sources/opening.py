@@ -1,0 +1,55 @@
+"""From an assignment, and what the device allows, to the weights of one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_node.cache import BlobCache, OverBudgetError
+from edge_node.sources.base import ByteSource
+from edge_node.sources.coordinator import CoordinatorSource
+from edge_node.sources.shared import Progress, SharedWeights
+from edge_node.weights_config import WeightsConfig
+from plutino.job.assignment import WorkerAssignment
+from plutino.manifest import Manifest
+from plutino.wire.bulk import BulkClient
+
+
+def open_weights(
+    assignment: WorkerAssignment, config: WeightsConfig, bulk: BulkClient, *, on_progress: Callable[[Progress], None]
+) -> SharedWeights:
+    """The weights of a worker's job, wherever they are; close them when the job is over.
+
+    Raises:
+        ModelError: the manifest cannot be read.
+        FrameError: the model was changed after the job began.
+        UnreachableError: the coordinator's bulk process does not answer.
+    """
+    cache = config.cache()
+    manifest = _manifest(assignment, cache, bulk)
+    folder = Path(assignment.spec.model.path)
+    sources: list[ByteSource] = [CoordinatorSource(bulk, assignment.job_id)]
+    return SharedWeights(
+        manifest,
+        folders=[folder] if folder.is_dir() else [],
+        cache=cache,
+        sources=sources,
+        on_progress=on_progress,
+        first_share=assignment.replica_index / assignment.shape.num_replicas,
+    )
+
+
+def _manifest(assignment: WorkerAssignment, cache: BlobCache, bulk: BulkClient) -> Manifest:
+    key = assignment.manifest_sha256
+    if (known := cache.check(key)) is not None:
+        return Manifest.from_bytes(known.read_bytes())
+    data = bulk.manifest(assignment.job_id, key)
+    try:
+        with cache.receive(key, len(data)) as incoming:
+            if incoming.path is None:
+                incoming.restart()
+                incoming.write(data)
+                incoming.publish()
+    except OverBudgetError:
+        pass  # asked for again next time
+    return Manifest.from_bytes(data)

@@ -1,0 +1,36 @@
+"""What the owner of a device allows for weights; the agent hands it to its workers. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_node.cache import DEFAULT_BUDGET_BYTES, BlobCache, default_cache_dir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsConfig:
+    """What the owner of a device allows; the agent hands it to its workers."""
+
+    cache_dir: Path = field(default_factory=default_cache_dir)
+    cache_bytes: int = DEFAULT_BUDGET_BYTES
+    """Budget of the disk cache; 0 keeps nothing."""
+
+    def cache(self) -> BlobCache:
+        """The device's cache."""
+        return BlobCache(self.cache_dir, self.cache_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """As :meth:`from_json` takes it."""
+        return {"cache_dir": str(self.cache_dir), "cache_bytes": self.cache_bytes}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> WeightsConfig:
+        """What :meth:`to_json` gave."""
+        known = cls()
+        return cls(
+            cache_dir=Path(values.get("cache_dir", known.cache_dir)),
+            cache_bytes=int(values.get("cache_bytes", known.cache_bytes)),
+        )

@@ -1,0 +1,155 @@
+"""The manifest of a base model: its configuration, where every tensor lies, and the sha256 of every tensor's bytes.
+
+The coordinator makes it once (:func:`make_manifest`); every worker gets it, checked against the hash in its assignment,
+and checks against it whatever bytes it is given, by whom ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plutino.digests import tensor_digests
+from plutino.errors import ModelError
+from plutino.safetensors_index import DTYPE_BYTES, TensorEntry, read_safetensors_headers
+
+_VERSION = 1
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class HubOrigin:
+    """Where on the hub the files lie."""
+
+    repository: str
+    """``organisation/name``."""
+    commit: str
+    """Of 40 hexadecimal digits; branches and tags move."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a base model consists of."""
+
+    config_json: str
+    """Text of config.json."""
+    tensors: Mapping[str, TensorEntry]
+    """By the names in the files, sorted."""
+    sha256: Mapping[str, str]
+    """Of each tensor's bytes as they are stored."""
+    origin: HubOrigin | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of config.json.
+
+        Raises:
+            ModelError: it is no JSON mapping.
+        """
+        return parse_model_config(self.config_json, "config.json")
+
+    @functools.cached_property
+    def base_hash(self) -> str:
+        """Hash of what the model computes: config.json and all tensors, however they are spread over files."""
+        total = hashlib.sha256()
+        config = self.config_json.encode()
+        total.update(b"config.json %d\n" % len(config) + config)
+        for name, entry in self.tensors.items():
+            total.update(f"{name} {entry.dtype} {list(entry.shape)} {self.sha256[name]}\n".encode())
+        return total.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """As :meth:`from_bytes` reads it; the same manifest gives the same bytes."""
+        values = {
+            "version": _VERSION,
+            "config": self.config_json,
+            "origin": None if self.origin is None else [self.origin.repository, self.origin.commit],
+            "tensors": {
+                name: [entry.file, entry.dtype, list(entry.shape), entry.start, entry.end, self.sha256[name]]
+                for name, entry in self.tensors.items()
+            },
+        }
+        return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray) -> Manifest:
+        """Read and check a manifest.
+
+        Raises:
+            ModelError: it is malformed or of another version.
+        """
+        try:
+            values = json.loads(data)
+            if values["version"] != _VERSION:
+                raise ValueError(f"version {values['version']}, this plutino reads {_VERSION}")
+            rows = dict(sorted(values["tensors"].items()))
+            tensors = {name: _entry(name, row) for name, row in rows.items()}
+            origin = None if values["origin"] is None else HubOrigin(*map(str, values["origin"]))
+            return cls(str(values["config"]), tensors, {name: str(row[5]) for name, row in rows.items()}, origin)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ModelError(
+                f"the model's manifest cannot be read ({error!r}); use the same version of plutino on all machines"
+            ) from error
+
+
+def make_manifest(model_dir: str | Path, *, origin: HubOrigin | None = None) -> Manifest:
+    """The manifest of a model folder; the first time all its weights are read, which takes seconds per GB.
+
+    Raises:
+        ModelError: config.json or the safetensors files cannot be read.
+    """
+    folder = Path(model_dir)
+    try:
+        config_json = (folder / "config.json").read_bytes().decode()
+    except OSError as error:
+        raise ModelError(f"cannot read {folder / 'config.json'}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{folder / 'config.json'} is not UTF-8 text; download it again") from error
+    tensors = read_safetensors_headers(folder)
+    digests: dict[str, str] = {}
+    for file in sorted({entry.file for entry in tensors.values()}):
+        own = {name: entry for name, entry in tensors.items() if entry.file == file}
+        digests |= tensor_digests(folder / file, own)
+    return Manifest(config_json, tensors, digests, origin)
+
+
+def base_model_hash(model_dir: str | Path) -> str:
+    """Hash of what a base model computes: its config.json and the contents of its tensors.
+
+    Two folders with the same hash give the same model; the tokenizer and the division into shards do not enter.
+
+    Raises:
+        ModelError: config.json or the safetensors files cannot be read.
+    """
+    return make_manifest(model_dir).base_hash
+
+
+def parse_model_config(text: str | bytes, where: str) -> dict[str, Any]:
+    """Content of a config.json.
+
+    Raises:
+        ModelError: it is no JSON mapping.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{where} must hold a mapping, not {type(values).__name__}")
+    return values
+
+
+def _entry(name: str, row: list[Any]) -> TensorEntry:
+    file, dtype, shape, start, end, digest = row
+    numbers = (*shape, start, end)
+    if not all(type(number) is int and number >= 0 for number in numbers) or end < start:
+        raise ValueError(f"{name} has sizes {numbers}")
+    if Path(file).name != file or dtype not in DTYPE_BYTES or not _SHA256.fullmatch(digest):
+        raise ValueError(f"{name} has file {file!r}, dtype {dtype!r} or a malformed sha256")
+    return TensorEntry(file, dtype, tuple(shape), start, end)
