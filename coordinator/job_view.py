@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from partitioner.plan import Plan
 from plutino import events
 from plutino.client import ENDED_STATES, NumberedEvent
+from plutino.sizes import format_size
 
 _SPEED_STEPS = 20
 """Speed and busy shares are means over so many steps."""
@@ -35,6 +36,8 @@ class StageView:
     peak_rss_bytes: int = 0
     shares: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_SPEED_STEPS))
     """Of the latest steps: seconds of computing, seconds altogether."""
+    loading: str | None = None
+    """How far it is with its weights, while it loads them."""
 
     @property
     def measured_job_bytes(self) -> int:
@@ -140,7 +143,10 @@ class JobView:
             case events.Usage():
                 for usage in event.workers:
                     self._use(usage.worker.stage_index, usage.rss_bytes, usage.peak_rss_bytes)
+            case events.WorkerLoading():
+                self._load(event.worker.stage_index, told(event))
             case events.WorkerLoaded():
+                self._load(event.worker.stage_index, None)
                 self._use(event.worker.stage_index, event.rss_bytes, event.rss_bytes)
             case events.Exported():
                 self.exported = event
@@ -186,6 +192,10 @@ class JobView:
             if (stage := self.stages.get(times.worker.stage_index)) is not None:
                 stage.shares.append((times.compute_s, times.total_s))
 
+    def _load(self, stage_index: int, loading: str | None) -> None:
+        if stage_index in self.stages:
+            self.stages[stage_index].loading = loading
+
     def _use(self, stage_index: int, rss_bytes: int, peak_rss_bytes: int) -> None:
         stage = self.stages.get(stage_index)
         if stage is not None:
@@ -210,10 +220,16 @@ def told(event: events.JobEvent) -> str | None:
             )
         case events.PlanMade():
             return f"plan of epoch {event.plan_epoch} made in {event.search_s:.2f} s"
+        case events.WorkerLoading():
+            return (
+                f"{event.worker.device_name} loads stage {event.worker.stage_index}: "
+                f"{format_size(event.done_bytes)} of {format_size(event.total_bytes)}{_places(event.bytes_by_place)}"
+            )
         case events.WorkerLoaded():
             return (
                 f"{event.worker.device_name} holds blocks [{event.start_block}, {event.end_block}): "
-                f"{event.tensors_read} tensors read in {event.seconds:.1f} s, "
+                f"{event.tensors_read} tensors read in {event.seconds:.1f} s"
+                f"{_places(event.bytes_by_place)}, "
                 f"{event.trainable_parameters} parameters to train"
             )
         case events.StepCommitted():
@@ -239,3 +255,9 @@ def told(event: events.JobEvent) -> str | None:
             return f"{event.level}: {event.text}" if event.level == "warning" else event.text
         case _:
             return None
+
+
+def _places(bytes_by_place: Mapping[str, int]) -> str:
+    """Where weights came from, the most first: `` (coordinator 1.2 GiB, cache 300 MiB)``."""
+    ranked = sorted(bytes_by_place.items(), key=lambda item: (-item[1], item[0]))
+    return f" ({', '.join(f'{place} {format_size(num_bytes)}' for place, num_bytes in ranked)})" if ranked else ""

@@ -133,6 +133,7 @@ def job_panel(view: JobView) -> RenderableType:
         parts.append(_progress(view))
     if view.stages:
         parts.append(_stage_table(view))
+    parts += [Text(stage.loading) for stage in view.stages.values() if stage.loading is not None]
     parts += [Text(told(score) or "") for score in view.scores.values()]
     if view.evaluations:
         steps = max(view.evaluations)

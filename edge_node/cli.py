@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace) -> int:
     from edge_node.weights_config import WeightsConfig
     from edge_node.worker_pool import PoolConfig
 
-    allowed = WeightsConfig(cache_bytes=cache_bytes)
+    allowed = WeightsConfig(cache_bytes=cache_bytes, uses_folders=not options.no_folders)
     if options.cache_dir is not None:
         allowed = replace(allowed, cache_dir=options.cache_dir.expanduser().absolute())
     config = AgentConfig(
@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         metavar="DIR",
         help="cached weights, shared by agents; by default plutino/weights in the user's cache directory",
+    )
+    run.add_argument(
+        "--no-folders", action="store_true", help="never read model folders here, such as slow network mounts"
     )
     doctor = commands.add_parser(
         "doctor",

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_safetensors
 
-from edge_node.cache import BlobCache, default_cache_dir
 from edge_node.control import ControlStream
 from edge_node.engine.executor import StageExecutor, StepOutcome
 from edge_node.engine.generate import GenerateOptions, generate
@@ -142,7 +141,7 @@ class WorkerSession:
             attention=assignment.numerics.attention,
             checkpointing=assignment.checkpointing,
             packing=assignment.numerics.packing,
-            cache=PackedBlobs(BlobCache(default_cache_dir()), assignment.base_hash),
+            cache=PackedBlobs(self._weights_config.cache(), assignment.base_hash),
         )
         self._vocab_size = int(stage.config.vocab_size)
         self._transport = self._open_transport(stage)

@@ -17,6 +17,8 @@ class WeightsConfig:
     cache_dir: Path = field(default_factory=default_cache_dir)
     cache_bytes: int = DEFAULT_BUDGET_BYTES
     """Budget of the disk cache; 0 keeps nothing."""
+    uses_folders: bool = True
+    """Whether model folders of this device are read; not wanted where they are a slow network mount."""
 
     def cache(self) -> BlobCache:
         """The device's cache."""
@@ -24,7 +26,7 @@ class WeightsConfig:
 
     def to_json(self) -> dict[str, Any]:
         """As :meth:`from_json` takes it."""
-        return {"cache_dir": str(self.cache_dir), "cache_bytes": self.cache_bytes}
+        return {"cache_dir": str(self.cache_dir), "cache_bytes": self.cache_bytes, "uses_folders": self.uses_folders}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> WeightsConfig:
@@ -33,4 +35,5 @@ class WeightsConfig:
         return cls(
             cache_dir=Path(values.get("cache_dir", known.cache_dir)),
             cache_bytes=int(values.get("cache_bytes", known.cache_bytes)),
+            uses_folders=bool(values.get("uses_folders", known.uses_folders)),
         )

@@ -31,7 +31,7 @@ def open_weights(
     sources: list[ByteSource] = [CoordinatorSource(bulk, assignment.job_id)]
     return SharedWeights(
         manifest,
-        folders=[folder] if folder.is_dir() else [],
+        folders=[folder] if config.uses_folders and folder.is_dir() else [],
         cache=cache,
         sources=sources,
         on_progress=on_progress,

@@ -27,6 +27,7 @@ from coordinator.fleet.registry import Patience
 from coordinator.jobs.manager import Endpoints
 from coordinator.scheduling.local import LocalEngine
 from edge_node.session import WorkerSession
+from edge_node.weights_config import WeightsConfig
 from partitioner.device import BlockTimings
 from plutino.hardware import WIRE_VERSION, Hardware
 from plutino.job.assignment import WorkerAssignment
@@ -158,7 +159,9 @@ class ThreadAgent:
         baseline_bytes: int = 1 << 20,
         torch_version: str = torch.__version__,
         hardware: Hardware = HARDWARE,
+        weights: WeightsConfig | None = None,
     ) -> None:
+        self._weights = weights
         self.name = name
         self._address = address
         self._memory_bytes = memory_bytes
@@ -260,7 +263,7 @@ class ThreadAgent:
         if ref in self.sessions:
             return
         self.assignments.append(assignment)
-        session = WorkerSession(assignment)
+        session = WorkerSession(assignment, weights=self._weights)
         self.sessions[ref] = session
         self._send(agents_pb2.AgentEvent(worker_started=agents_pb2.WorkerStarted(worker=worker_to_proto(ref), pid=1)))
         thread = threading.Thread(target=self._work, args=(ref, session, assignment.threads), name=str(ref))

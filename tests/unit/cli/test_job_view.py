@@ -51,6 +51,33 @@ def test_view_peak_never_falls():
     assert view.stages[1].measured_job_bytes == 51 * MIB
 
 
+def test_view_loading_worker_tells_how_far_it_is_until_it_has_loaded():
+    loading = events.WorkerLoading(
+        worker=worker(1),
+        plan_epoch=1,
+        done_bytes=3 * MIB,
+        total_bytes=9 * MIB,
+        bytes_by_place={"cache": MIB, "coordinator": 2 * MIB},
+    )
+    name = loading.worker.device_name
+
+    view = view_of(planned(), loading)
+    assert view.stages[1].loading == f"{name} loads stage 1: 3 MiB of 9 MiB (coordinator 2 MiB, cache 1 MiB)"
+
+    loaded = events.WorkerLoaded(
+        worker=worker(1),
+        plan_epoch=1,
+        start_block=1,
+        end_block=2,
+        bytes_read=9 * MIB,
+        tensors_read=3,
+        seconds=1.0,
+        rss_bytes=MIB,
+        trainable_parameters=1,
+    )
+    assert view_of(planned(), loading, loaded).stages[1].loading is None
+
+
 def test_view_job_that_went_back_forgets_the_undone_losses():
     view = view_of(state("running"), step(0, 3.0), step(1, 1.5), state("recovering", next_step=1))
 

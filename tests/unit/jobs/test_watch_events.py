@@ -24,6 +24,9 @@ SAMPLES: tuple[JobEvent, ...] = (
     events.JobStateChanged(state="running", reason="", next_step=3, total_steps=10),
     events.DataRead(num_train_rows=100, num_eval_rows=10, total_steps=7),
     events.PlanMade(plan_epoch=1, plan_json="{}", search_s=0.5),
+    events.WorkerLoading(
+        worker=WORKER, plan_epoch=1, done_bytes=3, total_bytes=9, bytes_by_place={"cache": 1, "coordinator": 2}
+    ),
     events.WorkerLoaded(
         worker=WORKER,
         plan_epoch=1,
@@ -34,6 +37,7 @@ SAMPLES: tuple[JobEvent, ...] = (
         seconds=0.5,
         rss_bytes=3,
         trainable_parameters=4,
+        bytes_by_place={"folder": 1},
     ),
     events.StepCommitted(
         step=3,

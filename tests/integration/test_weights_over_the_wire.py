@@ -1,0 +1,172 @@
+"""Jobs whose devices hold no model folder: weights from the coordinator, the cache and each other."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from edge_node.weights_config import WeightsConfig
+from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from plutino.errors import PlutinoError
+from plutino.job.spec import JobSpec
+from plutino.safetensors_index import read_safetensors_headers
+from plutino.wire.bulk import BulkClient
+from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=4096,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (folder / name).write_bytes((TINY_LLAMA_DIR / name).read_bytes())
+    return folder
+
+
+class Fleet:
+    """A coordinator and agents; every agent has a cache of its own and, unless told otherwise, no model folder."""
+
+    def __init__(self, stack: ExitStack, folder: Path, num_agents: int = 2, *, uses_folders: bool = False) -> None:
+        folder.mkdir(exist_ok=True)
+        coordinator = ThreadCoordinator(folder / "state")
+        stack.callback(coordinator.close)
+        self.endpoints = coordinator.endpoints
+        self.people = People(self.endpoints.people_address)
+        stack.callback(self.people.close)
+        self.agents = []
+        for number in range(num_agents):
+            weights = WeightsConfig(cache_dir=folder / f"cache{number}", uses_folders=uses_folders)
+            agent = ThreadAgent(self.endpoints.devices_address, f"device{number}", weights=weights)
+            stack.callback(agent.close)
+            self.agents.append(agent)
+        wait_until(lambda: len(self.people.devices()) == num_agents, "all agents attached")
+
+    def run(self, spec: JobSpec) -> tuple[str, list[dict[str, int]]]:
+        """Run a job to its end; gives its id, and by worker where its weights came from."""
+        job_id = self.people.submit(spec)
+        assert self.people.wait(job_id).state == "succeeded", self.people.job(job_id)
+        loaded = [event for kind, event in self.people.events(job_id) if kind == "WorkerLoaded"]
+        return job_id, [event["bytes_by_place"] for event in loaded]
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    with ExitStack() as stack:
+        yield Fleet(stack, tmp_path)
+
+
+def spec_of(model_dir: Path, output: Path, *, stages: int = 2, **training: object) -> JobSpec:
+    return make_spec(
+        model_dir,
+        SNIPS_DIR / "validation.jsonl",
+        output,
+        training={"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, **training},
+        placement={"stages": stages},
+        method={"type": "lora", "rank": 4},
+    )
+
+
+def test_devices_without_the_folder_train_the_same_adapter_and_load_only_their_stages(fleet, model_dir, tmp_path):
+    _, places = fleet.run(spec_of(model_dir, tmp_path / "over the wire"))
+    with ExitStack() as stack:
+        other = Fleet(stack, tmp_path / "other", num_agents=1, uses_folders=True)
+        _, local_places = other.run(spec_of(model_dir, tmp_path / "folder", stages=1))
+
+    adapter = "adapter_model.safetensors"
+    assert (tmp_path / "over the wire" / adapter).read_bytes() == (tmp_path / "folder" / adapter).read_bytes()
+    index = read_safetensors_headers(model_dir)
+    total_bytes = sum(entry.end - entry.start for entry in index.values())
+    embedding = index["model.embed_tokens.weight"]  # tied: both ends hold it
+    assert sum(sum(place.values()) for place in places) == total_bytes + embedding.end - embedding.start
+    # Norms of a fresh model are all ones: the same bytes are fetched once per device.
+    assert sum(place["coordinator"] for place in places) > 0.99 * total_bytes
+    assert [set(place) for place in local_places] == [{"folder"}]
+
+
+def test_second_job_on_the_same_devices_loads_from_their_caches(fleet, model_dir, tmp_path):
+    fleet.run(spec_of(model_dir, tmp_path / "first"))
+
+    _, places = fleet.run(spec_of(model_dir, tmp_path / "second"))
+
+    assert [set(place) for place in places] == [{"cache"}, {"cache"}]
+
+
+def test_flipped_byte_in_the_coordinators_file_ends_the_job_and_nothing_is_trained(fleet, model_dir, tmp_path):
+    """The manifest was made of the whole file; then a byte of it changes without a new time stamp, as on a bad disk."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in model_dir.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = copy / "model.safetensors"
+    entry = read_safetensors_headers(copy)["model.layers.1.mlp.up_proj.weight"]
+    fleet.run(spec_of(copy, tmp_path / "first"))
+    for agent_cache in ("cache0", "cache1"):
+        for blob in (tmp_path / agent_cache / "blobs").rglob("*"):
+            if blob.is_file():
+                blob.unlink()
+    before = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[entry.start] ^= 1
+    with weights.open("r+b") as file:
+        file.write(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    job_id = fleet.people.submit(spec_of(copy, tmp_path / "second"))
+    summary = fleet.people.wait(job_id)
+
+    assert summary.state == "failed"
+    assert "model.layers.1.mlp.up_proj.weight came twice with bytes that are not the coordinator's" in summary.reason
+    assert losses(fleet.people.detail(job_id)) == []
+
+
+def test_steps_are_committed_while_the_bulk_process_serves_as_fast_as_it_can(fleet, model_dir, tmp_path):
+    """The streams that saturate it run before the first step and still after the last."""
+    stopping, streamed = threading.Event(), [0, 0, 0, 0]
+    job_id = fleet.people.submit(spec_of(model_dir, tmp_path / "out", steps=12))
+    fleet.people.wait_for_step(job_id, 1)
+    size_bytes = (model_dir / "model.safetensors").stat().st_size
+
+    def saturate(number: int) -> None:
+        with BulkClient(fleet.endpoints.bulk_address) as client:
+            while not stopping.is_set():
+                try:
+                    for piece in client.stream_range(job_id, "model.safetensors", 0, size_bytes):
+                        streamed[number] += len(piece)
+                except PlutinoError:
+                    return  # the assertion below sees it
+
+    threads = [threading.Thread(target=saturate, args=(number,)) for number in range(len(streamed))]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: all(streamed), "every stream runs")
+        begun_at = fleet.people.job(job_id).step
+        assert fleet.people.wait(job_id).state == "succeeded", fleet.people.job(job_id)
+        during = list(streamed)
+        wait_until(lambda: all(now > then for now, then in zip(streamed, during, strict=True)), "the streams still run")
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join(20)
+
+    assert begun_at < 12
+    lost = [kind for kind, _ in fleet.people.events(job_id) if kind in ("WorkerLost", "Recovering", "StepSkipped")]
+    assert lost == []
