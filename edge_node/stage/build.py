@@ -292,7 +292,11 @@ def _block_prefixes(family: Family, start_block: int, end_block: int) -> tuple[s
 def _check_complete(
     model: PreTrainedModel, stored_names: StoredNames, packer: StagePacker, packed_linears: Sequence[str]
 ) -> list[str]:
-    """Refuse a checkpoint that lacks tensors of a meta model's parameters, before anything is read; returns what is wanted."""
+    """Refuse a checkpoint that lacks tensors of a meta model's parameters, before anything is read.
+
+    Returns:
+        Names of the parameters that will be read, or of the parts that pack them.
+    """
     packed_weights = {f"{linear}.weight" for linear in packed_linears}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in packed_weights]
     wanted: dict[str, str | None] = {name: stored_names.find(name) for name in names}
