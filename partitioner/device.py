@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from partitioner.values import PlanValue
 from plutino.job.model import PLAIN, Packing
 
@@ -74,7 +76,16 @@ class LinkTable(PlanValue):
 
     def between(self, one: DeviceProfile, other: DeviceProfile) -> LinkProfile:
         """The link between two devices."""
-        for entry in self.measured:
-            if set(entry.agent_ids) == {one.agent_id, other.agent_id}:
-                return entry.link
-        return self.same_host if one.host_id == other.host_id else self.other
+        return self.matrix((one, other))[0][1]
+
+    def matrix(self, devices: Sequence[DeviceProfile]) -> list[list[LinkProfile]]:
+        """The links between all devices; of two measurements of one pair the first counts."""
+        measured = {frozenset(entry.agent_ids): entry.link for entry in reversed(self.measured)}
+        return [
+            [
+                measured.get(frozenset((one.agent_id, other.agent_id)))
+                or (self.same_host if one.host_id == other.host_id else self.other)
+                for other in devices
+            ]
+            for one in devices
+        ]

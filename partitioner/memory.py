@@ -104,7 +104,8 @@ class Place:
     num_stages: int
     is_first: bool
     is_last: bool
-    in_flight: int
+    in_flight: int | Ints
+    """An array prices many places at once; such a place is no key."""
     gradient_copies: int
     num_peers: int
 
@@ -144,6 +145,9 @@ class MemoryModel:
         self._table = table
         self._shape = shape
         self._saved_bytes = [activations.saved_block_bytes(table, shape, block) for block in blocks]
+        kinds = zip(table.block_params, table.block_linears, shape.adapter_params, self._saved_bytes, strict=True)
+        self.is_uniform = len(set(kinds)) == 1
+        """All blocks weigh the same, so that a stage's bytes follow from its number of blocks and its place."""
         self._sum_saved_bytes = _prefix_sums(self._saved_bytes)
         self._most_saved_bytes = _range_maxima(self._saved_bytes)
         self._weights = WeightSizes(table, shape)

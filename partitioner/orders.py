@@ -1,70 +1,82 @@
-"""Which devices to try in which order: all orders of a small fleet, a few sensible ones of a large one."""
+"""All layouts of a small fleet: which devices form which stage, in every order.
+
+Of devices that cannot be told apart only one order is given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations, islice
 
 from partitioner.device import DeviceProfile, LinkTable
+from partitioner.layout import Group, Layout
 
-MAX_EXHAUSTIVE_DEVICES = 6
-"""Up to here every order of every subset is tried (1,956 for six unlike devices)."""
-
-Order = tuple[int, ...]
-"""Positions in the list of devices, first stage first."""
+MAX_LAYOUTS = 2_000
+"""Up to so many layouts all are bounded and the best is proved: six unlike devices in any order make 1,956, five that
+may also be replicas 1,081."""
 
 
-def device_orders(devices: Sequence[DeviceProfile], links: LinkTable, num_stages: int) -> list[Order]:
-    """Orders of ``num_stages`` devices worth a search.
+def all_layouts(
+    devices: Sequence[DeviceProfile],
+    links: LinkTable,
+    *,
+    max_stages: int,
+    exact_stages: int | None = None,
+    allow_replicas: bool = False,
+) -> list[Layout] | None:
+    """Every layout of every subset of the devices; None if there are more than MAX_LAYOUTS.
 
-    Of devices that cannot be told apart only one order is given. In a fleet of more than MAX_EXHAUSTIVE_DEVICES the
-    fastest and the roomiest devices are taken, the fastest first or the roomiest first: early stages hold the most
-    micro-batches.
+    In a group the roomiest device is replica 0, which holds the most while gradients are added up.
     """
-    if len(devices) <= MAX_EXHAUSTIVE_DEVICES:
-        return list(_arrangements(_twins(devices, links), num_stages))
-    by_speed = sorted(range(len(devices)), key=lambda i: _seconds(devices[i]))
-    by_room = sorted(range(len(devices)), key=lambda i: -_room_bytes(devices[i]))
-    orders = []
-    for chosen in (by_speed[:num_stages], by_room[:num_stages]):
-        orders.append(tuple(sorted(chosen, key=lambda i: _seconds(devices[i]))))
-        orders.append(tuple(sorted(chosen, key=lambda i: -_room_bytes(devices[i]))))
-    return list(dict.fromkeys(orders))
+    found = _layouts(devices, links, max_stages, allow_replicas)
+    wanted = (layout for layout in found if exact_stages is None or len(layout) == exact_stages)
+    if len(devices) > 8:
+        return None  # twins apart, 8 devices make 109,600 orders
+    first = list(islice(wanted, MAX_LAYOUTS + 1))
+    return first if len(first) <= MAX_LAYOUTS else None
 
 
-def _arrangements(twin_of: Sequence[int], num_stages: int) -> Iterator[Order]:
-    def extend(order: Order) -> Iterator[Order]:
-        if len(order) == num_stages:
-            yield order
+def roomiest_first(group: Sequence[int], devices: Sequence[DeviceProfile]) -> Group:
+    """A group in the order of its replicas."""
+    return tuple(sorted(group, key=lambda i: (devices[i].baseline_bytes - devices[i].available_bytes, i)))
+
+
+def _layouts(
+    devices: Sequence[DeviceProfile], links: LinkTable, max_stages: int, allow_replicas: bool
+) -> Iterator[Layout]:
+    twin_of = twins(devices, links)
+    largest = len(devices) if allow_replicas else 1
+
+    def extend(layout: Layout, unused: tuple[int, ...]) -> Iterator[Layout]:
+        if layout:
+            yield layout
+        if len(layout) == max_stages:
             return
-        seen: set[int] = set()
-        for i, twin in enumerate(twin_of):
-            # Of several unused twins the first stands for all.
-            if i not in order and twin not in seen:
-                seen.add(twin)
-                yield from extend((*order, i))
+        for size in range(1, min(largest, len(unused)) + 1):
+            for group in combinations(unused, size):
+                # Of several unused twins the first ones stand for all.
+                if all(
+                    other in group for i in group for other in unused if other < i and twin_of[other] == twin_of[i]
+                ):
+                    rest = tuple(i for i in unused if i not in group)
+                    yield from extend((*layout, roomiest_first(group, devices)), rest)
 
-    return extend(())
+    return extend((), tuple(range(len(devices))))
 
 
-def _twins(devices: Sequence[DeviceProfile], links: LinkTable) -> list[int]:
+def twins(devices: Sequence[DeviceProfile], links: LinkTable) -> list[int]:
     """For every device the first one that is like it in every number, links to all others included."""
+    matrix = links.matrix(devices)
+    same = {"agent_id": "", "name": "", "host_id": ""}
+    bare = [device.model_copy(update=same) for device in devices]
     twin_of: list[int] = []
     for i in range(len(devices)):
-        twin_of.append(next((j for j in range(i) if twin_of[j] == j and _alike(devices, links, j, i)), i))
+        alike = (
+            j
+            for j in range(i)
+            if twin_of[j] == j
+            and bare[i] == bare[j]
+            and all(matrix[i][k] == matrix[j][k] for k in range(len(devices)) if k not in (i, j))
+        )
+        twin_of.append(next(alike, i))
     return twin_of
-
-
-def _alike(devices: Sequence[DeviceProfile], links: LinkTable, i: int, j: int) -> bool:
-    same = {"agent_id": "", "name": "", "host_id": ""}
-    if devices[i].model_copy(update=same) != devices[j].model_copy(update=same):
-        return False
-    others = [device for k, device in enumerate(devices) if k not in (i, j)]
-    return all(links.between(devices[i], other) == links.between(devices[j], other) for other in others)
-
-
-def _seconds(device: DeviceProfile) -> float:
-    return device.timings.forward_s + device.timings.backward_s
-
-
-def _room_bytes(device: DeviceProfile) -> int:
-    return device.available_bytes - device.baseline_bytes

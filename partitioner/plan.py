@@ -14,8 +14,29 @@ class MemoryItem(PlanValue):
     why: str
 
 
+class ReplicaPlan(PlanValue):
+    """One worker of a stage."""
+
+    agent_id: str
+    device_name: str
+    forward_s: float
+    """One micro-batch, forward, embedding or head included."""
+    backward_s: float
+    memory: tuple[MemoryItem, ...]
+    job_bytes: int
+    baseline_bytes: int
+    budget_bytes: int
+    threads: int
+    keeps_heap: bool = False
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the worker's resident memory."""
+        return self.baseline_bytes + self.job_bytes
+
+
 class StagePlan(PlanValue):
-    """One stage on its devices."""
+    """One stage on its devices. Seconds and bytes are those of replica 0; the others have their own."""
 
     stage_index: int
     start_block: int
@@ -34,11 +55,45 @@ class StagePlan(PlanValue):
     threads: int
     keeps_heap: bool = False
     """malloc keeps freed blocks for the next step instead of giving them back: faster, where the budget has room."""
+    checkpointing: bool = False
+    """The stage's blocks are recomputed in the backward pass."""
+    further_replicas: tuple[ReplicaPlan, ...] = ()
+    """Replicas 1 and on."""
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak of the worker's resident memory."""
+        """Predicted peak of the resident memory of replica 0."""
         return self.baseline_bytes + self.job_bytes
+
+    @property
+    def replicas(self) -> tuple[ReplicaPlan, ...]:
+        """All workers of the stage, in the order of ``agent_ids``."""
+        first = ReplicaPlan(
+            agent_id=self.agent_ids[0],
+            device_name=self.device_names[0],
+            forward_s=self.forward_s,
+            backward_s=self.backward_s,
+            memory=self.memory,
+            job_bytes=self.job_bytes,
+            baseline_bytes=self.baseline_bytes,
+            budget_bytes=self.budget_bytes,
+            threads=self.threads,
+            keeps_heap=self.keeps_heap,
+        )
+        return (first, *self.further_replicas)
+
+
+class LinkUse(PlanValue):
+    """What one link between neighbouring workers carries in a step."""
+
+    from_device: str
+    to_device: str
+    down_bytes: int
+    """Hidden states."""
+    up_bytes: int
+    """Their gradients."""
+    busy_s: float
+    """Seconds that it carries messages, in the busier direction."""
 
 
 class RejectedPlan(PlanValue):
@@ -57,6 +112,7 @@ class Plan(PlanValue):
     micro_batch_owners: tuple[tuple[int, ...], ...]
     """For every stage: the replica that runs micro-batch m."""
     checkpointing: bool
+    """Some stage recomputes its blocks; see StagePlan.checkpointing."""
     dtype: str
     packing: Packing = PLAIN
     """How the frozen weights are held."""
@@ -66,6 +122,9 @@ class Plan(PlanValue):
     codec: str
     step_s: float
     """Predicted seconds of one optimiser step."""
+    bound_s: float | None = None
+    """No plan over these devices can have a shorter step; None where that was not worked out."""
+    links: tuple[LinkUse, ...] = ()
     bubble_share: float
     """Predicted idle share of the slowest stage."""
     bottleneck: str

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NoReturn
 
-from partitioner.cuts import checkpointing_choices, fits
 from partitioner.device import DeviceProfile, LinkTable
+from partitioner.fitting import fits
 from partitioner.memory import MemoryModel
 from partitioner.micro_batch import candidate_rows, with_rows
 from partitioner.model import JobShape, ModelTable
+from partitioner.pricing import checkpointing_choices
 from plutino.errors import InfeasiblePlanError
 from plutino.sizes import MIB, format_size
 

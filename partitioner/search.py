@@ -1,52 +1,79 @@
 """The planner: numbers in, plan with its reasons out.
 
-Entry points: :func:`search` for a given micro-batch, :func:`choose_micro_batch` where the job leaves it open. The
-search itself is in :mod:`partitioner.cuts`; here its candidates become a plan that says why it is the one.
+Entry points: :func:`search` for a given micro-batch, :func:`choose_micro_batch` where the job leaves it open.
+
+Keeps the shape of PAC's planner (arXiv:2408.10746 sect. 5.1), stages and replica groups over blocks and devices, and
+mends what it leaves out: links stand inside the recurrence, the bottleneck is the slowest stage or link and not the
+last stage, the order of the devices is searched, shares follow speed, and memory depends on a stage's place in the 1F1B
+pipeline. Good plans are found by :mod:`partitioner.climb`; where the layouts can be counted, :mod:`partitioner.exact`
+proves the best one or finds it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
-from partitioner.cost import pipeline_step_time
-from partitioner.cuts import Candidate, CutSearch, SearchResult, checkpointing_choices
+from partitioner.climb import Guesses, Limits, improve, polish, settle, starts
 from partitioner.device import DeviceProfile, LinkTable
-from partitioner.memory import MemoryModel, heap_reuse
+from partitioner.exact import TOLERANCE, prove
+from partitioner.layout import Layout
 from partitioner.micro_batch import candidate_rows, scaled_devices, with_rows
 from partitioner.model import JobShape, ModelTable
-from partitioner.orders import MAX_EXHAUSTIVE_DEVICES
-from partitioner.plan import Plan, RejectedPlan, StagePlan
+from partitioner.orders import all_layouts
+from partitioner.plan import Plan
+from partitioner.pricing import Candidate, Pricer
+from partitioner.reasons import Outcome, make_plan
 from partitioner.refusal import refuse
-from plutino.sizes import format_size
 
-_NOTABLE_SHARE = 0.02
-"""A relief that saves less than this share of the step is not worth a sentence."""
+_MAX_WORK = 60_000
+"""Cuts that the proof may look at, over all micro-batches and codecs."""
+_MAX_CONSIDERED = 40
+"""Devices that a search looks at, unless the model needs more."""
+_NUM_IMPROVED = 3
+"""Of the choices of micro-batch and codec so many, those with the best guesses, are searched in depth."""
+_NUM_SETTLED = 6
+_NUM_POLISHED = 2
+
+Codec = Literal["raw", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """One choice of micro-batch and codec."""
+
+    shape: JobShape
+    devices: tuple[DeviceProfile, ...]
+    pricer: Pricer
+    guesses: Guesses
 
 
 def search(
-    table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable | None = None
+    table: ModelTable,
+    shape: JobShape,
+    devices: Sequence[DeviceProfile],
+    links: LinkTable | None = None,
+    *,
+    allow_replicas: bool = False,
 ) -> Plan:
     """The plan with the shortest predicted step among those that keep every device within its budget.
 
-    Devices are left out where they would only slow the others. Checkpointing ``auto`` recomputes only where that gives
-    a plan or a faster one.
+    Devices are left out where they would only slow the others. Checkpointing ``auto`` recomputes only on stages that
+    do not fit without.
 
     Args:
         table: the model.
         shape: the job; its micro-batch is the one that the devices' timings are of.
         devices: devices that may be used.
         links: links between them; None: a LAN of 1 Gbit/s.
+        allow_replicas: a stage may run on several devices, which share its micro-batches.
 
     Raises:
         InfeasiblePlanError: nothing fits; the message says what would.
     """
-    links = links or LinkTable()
-    found = _find(table, shape, devices, links)
-    if found is None:
-        refuse(table, shape, devices, links)
-    return _plan(table, shape, devices, links, found)
+    return _best_plan(table, [(shape, devices)], links or LinkTable(), allow_replicas)
 
 
 def choose_micro_batch(
@@ -56,8 +83,10 @@ def choose_micro_batch(
     links: LinkTable | None = None,
     *,
     label_tokens_of: Callable[[int], int] | None = None,
+    codecs: Sequence[Codec] = (),
+    allow_replicas: bool = False,
 ) -> Plan:
-    """The fastest plan over all micro-batches that divide the batch.
+    """The fastest plan over all micro-batches that divide the batch, and over codecs.
 
     Args:
         table: the model.
@@ -65,260 +94,141 @@ def choose_micro_batch(
         devices: devices that may be used.
         links: links between them.
         label_tokens_of: rows -> largest number of label tokens in one micro-batch of so many rows; None: bounded.
+        codecs: codecs to choose from, the lossless one first; empty: the shape's.
+        allow_replicas: as for :func:`search`.
 
     Raises:
         InfeasiblePlanError: no micro-batch fits; the message is that of the smallest.
     """
-    links = links or LinkTable()
-    tried = {
-        rows: (
-            with_rows(shape, rows, label_tokens_of),
+    inputs = [
+        (
+            with_rows(shape, rows, label_tokens_of).model_copy(update={"codec": codec}),
             scaled_devices(devices, shape.micro_batch_rows, rows),
         )
         for rows in candidate_rows(shape.batch_rows)
-    }
-    found = {rows: _find(table, *inputs, links) for rows, inputs in tried.items()}
-    fitting = {rows: result for rows, result in found.items() if result is not None}
-    if not fitting:
-        refuse(table, *tried[min(tried)], links)
-    best_rows = min(fitting, key=lambda rows: fitting[rows].best.step_s)
-    plan = _plan(table, *tried[best_rows], links, fitting[best_rows])
-    rejected = [
-        RejectedPlan(
-            what=f"micro-batches of {_count(rows, 'row')}",
-            why=(
-                f"{fitting[rows].best.step_s:.3g} s a step against {plan.step_s:.3g} s"
-                if rows in fitting
-                else "fit no budget"
-            ),
-        )
-        for rows in tried
-        if rows != best_rows
+        for codec in codecs or (shape.codec,)
     ]
-    return plan.model_copy(update={"rejected": (*plan.rejected, *rejected)})
+    return _best_plan(table, inputs, links or LinkTable(), allow_replicas)
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The best candidate, and the searches it came from by their choice of checkpointing."""
-
-    best: Candidate
-    results: dict[bool, SearchResult]
-
-
-def _find(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> _Found | None:
-    results: dict[bool, SearchResult] = {}
-    best: Candidate | None = None
-    for choice in checkpointing_choices(shape):
-        search_cuts = CutSearch(table, shape, _usable(shape, devices), links, checkpointing=choice)
-        results[choice] = search_cuts.run(limit_s=math.inf if best is None else best.step_s)
-        best = results[choice].best or best
-    return None if best is None else _Found(best, results)
-
-
-def _usable(shape: JobShape, devices: Sequence[DeviceProfile]) -> list[DeviceProfile]:
-    return [device for device in devices if shape.dtype in device.dtypes]
-
-
-def _plan(
-    table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable, found: _Found
-) -> Plan:
-    best, usable = found.best, _usable(shape, devices)
-    stages = _stages(table, shape, usable, best)
-    return Plan(
-        stages=stages,
-        micro_batch_rows=shape.micro_batch_rows,
-        num_micro_batches=shape.num_micro_batches,
-        micro_batch_owners=((0,) * shape.num_micro_batches,) * len(stages),
-        checkpointing=best.checkpointing,
-        dtype=shape.dtype,
-        codec=shape.codec,
-        step_s=best.step_s,
-        bubble_share=best.time.bubble_share,
-        bottleneck=_bottleneck(shape, stages, best),
-        relief=_relief(table, shape, usable, links, stages, best),
-        rejected=_rejected(usable, found.results, best),
-        unused_devices=_unused(table, shape, devices, stages, best),
-    )
-
-
-def _stages(
-    table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], best: Candidate
-) -> tuple[StagePlan, ...]:
-    memory = MemoryModel(table, shape)
-    stages = []
-    for k, device_index in enumerate(best.order):
-        device, start, end = devices[device_index], best.cuts[k], best.cuts[k + 1]
-        items = memory.items(start, end, num_stages=len(best.order), stage_index=k, checkpointing=best.checkpointing)
-        reuse = heap_reuse(items)
-        needed_bytes = device.baseline_bytes + sum(item.bytes for item in items) + reuse.bytes
-        keeps_heap = needed_bytes <= device.available_bytes
-        if keeps_heap:
-            items = (*items, reuse)
-        stages.append(
-            StagePlan(
-                stage_index=k,
-                start_block=start,
-                end_block=end,
-                agent_ids=(device.agent_id,),
-                device_names=(device.name,),
-                forward_s=best.costs[k].forward_s,
-                backward_s=best.costs[k].backward_s,
-                memory=items,
-                job_bytes=sum(item.bytes for item in items),
-                baseline_bytes=device.baseline_bytes,
-                budget_bytes=device.available_bytes,
-                threads=device.threads,
-                keeps_heap=keeps_heap,
-            )
-        )
-    return tuple(stages)
-
-
-def _bottleneck(shape: JobShape, stages: Sequence[StagePlan], best: Candidate) -> str:
-    num_micro_batches = shape.num_micro_batches
-    k = max(range(len(stages)), key=lambda k: best.costs[k].compute_s)
-    link = max(range(len(stages)), key=lambda k: best.costs[k].link_busy_s)
-    if best.costs[link].link_busy_s > best.costs[k].compute_s:
-        return (
-            f"the link from {_name(stages[link])} to {_name(stages[link + 1])}: "
-            f"{best.costs[link].link_busy_s:.3g} s each way for every one of {num_micro_batches} micro-batches"
-        )
-    return (
-        f"stage {k} on {_name(stages[k])}: it computes {num_micro_batches * best.costs[k].compute_s:.3g} s "
-        f"of the step's {best.step_s:.3g} s"
-    )
-
-
-def _relief(
+def _best_plan(
     table: ModelTable,
-    shape: JobShape,
-    devices: Sequence[DeviceProfile],
+    inputs: Sequence[tuple[JobShape, Sequence[DeviceProfile]]],
     links: LinkTable,
-    stages: Sequence[StagePlan],
-    best: Candidate,
-) -> str:
-    """What would make the step shorter, each with the seconds that a new search or replay gives."""
-    target_s = best.step_s * (1 - _NOTABLE_SHARE)
-    found: list[tuple[float, str]] = []
-    roomy = [device.model_copy(update={"available_bytes": 1 << 62}) for device in devices]
-    for choice in checkpointing_choices(shape):
-        freed = CutSearch(table, shape, roomy, links, checkpointing=choice).run(limit_s=target_s).best
-        if freed is not None:
-            target_s = freed.step_s
-            found = [(freed.step_s, f"more memory: {_memory_relief(table, shape, devices, freed)}")]
-    target_s = best.step_s * (1 - _NOTABLE_SHARE)
-    free_links = [replace(cost, link_busy_s=0.0, link_latency_s=0.0) for cost in best.costs]
-    unlinked_s = pipeline_step_time(free_links, shape.num_micro_batches).step_s
-    if unlinked_s < target_s:
-        way = "a faster network" if shape.codec == "bf16" or shape.dtype == "bf16" else "codec bf16 or a faster network"
-        found.append((unlinked_s, f"{way}: {unlinked_s:.3g} s a step if the links cost nothing"))
-    if found:
-        return "; ".join(text for _, text in sorted(found))
-    k = max(range(len(stages)), key=lambda k: best.costs[k].compute_s)
-    bubble = f"; {best.time.bubble_share:.0%} of the busiest stage's time is bubble" if len(stages) > 1 else ""
-    return f"a faster device than {_name(stages[k])}, or one device more{bubble}"
+    allow_replicas: bool,
+) -> Plan:
+    first_shape, all_devices = inputs[-1]
+    limits = Limits(
+        max_stages=min(len(all_devices), table.num_blocks),
+        exact_stages=first_shape.exact_stages,
+        allow_replicas=allow_replicas,
+    )
+    variants = []
+    for shape, devices in inputs:
+        usable = considered(table, shape, [device for device in devices if shape.dtype in device.dtypes])
+        if usable:
+            pricer = Pricer(table, shape, usable, links)
+            variants.append(_Variant(shape, tuple(usable), pricer, Guesses(pricer, limits)))
+    outcome = _find(variants, limits)
+    if outcome is None:
+        refuse(table, first_shape, all_devices, links)
+    return make_plan(outcome, all_devices, _freed(table, outcome, links, limits))
 
 
-def _memory_relief(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], freed: Candidate) -> str:
-    memory = MemoryModel(table, shape)
-    needs = []
-    for k, device_index in enumerate(freed.order):
-        device = devices[device_index]
-        job_bytes = memory.job_bytes(
-            freed.cuts[k],
-            freed.cuts[k + 1],
-            num_stages=len(freed.order),
-            stage_index=k,
-            checkpointing=freed.checkpointing,
-        )
-        lacking_bytes = device.baseline_bytes + job_bytes - device.available_bytes
-        if lacking_bytes > 0:
-            needs.append(f"{format_size(lacking_bytes)} more on {device.name}")
-    return f"{' and '.join(needs)} would give {freed.step_s:.3g} s a step"
+def considered(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+    """The fastest and the roomiest devices of a large fleet, as many as a search can look at, in their given order."""
+    if len(devices) <= _MAX_CONSIDERED:
+        return list(devices)
+    by_room = sorted(range(len(devices)), key=lambda i: (devices[i].baseline_bytes - devices[i].available_bytes, i))
+    by_speed = sorted(range(len(devices)), key=lambda i: (devices[i].timings.forward_s, i))
+    weight_bytes = sum(table.block_params) * shape.dtype_bytes
+    needed, room_bytes = 0, 0
+    for i in by_room:
+        needed += 1
+        room_bytes += max(0, devices[i].available_bytes - devices[i].baseline_bytes)
+        if room_bytes > 2 * weight_bytes:
+            break
+    # Half of them for speed; of the roomy ones as many as hold the frozen weights twice over.
+    roomy = max(_MAX_CONSIDERED // 2, needed)
+    chosen = {*by_room[:roomy], *by_speed[: _MAX_CONSIDERED // 2]}
+    return [device for i, device in enumerate(devices) if i in chosen]
 
 
-def _rejected(
-    devices: Sequence[DeviceProfile], results: dict[bool, SearchResult], best: Candidate
-) -> tuple[RejectedPlan, ...]:
-    rejected = []
-    for choice, result in results.items():
-        mode = "on" if choice else "off"
-        if choice != best.checkpointing:
-            if result.best is None:
-                why = "fits no budget" if not choice else f"is not faster than {best.step_s:.3g} s a step"
-            else:
-                why = f"{result.best.step_s:.3g} s a step against {best.step_s:.3g} s"
-            rejected.append(RejectedPlan(what=f"checkpointing {mode}", why=why))
-            continue
-        for num_stages, candidate in result.best_by_num_stages.items():
-            if num_stages == len(best.order):
-                continue
-            if candidate is None:
-                why = f"does not fit, or is not faster than {best.step_s:.3g} s a step"
-            else:
-                why = f"{candidate.step_s:.3g} s a step against {best.step_s:.3g} s"
-            rejected.append(RejectedPlan(what=_count(num_stages, "stage"), why=why))
-    if len(devices) > MAX_EXHAUSTIVE_DEVICES:
-        rejected.append(
-            RejectedPlan(
-                what="other orders of devices",
-                why=f"not tried: of more than {MAX_EXHAUSTIVE_DEVICES} devices only the fastest and the roomiest are "
-                "taken, fastest or roomiest first",
+def _find(variants: Sequence[_Variant], limits: Limits) -> Outcome | None:
+    """The best candidate of all variants; None if nothing fits."""
+    outcome = Outcome(variants[0].shape.codec if variants else "raw")
+    if not variants:
+        return None
+    # Which pipelines are sensible hardly depends on the micro-batch: one choice gives the starts of all.
+    middle = variants[len(variants) // 2]
+    seeds = starts(middle.pricer, middle.guesses, limits)
+    for variant in variants:
+        variant.guesses.add(seeds)
+    ranked = sorted(variants, key=lambda v: _guess_s(v.guesses))
+    for place, variant in enumerate(ranked):
+        if place < _NUM_IMPROVED:
+            improve(variant.pricer, variant.guesses, limits)
+        _settle_best(variant, outcome, is_promising=place < _NUM_IMPROVED)
+    _prove(variants, limits, outcome)
+    return outcome if outcome.best is not None else None
+
+
+def _guess_s(guesses: Guesses) -> float:
+    best = guesses.best(1)
+    return best[0][1].step_s if best else math.inf
+
+
+def _settle_best(variant: _Variant, outcome: Outcome, *, is_promising: bool) -> None:
+    settled = settle(variant.pricer, variant.guesses.best(_NUM_SETTLED if is_promising else 1))
+    settled.sort(key=lambda candidate: candidate.step_s)
+    for place, candidate in enumerate(settled):
+        outcome.take(candidate, variant.pricer)
+        if is_promising and place < _NUM_POLISHED:
+            outcome.take(polish(variant.pricer, candidate), variant.pricer)
+    if not settled:
+        outcome.take(None, variant.pricer)
+
+
+def _prove(variants: Sequence[_Variant], limits: Limits, outcome: Outcome) -> None:
+    """Find what was missed, or prove that there is nothing, where all layouts can be counted."""
+    work_left = _MAX_WORK
+    counted: dict[tuple[str, ...], list[Layout] | None] = {}
+    bounds_s: list[float] = []
+    for variant in sorted(variants, key=lambda v: outcome.step_s(v.pricer)):
+        # Twins at one micro-batch are twins at every other.
+        key = tuple(device.agent_id for device in variant.devices)
+        if key not in counted:
+            counted[key] = all_layouts(
+                variant.devices,
+                variant.pricer.links,
+                max_stages=limits.max_stages,
+                exact_stages=limits.exact_stages,
+                allow_replicas=limits.allow_replicas,
             )
-        )
-    if not all(result.is_exact for result in results.values()):
-        rejected.append(RejectedPlan(what="some other cuts", why="not tried: the search's allowance was used up"))
-    return tuple(rejected)
+        layouts = counted[key]
+        if layouts is None or work_left <= 0:
+            return
+        proof = prove(variant.pricer, layouts, limit_s=outcome.limit_s(variant.pricer), allowance=work_left)
+        work_left -= proof.work
+        bounds_s.append(proof.bound_s)
+        for candidate in proof.best_by_num_stages.values():
+            outcome.take(candidate, variant.pricer)
+    if outcome.best is not None:
+        outcome.bound_s = min(*bounds_s, outcome.best.step_s) if bounds_s else None
 
 
-def _unused(
-    table: ModelTable,
-    shape: JobShape,
-    devices: Sequence[DeviceProfile],
-    stages: Sequence[StagePlan],
-    best: Candidate,
-) -> tuple[RejectedPlan, ...]:
-    used = {agent_id for stage in stages for agent_id in stage.agent_ids}
-    smallest_bytes = _smallest_stage_bytes(table, shape, best.checkpointing)
-    unused = []
-    for device in devices:
-        if device.agent_id in used:
-            continue
-        if shape.dtype not in device.dtypes:
-            why = f"does not run {shape.dtype}, only {', '.join(device.dtypes)}"
-        elif device.available_bytes - device.baseline_bytes < smallest_bytes:
-            why = (
-                f"offers {format_size(device.available_bytes)}; a worker of one block takes "
-                f"{format_size(device.baseline_bytes + smallest_bytes)}"
-            )
-        elif shape.exact_stages is not None and shape.exact_stages == len(stages):
-            why = f"the job asks for exactly {_count(shape.exact_stages, 'stage')}"
-        else:
-            why = f"no plan with it was found that takes less than {best.step_s:.3g} s a step"
-        unused.append(RejectedPlan(what=device.name, why=why))
-    return tuple(unused)
-
-
-def _smallest_stage_bytes(table: ModelTable, shape: JobShape, checkpointing: bool) -> int:
-    """Job bytes of the lightest stage that a pipeline of any length has."""
-    memory = MemoryModel(table, shape)
-    # A stage in the middle of three, or the ends of two, or all of one; held for one micro-batch in flight.
-    num_blocks = table.num_blocks
-    lightest = [
-        memory.job_bytes(num_blocks - 1, num_blocks, num_stages=2, stage_index=1, checkpointing=checkpointing),
-        memory.job_bytes(0, 1, num_stages=2, stage_index=0, checkpointing=checkpointing),
-    ]
-    lightest += [
-        memory.job_bytes(block, block + 1, num_stages=3, stage_index=1, checkpointing=checkpointing)
-        for block in range(1, num_blocks - 1)
-    ]
-    return min(lightest)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _name(stage: StagePlan) -> str:
-    return " + ".join(stage.device_names)
+def _freed(table: ModelTable, outcome: Outcome, links: LinkTable, limits: Limits) -> Candidate | None:
+    """The best plan if memory cost nothing, and where that is notably faster."""
+    best, pricer = outcome.chosen()
+    roomy = [device.model_copy(update={"available_bytes": 1 << 62}) for device in pricer.devices]
+    freed = Pricer(table, pricer.shape, roomy, links)
+    guesses = Guesses(freed, limits)
+    guesses.add([best.layout, *outcome.layouts()])
+    improve(freed, guesses, limits, rounds=3)
+    settled = settle(freed, guesses.best(2))
+    settled += [again] if (again := freed.candidate(best.layout, best.cuts)) else []
+    found = min(settled, key=lambda candidate: candidate.step_s, default=None)
+    if found is None:
+        return None
+    found = polish(freed, found, rounds=3)
+    return found if found.step_s < best.step_s * (1 - TOLERANCE) else None

@@ -115,8 +115,8 @@ def reservations_of(job_id: JobId, plan: Plan) -> tuple[Reservation, ...]:
     """What a plan takes of each device, by agent id; a device with several stages gives the sum of them."""
     held: Counter[AgentId] = Counter()
     for stage in plan.stages:
-        for agent_id in stage.agent_ids:
-            held[AgentId(agent_id)] += stage.peak_bytes
+        for replica in stage.replicas:
+            held[AgentId(replica.agent_id)] += replica.peak_bytes
     return tuple(Reservation(job_id=job_id, agent_id=agent_id, bytes=held[agent_id]) for agent_id in sorted(held))
 
 

@@ -1,0 +1,223 @@
+"""Search of layouts too many to try: start from sensible ones, change one thing at a time, replay the best.
+
+Entry point: :func:`climb`. Starts: all devices, and then one device less at a time, the one without which the guess is
+shortest, in three orders. Changes: swap two devices, move one to another place, take an unused one in or in exchange,
+leave one out, let two stages become replicas of one or the reverse. Guesses (:mod:`partitioner.estimate`) drive it; the
+best guesses are cut exactly to the budgets, replayed, and their cuts improved block by block.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from partitioner.estimate import Estimator, Guess
+from partitioner.layout import Group, Layout
+from partitioner.orders import roomiest_first
+from partitioner.pricing import Candidate, Cuts, Pricer
+
+_MAX_ROUNDS = 14
+_NUM_KEPT = 2
+"""Layouts that each round goes on from."""
+_MAX_NEIGHBOURS = 240
+_SHIFTS = (1, 2, 4)
+"""Blocks by which a cut is moved while cuts are improved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Which layouts a job allows."""
+
+    max_stages: int
+    exact_stages: int | None
+    allow_replicas: bool
+
+    def allow(self, layout: Layout) -> bool:
+        """Whether a layout is one of them."""
+        if not layout or len(layout) > self.max_stages:
+            return False
+        if self.exact_stages is not None and len(layout) != self.exact_stages:
+            return False
+        return self.allow_replicas or all(len(group) == 1 for group in layout)
+
+
+class Guesses:
+    """All guesses made so far for one job on one fleet, the best first."""
+
+    def __init__(self, pricer: Pricer, limits: Limits) -> None:
+        self._estimator = Estimator(pricer)
+        self._limits = limits
+        self._found: dict[Layout, Guess] = {}
+
+    def add(self, layouts: Iterable[Layout]) -> None:
+        """Guess the layouts that are allowed and new."""
+        new = [layout for layout in dict.fromkeys(layouts) if layout not in self._found and self._limits.allow(layout)]
+        if new:
+            self._found.update(zip(new, self._estimator.guesses(new), strict=True))
+
+    def step_s(self, layout: Layout) -> float:
+        """The guessed step; infinite for one that was not guessed or seems not to fit."""
+        return self._found[layout].step_s if layout in self._found else float("inf")
+
+    def best(self, number: int) -> list[tuple[Layout, Guess]]:
+        """The shortest guesses."""
+        return heapq.nsmallest(number, self._found.items(), key=lambda item: item[1].step_s)
+
+
+def starts(pricer: Pricer, guesses: Guesses, limits: Limits) -> list[Layout]:
+    """Guess pipelines of every length, each leaving out the devices that help least; gives the good ones."""
+    orders = [
+        sorted(range(len(pricer.devices)), key=lambda i: (-pricer.room_bytes[i], i)),
+        sorted(range(len(pricer.devices)), key=lambda i: (pricer.block_s[i], i)),
+        _by_links(pricer),
+    ]
+    layouts: list[Layout] = list(dict.fromkeys(tuple((i,) for i in order) for order in orders))
+    seeds: list[Layout] = list(layouts)
+    guesses.add(layouts)
+    while len(layouts[0]) > 1:
+        shorter = [[layout[:k] + layout[k + 1 :] for k in range(len(layout))] for layout in layouts]
+        guesses.add(layout for some in shorter for layout in some)
+        following: dict[Layout, None] = {}
+        for layout, some in zip(layouts, shorter, strict=True):
+            ranked = sorted(range(len(layout)), key=lambda k: (guesses.step_s(some[k]), _room(pricer, layout[k]), k))
+            # Of a long pipeline several at a time.
+            gone = set(ranked[: max(1, len(layout) // 12)])
+            following[tuple(group for k, group in enumerate(layout) if k not in gone)] = None
+        layouts = list(following)
+        seeds += layouts
+    if limits.allow_replicas:
+        alone = [(roomiest_first([group[0] for group in seed], pricer.devices),) for seed in seeds]
+        seeds += dict.fromkeys(alone)
+    guesses.add(seeds)
+    return seeds
+
+
+def improve(pricer: Pricer, guesses: Guesses, limits: Limits, *, rounds: int = _MAX_ROUNDS) -> None:
+    """Change the best layouts one thing at a time as long as a guess gets shorter; pipelines first, then replicas."""
+    if limits.allow_replicas:
+        improve(pricer, guesses, replace(limits, allow_replicas=False), rounds=rounds)
+    opened: set[Layout] = set()
+    for _ in range(rounds):
+        fresh = [layout for layout, _ in guesses.best(_NUM_KEPT) if layout not in opened]
+        if not fresh:
+            return
+        opened.update(fresh)
+        guesses.add(near for layout in fresh for near in neighbours(pricer, layout, limits))
+
+
+def neighbours(pricer: Pricer, layout: Layout, limits: Limits) -> list[Layout]:
+    """Layouts that differ from this one in one thing; an even sample of them where there are very many."""
+    found = list(dict.fromkeys(_neighbours(pricer, layout, limits)))
+    if len(found) <= _MAX_NEIGHBOURS:
+        return found
+    return [found[i * len(found) // _MAX_NEIGHBOURS] for i in range(_MAX_NEIGHBOURS)]
+
+
+def _neighbours(pricer: Pricer, layout: Layout, limits: Limits) -> Iterator[Layout]:
+    used = {device for group in layout for device in group}
+    unused = [device for device in range(len(pricer.devices)) if device not in used]
+    num_stages = len(layout)
+    # Of many unused devices the fastest and the roomiest are the ones worth a place.
+    unused = sorted(unused, key=lambda i: pricer.block_s[i])[:12]
+    for k in range(num_stages):
+        yield layout[:k] + layout[k + 1 :]
+        for j in range(k + 1, num_stages):
+            yield (*layout[:k], layout[j], *layout[k + 1 : j], layout[k], *layout[j + 1 :])
+    for device in unused:
+        for k in range(num_stages):
+            if len(layout[k]) == 1:
+                yield (*layout[:k], (device,), *layout[k + 1 :])
+        for k in range(num_stages + 1):
+            yield (*layout[:k], (device,), *layout[k:])
+    for k in range(num_stages):
+        rest = layout[:k] + layout[k + 1 :]
+        for j in range(len(rest) + 1):
+            yield (*rest[:j], layout[k], *rest[j:])
+    if limits.allow_replicas:
+        yield from _with_replicas(pricer, layout, unused)
+
+
+def _with_replicas(pricer: Pricer, layout: Layout, unused: Sequence[int]) -> Iterator[Layout]:
+    def joined(group: Group, other: Sequence[int]) -> Group:
+        return roomiest_first((*group, *other), pricer.devices)
+
+    for k, group in enumerate(layout):
+        for device in unused:
+            yield (*layout[:k], joined(group, (device,)), *layout[k + 1 :])
+        for j in range(len(layout)):
+            if j != k:
+                merged = (*layout[:k], joined(group, layout[j]), *layout[k + 1 :])
+                yield merged[:j] + merged[j + 1 :]
+        if len(group) == 1:
+            continue
+        for device in group:
+            smaller = tuple(i for i in group if i != device)
+            yield (*layout[:k], smaller, *layout[k + 1 :])
+            yield (*layout[:k], smaller, (device,), *layout[k + 1 :])
+            yield (*layout[:k], (device,), smaller, *layout[k + 1 :])
+            for j, other in enumerate(layout):
+                if j != k:
+                    moved = list(layout)
+                    moved[k], moved[j] = smaller, joined(other, (device,))
+                    yield tuple(moved)
+
+
+def settle(pricer: Pricer, guesses: Sequence[tuple[Layout, Guess]]) -> list[Candidate]:
+    """The guessed layouts with exact cuts, replayed; those that do not fit are left out."""
+    found = []
+    for layout, guess in guesses:
+        cuts = pricer.clamped(layout, guess.cuts)
+        candidate = None if cuts is None else pricer.candidate(layout, cuts)
+        if candidate is not None:
+            found.append(candidate)
+    return found
+
+
+def polish(pricer: Pricer, candidate: Candidate, *, rounds: int = 12) -> Candidate:
+    """Move cuts, and runs of neighbouring cuts, by a few blocks as long as the replay gets shorter."""
+    for _ in range(rounds):
+        tried = sorted(_shifted(candidate.cuts))
+        if not tried:
+            return candidate
+        seconds = pricer.step_seconds(candidate.layout, tried)
+        best = int(seconds.argmin())
+        if not seconds[best] < candidate.step_s * (1 - 1e-9):
+            return candidate
+        found = pricer.candidate(candidate.layout, tried[best])
+        assert found is not None, "it was just replayed"
+        candidate = found
+    return candidate
+
+
+def _shifted(cuts: Cuts) -> set[Cuts]:
+    """Cuts from i to j moved together: blocks pass from one stage to another through those between."""
+    found: set[Cuts] = set()
+    last = len(cuts) - 1
+    for i in range(1, last):
+        for j in range(i, last):
+            for shift in _SHIFTS if j == i else (1,):
+                for way in (-shift, shift):
+                    moved = (*cuts[:i], *(cut + way for cut in cuts[i : j + 1]), *cuts[j + 1 :])
+                    if moved[i - 1] < moved[i] and moved[j] < moved[j + 1]:
+                        found.add(moved)
+    return found
+
+
+def _room(pricer: Pricer, group: Group) -> int:
+    """Among devices that cannot be told apart by a guess the one with the least room goes first."""
+    return sum(pricer.room_bytes[device] for device in group)
+
+
+def _by_links(pricer: Pricer) -> list[int]:
+    """A chain through the quickest links, from the roomiest device on."""
+    cost_s = pricer.busy_s + pricer.latency_s
+    left = set(range(len(pricer.devices)))
+    here = max(left, key=lambda i: (pricer.room_bytes[i], -i))
+    chain = [here]
+    left.discard(here)
+    while left:
+        here = min(left, key=lambda i: (float(cost_s[here, i]), pricer.block_s[i], i))
+        chain.append(here)
+        left.discard(here)
+    return chain

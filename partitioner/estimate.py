@@ -1,0 +1,267 @@
+"""Quick guesses for many layouts at once: where to cut, and how long a step would take.
+
+Entry point: :class:`Estimator`. The search of a large fleet looks at thousands of layouts; only the best guesses are
+cut and replayed exactly. A guess treats a stage's seconds as linear in its blocks and its memory as a largest number of
+blocks for its place in the pipeline. For each of several paces (seconds of the slowest stage for one micro-batch) the
+blocks go to the fastest devices first, up to what pace and memory allow; the pace with the shortest step wins. Seconds
+of a step come from the terms of :mod:`partitioner.bounds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from partitioner.layout import Group, Layout
+from partitioner.memory import Ints, Place
+from partitioner.pricing import Cuts, Pricer
+from partitioner.replay import Floats
+
+_PACES = np.array([1.02, 1.06, 1.12, 1.22, 1.4, 1.8, np.inf], dtype=np.float32)
+"""Paces tried, as multiples of the one at which all devices would be equally busy."""
+
+
+@dataclass(slots=True)
+class _GroupNumbers:
+    """Seconds of a group for one micro-batch of the step: the busiest replica's total divided by the micro-batches."""
+
+    forward_s: float
+    backward_s: float
+    recompute_s: float
+    embedding_s: float
+    head_forward_s: float
+    head_backward_s: float
+    trip_share: float
+    """Seconds of one micro-batch on its way, over those above."""
+    sum_s: float
+    """Seconds a block adds to the replicas' sum."""
+    size: float
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """The best guess for one layout."""
+
+    step_s: float
+    cuts: Cuts
+    """Wanted, not checked against any budget."""
+
+
+class Estimator:
+    """Guesses for layouts of one job on one fleet."""
+
+    def __init__(self, pricer: Pricer) -> None:
+        self._pricer = pricer
+        self._index: dict[Group, int] = {}
+        self._numbers: list[_GroupNumbers] = []
+        self._members: list[Floats] = []
+        num_devices = len(pricer.devices)
+        self._max_window = min(num_devices, pricer.num_micro_batches)
+        self._caps: list[Ints] = []
+        self._device_caps = self._caps_of_devices()
+        self._arrays: dict[str, Floats] = {}
+        self._cap_array: Ints = np.zeros(0, dtype=np.int64)
+        self._member_array: Floats = np.zeros(0)
+        trained_share = 1.0 - pricer.shape.first_trainable_block / pricer.table.num_blocks
+        self._trained_share = trained_share
+
+    def _caps_of_devices(self) -> Ints:
+        """[device, micro-batches in flight, is first + 2 * is last, checkpointing] -> blocks that fit."""
+        pricer, num_blocks = self._pricer, self._pricer.table.num_blocks
+        rooms = np.array(pricer.room_bytes)
+        caps = np.zeros((len(rooms), self._max_window + 1, 4, 2), dtype=np.int64)
+        has_several = int(pricer.num_micro_batches > 1)
+        starts, in_flight = np.arange(num_blocks), np.arange(1, self._max_window + 1)[:, None]
+        for kind in range(4):
+            is_first, is_last = bool(kind & 1), bool(kind & 2)
+            place = Place(3, is_first, is_last, in_flight, has_several, 2 - is_first - is_last)
+            # From the end for the last stage; behind the frozen blocks, which keep less, for those in the middle.
+            start = 0 if is_first else min(num_blocks - 1, pricer.shape.first_trainable_block)
+            for choice in pricer.choices:
+                if is_last:
+                    sizes = pricer.memory.bytes_of(starts, np.asarray(num_blocks), place, checkpointing=choice)[:, ::-1]
+                else:
+                    ends = starts[start:] + 1
+                    sizes = pricer.memory.bytes_of(np.asarray(start), ends, place, checkpointing=choice)
+                for row, of_window in enumerate(sizes, start=1):
+                    caps[:, row, kind, int(choice)] = np.searchsorted(of_window, rooms, side="right")
+        return caps
+
+    def _register(self, group: Group) -> None:
+        pricer, m = self._pricer, self._pricer.num_micro_batches
+        owners = pricer.owners(group)
+        counts = [owners.count(r) for r in range(len(group))]
+        timings = [pricer.devices[device].timings for device in group]
+        busiest = max(range(len(group)), key=lambda r: counts[r] * pricer.block_s[group[r]])
+        share = counts[busiest] / m
+        own = timings[busiest]
+        mean_s = sum(n * pricer.block_s[d] for n, d in zip(counts, group, strict=True)) / m
+        layout: Layout = (group, group) if len(group) > 1 else ((group),)
+        sum_s = float(np.diff(pricer.sum_s_by_blocks(layout, 0)).mean()) if len(group) > 1 else 0.0
+        self._numbers.append(
+            _GroupNumbers(
+                forward_s=share * own.forward_s,
+                backward_s=share * own.backward_s,
+                recompute_s=share * own.forward_s,
+                embedding_s=share * own.embedding_s,
+                head_forward_s=share * own.head_forward_s,
+                head_backward_s=share * own.head_backward_s,
+                trip_share=mean_s / max(share * pricer.block_s[group[busiest]], 1e-12),
+                sum_s=sum_s,
+                size=float(len(group)),
+            )
+        )
+        members = np.zeros(len(pricer.devices))
+        members[list(group)] = [n / m for n in counts]
+        self._members.append(members)
+        self._caps.append(self._group_caps(group, owners))
+        self._index[group] = len(self._index)
+
+    def _group_caps(self, group: Group, owners: tuple[int, ...]) -> Ints:
+        """[window, kind, checkpointing] -> blocks that fit all replicas."""
+        windows = np.arange(len(self._pricer.devices) + 1)
+        caps: Ints | None = None
+        for replica, device in enumerate(group):
+            # A replica's share of any window, but for the luck of where the window begins.
+            count = owners.count(replica)
+            held = np.minimum(count, -(-windows * count // len(owners))).clip(1, self._max_window)
+            of_one = self._device_caps[device, held]
+            caps = of_one if caps is None else np.minimum(caps, of_one)
+        assert caps is not None, "a group has a device"
+        caps[0] = 0
+        return caps
+
+    def _refresh(self) -> None:
+        if len(self._cap_array) == len(self._caps):
+            return
+        for name in (field.name for field in fields(_GroupNumbers)):
+            self._arrays[name] = np.array([getattr(numbers, name) for numbers in self._numbers], dtype=np.float32)
+        self._cap_array = np.array(self._caps)
+        self._member_array = np.array(self._members)
+
+    def guesses(self, layouts: Sequence[Layout]) -> list[Guess]:
+        """One guess for every layout; an infinite step where memory seems too small."""
+        index = self._index
+        for layout in layouts:
+            for group in layout:
+                if group not in index:
+                    self._register(group)
+        self._refresh()
+        width = max(map(len, layouts))
+        order = np.array([[index[group] for group in layout] + [0] * (width - len(layout)) for layout in layouts])
+        num_stages = np.array([len(layout) for layout in layouts])
+        step_s, cuts = self._evaluate(order, num_stages)
+        best = step_s.argmin(axis=1)
+        rows = np.arange(len(layouts))
+        chosen_s, chosen = step_s[rows, best].tolist(), cuts[rows, best].astype(np.int64).tolist()
+        return [
+            Guess(step, tuple(row[: n + 1])) for step, row, n in zip(chosen_s, chosen, num_stages.tolist(), strict=True)
+        ]
+
+    def _evaluate(self, order: Ints, num_stages: Ints) -> tuple[Floats, Ints]:
+        """Step seconds (N, paces) and cuts (N, paces, stages + 1) of layouts padded to one number of stages."""
+        num_blocks, width = self._pricer.table.num_blocks, order.shape[1]
+        stages = np.arange(width)
+        is_stage = stages < num_stages[:, None]
+        is_first, is_last = stages == 0, stages == num_stages[:, None] - 1
+        a = {name: values[order] for name, values in self._arrays.items()}
+        sizes = np.where(is_stage, a["size"], 0)
+        window = np.cumsum(sizes[:, ::-1], axis=1)[:, ::-1].astype(np.int64)
+        kind = is_first + 2 * is_last
+        caps = self._cap_array[order, window, kind].astype(np.float32)
+        block_s = a["forward_s"] + self._trained_share * a["backward_s"]
+        slow_block_s = block_s + self._trained_share * a["recompute_s"]
+        fixed_s = is_first * a["embedding_s"] + is_last * (a["head_forward_s"] + a["head_backward_s"])
+        # Pace 1: all stages equally busy, were there no budgets and no whole blocks.
+        rate = np.where(is_stage, 1.0 / block_s, 0.0)
+        even_s = (num_blocks + np.where(is_stage, fixed_s * rate, 0.0).sum(axis=1)) / rate.sum(axis=1)
+        pace_s = even_s[:, None] * _PACES
+        most = self._most_blocks(pace_s[:, :, None], fixed_s, block_s, slow_block_s, caps)
+        most = np.where(is_stage[:, None, :], most, 0.0)
+        fits = (most >= 1).sum(axis=2) == num_stages[:, None]
+        fits &= most.sum(axis=2) >= num_blocks
+        counts = self._fill(most, block_s, is_stage, num_blocks - num_stages)
+        cuts = np.zeros((*counts.shape[:2], width + 1), dtype=np.float32)
+        np.cumsum(counts, axis=2, out=cuts[:, :, 1:])
+        np.minimum(cuts, num_blocks, out=cuts)
+        step_s = self._step_s(order, num_stages, a, cuts, caps, window, is_stage, is_first, is_last)
+        return np.where(fits, step_s, np.inf), cuts
+
+    @staticmethod
+    def _most_blocks(
+        pace_s: Floats, fixed_s: Floats, block_s: Floats, slow_block_s: Floats, caps: Ints
+    ) -> Floats:
+        """Blocks that each stage can take at a pace, (N, paces, stages)."""
+        spare_s = pace_s - fixed_s[:, None, :]
+        quick = np.minimum(np.floor(spare_s / block_s[:, None, :]), caps[:, None, :, 0])
+        slow = np.minimum(np.floor(spare_s / slow_block_s[:, None, :]), caps[:, None, :, 1])
+        # One block is the least that a stage can have, however slow it makes the step.
+        return np.maximum(np.maximum(quick, slow), np.minimum(1, caps.max(axis=2)[:, None, :]))
+
+    @staticmethod
+    def _fill(most: Floats, block_s: Floats, is_stage: npt.NDArray[np.bool_], num_spare: Ints) -> Floats:
+        """One block each, the others to the fastest stages first, up to what each can take."""
+        ranks = np.argsort(np.where(is_stage, block_s, np.inf), axis=1)[:, None, :]
+        room = np.take_along_axis(np.maximum(most - 1, 0), np.broadcast_to(ranks, most.shape), axis=2)
+        before = np.cumsum(room, axis=2) - room
+        taken = np.clip(num_spare[:, None, None] - before, 0, room)
+        counts = np.empty_like(taken)
+        np.put_along_axis(counts, np.broadcast_to(ranks, most.shape), taken, axis=2)
+        return np.where(is_stage[:, None, :], counts + 1, 0.0)
+
+    def _step_s(
+        self,
+        order: Ints,
+        num_stages: Ints,
+        a: dict[str, Floats],
+        cuts: Ints,
+        caps: Ints,
+        window: Ints,
+        is_stage: npt.NDArray[np.bool_],
+        is_first: npt.NDArray[np.bool_],
+        is_last: npt.NDArray[np.bool_],
+    ) -> Floats:
+        pricer, m = self._pricer, self._pricer.num_micro_batches
+        first_trained = pricer.shape.first_trainable_block
+        counts = np.diff(cuts, axis=2)
+        trained = np.diff(np.maximum(cuts, first_trained), axis=2)
+        recomputes = counts > caps[:, None, :, 0]
+        a = {name: values[:, None, :] for name, values in a.items()}
+        first, last, stage = is_first[None, None, :], is_last[:, None, :], is_stage[:, None, :]
+        f = counts * a["forward_s"] + first * a["embedding_s"] + last * a["head_forward_s"]
+        b = trained * (a["backward_s"] + recomputes * a["recompute_s"])
+        has_back = (trained > 0) | (last & (pricer.shape.last_trainable_params > 0))
+        b = b + (last & has_back) * a["head_backward_s"]
+        f, b = np.where(stage, f, 0.0), np.where(stage, b, 0.0)
+        link_s, latency_s = self._links(order, num_stages)
+        gets = (trained > 0) & ~last & stage
+        link_trip = np.where(gets, 2, 1) * (link_s + latency_s)[:, None, :]
+        trip = (f + b) * a["trip_share"] + link_trip
+        upto = np.cumsum(trip, axis=2)
+        before, behind = upto - trip, upto[:, :, -1:] - upto
+        back = link_trip + behind
+        w = window[:, None, :].astype(np.float32)
+        ahead = np.maximum(0, np.minimum(w, m) - np.maximum(a["size"], 1))
+        idle_first = np.maximum(0.0, back - ahead * f)
+        idle_last = np.maximum(0.0, back - ahead * b)
+        idle = np.where(m > w, idle_first + idle_last, np.maximum(idle_first, idle_last))
+        turns = np.ceil(m / np.clip(w, 1, m))
+        own = m * (f + b) + np.where(has_back, idle, 0.0)
+        own = np.maximum(own, np.where(has_back, turns * (trip + behind), 0.0))
+        own = np.maximum(own, (m - 1) * link_s[:, None, :] + trip + behind)
+        own = own + counts * a["sum_s"]
+        found: Floats = np.where(stage, before + own, 0.0).max(axis=2)
+        return found
+
+    def _links(self, order: Ints, num_stages: Ints) -> tuple[Floats, Floats]:
+        """Mean seconds on the link behind each stage, (N, stages); 0 behind the last."""
+        busy_s, latency_s = np.zeros(order.shape, np.float32), np.zeros(order.shape, np.float32)
+        if order.shape[1] > 1:
+            here, below = self._member_array[order[:, :-1]], self._member_array[order[:, 1:]]
+            exists = np.arange(order.shape[1] - 1) < num_stages[:, None] - 1
+            for found, matrix in ((busy_s, self._pricer.busy_s), (latency_s, self._pricer.latency_s)):
+                found[:, :-1] = np.where(exists, ((here @ matrix) * below).sum(axis=2), 0.0)
+        return busy_s, latency_s

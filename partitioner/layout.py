@@ -1,0 +1,80 @@
+"""Which devices form which stage, and how a stage's micro-batches are shared among its replicas.
+
+Entry points: :func:`owners_of`, the table micro-batch -> replica; :func:`windows` and :func:`replica_shares`, which say
+what of a step one worker holds at once. They follow the executor's schedule, where a stage's forward passes run ahead of
+its backward passes by as many micro-batches as workers lie from it to the end.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from partitioner.memory import ReplicaShare
+
+Group = tuple[int, ...]
+"""Devices of one stage by their positions in the list of devices, replica 0 first."""
+
+Layout = tuple[Group, ...]
+"""All stages, the first one first."""
+
+
+def owners_of(seconds: Sequence[float], num_micro_batches: int) -> tuple[int, ...]:
+    """For every micro-batch the replica that runs it, such that the slowest replica ends as early as possible.
+
+    Each micro-batch goes to the replica that would end first with it. That is optimal: a replica gets its n-th only
+    when every other one would end later, so no table with the same counts moved elsewhere has an earlier last end.
+
+    Args:
+        seconds: of one micro-batch on each replica.
+        num_micro_batches: micro-batches of a step.
+    """
+    ends = [(cost, replica) for replica, cost in enumerate(seconds)]
+    heapq.heapify(ends)
+    owners = []
+    for _ in range(num_micro_batches):
+        end, replica = ends[0]
+        owners.append(replica)
+        heapq.heapreplace(ends, (end + seconds[replica], replica))
+    return tuple(owners)
+
+
+def windows(layout: Layout) -> tuple[int, ...]:
+    """For every stage how many micro-batches its forward passes run ahead of its backward passes."""
+    found, behind = [], 0
+    for group in reversed(layout):
+        behind += len(group)
+        found.append(behind)
+    return tuple(reversed(found))
+
+
+def most_in_flight(owners: Sequence[int], replica: int, window: int) -> int:
+    """Micro-batches that a replica holds between forward and backward pass, at most; steps follow one another."""
+    num_micro_batches = len(owners)
+    if window >= num_micro_batches:
+        return owners.count(replica)
+    held = owners[:window].count(replica)
+    most = held
+    for m in range(window, num_micro_batches):
+        held += (owners[m] == replica) - (owners[m - window] == replica)
+        most = max(most, held)
+    return most
+
+
+def replica_shares(layout: Layout, stage_index: int, owners: Sequence[int]) -> tuple[ReplicaShare, ...]:
+    """What each replica of a stage has of the step."""
+    group, window = layout[stage_index], windows(layout)[stage_index]
+    num_neighbours = sum(len(layout[k]) for k in (stage_index - 1, stage_index + 1) if 0 <= k < len(layout))
+    num_micro_batches = len(owners)
+    shares = []
+    for replica in range(len(group)):
+        in_flight = most_in_flight(owners, replica, window)
+        if len(group) == 1:
+            shares.append(ReplicaShare(in_flight, int(num_micro_batches > 1), num_neighbours))
+            continue
+        # Replica 0 holds every micro-batch's gradient while it adds them up, the others theirs and the message they
+        # are packed into; all hold the sum.
+        held = num_micro_batches if replica == 0 else 2 * owners.count(replica)
+        peers = num_neighbours + (len(group) - 1 if replica == 0 else 1)
+        shares.append(ReplicaShare(in_flight, held + 1, peers))
+    return tuple(shares)

@@ -1,0 +1,359 @@
+"""What a layout with its cuts costs: which stages fit, with or without checkpointing, and how long a step takes.
+
+Entry point: :class:`Pricer`, one for a job's shape on a fleet. Every part of the planner asks it, so that a plan is
+priced by the same numbers wherever it was found. Bytes are kept as rows of arrays, because the search asks for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from partitioner.cost import StageCost, message_bytes, stage_cost
+from partitioner.device import DeviceProfile, LinkTable
+from partitioner.layout import Group, Layout, owners_of, replica_shares
+from partitioner.memory import Ints, MemoryModel, Place, place_of
+from partitioner.model import JobShape, ModelTable
+from partitioner.replay import Floats, StageGroup, StepTime, replay, replay_many
+
+Cuts = tuple[int, ...]
+"""Block borders: stage k holds blocks ``[cuts[k], cuts[k + 1])``; begins with 0 and ends with the number of blocks."""
+
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A complete assignment with its replayed step."""
+
+    layout: Layout
+    cuts: Cuts
+    checkpointing: tuple[bool, ...]
+    """Of every stage."""
+    groups: tuple[StageGroup, ...]
+    time: StepTime
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of one optimiser step."""
+        return self.time.step_s
+
+
+@dataclass(frozen=True, slots=True)
+class StageOption:
+    """One stage of a layout with some blocks, as it fits."""
+
+    checkpointing: bool
+    group: StageGroup
+    forward_s: tuple[float, ...]
+    """Of every replica."""
+    backward_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlaces:
+    """Where the replicas of one stage of a layout stand, and what each has left for the job."""
+
+    places: tuple[Place, ...]
+    room_bytes: tuple[int, ...]
+
+
+def checkpointing_choices(shape: JobShape) -> tuple[bool, ...]:
+    """Whether blocks may be recomputed, the cheaper choice first."""
+    return {"on": (True,), "off": (False,), "auto": (False, True)}[shape.checkpointing]
+
+
+class Pricer:
+    """Bytes and seconds of stages of one job on one fleet.
+
+    Of the choices of checkpointing only the first that fits counts: a stage that need not recompute is faster in
+    every place, and no other stage depends on it.
+
+    Args:
+        table: the model.
+        shape: the job.
+        devices: devices that may be used; the timings are of the shape's micro-batch.
+        links: links between them.
+    """
+
+    def __init__(
+        self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable
+    ) -> None:
+        self.table = table
+        self.shape = shape
+        self.devices = devices
+        self.links = links
+        self.choices = checkpointing_choices(shape)
+        self.memory = MemoryModel(table, shape)
+        self.room_bytes = tuple(device.available_bytes - device.baseline_bytes for device in devices)
+        self.block_s = tuple(device.timings.forward_s + device.timings.backward_s for device in devices)
+        self.message_bytes = message_bytes(table, shape)
+        profiles = links.matrix(devices)
+        self.bandwidth = np.array([[link.bandwidth_bytes_per_s for link in row] for row in profiles])
+        self.busy_s: Floats = self.message_bytes / self.bandwidth
+        self.latency_s: Floats = np.array([[link.latency_s for link in row] for row in profiles])
+        self._links = [
+            [(float(busy), float(late)) for busy, late in zip(*rows, strict=True)]
+            for rows in zip(self.busy_s, self.latency_s, strict=True)
+        ]
+        self._rows: dict[tuple[Place, bool, int], Ints] = {}
+        self._columns: dict[tuple[Place, bool, int], Ints] = {}
+        self._owners: dict[Group, tuple[int, ...]] = {}
+        self._places: dict[Layout, tuple[StagePlaces, ...]] = {}
+        self._costs: dict[tuple[int, int, int, bool], StageCost] = {}
+        self._sum_s_per_byte: dict[Group, float] = {}
+        self._options: dict[Layout, list[dict[int, StageOption | None]]] = {}
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step."""
+        return self.shape.num_micro_batches
+
+    def owners(self, group: Group) -> tuple[int, ...]:
+        """Replica that runs each micro-batch: shares follow the devices' seconds for one block."""
+        if group not in self._owners:
+            self._owners[group] = owners_of([self.block_s[device] for device in group], self.num_micro_batches)
+        return self._owners[group]
+
+    def places(self, layout: Layout) -> tuple[StagePlaces, ...]:
+        """Where all workers of a layout stand."""
+        if layout not in self._places:
+            found = []
+            for k, group in enumerate(layout):
+                shares = replica_shares(layout, k, self.owners(group))
+                places = tuple(place_of(len(layout), k, self.num_micro_batches, share) for share in shares)
+                found.append(StagePlaces(self._merged(places), tuple(self.room_bytes[device] for device in group)))
+            self._places[layout] = tuple(found)
+        return self._places[layout]
+
+    def _merged(self, places: tuple[Place, ...]) -> tuple[Place, ...]:
+        """Places as keys: the number of stages matters to generation only."""
+        if self.shape.generate_rows:
+            return places
+        return tuple(
+            Place(0, place.is_first, place.is_last, place.in_flight, place.gradient_copies, place.num_peers)
+            for place in places
+        )
+
+    def row(self, place: Place, *, checkpointing: bool, start: int) -> Ints:
+        """Job bytes of stages [start, start + 1 + i) by i; they never fall as i grows."""
+        if start > 0 and self.memory.is_uniform:
+            return self.row(place, checkpointing=checkpointing, start=0)[: self.table.num_blocks - start]
+        key = (place, checkpointing, start)
+        if key not in self._rows:
+            ends = np.arange(start + 1, self.table.num_blocks + 1)
+            self._rows[key] = self.memory.bytes_of(np.asarray(start), ends, place, checkpointing=checkpointing)
+        return self._rows[key]
+
+    def column(self, place: Place, *, checkpointing: bool, end: int) -> Ints:
+        """Job bytes of stages [start, end) by start; they never rise as start grows."""
+        if self.memory.is_uniform:
+            return self.row(place, checkpointing=checkpointing, start=0)[:end][::-1]
+        key = (place, checkpointing, end)
+        if key not in self._columns:
+            starts = np.arange(0, end)
+            self._columns[key] = self.memory.bytes_of(starts, np.asarray(end), place, checkpointing=checkpointing)
+        return self._columns[key]
+
+    def mode(self, stage: StagePlaces, start: int, end: int) -> bool | None:
+        """Whether the stage recomputes; None if it fits in no way."""
+        for choice in self.choices:
+            if all(
+                self.row(place, checkpointing=choice, start=start)[end - start - 1] <= room
+                for place, room in zip(stage.places, stage.room_bytes, strict=True)
+            ):
+                return choice
+        return None
+
+    def furthest_end(self, stage: StagePlaces, start: int) -> int:
+        """The largest end for which blocks [start, end) fit; ``start`` if not one block does."""
+        best = start
+        for choice in self.choices:
+            count = min(
+                int(np.searchsorted(self.row(place, checkpointing=choice, start=start), room, side="right"))
+                for place, room in zip(stage.places, stage.room_bytes, strict=True)
+            )
+            best = max(best, start + count)
+        return best
+
+    def earliest_start(self, stage: StagePlaces, end: int) -> int:
+        """The smallest start for which blocks [start, end) fit; ``end`` if not one block does."""
+        best = end
+        for choice in self.choices:
+            # Bytes fall from start to start: those that fit are the last ones.
+            count = min(
+                int(np.searchsorted(self.column(place, checkpointing=choice, end=end)[::-1], room, side="right"))
+                for place, room in zip(stage.places, stage.room_bytes, strict=True)
+            )
+            best = min(best, end - count)
+        return best
+
+    def least_starts(self, layout: Layout) -> tuple[int, ...] | None:
+        """For every stage the smallest start from which it and those behind it can hold the rest; None: not at all."""
+        num_stages, end = len(layout), self.table.num_blocks
+        places, found = self.places(layout), []
+        for k in reversed(range(num_stages)):
+            start = self._least_start(places[k], end, num_stages, k)
+            if start is None:
+                return None
+            end = start
+            found.append(start)
+        return tuple(reversed(found)) if end == 0 else None
+
+    def _least_start(self, stage: StagePlaces, end: int, num_stages: int, k: int) -> int | None:
+        """``end`` is the smallest border with which the stages behind can do; a later one may let this one start."""
+        num_blocks = self.table.num_blocks
+        latest_end = num_blocks - (num_stages - 1 - k)
+        # A stage of one block may need a later end than the least one only to have a block at all.
+        end = max(end, k + 1)
+        if end > latest_end:
+            return None
+        start = max(k, self.earliest_start(stage, end))
+        while start >= end:
+            # Not even the block before ``end`` fits; blocks further on may be lighter.
+            end += 1
+            if end > latest_end:
+                return None
+            start = max(k, self.earliest_start(stage, end))
+        return start
+
+    def clamped(self, layout: Layout, wanted: Sequence[int]) -> Cuts | None:
+        """The cuts nearest to the wanted ones from the front that fit every budget; None if none do."""
+        least = self.least_starts(layout)
+        if least is None:
+            return None
+        num_stages, num_blocks = len(layout), self.table.num_blocks
+        places, cuts = self.places(layout), [0]
+        for k in range(num_stages - 1):
+            latest = min(self.furthest_end(places[k], cuts[k]), num_blocks - (num_stages - 1 - k))
+            earliest = max(least[k + 1], cuts[k] + 1)
+            if earliest > latest:
+                return None
+            cuts.append(min(max(wanted[k + 1], earliest), latest))
+        cuts.append(num_blocks)
+        return tuple(cuts)
+
+    def option(self, layout: Layout, k: int, start: int, end: int) -> StageOption | None:
+        """Stage k of a layout with these blocks; None if it is empty or fits in no way."""
+        found = self._options.get(layout)
+        if found is None:
+            found = self._options[layout] = [{} for _ in layout]
+        key = start * (self.table.num_blocks + 1) + end
+        if key not in found[k]:
+            found[k][key] = self._make_option(layout, k, start, end) if start < end else None
+        return found[k][key]
+
+    def _make_option(self, layout: Layout, k: int, start: int, end: int) -> StageOption | None:
+        choice = self.mode(self.places(layout)[k], start, end)
+        if choice is None:
+            return None
+        group = self.group(layout, k, start, end, checkpointing=choice)
+        forward_s = tuple([cost.forward_s for cost in group.replicas])
+        return StageOption(choice, group, forward_s, tuple([cost.backward_s for cost in group.replicas]))
+
+    def _stage_options(self, layout: Layout, cuts: Cuts) -> list[StageOption] | None:
+        """Every stage of a layout; None if one does not fit."""
+        found = []
+        for k in range(len(layout)):
+            option = self.option(layout, k, cuts[k], cuts[k + 1])
+            if option is None:
+                return None
+            found.append(option)
+        return found
+
+    def cost(self, device: int, start: int, end: int, *, checkpointing: bool) -> StageCost:
+        """Seconds of a stage on one device, its links apart."""
+        key = (device, start, end, checkpointing)
+        if key not in self._costs:
+            is_last = end == self.table.num_blocks
+            num_trained = end - max(start, min(self.shape.first_trainable_block, end))
+            found = stage_cost(
+                self.table,
+                self.shape,
+                self.devices[device],
+                start_block=start,
+                end_block=end,
+                checkpointing=checkpointing,
+                link=None,
+            )
+            self._costs[key] = StageCost(
+                found.forward_s,
+                found.backward_s,
+                has_backward=found.has_backward,
+                gets_gradient=not is_last and num_trained > 0,
+            )
+        return self._costs[key]
+
+    def group(self, layout: Layout, k: int, start: int, end: int, *, checkpointing: bool) -> StageGroup:
+        """One stage of a layout with its seconds."""
+        group = layout[k]
+        below = layout[k + 1] if k + 1 < len(layout) else ()
+        return StageGroup(
+            replicas=tuple(self.cost(device, start, end, checkpointing=checkpointing) for device in group),
+            owners=self.owners(group),
+            links=tuple(tuple(self._links[device][other] for other in below) for device in group),
+            sum_s=self.sum_s(layout, k, start, end),
+        )
+
+    def sum_s(self, layout: Layout, k: int, start: int, end: int) -> float:
+        """Seconds in which the replicas of a stage add up their gradients: fp32, one micro-batch at a time.
+
+        Replica 0 gets every micro-batch's gradient and sends each of the others the sum.
+        """
+        if len(layout[k]) == 1:
+            return 0.0
+        seconds = self.sum_s_by_blocks(layout, k)
+        return float(seconds[end] - seconds[start])
+
+    def sum_s_by_blocks(self, layout: Layout, k: int) -> Floats:
+        """Prefix sums over blocks of :meth:`sum_s`: [end] - [start] is that of a stage.
+
+        Parameters outside the blocks count with the first or the last block. The two latencies are left out.
+        """
+        group = layout[k]
+        if len(group) == 1:
+            return np.zeros(self.table.num_blocks + 1)
+        if group not in self._sum_s_per_byte:
+            owners, root = self.owners(group), group[0]
+            per_byte = sum(
+                (owners.count(r) + 1) / float(self.bandwidth[device, root]) for r, device in enumerate(group) if r > 0
+            )
+            self._sum_s_per_byte[group] = per_byte
+        params = np.zeros(self.table.num_blocks + 1)
+        params[1:] = np.cumsum(self.shape.adapter_params)
+        if k == 0:
+            params[1:] += self.shape.first_trainable_params
+        if k == len(layout) - 1:
+            params[-1] += self.shape.last_trainable_params
+        return params * (_FP32_BYTES * self._sum_s_per_byte[group])
+
+    def candidate(self, layout: Layout, cuts: Cuts) -> Candidate | None:
+        """A layout with its cuts, replayed; None if it does not fit."""
+        options = self._stage_options(layout, cuts)
+        if options is None:
+            return None
+        groups = tuple(option.group for option in options)
+        modes = tuple(option.checkpointing for option in options)
+        return Candidate(layout, cuts, modes, groups, replay(groups, self.num_micro_batches))
+
+    def step_seconds(self, layout: Layout, many: Sequence[Cuts]) -> Floats:
+        """Seconds of a step for many cuts of one layout, shape (N,); infinite where one does not fit."""
+        found = np.full(len(many), np.inf)
+        alike: dict[tuple[bool, ...], list[tuple[int, list[StageOption]]]] = {}
+        for i, cuts in enumerate(many):
+            options = self._stage_options(layout, cuts)
+            if options is not None:
+                trained = tuple([option.group.replicas[0].has_backward for option in options])
+                alike.setdefault(trained, []).append((i, options))
+        for members in alike.values():
+            groups = [option.group for option in members[0][1]]
+            columns = [[options[k] for _, options in members] for k in range(len(layout))]
+            forward_s = [np.array([option.forward_s for option in column]) for column in columns]
+            backward_s = [np.array([option.backward_s for option in column]) for column in columns]
+            sum_s = np.array([[option.group.sum_s for option in column] for column in columns]).T
+            found[[i for i, _ in members]] = replay_many(
+                groups, forward_s, backward_s, sum_s, self.num_micro_batches
+            )
+        return found

@@ -1,0 +1,314 @@
+"""From what a search found to a plan that says why it is the one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from partitioner.device import DeviceProfile
+from partitioner.layout import Layout, replica_shares
+from partitioner.memory import ReplicaShare, heap_reuse
+from partitioner.plan import LinkUse, Plan, RejectedPlan, ReplicaPlan, StagePlan
+from partitioner.pricing import Candidate, Pricer
+from partitioner.replay import replay
+from plutino.sizes import format_size
+
+NOTABLE_SHARE = 0.02
+"""What saves less than this share of the step is not worth a sentence, nor a lossy codec."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The best candidates of a search, by micro-batch and codec and by number of stages."""
+
+    lossless: str
+    """The codec that costs nothing; any other must save NOTABLE_SHARE of the step to be taken."""
+    best: Candidate | None = None
+    bound_s: float | None = None
+    by_num_stages: dict[int, Candidate] = field(default_factory=dict)
+    _pricer: Pricer | None = None
+    _by_variant: dict[int, tuple[Pricer, Candidate | None]] = field(default_factory=dict)
+
+    def take(self, candidate: Candidate | None, pricer: Pricer) -> None:
+        """Note a candidate; None: nothing was found for the pricer's micro-batch and codec."""
+        known = self._by_variant.get(id(pricer))
+        if known is None or known[1] is None or (candidate is not None and candidate.step_s < known[1].step_s):
+            self._by_variant[id(pricer)] = (pricer, candidate)
+        if candidate is None:
+            return
+        num_stages = len(candidate.layout)
+        if num_stages not in self.by_num_stages or candidate.step_s < self.by_num_stages[num_stages].step_s:
+            self.by_num_stages[num_stages] = candidate
+        if candidate.step_s < self.limit_s(pricer):
+            self.best, self._pricer = candidate, pricer
+
+    def limit_s(self, pricer: Pricer) -> float:
+        """What a candidate for a pricer's micro-batch and codec must beat to become the best."""
+        if self.best is None or self._pricer is None:
+            return math.inf
+        return self.best.step_s * self._price(self._pricer) / self._price(pricer)
+
+    def _price(self, pricer: Pricer) -> float:
+        return 1.0 if pricer.shape.codec == self.lossless else 1.0 / (1.0 - NOTABLE_SHARE)
+
+    def step_s(self, pricer: Pricer) -> float:
+        """The shortest step for a pricer's micro-batch and codec; infinite if none was found."""
+        known = self._by_variant.get(id(pricer))
+        return math.inf if known is None or known[1] is None else known[1].step_s
+
+    def chosen(self) -> tuple[Candidate, Pricer]:
+        """The best candidate and what priced it."""
+        assert self.best is not None and self._pricer is not None, "only asked where something fits"
+        return self.best, self._pricer
+
+    def layouts(self) -> list[Layout]:
+        """Layouts of the best candidates, the best first."""
+        return list(dict.fromkeys(c.layout for c in sorted(self.by_num_stages.values(), key=lambda c: c.step_s)))
+
+    def variants(self) -> list[tuple[Pricer, Candidate | None]]:
+        """The best candidate of every micro-batch and codec."""
+        return list(self._by_variant.values())
+
+
+def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Candidate | None) -> Plan:
+    """The best candidate as a plan.
+
+    Args:
+        outcome: what the search found.
+        all_devices: every device that was offered, those that the search could not use included.
+        freed: the best candidate if memory cost nothing.
+    """
+    best, pricer = outcome.chosen()
+    shape = pricer.shape
+    stages = tuple(_stage(pricer, best, k) for k in range(len(best.layout)))
+    return Plan(
+        stages=stages,
+        micro_batch_rows=shape.micro_batch_rows,
+        num_micro_batches=shape.num_micro_batches,
+        micro_batch_owners=tuple(group.owners for group in best.groups),
+        checkpointing=any(best.checkpointing),
+        dtype=shape.dtype,
+        codec=shape.codec,
+        step_s=best.step_s,
+        bound_s=outcome.bound_s,
+        links=_link_uses(pricer, best),
+        bubble_share=best.time.bubble_share,
+        bottleneck=_bottleneck(shape.num_micro_batches, stages, best),
+        relief=_relief(pricer, stages, best, freed),
+        rejected=_rejected(outcome),
+        unused_devices=_unused(pricer, all_devices, stages, best),
+    )
+
+
+def _stage(pricer: Pricer, best: Candidate, k: int) -> StagePlan:
+    start, end = best.cuts[k], best.cuts[k + 1]
+    shares = replica_shares(best.layout, k, best.groups[k].owners)
+    workers = [_worker(pricer, best, k, r, share) for r, share in enumerate(shares)]
+    first = workers[0]
+    return StagePlan(
+        stage_index=k,
+        start_block=start,
+        end_block=end,
+        agent_ids=tuple(worker.agent_id for worker in workers),
+        device_names=tuple(worker.device_name for worker in workers),
+        checkpointing=best.checkpointing[k],
+        further_replicas=tuple(workers[1:]),
+        **first.model_dump(exclude={"agent_id", "device_name", "memory"}),
+        memory=first.memory,
+    )
+
+
+def _worker(pricer: Pricer, best: Candidate, k: int, replica: int, share: ReplicaShare) -> ReplicaPlan:
+    device, cost = pricer.devices[best.layout[k][replica]], best.groups[k].replicas[replica]
+    items = pricer.memory.items(
+        best.cuts[k],
+        best.cuts[k + 1],
+        num_stages=len(best.layout),
+        stage_index=k,
+        checkpointing=best.checkpointing[k],
+        share=share,
+    )
+    reuse = heap_reuse(items)
+    needed_bytes = device.baseline_bytes + sum(item.bytes for item in items) + reuse.bytes
+    keeps_heap = needed_bytes <= device.available_bytes
+    if keeps_heap:
+        items = (*items, reuse)
+    return ReplicaPlan(
+        agent_id=device.agent_id,
+        device_name=device.name,
+        forward_s=cost.forward_s,
+        backward_s=cost.backward_s,
+        memory=items,
+        job_bytes=sum(item.bytes for item in items),
+        baseline_bytes=device.baseline_bytes,
+        budget_bytes=device.available_bytes,
+        threads=device.threads,
+        keeps_heap=keeps_heap,
+    )
+
+
+def _link_uses(pricer: Pricer, best: Candidate) -> tuple[LinkUse, ...]:
+    uses = []
+    for k, (group, below) in enumerate(pairwise(best.layout)):
+        here, there = best.groups[k], best.groups[k + 1]
+        gets_gradient = here.replicas[0].gets_gradient
+        for (i, j), count in sorted(Counter(zip(here.owners, there.owners, strict=True)).items()):
+            num_bytes = count * pricer.message_bytes
+            uses.append(
+                LinkUse(
+                    from_device=pricer.devices[group[i]].name,
+                    to_device=pricer.devices[below[j]].name,
+                    down_bytes=num_bytes,
+                    up_bytes=num_bytes if gets_gradient else 0,
+                    busy_s=count * here.links[i][j][0],
+                )
+            )
+    return tuple(uses)
+
+
+def _bottleneck(num_micro_batches: int, stages: Sequence[StagePlan], best: Candidate) -> str:
+    busy_s, link_busy_s = best.time.busy_s, best.time.link_busy_s
+    k = max(range(len(stages)), key=lambda k: busy_s[k])
+    link = max(range(len(stages) - 1), key=lambda k: link_busy_s[k], default=0)
+    if link_busy_s and link_busy_s[link] > busy_s[k]:
+        return (
+            f"the link from {_name(stages[link])} to {_name(stages[link + 1])}: it carries messages for "
+            f"{link_busy_s[link]:.3g} s each way of the step's {best.step_s:.3g} s ({num_micro_batches} micro-batches)"
+        )
+    return f"stage {k} on {_name(stages[k])}: it computes {busy_s[k]:.3g} s of the step's {best.step_s:.3g} s"
+
+
+def _relief(pricer: Pricer, stages: Sequence[StagePlan], best: Candidate, freed: Candidate | None) -> str:
+    """What would make the step shorter, each with the seconds that a new search or replay gives."""
+    target_s = best.step_s * (1 - NOTABLE_SHARE)
+    found: list[tuple[float, str]] = []
+    if freed is not None and freed.step_s < target_s and (lacking := _memory_relief(pricer, freed)):
+        found = [(freed.step_s, f"more memory: {lacking}")]
+    free_links = [
+        replace(group, links=tuple(tuple((0.0, 0.0) for _ in row) for row in group.links)) for group in best.groups
+    ]
+    unlinked_s = replay(free_links, pricer.num_micro_batches).step_s
+    if unlinked_s < target_s:
+        is_small = pricer.shape.codec == "bf16" or pricer.shape.dtype == "bf16"
+        way = "a faster network" if is_small else "codec bf16 or a faster network"
+        found.append((unlinked_s, f"{way}: {unlinked_s:.3g} s a step if the links cost nothing"))
+    if found:
+        return "; ".join(text for _, text in sorted(found))
+    k = max(range(len(stages)), key=lambda k: best.time.busy_s[k])
+    bubble = f"; {best.time.bubble_share:.0%} of the busiest stage's time is bubble" if len(stages) > 1 else ""
+    return f"a faster device than {_name(stages[k])}, or one device more{bubble}"
+
+
+def _memory_relief(pricer: Pricer, freed: Candidate) -> str:
+    needs = []
+    for k, group in enumerate(freed.layout):
+        for share, index in zip(replica_shares(freed.layout, k, freed.groups[k].owners), group, strict=True):
+            device = pricer.devices[index]
+            job_bytes = pricer.memory.job_bytes(
+                freed.cuts[k],
+                freed.cuts[k + 1],
+                num_stages=len(freed.layout),
+                stage_index=k,
+                checkpointing=freed.checkpointing[k],
+                share=share,
+            )
+            lacking_bytes = device.baseline_bytes + job_bytes - device.available_bytes
+            if lacking_bytes > 0:
+                needs.append(f"{format_size(lacking_bytes)} more on {device.name}")
+    return f"{' and '.join(needs)} would give {freed.step_s:.3g} s a step" if needs else ""
+
+
+def _rejected(outcome: Outcome) -> tuple[RejectedPlan, ...]:
+    best, pricer = outcome.chosen()
+    rejected = []
+    for num_stages in range(1, min(len(pricer.devices), pricer.table.num_blocks) + 1):
+        if num_stages == len(best.layout) or pricer.shape.exact_stages is not None:
+            continue
+        candidate = outcome.by_num_stages.get(num_stages)
+        why = (
+            f"{candidate.step_s:.3g} s a step against {best.step_s:.3g} s"
+            if candidate is not None
+            else f"does not fit, or is not faster than {best.step_s:.3g} s a step"
+        )
+        rejected.append(RejectedPlan(what=count(num_stages, "stage"), why=why))
+    if pricer.shape.checkpointing == "auto" and not any(best.checkpointing):
+        rejected.append(RejectedPlan(what="checkpointing", why="every stage fits without, and recomputing takes longer"))
+    elif pricer.shape.checkpointing == "auto":
+        stages = ", ".join(str(k) for k, choice in enumerate(best.checkpointing) if choice)
+        rejected.append(RejectedPlan(what="no checkpointing", why=f"stage {stages} would not fit with these blocks"))
+    for other, candidate in outcome.variants():
+        if other is pricer:
+            continue
+        what = f"micro-batches of {count(other.shape.micro_batch_rows, 'row')}"
+        if other.shape.codec != pricer.shape.codec:
+            what += f", codec {other.shape.codec}"
+        why = (
+            "fit no budget"
+            if candidate is None
+            else f"{candidate.step_s:.3g} s a step against {best.step_s:.3g} s"
+        )
+        rejected.append(RejectedPlan(what=what, why=why))
+    if outcome.bound_s is None:
+        rejected.append(
+            RejectedPlan(what="other layouts", why="too many to try all: the search changed the best ones step by step")
+        )
+    elif outcome.bound_s < best.step_s * (1 - 1e-6):
+        rejected.append(
+            RejectedPlan(
+                what="some other cuts",
+                why=f"not tried, the search's allowance was used up; none can take less than {outcome.bound_s:.3g} s",
+            )
+        )
+    return tuple(rejected)
+
+
+def _unused(
+    pricer: Pricer, all_devices: Sequence[DeviceProfile], stages: Sequence[StagePlan], best: Candidate
+) -> tuple[RejectedPlan, ...]:
+    used = {agent_id for stage in stages for agent_id in stage.agent_ids}
+    shape = pricer.shape
+    smallest_bytes = _smallest_stage_bytes(pricer)
+    unused = []
+    for device in all_devices:
+        if device.agent_id in used:
+            continue
+        if shape.dtype not in device.dtypes:
+            why = f"does not run {shape.dtype}, only {', '.join(device.dtypes)}"
+        elif device.available_bytes - device.baseline_bytes < smallest_bytes:
+            why = (
+                f"offers {format_size(device.available_bytes)}; a worker of one block takes "
+                f"{format_size(device.baseline_bytes + smallest_bytes)}"
+            )
+        elif shape.exact_stages is not None and shape.exact_stages == len(stages):
+            why = f"the job asks for exactly {count(shape.exact_stages, 'stage')}"
+        else:
+            why = f"no plan with it was found that takes less than {best.step_s:.3g} s a step"
+        unused.append(RejectedPlan(what=device.name, why=why))
+    return tuple(unused)
+
+
+def _smallest_stage_bytes(pricer: Pricer) -> int:
+    """Job bytes of the lightest stage that a pipeline of any length has, with one micro-batch in flight."""
+    memory, num_blocks = pricer.memory, pricer.table.num_blocks
+    checkpointing = pricer.choices[-1]
+
+    def job_bytes(start: int, num_stages: int, stage_index: int) -> int:
+        one = ReplicaShare(in_flight=1, gradient_copies=0, num_peers=1)
+        return memory.job_bytes(
+            start, start + 1, num_stages=num_stages, stage_index=stage_index, checkpointing=checkpointing, share=one
+        )
+
+    middle = [job_bytes(block, 3, 1) for block in range(1, num_blocks - 1)]
+    return min([job_bytes(0, 2, 0), job_bytes(num_blocks - 1, 2, 1), *middle])
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _name(stage: StagePlan) -> str:
+    return " + ".join(stage.device_names)
