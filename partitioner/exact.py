@@ -36,9 +36,7 @@ class Proof:
     """Cuts looked at."""
 
 
-def prove(
-    pricer: Pricer, layouts: Iterable[Layout], *, limit_s: float = math.inf, allowance: int = 100_000
-) -> Proof:
+def prove(pricer: Pricer, layouts: Iterable[Layout], *, limit_s: float = math.inf, allowance: int = 100_000) -> Proof:
     """The fastest candidate whose step takes less than ``limit_s``.
 
     Args:

@@ -14,12 +14,16 @@ import numpy as np
 
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Layout
+from partitioner.memory import Ints, Place
 from partitioner.model import JobShape, ModelTable
-from partitioner.memory import Ints
 from partitioner.pricing import Pricer, StagePlaces
 from partitioner.replay import Floats
 
 _MAX_SET_DEVICES = 7
+_EVEN_STEP_BYTES = 1 << 16
+
+_MAX_COUNTED = 24
+"""Stages up to which every number of them is tried."""
 _MAX_ASSIGNED = 64
 """Stages up to which places are assigned one by one; longer pipelines take their roomiest devices in order."""
 
@@ -27,8 +31,7 @@ _MAX_ASSIGNED = 64
 def fits(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable | None = None) -> bool:
     """Whether any plan keeps every device within its budget.
 
-    Exact for up to seven devices, and for any number of them where all blocks are of one size and no more than 64
-    stages are needed.
+    Exact for up to seven devices, and for up to 24 where all blocks are of one size.
 
     Args:
         table: the model.
@@ -42,35 +45,76 @@ def fits(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], l
 def fitting_layout(
     table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable | None = None
 ) -> Layout | None:
-    """Some layout that fits, of as few stages as one was found for; None: see :func:`fits`."""
+    """Some layout that fits; None: see :func:`fits`."""
     usable = [i for i, device in enumerate(devices) if shape.dtype in device.dtypes]
     if not usable:
         return None
     pricer = Pricer(table, shape, devices, links or LinkTable())
     by_room = sorted(usable, key=lambda i: (-pricer.room_bytes[i], i))
     largest = min(len(by_room), table.num_blocks)
-    counts = range(1, largest + 1) if shape.exact_stages is None else [shape.exact_stages]
-    for num_stages in counts:
-        if num_stages > largest:
-            return None
-        found = _of_length(pricer, by_room, num_stages)
-        if found is not None:
-            return found
-    return None
+    if shape.exact_stages is not None and shape.exact_stages > largest:
+        return None
+    if _most_blocks(pricer, by_room) < table.num_blocks:
+        return None
+    counts = _stage_counts(largest) if shape.exact_stages is None else [shape.exact_stages]
+    return next((found for n in counts if (found := _of_length(pricer, by_room, n)) is not None), None)
+
+
+def smallest_even_room(pricer: Pricer, num_stages: int) -> int:
+    """Least job bytes that each of so many equal devices must offer."""
+    layout: Layout = tuple((0,) for _ in range(num_stages))
+    places = [stage.places for stage in pricer.places(layout)]
+    choice = pricer.choices[-1]
+    whole = pricer.memory.job_bytes(0, pricer.table.num_blocks, num_stages=1, stage_index=0, checkpointing=choice)
+    low, high = 0, whole * num_stages
+    while high - low > _EVEN_STEP_BYTES:
+        middle = (low + high) // 2
+        stages = [StagePlaces(of_stage, (middle,)) for of_stage in places]
+        if pricer.least_starts_of(stages) is None:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def sampled_counts(largest: int) -> list[int]:
+    """All small numbers of stages, and some of the large ones."""
+    return [n for n in (*range(1, 9), 12, 16, 24, 32, 48, 64) if n <= largest]
+
+
+def _stage_counts(largest: int) -> list[int]:
+    """Numbers of stages in the order in which they are tried: nearly always the most stages hold the most."""
+    few = range(1, largest + 1) if largest <= _MAX_COUNTED else sampled_counts(largest)
+    return list(dict.fromkeys([largest, min(largest, _MAX_ASSIGNED), *few]))
+
+
+def _most_blocks(pricer: Pricer, devices: Sequence[int]) -> int:
+    """Blocks that all devices together can hold at the most, each in the place that asks least of it."""
+    num_blocks = pricer.table.num_blocks
+    if not pricer.memory.is_uniform:
+        return num_blocks
+    rooms = np.array([pricer.room_bytes[i] for i in devices])
+    most = np.zeros(len(rooms), dtype=np.int64)
+    num_stages = len(devices) if pricer.shape.generate_rows else 0
+    lightest = Place(num_stages, is_first=False, is_last=False, in_flight=1, gradient_copies=0, num_peers=0)
+    for choice in pricer.choices:
+        sizes = pricer.row(lightest, checkpointing=choice, start=0)
+        most = np.maximum(most, np.searchsorted(sizes, rooms, side="right"))
+    return int(most.sum())
 
 
 def _of_length(pricer: Pricer, by_room: Sequence[int], num_stages: int) -> Layout | None:
     straight: Layout = tuple((i,) for i in by_room[:num_stages])
-    caps = _caps(pricer, by_room[: max(num_stages, _MAX_ASSIGNED)], num_stages)
-    # Nobody holds more than in the place where it holds the most.
-    if pricer.memory.is_uniform and int(np.sort(caps.max(axis=1))[-num_stages:].sum()) < pricer.table.num_blocks:
-        return None
     for layout in (straight, straight[::-1]):
         if pricer.least_starts(layout) is not None:
             return layout
     if len(by_room) <= _MAX_SET_DEVICES:
         return _by_sets(pricer, by_room, num_stages)
     if num_stages > _MAX_ASSIGNED:
+        return None
+    caps = _caps(pricer, by_room[:_MAX_ASSIGNED], num_stages)
+    # Nobody holds more than in the place where it holds the most.
+    if pricer.memory.is_uniform and int(np.sort(caps.max(axis=1))[-num_stages:].sum()) < pricer.table.num_blocks:
         return None
     # A device that can hold nothing in a place must not get it, however much that place would let others hold.
     barred = -float(pricer.table.num_blocks * num_stages)

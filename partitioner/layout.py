@@ -1,8 +1,8 @@
 """Which devices form which stage, and how a stage's micro-batches are shared among its replicas.
 
 Entry points: :func:`owners_of`, the table micro-batch -> replica; :func:`windows` and :func:`replica_shares`, which say
-what of a step one worker holds at once. They follow the executor's schedule, where a stage's forward passes run ahead of
-its backward passes by as many micro-batches as workers lie from it to the end.
+what of a step one worker holds at once. They follow the executor's schedule: a stage's forward passes run ahead of its
+backward passes by as many micro-batches as workers lie from it to the end.
 """
 
 from __future__ import annotations

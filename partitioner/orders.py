@@ -55,9 +55,7 @@ def _layouts(
         for size in range(1, min(largest, len(unused)) + 1):
             for group in combinations(unused, size):
                 # Of several unused twins the first ones stand for all.
-                if all(
-                    other in group for i in group for other in unused if other < i and twin_of[other] == twin_of[i]
-                ):
+                if all(other in group for i in group for other in unused if other < i and twin_of[other] == twin_of[i]):
                     rest = tuple(i for i in unused if i not in group)
                     yield from extend((*layout, roomiest_first(group, devices)), rest)
 

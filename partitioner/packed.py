@@ -6,6 +6,8 @@ matrices of ``out_features`` x ``in_features``. Entry points: :func:`matrix_byte
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
 
@@ -142,7 +144,7 @@ class WeightSizes:
         has_head = is_last and packing.head != "keep" and not self._is_shared(is_first)
         return has_embedding + has_head
 
-    @property
+    @cached_property
     def _largest_matrix_params(self) -> int:
         if not self.packs_blocks:
             return 0

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from partitioner.cost import StageCost, message_bytes, stage_cost
-from partitioner.device import DeviceProfile, LinkTable
+from partitioner.device import DeviceProfile, LinkProfile, LinkTable
 from partitioner.layout import Group, Layout, owners_of, replica_shares
 from partitioner.memory import Ints, MemoryModel, Place, place_of
 from partitioner.model import JobShape, ModelTable
@@ -78,9 +79,7 @@ class Pricer:
         links: links between them.
     """
 
-    def __init__(
-        self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable
-    ) -> None:
+    def __init__(self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> None:
         self.table = table
         self.shape = shape
         self.devices = devices
@@ -90,14 +89,6 @@ class Pricer:
         self.room_bytes = tuple(device.available_bytes - device.baseline_bytes for device in devices)
         self.block_s = tuple(device.timings.forward_s + device.timings.backward_s for device in devices)
         self.message_bytes = message_bytes(table, shape)
-        profiles = links.matrix(devices)
-        self.bandwidth = np.array([[link.bandwidth_bytes_per_s for link in row] for row in profiles])
-        self.busy_s: Floats = self.message_bytes / self.bandwidth
-        self.latency_s: Floats = np.array([[link.latency_s for link in row] for row in profiles])
-        self._links = [
-            [(float(busy), float(late)) for busy, late in zip(*rows, strict=True)]
-            for rows in zip(self.busy_s, self.latency_s, strict=True)
-        ]
         self._rows: dict[tuple[Place, bool, int], Ints] = {}
         self._columns: dict[tuple[Place, bool, int], Ints] = {}
         self._owners: dict[Group, tuple[int, ...]] = {}
@@ -110,6 +101,30 @@ class Pricer:
     def num_micro_batches(self) -> int:
         """Micro-batches of a step."""
         return self.shape.num_micro_batches
+
+    @cached_property
+    def _profiles(self) -> list[list[LinkProfile]]:
+        return self.links.matrix(self.devices)
+
+    @cached_property
+    def bandwidth(self) -> Floats:
+        """Bytes a second between any two devices."""
+        return np.array([[link.bandwidth_bytes_per_s for link in row] for row in self._profiles])
+
+    @cached_property
+    def busy_s(self) -> Floats:
+        """Seconds that one message occupies the link between any two devices."""
+        return self.message_bytes / self.bandwidth
+
+    @cached_property
+    def latency_s(self) -> Floats:
+        """Seconds until a message's last byte is there after it has left."""
+        return np.array([[link.latency_s for link in row] for row in self._profiles])
+
+    @cached_property
+    def _links(self) -> list[list[tuple[float, float]]]:
+        rows = zip(self.busy_s.tolist(), self.latency_s.tolist(), strict=True)
+        return [list(zip(*row, strict=True)) for row in rows]
 
     def owners(self, group: Group) -> tuple[int, ...]:
         """Replica that runs each micro-batch: shares follow the devices' seconds for one block."""
@@ -192,10 +207,14 @@ class Pricer:
 
     def least_starts(self, layout: Layout) -> tuple[int, ...] | None:
         """For every stage the smallest start from which it and those behind it can hold the rest; None: not at all."""
-        num_stages, end = len(layout), self.table.num_blocks
-        places, found = self.places(layout), []
+        return self.least_starts_of(self.places(layout))
+
+    def least_starts_of(self, stages: Sequence[StagePlaces]) -> tuple[int, ...] | None:
+        """The same of stages in the order of the pipeline."""
+        num_stages, end = len(stages), self.table.num_blocks
+        found = []
         for k in reversed(range(num_stages)):
-            start = self._least_start(places[k], end, num_stages, k)
+            start = self._least_start(stages[k], end, num_stages, k)
             if start is None:
                 return None
             end = start
@@ -353,7 +372,5 @@ class Pricer:
             forward_s = [np.array([option.forward_s for option in column]) for column in columns]
             backward_s = [np.array([option.backward_s for option in column]) for column in columns]
             sum_s = np.array([[option.group.sum_s for option in column] for column in columns]).T
-            found[[i for i, _ in members]] = replay_many(
-                groups, forward_s, backward_s, sum_s, self.num_micro_batches
-            )
+            found[[i for i, _ in members]] = replay_many(groups, forward_s, backward_s, sum_s, self.num_micro_batches)
         return found

@@ -235,7 +235,9 @@ def _rejected(outcome: Outcome) -> tuple[RejectedPlan, ...]:
         )
         rejected.append(RejectedPlan(what=count(num_stages, "stage"), why=why))
     if pricer.shape.checkpointing == "auto" and not any(best.checkpointing):
-        rejected.append(RejectedPlan(what="checkpointing", why="every stage fits without, and recomputing takes longer"))
+        rejected.append(
+            RejectedPlan(what="checkpointing", why="every stage fits without, and recomputing takes longer")
+        )
     elif pricer.shape.checkpointing == "auto":
         stages = ", ".join(str(k) for k, choice in enumerate(best.checkpointing) if choice)
         rejected.append(RejectedPlan(what="no checkpointing", why=f"stage {stages} would not fit with these blocks"))
@@ -245,11 +247,7 @@ def _rejected(outcome: Outcome) -> tuple[RejectedPlan, ...]:
         what = f"micro-batches of {count(other.shape.micro_batch_rows, 'row')}"
         if other.shape.codec != pricer.shape.codec:
             what += f", codec {other.shape.codec}"
-        why = (
-            "fit no budget"
-            if candidate is None
-            else f"{candidate.step_s:.3g} s a step against {best.step_s:.3g} s"
-        )
+        why = "fit no budget" if candidate is None else f"{candidate.step_s:.3g} s a step against {best.step_s:.3g} s"
         rejected.append(RejectedPlan(what=what, why=why))
     if outcome.bound_s is None:
         rejected.append(

@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NoReturn
 
 from partitioner.device import DeviceProfile, LinkTable
-from partitioner.fitting import fits
-from partitioner.memory import MemoryModel
+from partitioner.fitting import fits, sampled_counts, smallest_even_room
 from partitioner.micro_batch import candidate_rows, with_rows
 from partitioner.model import JobShape, ModelTable
-from partitioner.pricing import checkpointing_choices
+from partitioner.pricing import Pricer
 from plutino.errors import InfeasiblePlanError
 from plutino.sizes import MIB, format_size
 
 _TOKEN_STEP = 16
 """Lengths are proposed in steps of so many tokens."""
+
+_MAX_OFFERS = 20
+"""Devices that a refusal names one by one."""
 
 _DEVICE_STEP_BYTES = 32 * MIB
 """Sizes of one more device are proposed in steps of so much."""
@@ -39,8 +41,11 @@ def refuse(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile],
             f"blocks make at most {largest}; lower placement.stages or leave it out"
         )
     usable = [device for device in devices if shape.dtype in device.dtypes]
-    need = _need(table, shape, max(1, len(usable)))
-    offers = "; ".join(_offer(device, shape) for device in devices)
+    need = _need(table, shape, (usable or devices)[0], max(1, len(usable)))
+    offers = "; ".join(_offer(device, shape) for device in devices[:_MAX_OFFERS])
+    if len(devices) > _MAX_OFFERS:
+        rest_bytes = sum(device.available_bytes for device in devices[_MAX_OFFERS:])
+        offers += f"; and {len(devices) - _MAX_OFFERS} more with {format_size(rest_bytes)} together"
     changes = _changes(table, shape, devices, links)
     way_out = (
         f"any one of these makes it fit: {'; '.join(changes)}"
@@ -50,43 +55,22 @@ def refuse(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile],
     raise InfeasiblePlanError(f"the job does not fit. It needs {need}. Offered: {offers}. Way out: {way_out}")
 
 
-def _need(table: ModelTable, shape: JobShape, num_devices: int) -> str:
-    counts = [shape.exact_stages] if shape.exact_stages else range(1, min(num_devices, table.num_blocks) + 1)
-    needed_bytes, num_stages, checkpointing = min(
-        (_smallest_maximum_bytes(table, shape, count, choice), count, choice)
-        for count in counts
-        for choice in checkpointing_choices(shape)
-    )
-    how = "with checkpointing" if checkpointing else "without checkpointing"
+def _need(table: ModelTable, shape: JobShape, device: DeviceProfile, num_devices: int) -> str:
+    largest = min(num_devices, table.num_blocks)
+    pricer = Pricer(table, shape, [device], LinkTable())
+    counts = [shape.exact_stages] if shape.exact_stages else sampled_counts(largest)
+    needed_bytes, num_stages = min((smallest_even_room(pricer, count), count) for count in counts)
+    how = {
+        "on": "with checkpointing",
+        "off": "without checkpointing",
+        "auto": "with checkpointing where that takes less",
+    }[shape.checkpointing]
     if num_stages == 1:
         return f"at least {format_size(needed_bytes)} beyond a worker's baseline, {how}"
     return (
         f"at least {format_size(needed_bytes)} beyond a worker's baseline on the fullest device, "
         f"cut as evenly as memory allows into {num_stages} stages, {how}"
     )
-
-
-def _smallest_maximum_bytes(table: ModelTable, shape: JobShape, num_stages: int, checkpointing: bool) -> int:
-    """Job bytes of the heaviest stage under the most even cut into so many stages."""
-    memory = MemoryModel(table, shape)
-    num_blocks = table.num_blocks
-    # After handling stage k: least possible maximum over stages k.. when they hold blocks [start, end of the model).
-    unreachable = 1 << 62
-    behind = [unreachable] * num_blocks + [0]
-    for stage_index in reversed(range(num_stages)):
-        here = [unreachable] * (num_blocks + 1)
-        for start in range(stage_index, num_blocks) if stage_index else (0,):
-            for end in range(start + 1, num_blocks + 1):
-                if behind[end] >= here[start]:
-                    continue
-                job_bytes = memory.job_bytes(
-                    start, end, num_stages=num_stages, stage_index=stage_index, checkpointing=checkpointing
-                )
-                if job_bytes >= here[start]:
-                    break
-                here[start] = max(job_bytes, behind[end])
-        behind = here
-    return behind[0]
 
 
 def _offer(device: DeviceProfile, shape: JobShape) -> str:
@@ -177,7 +161,7 @@ def _device_change(
         )
         return fits(table, shape, [*usable, extra], links)
 
-    whole_bytes = baseline_bytes + _smallest_maximum_bytes(table, shape, 1, checkpointing_choices(shape)[-1])
+    whole_bytes = baseline_bytes + smallest_even_room(Pricer(table, shape, usable[:1], links), 1)
     most = -(-whole_bytes // _DEVICE_STEP_BYTES) + 1
     if not joined(most):
         return None

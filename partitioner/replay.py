@@ -5,7 +5,7 @@ stages only. Here a step is replayed: every worker runs its actions in the order
 arXiv:2104.04473 sec. 2.2) as soon as their inputs have come, every link carries one message at a time in each
 direction, and sends run beside the computation.
 
-The replay is the same code for numbers and for arrays of them: :func:`replay_many` times many cuts of one layout at once.
+The replay is one code for numbers and for arrays of them: :func:`replay_many` times many cuts of a layout at once.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def pipeline_step_time(stages: Sequence[StageCost], num_micro_batches: int) -> S
 
     Left out, because no profile measures it: the optimiser's update, the vote and the bound of two queued messages.
     """
-    return replay([StageGroup((stage,), (), (((stage.link_busy_s, stage.link_latency_s),),)) for stage in stages],
-                  num_micro_batches)
+    return replay(
+        [StageGroup((stage,), (), (((stage.link_busy_s, stage.link_latency_s),),)) for stage in stages],
+        num_micro_batches,
+    )
 
 
 def replay(groups: Sequence[StageGroup], num_micro_batches: int) -> StepTime:
@@ -75,8 +77,11 @@ def replay(groups: Sequence[StageGroup], num_micro_batches: int) -> StepTime:
 
 
 def replay_many(
-    groups: Sequence[StageGroup], forward_s: Sequence[Floats], backward_s: Sequence[Floats],
-    sum_s: Floats, num_micro_batches: int
+    groups: Sequence[StageGroup],
+    forward_s: Sequence[Floats],
+    backward_s: Sequence[Floats],
+    sum_s: Floats,
+    num_micro_batches: int,
 ) -> Floats:
     """Seconds of a step for many cuts of one layout, shape (N,).
 
@@ -94,7 +99,7 @@ def replay_many(
                 replace(cost, forward_s=forward_s[k][:, r], backward_s=backward_s[k][:, r])  # type: ignore[arg-type]
                 for r, cost in enumerate(group.replicas)
             ),
-            sum_s=sum_s[:, k],
+            sum_s=sum_s[:, k],  # type: ignore[arg-type]
         )
         for k, group in enumerate(groups)
     ]

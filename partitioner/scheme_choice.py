@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from partitioner.cuts import fits
 from partitioner.device import DeviceProfile, LinkTable
+from partitioner.fitting import fits
 from partitioner.micro_batch import with_rows
 from partitioner.model import JobShape, ModelTable
 from partitioner.packed import check_scheme

@@ -19,6 +19,7 @@ from typing import Literal
 from partitioner.climb import Guesses, Limits, improve, polish, settle, starts
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.exact import TOLERANCE, prove
+from partitioner.fitting import fitting_layout
 from partitioner.layout import Layout
 from partitioner.micro_batch import candidate_rows, scaled_devices, with_rows
 from partitioner.model import JobShape, ModelTable
@@ -169,6 +170,8 @@ def _find(variants: Sequence[_Variant], limits: Limits) -> Outcome | None:
         if place < _NUM_IMPROVED:
             improve(variant.pricer, variant.guesses, limits)
         _settle_best(variant, outcome, is_promising=place < _NUM_IMPROVED)
+    if outcome.best is None:
+        _settle_any(variants, outcome)
     _prove(variants, limits, outcome)
     return outcome if outcome.best is not None else None
 
@@ -187,6 +190,16 @@ def _settle_best(variant: _Variant, outcome: Outcome, *, is_promising: bool) -> 
             outcome.take(polish(variant.pricer, candidate), variant.pricer)
     if not settled:
         outcome.take(None, variant.pricer)
+
+
+def _settle_any(variants: Sequence[_Variant], outcome: Outcome) -> None:
+    """Whatever fits at all, for the smallest micro-batch first: guesses of memory are on the safe side."""
+    for variant in sorted(variants, key=lambda v: v.shape.micro_batch_rows):
+        layout = fitting_layout(variant.pricer.table, variant.shape, variant.devices, variant.pricer.links)
+        cuts = None if layout is None else variant.pricer.clamped(layout, (0,) * (len(layout) + 1))
+        candidate = None if layout is None or cuts is None else variant.pricer.candidate(layout, cuts)
+        if candidate is not None:
+            outcome.take(polish(variant.pricer, candidate), variant.pricer)
 
 
 def _prove(variants: Sequence[_Variant], limits: Limits, outcome: Outcome) -> None:

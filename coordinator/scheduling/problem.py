@@ -50,6 +50,10 @@ class PlanningProblem(PlanValue):
     left_out: tuple[RejectedPlan, ...] = ()
     """Devices that may not take part, with the reason."""
     is_started: bool = False
+    codecs: tuple[Literal["raw", "bf16"], ...] = ()
+    """Codecs that the planner may choose from, the lossless one first; empty: the shape's."""
+    allow_replicas: bool = False
+    """A stage may run on several devices; workers do not do that over the wire yet."""
 
     def plan(self, devices: tuple[DeviceProfile, ...] | None = None) -> Plan:
         """The best plan over some of the devices, or all.
@@ -69,13 +73,15 @@ class PlanningProblem(PlanValue):
 
     def _search(self, devices: tuple[DeviceProfile, ...]) -> Plan:
         if not self.is_micro_batch_free:
-            return search(self.table, self.shape, devices, self.links)
+            return search(self.table, self.shape, devices, self.links, allow_replicas=self.allow_replicas)
         return choose_micro_batch(
             self.table,
             self.shape,
             devices,
             self.links,
             label_tokens_of=lambda rows: rows * self.label_tokens_per_row,
+            codecs=self.codecs,
+            allow_replicas=self.allow_replicas,
         )
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import pytest
+
 from partitioner.cost import StageCost, message_bytes, stage_cost
 from partitioner.device import LinkProfile
 from partitioner.replay import pipeline_step_time
 from plutino.job.method import LoraConfig
 from tests.unit.partitioner.fleet import device, job, llama
+
 
 def stage(forward_s=1.0, backward_s=2.0, busy_s=0.0, latency_s=0.0):
     return StageCost(forward_s=forward_s, backward_s=backward_s, link_busy_s=busy_s, link_latency_s=latency_s)

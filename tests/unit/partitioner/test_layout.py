@@ -117,7 +117,9 @@ def test_assign_is_the_best_of_all_assignments():
     for _ in range(50):
         num_columns = int(generator.integers(1, 5))
         values = generator.integers(-5, 20, size=(int(generator.integers(num_columns, 6)), num_columns)).astype(float)
-        best = max(sum(values[row, c] for c, row in enumerate(rows)) for rows in permutations(range(len(values)), num_columns))
+        best = max(
+            sum(values[row, c] for c, row in enumerate(rows)) for rows in permutations(range(len(values)), num_columns)
+        )
 
         rows = assign(values)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner.cost import stage_cost
-from partitioner.fitting import fits
 from partitioner.device import LinkProfile, LinkTable, MeasuredLink
+from partitioner.fitting import fits
 from partitioner.memory import stage_memory
 from partitioner.micro_batch import scaled_devices, with_rows
 from partitioner.plan import Plan
