@@ -14,9 +14,12 @@ from coordinator.jobs.runner import PreparedData
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable, ProfileRequest
+from partitioner.fitting import fits
+from partitioner.micro_batch import with_rows
 from partitioner.model import JobShape, ModelTable, describe_model
 from partitioner.packed import check_scheme
 from partitioner.plan import Plan, RejectedPlan
+from partitioner.refusal import refuse
 from partitioner.scheme_choice import choose_scheme
 from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
 from plutino.families import Family, family_of
@@ -86,7 +89,7 @@ async def make_problem(
     """Gather everything that decides a job's plan.
 
     Raises:
-        InfeasiblePlanError: no device may take part.
+        InfeasiblePlanError: no device may take part, or the job does not fit those that may.
         ModelError: the base model cannot be used.
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
@@ -108,6 +111,9 @@ async def make_problem(
     shape = _shape(spec, prepared, table, dtype, rows)
     packing, packing_why = _packing(spec, table, shape, devices, numerics, is_micro_batch_free=is_micro_batch_free)
     shape = shape.model_copy(update={"packing": packing})
+    if not is_started:
+        # Known without a second of measuring, which an absurd job would keep devices busy with.
+        await asyncio.to_thread(_refuse_what_cannot_fit, table, shape, devices, is_micro_batch_free)
     threads = spec.placement.threads if numerics is None else numerics.threads_per_worker
     profiles = await asyncio.gather(
         *(_profile(device, config_json, shape, spec, profiler, threads) for device in devices)
@@ -132,6 +138,15 @@ async def make_problem(
         left_out=(*found.left_out, *unmeasured),
         is_started=is_started,
     )
+
+
+def _refuse_what_cannot_fit(
+    table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micro_batch_free: bool
+) -> None:
+    smallest = with_rows(shape, 1) if is_micro_batch_free else shape
+    unmeasured = [_unmeasured(device) for device in devices]
+    if not fits(table, smallest, unmeasured):
+        refuse(table, smallest, unmeasured, LinkTable())
 
 
 def make_numerics(plan: Plan, family: Family, devices: Sequence[Device]) -> NumericsRecord:

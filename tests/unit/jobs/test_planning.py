@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from coordinator.fleet.membership import Device
+from coordinator.jobs.planning import Profiler, make_problem
+from coordinator.jobs.runner import PreparedData
+from partitioner.device import BlockTimings
+from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from plutino.errors import InfeasiblePlanError
+from plutino.job.spec import parse_spec
+from plutino.sizes import MIB
+from plutino.types import AgentId, JobId
+
+PREPARED = PreparedData(
+    num_train=100,
+    num_eval=0,
+    num_truncated=0,
+    total_steps=10,
+    row_tokens=64,
+    label_tokens_per_row=8,
+    prompt_tokens=0,
+    stop_token_ids=(3,),
+    train_sha256="0" * 64,
+    eval_sha256="",
+    mean_row_tokens=40.0,
+)
+
+
+class FakeFleet:
+    """Two devices of one size that count how often they are measured."""
+
+    def __init__(self, budget_mib: int) -> None:
+        self.num_measured = 0
+        self.devices = [
+            Device(
+                agent_id=AgentId(f"a-{name}"),
+                name=name,
+                host_id="one",
+                memory_budget_bytes=budget_mib * MIB,
+                baseline_bytes=300 * MIB,
+                threads=1,
+            )
+            for name in ("left", "right")
+        ]
+
+    async def profile(self, agent_id: AgentId, request: object) -> BlockTimings:
+        self.num_measured += 1
+        return BlockTimings(forward_s=0.01, backward_s=0.02, embedding_s=0.0, head_forward_s=0.01, head_backward_s=0.01)
+
+
+def problem(fleet: FakeFleet, micro_batch_size: int | None) -> object:
+    values = {
+        "model": {"path": str(TINY_LLAMA_DIR), "dtype": "fp32"},
+        "data": {"train": str(SNIPS_DIR / "train.jsonl")},
+        "training": {"steps": 10, "batch_size": 512, "micro_batch_size": micro_batch_size},
+    }
+    return asyncio.run(
+        make_problem(
+            JobId("j"),
+            parse_spec(values, base_dir=SNIPS_DIR),
+            PREPARED,
+            fleet,  # type: ignore[arg-type]
+            Profiler(fleet),  # type: ignore[arg-type]
+            numerics=None,
+            excluded={},
+            is_started=False,
+        )
+    )
+
+
+def test_make_problem_micro_batch_that_fits_nowhere_is_refused_without_measuring_a_device():
+    fleet = FakeFleet(budget_mib=500)
+
+    with pytest.raises(InfeasiblePlanError, match=r"does not fit.*Way out: .*micro"):
+        problem(fleet, micro_batch_size=512)
+
+    assert fleet.num_measured == 0
+
+
+def test_make_problem_job_whose_micro_batches_may_shrink_is_measured():
+    fleet = FakeFleet(budget_mib=500)
+
+    problem(fleet, micro_batch_size=None)
+
+    assert fleet.num_measured == 2
