@@ -352,7 +352,8 @@ class WorkerSession:
                 self._inbox.decide(command.abort.step, command.abort)
             case "cancel_unit":
                 unit = Unit(UnitKind(command.cancel_unit.unit.kind), command.cancel_unit.unit.serial)
-                self._inbox.cancel(unit)
+                if self._inbox.cancel(unit) and self._executor is not None:
+                    self._executor.cancel(unit)
                 if self._transport is not None:
                     # Also where the unit is not being run: a neighbour may have sent tensors of it already.
                     self._transport.cancel(unit)

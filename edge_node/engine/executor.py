@@ -25,7 +25,7 @@ from edge_node.methods.dropout import dropout_position
 from edge_node.objectives.base import Objective
 from edge_node.stage.architecture import make_position_ids
 from edge_node.stage.build import Stage, StageInput
-from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport
+from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
 from plutino.data.batches import MicroBatchRows
 from plutino.job.assignment import StageShape
 from plutino.types import Unit
@@ -110,6 +110,7 @@ class StageExecutor:
         self._groups, self._shared_names = plan_groups(method.parameters, stages, me)
         self._contributions: dict[str, Contributions] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._cancelled: Unit | None = None
 
     @property
     def transport(self) -> Transport:
@@ -163,6 +164,22 @@ class StageExecutor:
         with torch.no_grad():
             return self._run(work, actions, StepTimes(), is_training=False)
 
+    def cancel(self, unit: Unit) -> None:
+        """Abandon the unit that is being run, from any thread: it ends before its next action.
+
+        The transport's own cancel wakes who waits for a peer; a single worker has no transport.
+        """
+        self._cancelled = unit
+
+    def check_cancelled(self, unit: Unit) -> None:
+        """Look whether a unit was abandoned.
+
+        Raises:
+            UnitCancelledError: it was.
+        """
+        if unit == self._cancelled:
+            raise UnitCancelledError(f"{unit} was abandoned")
+
     def _run(self, work: UnitInput, actions: Sequence[object], times: StepTimes, *, is_training: bool) -> float:
         runs_backward = is_training and self.me.stage_index >= self._first_trainable_stage
         in_flight: dict[int, _InFlight] = {}
@@ -170,6 +187,7 @@ class StageExecutor:
         to_send: dict[int, Tensor] = {}
         loss_sum = 0.0
         for action in actions:
+            self.check_cancelled(work.unit)
             started_s = time.perf_counter()
             match action:
                 case Receive(m, kind, peer):

@@ -106,6 +106,7 @@ class _Generation:
             self._groups[g].cache = None
 
     def _round(self, g: int, position: int) -> None:
+        self._executor.check_cancelled(self._work.unit)
         inputs = self._input(g, position)
         if inputs is None:  # the group has ended: tell the next stage, unless that is the last, which ended it
             self._groups[g].is_done = True

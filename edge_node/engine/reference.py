@@ -137,6 +137,8 @@ class InProcessPipeline:
 
     def cancel(self, unit: Unit) -> None:
         """Abandon a unit, from any thread: whoever runs it gets UnitCancelledError."""
+        for executor in self.executors.values():
+            executor.cancel(unit)
         for transport in self._transports.values():
             transport.cancel(unit)
 

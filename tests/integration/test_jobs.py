@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,11 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from coordinator.crash_points import CRASH_POINTS
 from coordinator.jobs.lineage import LedgerRow, LedgerStatus, exactly_once_violations
+from edge_node.engine.executor import StageExecutor, UnitInput
+from edge_node.transport.base import UnitCancelledError
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.data.batches import batch_indices
 from plutino.job.spec import JobSpec
+from plutino.types import Unit
 from protos import jobs_pb2
 from tests.integration.stack import (
+    WAIT_S,
     People,
     ProcessCoordinator,
     ThreadAgent,
@@ -244,6 +249,47 @@ def test_paused_job_begins_no_step_and_resumed_ends_bit_equal(
     assert people.stub.Resume(jobs_pb2.ResumeRequest(job_id=job_id), timeout=10).state == "running"
 
     assert held <= people.wait(job_id).step == STEPS
+    assert (losses(people.detail(job_id)), adapter_bytes(tmp_path / "adapter")) == undisturbed
+
+
+def test_evaluation_of_a_single_worker_is_abandoned_when_the_job_is_paused(
+    cleanup: ExitStack,
+    tmp_path: Path,
+    job: Callable[..., JobSpec],
+    undisturbed: tuple[list[float], bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluate, cancel = StageExecutor.evaluate, StageExecutor.cancel
+    began, cancelled = threading.Event(), threading.Event()
+    outcomes: list[str] = []
+
+    def evaluate_slowly(self: StageExecutor, work: UnitInput) -> float:
+        began.set()
+        assert cancelled.wait(WAIT_S)
+        try:
+            loss_sum = evaluate(self, work)
+        except UnitCancelledError:
+            outcomes.append("cancelled")
+            raise
+        outcomes.append("done")
+        return loss_sum
+
+    def cancel_and_tell(self: StageExecutor, unit: Unit) -> None:
+        cancel(self, unit)
+        cancelled.set()
+
+    monkeypatch.setattr(StageExecutor, "evaluate", evaluate_slowly)
+    monkeypatch.setattr(StageExecutor, "cancel", cancel_and_tell)
+    people, _ = start(cleanup, tmp_path / "state", 1)
+    job_id = people.submit(job(stages=1, eval_every=4))
+    assert began.wait(WAIT_S)
+
+    assert people.stub.Pause(jobs_pb2.PauseRequest(job_id=job_id), timeout=10).state == "paused"
+    wait_until(lambda: outcomes, "the evaluation ended")
+    assert people.stub.Resume(jobs_pb2.ResumeRequest(job_id=job_id), timeout=10).state == "running"
+
+    assert people.wait(job_id).state == "succeeded", people.job(job_id)
+    assert outcomes[0] == "cancelled" and set(outcomes[1:]) == {"done"}
     assert (losses(people.detail(job_id)), adapter_bytes(tmp_path / "adapter")) == undisturbed
 
 

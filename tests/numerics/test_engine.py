@@ -300,6 +300,24 @@ def test_step_abandoned_half_way_leaves_nothing_behind(model_dirs):
         assert_same_run((train(pipeline, batches[1:], first_step=1), pipeline.snapshot()), reference)
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_cancelled_evaluation_ends_before_its_next_micro_batch_and_the_next_one_is_whole(model_dirs, num_stages):
+    """A single stage has no transport that would notice."""
+    rows = make_batches()[0].rows
+    with pipeline_of(make_spec(model_dirs["llama"]), stages_of(num_stages)) as pipeline:
+        reference = pipeline.evaluate(0, rows)
+        cancel_at_call(pipeline, Peer(0), Unit(UnitKind.EVALUATE, 1), call=2)
+        cancelling = pipeline.executors[Peer(0)].stage.forward
+        calls = []
+        pipeline.executors[Peer(0)].stage.forward = lambda inputs: calls.append(1) or cancelling(inputs)
+
+        with pytest.raises(UnitCancelledError):
+            pipeline.evaluate(1, rows)
+
+        assert len(calls) == 2 < len(rows)
+        assert pipeline.evaluate(2, rows) == reference
+
+
 def test_failure_of_one_executor_ends_the_others_and_is_what_is_raised(model_dirs):
     with pipeline_of(make_spec(model_dirs["llama"]), stages_of(3)) as pipeline:
 

@@ -191,10 +191,10 @@ def record_caches(pipeline):
     return caches
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_cancelled_generation_frees_its_caches_and_the_next_units_run(model_dirs, stage):
+@pytest.mark.parametrize(("num_stages", "stage"), [(1, 0), (3, 0), (3, 1), (3, 2)])
+def test_cancelled_generation_frees_its_caches_and_the_next_units_run(model_dirs, num_stages, stage):
     groups = make_groups()
-    with pipeline_of(make_spec(model_dirs["llama"]), stages_of(3)) as pipeline:
+    with pipeline_of(make_spec(model_dirs["llama"]), stages_of(num_stages)) as pipeline:
         caches = record_caches(pipeline)
         cancel_at_call(pipeline, Peer(stage), Unit(UnitKind.GENERATE, 0), call=5)
         with pytest.raises(UnitCancelledError):
