@@ -39,7 +39,11 @@ class Child:
 
 
 class Children:
-    """Python processes of this installation; leaving the ``with`` block ends and reaps them all, the last one first."""
+    """Python processes of this installation; leaving the ``with`` block ends and reaps them all, the last one first.
+
+    Where there is nobody left to leave the block, after SIGKILL, they end by themselves: see
+    :mod:`coordinator.demo.leash`.
+    """
 
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
@@ -59,14 +63,14 @@ class Children:
 
         Args:
             name: of the child and of its log.
-            arguments: what follows ``python``.
+            arguments: what follows ``python``: ``-m MODULE`` or ``-c CODE``, and the program's own.
             environment: variables beside this process's own.
         """
         log_path = self._log_dir / f"{name}.log"
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *arguments],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", "coordinator.demo.leash", *arguments],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})},
@@ -90,6 +94,8 @@ class Children:
                 # Not reaped yet, so its process group still has its number.
                 os.killpg(child.process.pid, signal.SIGKILL)
                 child.process.wait()
+            assert child.process.stdin is not None
+            child.process.stdin.close()
         self._children = [child for child in self._children if child not in children]
 
     def wait_for(self, what: str, look: Callable[[], Found | None], timeout_s: float) -> Found:
@@ -121,6 +127,8 @@ class Children:
             raise PlutinoError(f"{child.name} did not end within {timeout_s:.0f} s: {child.last_words()}") from None
         if code != 0:
             raise PlutinoError(f"{child.name} ended with exit code {code}: {child.last_words()}")
+        assert child.process.stdin is not None
+        child.process.stdin.close()
         self._children.remove(child)
 
 

@@ -35,6 +35,27 @@ def test_demo_writes_what_it_measured_and_leaves_no_process(tmp_path):
     assert "bag of words" in ended.stderr
 
 
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_demo_killed_leaves_no_process(tmp_path, engine):
+    command = [*PLUTINO, "demo", "--fast", "--engine", engine, "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:
+        family = psutil.Process(demo.pid)
+        # With the first agent's worker the coordinator, its bulk process and its engine are up, too.
+        wait_until(lambda: any("edge_node.worker" in child.cmdline() for child in alive_below(family)), 120)
+        children = alive_below(family)
+
+        demo.kill()
+        demo.wait(10)
+
+    assert len(children) >= 4
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
+
+
+def alive_below(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+
+
 def test_demo_interrupted_ends_every_process(tmp_path):
     command = [*PLUTINO, "demo", "--fast", "--engine", "local", "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:

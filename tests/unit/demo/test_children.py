@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -33,6 +35,24 @@ def test_children_one_that_does_not_listen_is_killed(tmp_path, monkeypatch):
         children.wait_for("its start", lambda: is_up(child), 10)
 
     assert child.process.returncode == -signal.SIGKILL
+
+
+def test_child_whose_starter_was_killed_ends_itself(tmp_path):
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom coordinator.demo.children import Children\n"
+        "with Children(Path(sys.argv[1])) as children:\n"
+        "    child = children.start('sleeper', '-c', sys.argv[2])\n"
+        "    children.wait_for('its start', lambda: b'up' in child.log_path.read_bytes() or None, 10)\n"
+        "    print(child.process.pid, flush=True)\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), SLEEPER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        child = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+
+    _, alive = psutil.wait_procs([child], timeout=10)
+    assert alive == []
 
 
 def test_wait_for_child_that_ends_tells_its_last_words(tmp_path):
