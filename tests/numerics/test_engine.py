@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import peft
 import pytest
@@ -27,6 +28,7 @@ from tests.numerics.pipelines import (
     stages_of,
     train,
 )
+from tests.sampling import sampled
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -51,40 +53,47 @@ def trained(spec, stages, batches=None, **options):
         return decisions, pipeline.snapshot()
 
 
+@cache
+def whole_run(model_dir, method, **options):
+    """The unsplit run, which several tests compare with; nobody changes it."""
+    return trained(make_spec(model_dir, **METHODS[method]), stages_of(1), **options)
+
+
 def assert_same_run(run, reference):
     assert all(isinstance(decision, Commit) for decision in reference[0])
     assert run[0] == reference[0]
     assert_same_tensors(run[1], reference[1])
 
 
-@pytest.mark.parametrize(
-    ("model", "method", "options"),
-    [
-        ("llama", "plain", {}),
-        ("llama", "dropout", {}),
-        ("llama", "dora_dropout", {}),
-        ("llama", "rank_pattern", {}),
-        ("llama", "plain", {"dtype": torch.bfloat16}),
-        ("tied_llama", "tied", {}),
-        ("tied_llama", "tied", {"dtype": torch.bfloat16}),
-        ("gpt2", "dropout", {}),
-        ("gpt2", "tied", {}),
-    ],
-    ids=lambda value: ("bf16" if value else "fp32") if isinstance(value, dict) else value,
-)
-def test_training_does_not_depend_on_the_number_of_stages(model_dirs, model, method, options):
-    target = {"rank_pattern": {}} if model == "gpt2" else {}
-    spec = make_spec(model_dirs[model], **METHODS[method] | target)
-    reference = trained(spec, stages_of(1), **options)
+FP32, BF16 = torch.float32, torch.bfloat16
+# Each model, method and dtype with one number of stages always, and with all of them under the slow mark.
+ALWAYS = [
+    ("llama", "plain", FP32, 4),
+    ("llama", "dropout", FP32, 3),
+    ("llama", "dora_dropout", FP32, 2),
+    ("llama", "rank_pattern", FP32, 4),
+    ("llama", "plain", BF16, 2),
+    ("tied_llama", "tied", FP32, 4),
+    ("tied_llama", "tied", BF16, 2),
+    ("gpt2", "dropout", FP32, 4),
+    ("gpt2", "tied", FP32, 2),
+]
+SWEEP = [(*case[:3], num_stages) for case in ALWAYS for num_stages in (2, 3, 4)]
 
-    for num_stages in (2, 3, 4) if method == "dropout" else (2, 4):
-        assert_same_run(trained(spec, stages_of(num_stages), **options), reference)
+
+@pytest.mark.parametrize(("model", "method", "dtype", "num_stages"), sampled(SWEEP, len(ALWAYS), always=ALWAYS))
+def test_training_does_not_depend_on_the_number_of_stages(model_dirs, model, method, dtype, num_stages):
+    spec = make_spec(model_dirs[model], **METHODS[method])
+
+    run = trained(spec, stages_of(num_stages), dtype=dtype)
+
+    assert_same_run(run, whole_run(model_dirs[model], method, dtype=dtype))
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_training_with_checkpointing_is_training_without(model_dirs, model):
     spec = make_spec(model_dirs[model], dropout=0.1)
-    reference = trained(spec, stages_of(2))
+    reference = whole_run(model_dirs[model], "dropout", dtype=FP32)
 
     assert_same_run(trained(spec, stages_of(2), checkpointing=True), reference)
     assert_same_run(trained(spec, stages_of(3), checkpointing=True), reference)
@@ -94,7 +103,7 @@ def test_training_with_checkpointing_is_training_without(model_dirs, model):
 @pytest.mark.parametrize(("model", "method"), [("llama", "dropout"), ("tied_llama", "tied")])
 def test_training_does_not_depend_on_replicas(model_dirs, model, method, tables):
     spec = make_spec(model_dirs[model], **METHODS[method])
-    reference = trained(spec, stages_of(1))
+    reference = whole_run(model_dirs[model], method, dtype=FP32)
 
     assert_same_run(trained(spec, stages_of(2, (2, 3), tables)), reference)
 

@@ -25,7 +25,7 @@ from tests.numerics.pipelines import (
     train,
 )
 
-NEW_TOKENS = 7
+NEW_TOKENS = 5
 GREEDY = GenerateOptions(max_new_tokens=NEW_TOKENS, stop_tokens=())
 
 

@@ -21,6 +21,7 @@ from edge_node.methods.registry import METHODS
 from plutino.errors import ConfigError
 from plutino.job.method import LoraConfig, MethodConfig
 from tests.numerics.chain import build_chain, make_batch, run_chain
+from tests.sampling import sampled
 
 # peft itself calls what transformers has deprecated, and warns of untied copies, which the job spec allows.
 pytestmark = [
@@ -139,12 +140,16 @@ def chain_gradients(stages, methods, batch, position=None):
 
 @pytest.mark.parametrize(
     ("model", "name", "num_stages"),
-    [(*case, 3) for case in CASES]
-    + [
-        (model, name, n)
-        for model, name in (("llama", "dora"), ("tied_llama", "tied"), ("gpt2", "all_linear"))
-        for n in (1, 2)
-    ],
+    sampled(
+        [(*case, 3) for case in CASES]
+        + [
+            (model, name, n)
+            for model, name in (("llama", "dora"), ("tied_llama", "tied"), ("gpt2", "all_linear"))
+            for n in (1, 2)
+        ],
+        10,
+        always=[("tied_llama", "tied", 3), ("llama", "patterns", 3), ("llama", "blocks", 3), ("llama", "dora", 2)],
+    ),
 )
 def test_chain_gives_stock_pefts_logits_and_gradients_bit_for_bit(model_dirs, model, name, num_stages):
     config, batch = CONFIGS[model][name], make_batch("right")
@@ -198,7 +203,9 @@ def test_gradients_are_stock_pefts_bit_for_bit_for_every_padding(model_dirs, mod
     assert all(torch.equal(gradients[key], gradient) for key, gradient in stock_gradients.items())
 
 
-@pytest.mark.parametrize(("model", "name"), CASES)
+@pytest.mark.parametrize(
+    ("model", "name"), sampled(CASES, 7, always=[("tied_llama", "tied"), ("llama", "patterns")], seed=1)
+)
 @torch.no_grad()
 def test_joined_states_are_the_adapter_that_stock_peft_saves_and_loads(model_dirs, tmp_path, model, name):
     config, batch = CONFIGS[model][name], make_batch("right")
