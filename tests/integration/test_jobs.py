@@ -322,19 +322,26 @@ def pb_cancel(job_id: str) -> jobs_pb2.CancelRequest:
     return jobs_pb2.CancelRequest(job_id=job_id)
 
 
-def crash_and_restart(stack: ExitStack, tmp_path: Path, spec: JobSpec, crash_at: str) -> tuple[dict[str, object], str]:
+def crash_and_restart(
+    stack: ExitStack,
+    tmp_path: Path,
+    spec: JobSpec,
+    crash_at: str,
+    disturb: Callable[[People, list[ThreadAgent]], None] = lambda people, agents: None,
+) -> tuple[dict[str, object], str]:
     """Run a job whose coordinator dies at a place and is started again; gives its detail and state."""
     state_dir = tmp_path / "state"
     # Ended after the agents, which hold streams that an ending server waits for.
     coordinators = [ProcessCoordinator(state_dir, crash_at=crash_at)]
     stack.callback(lambda: [coordinator.close() for coordinator in coordinators])
     endpoints = coordinators[0].endpoints
-    people, _ = attach(stack, endpoints.devices_address, endpoints.people_address, 2)
+    people, agents = attach(stack, endpoints.devices_address, endpoints.people_address, 2)
     key = "the-only-job"
     try:
         people.submit(spec, key)
     except Exception:
         assert crash_at.startswith("job_stored")
+    disturb(people, agents)
     coordinators[0].wait_for_crash()
     # A plan must wait until both agents are back.
     coordinators.append(ProcessCoordinator(state_dir, settle_s=1.5))
@@ -344,7 +351,8 @@ def crash_and_restart(stack: ExitStack, tmp_path: Path, spec: JobSpec, crash_at:
     return people.detail(job_id), f"{summary.state} {summary.reason}"
 
 
-SAMPLED = ("plan_reserved", "step_row_stored:3", "commit_half_sent:4", "adapter_assembled")
+# Before, in and after the steps.
+SAMPLED = ("plan_reserved", "commit_half_sent:4", "adapter_assembled")
 
 
 @pytest.mark.parametrize(
@@ -368,4 +376,22 @@ def test_coordinator_killed_at_a_crash_point_and_restarted_job_ends_with_the_sam
     assert state.startswith("succeeded"), state
     assert (losses(detail), adapter_bytes(tmp_path / "adapter")) == undisturbed
     assert detail["recoveries"] == 0, json.dumps(detail["transitions"], indent=1)
+    assert exactly_once_violations(lineage_rows(detail), expected_samples()) == ()
+
+
+@pytest.mark.slow
+def test_coordinator_killed_after_a_loss_was_stored_and_restarted_job_ends_with_the_same_adapter(
+    cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec], undisturbed: tuple[list[float], bytes]
+) -> None:
+    def lose_a_worker(people: People, agents: list[ThreadAgent]) -> None:
+        (job_id,) = (summary.job_id for summary in people.stub.List(jobs_pb2.ListRequest(), timeout=WAIT_S).jobs)
+        people.wait_for_step(job_id, 5)
+        agents[1].lose_worker(next(iter(agents[1].sessions)))
+
+    detail, state = crash_and_restart(cleanup, tmp_path, job(eval_every=4), "recovery_stored", lose_a_worker)
+
+    assert state.startswith("succeeded"), state
+    assert (losses(detail), adapter_bytes(tmp_path / "adapter")) == undisturbed
+    assert detail["recoveries"] == 1, json.dumps(detail["transitions"], indent=1)
+    assert any(row["status"] == "undone" for row in detail["ledger"])  # type: ignore[attr-defined]
     assert exactly_once_violations(lineage_rows(detail), expected_samples()) == ()
