@@ -177,6 +177,11 @@ def check_scheme(table: ModelTable, scheme: Scheme) -> None:
             if table.gptq is not None
             else "model.quantization: gptq needs a GPTQ checkpoint, and config.json names none; choose nf4 or int8"
         )
+    if scheme != "none" and table.expert_blocks:
+        raise QuantizationError(
+            f"{scheme} cannot hold the {table.num_experts} experts of {table.family}, whose weights lie fused in one "
+            f"tensor a block ({len(table.expert_blocks)} blocks); set model.quantization: none"
+        )
     for index, linears in enumerate(table.block_linears):
         for linear in linears:
             problem = _problem(scheme, linear)

@@ -40,14 +40,16 @@ def choose_scheme(
         return "gptq", "the checkpoint is a GPTQ one"
     smallest = with_rows(shape, 1) if is_micro_batch_free else shape
     lost: list[str] = []
+    smallest_scheme: Scheme = "none"
     for scheme in LEAST_LOSSY_FIRST:
         try:
             check_scheme(table, scheme)
         except QuantizationError as error:
             lost.append(f"{scheme} cannot hold this model ({error})")
             continue
+        smallest_scheme = scheme if scheme != "int4" else smallest_scheme
         packing = shape.packing.model_copy(update={"scheme": scheme})
         if fits(table, smallest.model_copy(update={"packing": packing}), devices, links):
             return scheme, f"the least lossy that fits: {'; '.join(lost)}" if lost else "it fits without any"
         lost.append(f"{scheme} does not fit the devices")
-    return "nf4", f"the smallest of all, though nothing fits: {'; '.join(lost)}"
+    return smallest_scheme, f"nothing fits: {'; '.join(lost)}"

@@ -113,6 +113,12 @@ class StagePacker:
         """
         if self._packing.scheme == "none":
             return
+        fused = sorted(name for name, p in model.named_parameters() if p.dim() > 2)
+        if fused:
+            raise QuantizationError(
+                f"{self._packing.scheme} cannot hold {fused[0]}, in which experts lie fused; "
+                "set model.quantization: none"
+            )
         work = [(name, self._scheme_for(name, model.get_submodule(name))) for name in linears]
         for name, scheme in work:
             if scheme is not None:

@@ -32,6 +32,7 @@ from plutino.job.model import Packing
 from plutino.safetensors_index import read_safetensors_headers
 from tests.numerics.chain import build_chain, frozen_chain, make_batch, run_chain
 from tests.numerics.pipelines import make_batches, make_spec, pipeline_of, stages_of, train
+from tests.numerics.tiny_families import CONFIGS, save_model
 
 FAMILIES = ("llama", "gpt2")
 OUTER = {"embedding": "int8", "head": "int8"}
@@ -90,6 +91,28 @@ def test_packed_split_equals_packed_whole_to_the_bit(folders, family, scheme):
 
     assert torch.equal(whole, two) and torch.equal(whole, three)
     assert 0 < (whole - plain).norm() / plain.norm() < 0.3
+
+
+@pytest.mark.parametrize("name", [*sorted(CONFIGS.keys() - {"qwen3_moe", "llama", "gpt2"})])
+def test_packed_split_equals_packed_whole_in_every_family(name, tmp_path):
+    folder = save_model(name, tmp_path)
+    family = LocalSource(folder).config()["model_type"]
+    chains = [build_chain(folder, n, packing=Packing(scheme="int8", head="int8"), attention=None) for n in (1, 3)]
+
+    one, three = (run_chain(chain, make_batch("right", family=family))[0] for chain in chains)
+
+    assert torch.equal(one, three)
+    linears = [chains[0][0].model.get_submodule(linear) for linear in chains[0][0].block_linears]
+    assert all(isinstance(linear, QuantLinear) for linear in linears)
+
+
+def test_packed_experts_are_refused_with_the_way_out(tmp_path):
+    source = LocalSource(save_model("qwen3_moe", tmp_path))
+
+    with pytest.raises(QuantizationError, match=r"experts lie fused; set model\.quantization: none"):
+        build_stage(source, 0, 4, dtype=torch.float32, packing=Packing(scheme="int8"))
+
+    assert source.bytes_read == 0
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

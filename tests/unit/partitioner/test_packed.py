@@ -86,6 +86,8 @@ def test_packed_loading_peak_counts_the_matrix_that_is_read():
 def test_check_scheme_names_the_layer_and_a_scheme_that_holds_it():
     with pytest.raises(QuantizationError, match=r"int4 cannot hold mlp.down_proj of block 0, 64 x 176: .* choose int8"):
         check_scheme(llama(2), "int4")
+    with pytest.raises(QuantizationError, match="nf4 cannot hold the 8 experts of llama"):
+        check_scheme(WIDE.model_copy(update={"expert_blocks": (1,), "num_experts": 8}), "nf4")
     with pytest.raises(QuantizationError, match="needs a GPTQ checkpoint"):
         check_scheme(WIDE, "gptq")
     packed = WIDE.model_copy(update={"gptq": GptqFormat(bits=4, group_size=128, desc_act=False, zero_offset=1)})
@@ -111,6 +113,17 @@ def test_choose_scheme_takes_the_least_lossy_that_fits_and_says_so(scheme):
 
     assert chosen == scheme
     assert ("does not fit" in why) == (scheme != "none")
+
+
+def test_choose_scheme_leaves_out_what_cannot_hold_the_model():
+    experts = BIG.model_copy(update={"expert_blocks": (1,), "num_experts": 8})
+
+    chosen, why = choose_scheme(
+        experts, job(experts), [device("tiny", available_mib=310)], LinkTable(), is_micro_batch_free=True
+    )
+
+    assert chosen == "none"
+    assert "int8 cannot hold this model" in why
 
 
 def test_choose_scheme_where_nothing_fits_gives_the_smallest_for_the_refusal():
