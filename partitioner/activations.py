@@ -1,18 +1,21 @@
 """Bytes that one micro-batch keeps for its backward pass, block by block, from first principles.
 
-What autograd saves in a transformers block (sdpa attention) under LoRA on a frozen base:
+What autograd saves in a transformers block under LoRA on a frozen base:
 
 - A frozen linear saves nothing: its input would only serve the gradient of its weight. A LoRA linear saves its input
   and the output of A, in the compute dtype. Linears that read the same tensor share one copy, and attention's output is
   saved already; dropout makes a copy of its own. DoRA computes in fp32: on a bf16 base each linear casts its own copy.
 - Norms save their input (llama's RMSNorm casts it to fp32 first) and their statistics.
 - Attention saves q, k, v, its output, the log-sum-exp, and in every block its own copy of the padding mask in the
-  compute dtype. A mask makes sdpa repeat k and v to all heads.
-- Gates and activations save their factors: llama's SwiGLU gate, its silu and up; gpt2's tanh GELU four tensors.
+  compute dtype. A mask makes sdpa repeat k and v to all heads. Eager attention saves its probabilities, a number for
+  every pair of tokens and head.
+- Gates and activations save their factors: llama's SwiGLU gate, its silu and up; gpt2's tanh GELU four tensors. Experts
+  save the same for every expert that a token is sent to.
 
 Every function returns what the worst micro-batch of the job needs: all rows padded to the longest. Measured with
-``torch.autograd.graph.saved_tensors_hooks`` the formulas are exact to the byte (torch 2.13, transformers 5.23,
-peft 0.21) but for the lowest trainable block, which keeps a little less.
+``torch.autograd.graph.saved_tensors_hooks`` (torch 2.13, transformers 5.23, peft 0.21) the formulas are exact to the
+byte for most families and up to a third too high where a saved tensor serves twice (relu, norms that parallel parts of
+a block share); the lowest trainable block keeps a little less.
 """
 
 from __future__ import annotations

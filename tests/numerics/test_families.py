@@ -28,7 +28,7 @@ from plutino.families import FAMILIES, family_of
 from plutino.job.method import LoraConfig
 from tests.numerics.chain import CUTS, Batch, build_chain, frozen_chain, make_batch, run_chain
 from tests.numerics.pipelines import assert_same_tensors, make_batches, make_spec, pipeline_of, stages_of, train
-from tests.numerics.tiny_families import CONFIGS, NUM_BLOCKS, describe_folder, save_model
+from tests.numerics.tiny_families import CONFIGS, NUM_BLOCKS, describe_folder, make_config, save_model
 
 # peft itself calls what transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -37,7 +37,7 @@ KINDS = ("full", "right", "left", "packed")
 EVERY_CASE = [(name, kind, num_stages) for name in CONFIGS for kind in KINDS for num_stages in (2, 3)]
 # Each model meets another kind of batch and another number of stages; all of them under slow.
 SAMPLE = [(name, KINDS[i % 4], 2 + i % 3 % 2) for i, name in enumerate(CONFIGS)]
-SAMPLE += [(name, "packed", 3) for name in ("mistral", "gemma2", "gemma3_text", "qwen2", "opt_projected")]
+SAMPLE += [(name, "packed", 3) for name in ("mistral", "gemma2", "qwen2", "opt_projected")]
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +136,35 @@ def test_split_gives_the_whole_models_logits_and_gradients_bit_for_bit(folders, 
 )
 def test_split_gives_the_whole_models_logits_and_gradients_bit_for_bit_everywhere(folders, name, kind, num_stages):
     check_split_equals_whole(folders[name], kind, num_stages)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_backend_is_the_one_that_transformers_chooses(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(make_config(name))
+
+    assert family_of(model.config.model_type).attention == model.config._attn_implementation
+
+
+ROTARY = {
+    "llama": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "qwen3": {"rope_type": "yarn", "factor": 4.0},
+    "gpt_neox": {"rope_type": "dynamic", "factor": 2.0},
+    # Switches to its long factors beyond the original positions.
+    "phi3": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0]},
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@torch.no_grad()
+def test_stretched_rotary_embeddings_are_those_of_the_whole_model(name, tmp_path):
+    rope = {"rope_theta": 10000.0, "original_max_position_embeddings": 6, "partial_rotary_factor": 1.0} | ROTARY[name]
+    folder = save_model(name, tmp_path, rope_parameters=rope, original_max_position_embeddings=6)
+    batch = make_batch("right")
+
+    logits, _ = run_chain(build_chain(folder, 3, attention=None), batch)
+
+    assert torch.equal(logits, load_whole(folder)(**batch.model_inputs).logits)
 
 
 def test_every_family_has_a_tiny_model():

@@ -187,7 +187,10 @@ def test_stored_head_equal_to_a_tied_embedding_is_held_once(tmp_path):
 @pytest.mark.parametrize(
     ("lost", "stored"),
     [
-        ("model.layers.1.mlp.experts.3.up_proj.weight", "cannot be merged into model.layers.1.mlp.experts.gate_up_proj"),
+        (
+            "model.layers.1.mlp.experts.3.up_proj.weight",
+            "cannot be merged into model.layers.1.mlp.experts.gate_up_proj",
+        ),
         ("model.layers.1.mlp.gate.weight", r"lacks 1 of the stage's .*mlp\.gate\.weight"),
     ],
 )

@@ -46,7 +46,9 @@ def make_stage(config: dict[str, Any], end_block: int, dtype: torch.dtype) -> St
 
 def describe(config: dict[str, Any]) -> ModelTable:
     source = RandomSource(config)
-    return describe_model(config, {name: source.shape(name) for name in source.names()}, family_of(config["model_type"]))
+    return describe_model(
+        config, {name: source.shape(name) for name in source.names()}, family_of(config["model_type"])
+    )
 
 
 def job_shape(table: ModelTable, dtype: str, row_tokens: int) -> JobShape:
