@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace) -> int:
     from edge_node.weights_config import WeightsConfig
     from edge_node.worker_pool import PoolConfig
 
-    allowed = WeightsConfig(cache_bytes=cache_bytes, uses_folders=not options.no_folders)
+    allowed = WeightsConfig(cache_bytes=cache_bytes, uses_folders=not options.no_folders, uses_hub=not options.no_hub)
     if options.cache_dir is not None:
         allowed = replace(allowed, cache_dir=options.cache_dir.expanduser().absolute())
     config = AgentConfig(
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="cached weights, shared by agents; by default plutino/weights in the user's cache directory",
     )
+    run.add_argument("--no-hub", action="store_true", help="never fetch weights from the hub")
     run.add_argument(
         "--no-folders", action="store_true", help="never read model folders here, such as slow network mounts"
     )

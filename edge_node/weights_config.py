@@ -19,6 +19,8 @@ class WeightsConfig:
     """Budget of the disk cache; 0 keeps nothing."""
     uses_folders: bool = True
     """Whether model folders of this device are read; not wanted where they are a slow network mount."""
+    uses_hub: bool = True
+    """Whether weights of hub models may be fetched from the hub; not wanted where its traffic is paid for."""
 
     def cache(self) -> BlobCache:
         """The device's cache."""
@@ -26,7 +28,12 @@ class WeightsConfig:
 
     def to_json(self) -> dict[str, Any]:
         """As :meth:`from_json` takes it."""
-        return {"cache_dir": str(self.cache_dir), "cache_bytes": self.cache_bytes, "uses_folders": self.uses_folders}
+        return {
+            "cache_dir": str(self.cache_dir),
+            "cache_bytes": self.cache_bytes,
+            "uses_folders": self.uses_folders,
+            "uses_hub": self.uses_hub,
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> WeightsConfig:
@@ -36,4 +43,5 @@ class WeightsConfig:
             cache_dir=Path(values.get("cache_dir", known.cache_dir)),
             cache_bytes=int(values.get("cache_bytes", known.cache_bytes)),
             uses_folders=bool(values.get("uses_folders", known.uses_folders)),
+            uses_hub=bool(values.get("uses_hub", known.uses_hub)),
         )

@@ -22,6 +22,7 @@ from coordinator.artifacts.shadows import file_sha256
 from coordinator.artifacts.verify_process import Check, Probe, VerifyReport, VerifyRequest, run_verify_process
 from plutino.errors import ExportError, FrameError, UnknownJobError
 from plutino.families import family_of
+from plutino.hub_id import model_folder, parse_hub_id
 from plutino.job.spec import JobSpec
 from plutino.manifest import base_model_hash
 from plutino.sizes import MIB, format_size
@@ -129,7 +130,7 @@ def assemble_adapter(
 
 
 def _check_base(request: AssembleRequest, spec: JobSpec) -> Check:
-    found = base_model_hash(spec.model.path)
+    found = base_model_hash(model_folder(spec.model.path))
     if found != request.base_hash:
         raise ExportError(
             f"the base model in {spec.model.path} has hash {found[:12]} now, the job was trained on "
@@ -155,7 +156,7 @@ def _tied_copies(spec: JobSpec, tensors: dict[str, Float32Array]) -> dict[str, F
     """What peft saves a second time: a head that stays tied to a trained embedding is one parameter of two keys."""
     if not spec.method.ensure_weight_tying:
         return {}
-    config = json.loads((Path(spec.model.path) / "config.json").read_bytes())
+    config = json.loads((model_folder(spec.model.path) / "config.json").read_bytes())
     family = family_of(config.get("model_type"))
     return {_KEY_PREFIX + family.head: tensors[_KEY_PREFIX + family.embedding[0]]}
 
@@ -169,7 +170,10 @@ def _adapter_config(request: AssembleRequest, spec: JobSpec) -> bytes:
             f"the adapter's config is not a JSON mapping: {error}; nothing was published, please report this"
         ) from error
     if not config.get("base_model_name_or_path"):
-        config["base_model_name_or_path"] = spec.model.path
+        hub_id = parse_hub_id(spec.model.path)
+        config["base_model_name_or_path"] = spec.model.path if hub_id is None else hub_id.repository
+        if hub_id is not None:
+            config["revision"] = hub_id.revision
     return json.dumps(config, indent=2, sort_keys=True).encode()
 
 
@@ -208,7 +212,7 @@ def _check_staged(path: Path, sent_sha256: dict[str, str], num_parts: int) -> Ch
 def _verify_request(request: AssembleRequest, spec: JobSpec, staging_dir: Path) -> VerifyRequest:
     load_s = request.verify_reload_budget_bytes // _SLOWEST_LOAD_BYTES_PER_S
     return VerifyRequest(
-        base_dir=spec.model.path,
+        base_dir=str(model_folder(spec.model.path)),
         adapter_dir=str(staging_dir.resolve()),
         probe=request.probe,
         reload_budget_bytes=request.verify_reload_budget_bytes,

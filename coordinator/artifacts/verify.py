@@ -95,7 +95,10 @@ def check_tensors(base_dir: Path, adapter_dir: Path) -> Check:
     config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model = peft.get_peft_model(base, peft.PeftConfig.from_pretrained(str(adapter_dir)), low_cpu_mem_usage=True)
+    adapter_config = peft.PeftConfig.from_pretrained(str(adapter_dir))
+    # It may name the model on the hub that lies in the folder; peft would look there for the vocabulary's size.
+    adapter_config.base_model_name_or_path = str(base_dir)
+    model = peft.get_peft_model(base, adapter_config, low_cpu_mem_usage=True)
     expected = {name: _kind(tensor) for name, tensor in get_peft_model_state_dict(model).items()}
     found = _kinds_in_file(adapter_dir / "adapter_model.safetensors")
     _require_equal_kinds(expected, found)

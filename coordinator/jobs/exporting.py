@@ -24,6 +24,7 @@ from coordinator.jobs.units import PROBE_ROWS, Batch, evaluation_loss, probe_bat
 from partitioner.explain import explain
 from plutino.errors import ExportError
 from plutino.events import Exported, Verification
+from plutino.hub_id import model_folder
 from plutino.manifest import base_model_hash
 from protos import runners_pb2 as runner_pb
 from protos import workers_pb2 as pb
@@ -118,7 +119,7 @@ async def _assemble(context: JobContext, step: int, output_dir: str, probe: Prob
         parameter_names=context.record.parameter_names,
         adapter_config_json=loaded.adapter_config_json,
         output_dir=output_dir,
-        base_hash=base_model_hash(Path(context.spec.model.path)),
+        base_hash=base_model_hash(model_folder(context.spec.model.path)),
         verify_reload_budget_bytes=int(psutil.virtual_memory().available * _RELOAD_SHARE),
         probe=probe,
     )
@@ -171,7 +172,7 @@ def _card(
     return CardFacts(
         job_name=spec.name,
         base_path=spec.model.path,
-        base_hash=base_model_hash(Path(spec.model.path)),
+        base_hash=base_model_hash(model_folder(spec.model.path)),
         data=tuple(data),
         method=spec.method,
         objective=spec.objective,

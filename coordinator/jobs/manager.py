@@ -25,6 +25,7 @@ from coordinator.jobs.worker_link import JobWorkers
 from coordinator.scheduling.engine import Engine
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.storage.base import NumberedEvent, Store
+from coordinator.weights.hub_models import pin_model
 from partitioner.plan import Plan
 from plutino.errors import DataError, InvalidTransitionError, PlutinoError, UnknownJobError
 from plutino.events import Usage, WorkerUsage
@@ -109,6 +110,7 @@ class JobManager:
         """
         if idempotency_key and (known := self._store.submitted_as(idempotency_key)) is not None:
             return known
+        spec = await self._with_pinned_model(spec)
         await asyncio.to_thread(read_model, spec)
         for path in (spec.data.train, spec.data.eval):
             if path is not None and not Path(path).is_file():
@@ -135,6 +137,7 @@ class JobManager:
         Raises:
             InfeasiblePlanError: it does not fit.
         """
+        spec = await self._with_pinned_model(spec)
         job_id = JobId(_new_job_id("plan"))
         link = RunnerLink(spec.model_dump_json(), lambda: self._engine.start_runner(job_id))
         self._plan_links[job_id] = link
@@ -180,6 +183,11 @@ class JobManager:
             InvalidTransitionError: the job is not paused.
         """
         return await self._wish(job_id, ResumeWish(), JobState.RUNNING, from_states=(JobState.PAUSED,))
+
+    async def _with_pinned_model(self, spec: JobSpec) -> JobSpec:
+        """The spec with a hub model's revision replaced by the commit that it is now."""
+        pinned = await asyncio.to_thread(pin_model, spec.model)
+        return spec.model_copy(update={"model": pinned})
 
     async def _wish(
         self, job_id: JobId, wish: Interrupt, wanted: JobState, *, from_states: tuple[JobState, ...]

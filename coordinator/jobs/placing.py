@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.recovery import durable_steps
 from coordinator.scheduling.problem import first_trainable_stage
+from coordinator.weights.hub_models import fetch_weights, origin_of
 from coordinator.weights.model_files import offer_model
 from plutino.errors import AgentError, AgentLostError, JobError
-from plutino.events import WorkerLoaded, WorkerLoading
+from plutino.events import Notice, WorkerLoaded, WorkerLoading
 from plutino.job.assignment import RestorePoint, StageShape, WorkerAssignment
 from plutino.manifest import Manifest
+from plutino.sizes import format_size
 from plutino.types import AgentId, WorkerRef
 from protos import workers_pb2 as pb
 
@@ -28,6 +30,7 @@ STOP_TIMEOUT_S = 4.0
 LOAD_STALLED_S = 600.0
 """Bounds the silence of a loading worker, not the loading: a large model over a slow link takes hours."""
 _PROGRESS_EVERY_S = 2.0
+_FETCH_TOLD_EVERY_S = 10.0
 LINK_TIMEOUT_S = 60.0
 
 
@@ -42,8 +45,7 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str
     """
     refs = context.refs()
     context.workers.expect(refs)
-    # Hashing a large model takes seconds the first time; the event loop must go on with commits meanwhile.
-    manifest = await asyncio.to_thread(offer_model, context.job_dir, Path(context.spec.model.path))
+    manifest = await _offer(context)
     assignments = _assignments(context, restore_step, manifest)
     asked: set[WorkerRef] = set()
     await _load_all(context, refs, assignments, asked)
@@ -54,6 +56,26 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str
     return tuple(
         sorted({name for s in context.workers.statuses if s.loaded is not None for name in s.loaded.parameter_names})
     )
+
+
+async def _offer(context: JobContext) -> Manifest:
+    """Have all weights of the base model here and hand them out; a hub model's may have to be fetched first."""
+    model, loop, stop = context.spec.model, asyncio.get_running_loop(), threading.Event()
+    told_at_s = time.monotonic()
+
+    def tell(done_bytes: int, total_bytes: int) -> None:
+        nonlocal told_at_s
+        if time.monotonic() - told_at_s > _FETCH_TOLD_EVERY_S:
+            told_at_s = time.monotonic()
+            text = f"the coordinator fetches {model.path}: {format_size(done_bytes)} of {format_size(total_bytes)}"
+            loop.call_soon_threadsafe(context.tell_later, Notice(level="info", text=text))
+
+    try:
+        folder = await asyncio.to_thread(fetch_weights, model, on_fetched=tell, stop=stop)
+    finally:
+        stop.set()  # a cancelled job leaves its thread behind
+    # Hashing a large model takes seconds the first time; the event loop must go on with commits meanwhile.
+    return await asyncio.to_thread(offer_model, context.job_dir, folder, origin=origin_of(model))
 
 
 async def _load_all(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
@@ -24,6 +23,7 @@ from partitioner.scheme_choice import choose_scheme
 from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
 from plutino.families import Family, family_of
 from plutino.gptq_index import gptq_format, unpacked_shapes
+from plutino.hub_id import index_folder, model_folder
 from plutino.job.model import Packing, packing_of
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
@@ -61,14 +61,14 @@ def read_model(spec: JobSpec) -> tuple[str, ModelTable]:
     Raises:
         ModelError: the folder is missing, of an unknown family, or has no safetensors.
     """
-    model_dir = Path(spec.model.path)
+    model_dir = model_folder(spec.model.path)
     try:
         config_json = (model_dir / "config.json").read_text()
     except OSError as error:
         raise ModelError(f"cannot read {model_dir / 'config.json'}: {error.strerror}; is model.path right?") from error
     config = json.loads(config_json)
     family = family_of(config.get("model_type"))
-    shapes = {name: entry.shape for name, entry in read_safetensors_headers(model_dir).items()}
+    shapes = {name: entry.shape for name, entry in read_safetensors_headers(index_folder(model_dir)).items()}
     gptq = gptq_format(config)
     if gptq is not None:
         shapes = unpacked_shapes(shapes, gptq)

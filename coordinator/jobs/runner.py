@@ -31,6 +31,7 @@ from plutino.data.readers import Rows, read_rows
 from plutino.data.samples import Samples
 from plutino.data.tokenisation import ModelTokenizer, load_tokenizer, tokenise
 from plutino.errors import DataError
+from plutino.hub_id import model_folder
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
 from plutino.wire.bulk import BulkClient
@@ -178,7 +179,7 @@ class JobRunner:
 
     @functools.cached_property
     def _tokenizer(self) -> ModelTokenizer:
-        return load_tokenizer(Path(self._spec.model.path))
+        return load_tokenizer(model_folder(self._spec.model.path))
 
     @functools.cached_property
     def _train(self) -> _RowSet:

@@ -8,6 +8,7 @@ from pathlib import Path
 from edge_node.cache import BlobCache, OverBudgetError
 from edge_node.sources.base import ByteSource
 from edge_node.sources.coordinator import CoordinatorSource
+from edge_node.sources.hub import HubSource
 from edge_node.sources.shared import Progress, SharedWeights
 from edge_node.weights_config import WeightsConfig
 from plutino.job.assignment import WorkerAssignment
@@ -29,6 +30,8 @@ def open_weights(
     manifest = _manifest(assignment, cache, bulk)
     folder = Path(assignment.spec.model.path)
     sources: list[ByteSource] = [CoordinatorSource(bulk, assignment.job_id)]
+    if manifest.origin is not None and config.uses_hub:
+        sources.insert(0, HubSource(manifest.origin))
     return SharedWeights(
         manifest,
         folders=[folder] if config.uses_folders and folder.is_dir() else [],

@@ -19,7 +19,8 @@ class ModelConfig(SpecPart):
     """The frozen base model."""
 
     path: str
-    """Folder with config.json, safetensors and the tokenizer. A relative path is taken from the job file's folder."""
+    """Folder with config.json, safetensors and the tokenizer; a relative path is taken from the job file's folder. Or a
+    model on the hub, organisation/name[@revision], where there is no folder of that name."""
     dtype: str = Field("auto", pattern="^(auto|fp32|bf16)$")
     """Compute dtype of the frozen layers: fp32, bf16, or auto (the fastest that every chosen device runs well)."""
     quantization: Scheme | Literal["auto"] = "none"

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from plutino.errors import ConfigError
+from plutino.hub_id import parse_hub_id
 from plutino.job.base import SpecPart
 from plutino.job.data import DataConfig, ScoringConfig
 from plutino.job.method import LoraConfig, MethodConfig
@@ -203,6 +204,8 @@ def _absolute(spec: JobSpec, base_dir: Path) -> JobSpec:
     for part_name, key in (path_key.split(".") for path_key in _PATH_KEYS):
         part = parts.get(part_name, getattr(spec, part_name))
         path = getattr(part, key)
+        if part_name == "model" and parse_hub_id(path) is not None and not (base_dir / path).is_dir():
+            continue  # a folder of that name wins over a model of the hub
         if path is not None:
             parts[part_name] = part.model_copy(update={key: str((base_dir / Path(path).expanduser()).resolve())})
     return spec.model_copy(update=parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from plutino.errors import PlutinoError
 from plutino.job.spec import JobSpec
 from plutino.safetensors_index import read_safetensors_headers
 from plutino.wire.bulk import BulkClient
+from tests.integration.hub_server import COMMIT, REPOSITORY, FakeHub
 from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
 
 STEPS = 3
@@ -107,6 +109,21 @@ def test_second_job_on_the_same_devices_loads_from_their_caches(fleet, model_dir
     _, places = fleet.run(spec_of(model_dir, tmp_path / "second"))
 
     assert [set(place) for place in places] == [{"cache"}, {"cache"}]
+
+
+def test_job_of_a_hub_model_pulls_each_stage_from_the_hub_and_names_the_model_in_its_adapter(
+    fleet, model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,127.0.0.2")
+    with FakeHub(model_dir) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        job_id, places = fleet.run(spec_of(Path(REPOSITORY), tmp_path / "out"))
+
+        assert [set(place) <= {"hub", "cache"} for place in places] == [True, True]
+        assert all(place["hub"] > place.get("cache", 0) for place in places)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (REPOSITORY, COMMIT)
+    assert fleet.people.detail(job_id)["spec"]["model"]["path"] == f"{REPOSITORY}@{COMMIT}"
 
 
 def test_flipped_byte_in_the_coordinators_file_ends_the_job_and_nothing_is_trained(fleet, model_dir, tmp_path):
