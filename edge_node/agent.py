@@ -15,6 +15,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 
 from edge_node.attachment import Attachment
+from edge_node.cache_server import CacheServer
 from edge_node.guard import limit_thread_stacks, read_usage
 from edge_node.reachability import Reachability
 from edge_node.state_dir import StateDir, host_id
@@ -57,6 +58,7 @@ class Agent:
         )
         self._pool = WorkerPool(config.pool, state_dir, self._attachment.report)
         self._reachability = Reachability(self._attachment.report, config.pool.network)
+        self._cache_server: CacheServer | None = None
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
@@ -71,6 +73,9 @@ class Agent:
             with self._state_dir.locked():
                 self._agent_id = self._state_dir.agent_id()
                 limit_thread_stacks()
+                pool = self._config.pool
+                if pool.weights.cache_bytes:
+                    self._cache_server = CacheServer(pool.weights.cache(), pool.network, self._pool.has_run)
                 try:
                     await self._until_end(self._pool.warm_up())
                     if not self._ended.is_set():
@@ -78,6 +83,8 @@ class Agent:
                         await self._until_end(self._pool.watch(), attaching)
                 finally:
                     await self._pool.end(f"agent {self._config.name} ends")
+                    if self._cache_server is not None:
+                        await asyncio.to_thread(self._cache_server.close)
         finally:
             await self._reachability.close()
             # Only now: the ends of the workers are still reported on it.
@@ -114,6 +121,7 @@ class Agent:
             workers=[worker_id(ref) for ref in self._pool.running()],
             hardware=hardware_to_proto(readiness.hardware),
             wire_version=WIRE_VERSION,
+            cache_address="" if self._cache_server is None else self._cache_server.address,
         )
 
     def _heartbeat(self) -> agents_pb2.Heartbeat:

@@ -130,7 +130,9 @@ class WorkerSession:
         started_s = time.monotonic()
         assignment = self._assignment
         spec = assignment.spec
-        self._weights = open_weights(assignment, self._weights_config, self._bulk, on_progress=self._tell_progress)
+        self._weights = open_weights(
+            assignment, self._weights_config, self._bulk, credentials=self._credentials, on_progress=self._tell_progress
+        )
         if self._end_reason is not None:
             self._weights.stop(self._end_reason)
         stage = build_stage(

@@ -113,6 +113,7 @@ class WorkerPool:
         self._report = report
         self._clock = clock
         self._workers: dict[_Worker, asyncio.Task[None]] = {}
+        self._jobs_run: set[str] = set()
         self._readiness: Readiness | None = None
         self._changed = asyncio.Event()
         self._crash: BaseException | None = None
@@ -129,6 +130,10 @@ class WorkerPool:
     def running(self) -> list[WorkerRef]:
         """The workers that work for jobs, sorted."""
         return sorted(worker.ref for worker in self._workers if worker.ref is not None)
+
+    def has_run(self, job_id: str) -> bool:
+        """Whether a worker of the job runs here or has run since the agent's start; from any thread."""
+        return job_id in self._jobs_run
 
     def usages(self) -> list[agents_pb2.Heartbeat.WorkerUsage]:
         """What every worker of a job uses now."""
@@ -197,6 +202,7 @@ class WorkerPool:
             self._report_exited(ref, NOT_STARTED_EXIT_CODE, f"not started: {error}", out_of_memory=False)
             return
         worker.ref, worker.budget_bytes = ref, budget_bytes
+        self._jobs_run.add(ref.job_id)
         self._last_start_s = self._clock()
         worker.process.send(
             {

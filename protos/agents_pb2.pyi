@@ -130,6 +130,7 @@ class AgentHello(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     HARDWARE_FIELD_NUMBER: _builtins.int
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
+    CACHE_ADDRESS_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     name: _builtins.str
     host_id: _builtins.str
@@ -141,6 +142,8 @@ class AgentHello(_message.Message):
     """Resident memory of a worker with its imports done and its kernels warm, before any job."""
     wire_version: _builtins.int
     """plutino.hardware.WIRE_VERSION; another number than the coordinator's is refused."""
+    cache_address: _builtins.str
+    """Where other devices of its jobs reach its weights cache, host:port; empty: not at all."""
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of python, torch, transformers, peft, grpcio, protobuf and plutino."""
@@ -169,10 +172,11 @@ class AgentHello(_message.Message):
         workers: _abc.Iterable[Global___WorkerId] | None = ...,
         hardware: Global___Hardware | None = ...,
         wire_version: _builtins.int = ...,
+        cache_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -73,6 +73,8 @@ class AgentLink:
     outgoing: asyncio.Queue[pb.AgentCommand | None]
     workers: set[WorkerRef]
     """Workers it runs, as far as it has said."""
+    cache_address: str = ""
+    """Where the other devices of its jobs reach its weights cache."""
     usage: dict[WorkerRef, WorkerUsage] = field(default_factory=dict)
     agent_rss_bytes: int = 0
     profiles: dict[str, asyncio.Future[BlockTimings]] = field(default_factory=dict)
@@ -157,6 +159,7 @@ class FleetRegistry:
             stream=next(self._streams),
             outgoing=asyncio.Queue(_OUTGOING_BOUND),
             workers={worker_from_proto(worker) for worker in first.hello.workers},
+            cache_address=first.hello.cache_address,
         )
         previous = self._links.get(link.agent_id)
         if previous is not None:

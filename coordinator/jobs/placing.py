@@ -17,7 +17,7 @@ from coordinator.weights.hub_models import fetch_weights, origin_of
 from coordinator.weights.model_files import offer_model
 from plutino.errors import AgentError, AgentLostError, JobError
 from plutino.events import Notice, WorkerLoaded, WorkerLoading
-from plutino.job.assignment import RestorePoint, StageShape, WorkerAssignment
+from plutino.job.assignment import DeviceCache, RestorePoint, StageShape, WorkerAssignment
 from plutino.manifest import Manifest
 from plutino.sizes import format_size
 from plutino.types import AgentId, WorkerRef
@@ -223,6 +223,7 @@ def _assignments(context: JobContext, restore_step: int, manifest: Manifest) -> 
         for stage, owners in zip(plan.stages, plan.micro_batch_owners, strict=True)
     )
     restore = _restore_point(context, restore_step)
+    caches = _caches(context)
     manifest_sha256 = hashlib.sha256(manifest.to_bytes()).hexdigest()
     return {
         ref: WorkerAssignment(
@@ -245,9 +246,21 @@ def _assignments(context: JobContext, restore_step: int, manifest: Manifest) -> 
             coordinator_address=context.coordinator_address,
             bulk_address=context.bulk_address,
             restore=restore,
+            caches=tuple(cache for cache in caches if cache.agent_id != agent_id),
         )
-        for ref in context.refs()
+        for ref, agent_id in context.refs().items()
     }
+
+
+def _caches(context: JobContext) -> list[DeviceCache]:
+    """Weights caches of the plan's devices that are attached."""
+    found: list[DeviceCache] = []
+    for agent_id in dict.fromkeys(context.refs().values()):
+        link = context.fleet.link(agent_id)
+        if link is not None and link.cache_address:
+            name = context.fleet.name_of(agent_id)
+            found.append(DeviceCache(agent_id=agent_id, device_name=name, address=link.cache_address))
+    return found
 
 
 def _restore_point(context: JobContext, restore_step: int) -> RestorePoint | None:

@@ -8,16 +8,23 @@ from pathlib import Path
 from edge_node.cache import BlobCache, OverBudgetError
 from edge_node.sources.base import ByteSource
 from edge_node.sources.coordinator import CoordinatorSource
+from edge_node.sources.device import DeviceSource
 from edge_node.sources.hub import HubSource
 from edge_node.sources.shared import Progress, SharedWeights
 from edge_node.weights_config import WeightsConfig
 from plutino.job.assignment import WorkerAssignment
 from plutino.manifest import Manifest
+from plutino.security.tls import Credentials
 from plutino.wire.bulk import BulkClient
 
 
 def open_weights(
-    assignment: WorkerAssignment, config: WeightsConfig, bulk: BulkClient, *, on_progress: Callable[[Progress], None]
+    assignment: WorkerAssignment,
+    config: WeightsConfig,
+    bulk: BulkClient,
+    *,
+    credentials: Credentials | None,
+    on_progress: Callable[[Progress], None],
 ) -> SharedWeights:
     """The weights of a worker's job, wherever they are; close them when the job is over.
 
@@ -29,9 +36,11 @@ def open_weights(
     cache = config.cache()
     manifest = _manifest(assignment, cache, bulk)
     folder = Path(assignment.spec.model.path)
-    sources: list[ByteSource] = [CoordinatorSource(bulk, assignment.job_id)]
+    sources: list[ByteSource] = []
     if manifest.origin is not None and config.uses_hub:
-        sources.insert(0, HubSource(manifest.origin))
+        sources.append(HubSource(manifest.origin))
+    sources += [DeviceSource(device, assignment.job_id, credentials) for device in assignment.caches]
+    sources.append(CoordinatorSource(bulk, assignment.job_id))
     return SharedWeights(
         manifest,
         folders=[folder] if config.uses_folders and folder.is_dir() else [],

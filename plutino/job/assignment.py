@@ -32,6 +32,14 @@ class RestorePoint(_Part):
     """Shadow id -> sha256 of its file; together they hold every global parameter with its moments."""
 
 
+class DeviceCache(_Part):
+    """Where another device of the job hands out its weights cache."""
+
+    agent_id: str
+    device_name: str
+    address: str
+
+
 class WorkerAssignment(_Part):
     """Everything a worker needs before it hears its first command."""
 
@@ -61,6 +69,8 @@ class WorkerAssignment(_Part):
     coordinator_address: str
     bulk_address: str
     restore: RestorePoint | None = None
+    caches: tuple[DeviceCache, ...] = ()
+    """Of the other devices of the plan."""
 
     @property
     def ref(self) -> WorkerRef:

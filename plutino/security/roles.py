@@ -15,6 +15,8 @@ METHOD_ROLES: dict[str, frozenset[Role]] = {
     "/plutino.v1.BulkService/GetShadow": _NODES | _RUNNERS,
     "/plutino.v1.BulkService/GetRange": _NODES | _RUNNERS,
     "/plutino.v1.BulkService/GetManifest": _NODES | _RUNNERS,
+    "/plutino.v1.CacheService/Holds": _NODES,
+    "/plutino.v1.CacheService/GetBlob": _NODES,
     "/plutino.v1.RunnerService/Run": _RUNNERS,
     "/plutino.v1.JobService/Submit": _PEOPLE,
     "/plutino.v1.JobService/Plan": _PEOPLE,

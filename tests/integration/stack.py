@@ -26,6 +26,8 @@ from coordinator.artifacts.verify import verify_adapter
 from coordinator.fleet.registry import Patience
 from coordinator.jobs.manager import Endpoints
 from coordinator.scheduling.local import LocalEngine
+from edge_node.cache_server import CacheServer
+from edge_node.network import DeviceNetwork
 from edge_node.session import WorkerSession
 from edge_node.weights_config import WeightsConfig
 from partitioner.device import BlockTimings
@@ -162,6 +164,9 @@ class ThreadAgent:
         weights: WeightsConfig | None = None,
     ) -> None:
         self._weights = weights
+        self._cache_server = None
+        if weights is not None:
+            self._cache_server = CacheServer(weights.cache(), DeviceNetwork(), lambda job_id: job_id in self.job_ids)
         self.name = name
         self._address = address
         self._memory_bytes = memory_bytes
@@ -183,6 +188,11 @@ class ThreadAgent:
         self._pulse = threading.Thread(target=self._beat, name=f"pulse {name}")
         self._pulse.start()
 
+    @property
+    def job_ids(self) -> set[str]:
+        """Jobs that this device has run."""
+        return {assignment.job_id for assignment in list(self.assignments)}
+
     def lose_worker(self, ref: WorkerRef, reason: str = "killed by signal 9", *, out_of_memory: bool = False) -> None:
         """A worker's memory is gone, as after kill -9."""
         self._report(ref, -9, reason, out_of_memory)
@@ -197,6 +207,8 @@ class ThreadAgent:
         for session in list(self.sessions.values()):
             session.end("the test is over")
         self._outgoing.put(None)
+        if self._cache_server is not None:
+            self._cache_server.close()
         for thread in [*self._worker_threads, self._thread, self._pulse]:
             thread.join(WAIT_S)
             assert not thread.is_alive(), f"{thread.name} does not end"
@@ -238,6 +250,7 @@ class ThreadAgent:
             workers=[worker_to_proto(ref) for ref in self.sessions],
             hardware=hardware_to_proto(self._hardware),
             wire_version=WIRE_VERSION,
+            cache_address="" if self._cache_server is None else self._cache_server.address,
         )
 
     def _on_command(self, command: agents_pb2.AgentCommand) -> None:

@@ -8,6 +8,7 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,8 @@ from plutino.errors import PlutinoError
 from plutino.job.spec import JobSpec
 from plutino.safetensors_index import read_safetensors_headers
 from plutino.wire.bulk import BulkClient
+from plutino.wire.channel import Lane, sync_channel
+from protos import cache_pb2, cache_pb2_grpc
 from tests.integration.hub_server import COMMIT, REPOSITORY, FakeHub
 from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
 
@@ -124,6 +127,39 @@ def test_job_of_a_hub_model_pulls_each_stage_from_the_hub_and_names_the_model_in
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (REPOSITORY, COMMIT)
     assert fleet.people.detail(job_id)["spec"]["model"]["path"] == f"{REPOSITORY}@{COMMIT}"
+
+
+def test_device_gets_from_another_one_of_the_job_what_that_has(fleet, model_dir, tmp_path):
+    first = spec_of(model_dir, tmp_path / "alone", stages=1)
+    alone = first.placement.model_copy(update={"devices": ("device0",)})
+    fleet.run(first.model_copy(update={"placement": alone}))
+
+    _, places = fleet.run(spec_of(model_dir, tmp_path / "both"))
+
+    assert sorted(set(place) - {"cache"} for place in places) == [set(), {"device device0"}]
+
+
+def test_cache_is_closed_to_other_jobs_and_other_names(fleet, model_dir, tmp_path):
+    job_id, _ = fleet.run(spec_of(model_dir, tmp_path / "out"))
+    (assignment,) = fleet.agents[0].assignments
+    (other,) = assignment.caches
+    channel = sync_channel(other.address, Lane.BULK)
+    try:
+        stub = cache_pb2_grpc.CacheServiceStub(channel)
+        for job, sha256, code in (
+            ("other-job", assignment.manifest_sha256, grpc.StatusCode.NOT_FOUND),
+            (job_id, "../../secret", grpc.StatusCode.INVALID_ARGUMENT),
+            (job_id, "0" * 64, grpc.StatusCode.INVALID_ARGUMENT),
+        ):
+            request = cache_pb2.GetBlobRequest(job_id=job, sha256=sha256)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stub.GetBlob(request, timeout=20))
+            assert caught.value.code() is code
+        assert stub.Holds(cache_pb2.HoldsRequest(job_id=job_id, sha256=assignment.manifest_sha256), timeout=20).holds
+        with pytest.raises(grpc.RpcError, match="needs a deadline"):
+            list(stub.GetBlob(cache_pb2.GetBlobRequest(job_id=job_id, sha256="0" * 64)))
+    finally:
+        channel.close()
 
 
 def test_flipped_byte_in_the_coordinators_file_ends_the_job_and_nothing_is_trained(fleet, model_dir, tmp_path):
