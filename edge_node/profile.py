@@ -83,7 +83,9 @@ def _measure_block(source: RandomSource, request: ProfileRequest) -> tuple[float
 
 def _measure_head(source: RandomSource, request: ProfileRequest) -> tuple[float, float]:
     last = _adapted_stage(source, 2, request)
-    shape = (request.micro_batch_rows, request.row_tokens, int(last.config.hidden_size))
+    # Not the hidden size where the model projects before its head.
+    width = int(last.model.get_submodule(last.head_name).in_features)  # type: ignore[arg-type]
+    shape = (request.micro_batch_rows, request.row_tokens, width)
     normed = torch.randn(shape).to(COMPUTE_DTYPES[request.dtype]).requires_grad_(True)
     labels, objective = _label_rows(request), SftObjective()
 
