@@ -1,4 +1,4 @@
-"""A job of every kind of family through the whole installation: measured, planned, trained over two devices, exported."""
+"""A job of every family through the whole installation: measured, planned, trained over two devices, exported."""
 
 from __future__ import annotations
 
