@@ -57,17 +57,15 @@ def examine_coordinator(
 def judge_ray(run: ChildRun) -> Finding:
     """Whether Ray is there and starts."""
     without = "or do without it: plutino up --engine local"
-    if "import" not in run.results:
-        reason = run.last_words.splitlines()[-1] if run.last_words else f"exit code {run.exit_code}"
-        return fail(
-            "Ray", f"cannot be imported: {reason}", f"pip install 'plutino[coordinator]' (64-bit only), {without}"
-        )
-    version = run.results["import"]["version"]
+    reason = "took too long" if run.timed_out else run.reason
+    if "installed" not in run.results:
+        fix = f"pip install 'plutino[coordinator]' (Ray has 64-bit wheels only), {without}"
+        return fail("Ray", f"is not installed: {reason}", fix)
+    version = run.results["installed"]["version"]
     if "start" not in run.results:
-        reason = "took too long" if run.timed_out else run.last_words or f"exit code {run.exit_code}"
         return fail("Ray", f"{version} does not start: {reason}", f"free memory (it takes 430 MiB), {without}")
     if run.exit_code:
-        said = f"{version} starts, but its end failed: {run.last_words}"
+        said = f"{version} starts, but its end failed: {reason}"
         return warn("Ray", said, "end what is left: ps -C raylet,gcs_server -o pid,args, then kill PID")
     return ok("Ray", f"{version} starts in {run.results['start']['seconds']:.1f} s")
 

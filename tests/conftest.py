@@ -51,7 +51,9 @@ PART_BY_MARKER = {
 PART_BY_PATH = {
     # Families, weights over the wire, security, machines of all kinds.
     "numerics/test_famil": ANY_MODEL,
+    "numerics/test_kernel_probe": ANY_MODEL,
     "unit/edge/test_cache": ANY_MODEL,
+    "unit/deploy/": ANY_MODEL,
     "unit/doctor/": ANY_MODEL,
     "unit/edge/test_hardware": ANY_MODEL,
     "unit/edge/test_weights": ANY_MODEL,
@@ -72,7 +74,6 @@ PART_BY_PATH = {
     "lan/": ANY_MODEL,
     # Quantised layers.
     "numerics/test_gptq": QUANTISED,
-    "numerics/test_kernel_probe": QUANTISED,
     "numerics/test_lora_linear": QUANTISED,
     "numerics/test_packed": QUANTISED,
     "numerics/test_quant": QUANTISED,

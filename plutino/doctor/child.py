@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _NUM_LAST_LINES = 3
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,12 @@ class ChildRun:
     last_words: str = ""
     """The end of its stderr."""
     timed_out: bool = False
+
+    @property
+    def reason(self) -> str:
+        """Why it ended as it did, in a line."""
+        lines = [line.strip() for line in self.last_words.splitlines() if line.strip()]
+        return lines[-1][:_LONGEST_REASON] if lines else f"exit code {self.exit_code} without a word"
 
 
 def run_child(command: Sequence[str], *, timeout_s: float, environment: Mapping[str, str] | None = None) -> ChildRun:

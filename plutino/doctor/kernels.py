@@ -28,7 +28,8 @@ def run_kernels(threads: int, command: Sequence[str] = PROBE_COMMAND, timeout_s:
         command: program; ``--threads N`` is appended.
         timeout_s: after so long it is killed.
     """
-    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    # As a worker's: threads that spin for each other on cores that others use measure the others.
+    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return run_child([*command, "--threads", str(threads)], timeout_s=timeout_s, environment=environment)
 
 
@@ -121,6 +122,5 @@ def _killed(name: str, run: ChildRun, extra: str) -> Finding:
     if run.exit_code == -signal.SIGILL:
         return fail(what, "illegal instruction: this torch is built for another processor", _CPU_ONLY)
     if run.exit_code < 0:
-        return fail(what, f"killed by {signal.Signals(-run.exit_code).name}; {run.last_words}", _CPU_ONLY)
-    reason = run.last_words.splitlines()[-1] if run.last_words else f"exit code {run.exit_code} without a word"
-    return fail(what, reason, f"pip install 'plutino[{extra}]'")
+        return fail(what, f"killed by {signal.Signals(-run.exit_code).name}; {run.reason}", _CPU_ONLY)
+    return fail(what, run.reason, f"pip install 'plutino[{extra}]'")

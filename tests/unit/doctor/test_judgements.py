@@ -194,10 +194,15 @@ def test_card_whose_kernels_fail_is_a_failure_and_one_that_works_is_named():
 @pytest.mark.parametrize(
     ("results", "run", "verdict", "measured"),
     [
-        ({}, {"exit_code": 1, "last_words": "No module named 'ray'"}, FAIL, "cannot be imported"),
-        ({"import": {"version": "2.60.0"}}, {"exit_code": -9, "timed_out": True}, FAIL, "took too long"),
-        ({"import": {"version": "2.60.0"}, "start": {"seconds": 3.0}}, {"exit_code": 1}, WARN, "its end failed"),
-        ({"import": {"version": "2.60.0"}, "start": {"seconds": 3.0}}, {}, OK, "starts in 3.0 s"),
+        (
+            {},
+            {"exit_code": 1, "last_words": "No package metadata was found for ray"},
+            FAIL,
+            "is not installed: No package",
+        ),
+        ({"installed": {"version": "2.60.0"}}, {"exit_code": -9, "timed_out": True}, FAIL, "took too long"),
+        ({"installed": {"version": "2.60.0"}, "start": {"seconds": 3.0}}, {"exit_code": 1}, WARN, "its end failed"),
+        ({"installed": {"version": "2.60.0"}, "start": {"seconds": 3.0}}, {}, OK, "starts in 3.0 s"),
     ],
 )
 def test_ray_is_judged_by_how_far_it_came(results, run, verdict, measured):
