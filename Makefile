@@ -12,6 +12,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 PIPELINE_ARGS ?=
 MEMORY_ARGS ?=
+QUANTIZE_ARGS ?=
 
 BIN := $(VENV)/bin
 # Inside the environment, so that it goes with it.
@@ -60,9 +61,10 @@ format: $(STAMP) ## format, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## measure speed against peers and memory against the plan; writes benchmarks/results
+bench: $(STAMP) ## measure speed against peers, memory against the plan, packed layers; writes benchmarks/results
 	$(BIN)/python -m benchmarks.pipeline $(PIPELINE_ARGS)
 	$(BIN)/python -m benchmarks.memory $(MEMORY_ARGS)
+	$(BIN)/python -m benchmarks.quantize $(QUANTIZE_ARGS)
 
 protos: $(STAMP) ## generate the code of the .proto files anew
 	$(BIN)/python -m protos.generate

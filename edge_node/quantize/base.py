@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from edge_node.quantize.workspace import scratch_elements
 from plutino.errors import QuantizationError
-
-PACK_TILE_ELEMENTS = 1 << 20
-"""Weights packed at once: what packing holds beside the weight and its packed form is a few times this in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +68,20 @@ class Scheme(Protocol):
         """
 
 
+@runtime_checkable
+class RowScaled(Protocol):
+    """A scheme whose rows each have one scale, which products may apply to their output instead of to the weight.
+
+    For few tokens that is much less to multiply.
+    """
+
+    def row_scales(self, packed: Mapping[str, Tensor]) -> Tensor:
+        """The scales [out_features]."""
+
+    def unpack_codes(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
+        """As :meth:`Scheme.unpack`, less the scales: exact in bf16, but too large for fp16 sums."""
+
+
 def packed_bytes(scheme: Scheme, out_features: int, in_features: int) -> int:
     """Bytes a packed weight takes, all constants counted."""
     return sum(tensor.num_bytes for tensor in scheme.layout(out_features, in_features).values())
@@ -102,19 +113,25 @@ def check_weight(scheme: Scheme, weight: Tensor) -> None:
     """Refuse what cannot be packed.
 
     Raises:
-        QuantizationError: no floating matrix, a shape that does not fit, or a value that is not finite.
+        QuantizationError: no floating matrix, or a shape that does not fit.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise QuantizationError(
             f"{scheme.name} packs floating matrices, not {weight.dtype} {list(weight.shape)}; leave it unpacked"
         )
     scheme.check(*weight.shape)
-    # min and max rather than isfinite: no mask of the weight's size.
-    low, high = torch.aminmax(weight)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+
+
+def check_finite(weight: Tensor, largest: Tensor) -> None:
+    """Refuse a weight of which one of these largest magnitudes is not finite; each is NaN if one of its weights is.
+
+    Raises:
+        QuantizationError: one is not.
+    """
+    if not torch.isfinite(largest).all():
         raise QuantizationError(
-            f"a [{weight.shape[0]}, {weight.shape[1]}] weight holds values that are not finite "
-            f"(smallest {low.item()}, largest {high.item()}); get the model's files again"
+            f"a [{weight.shape[0]}, {weight.shape[1]}] weight holds values that are not finite; "
+            "get the model's files again"
         )
 
 

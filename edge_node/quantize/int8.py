@@ -14,7 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from edge_node.quantize.base import PACK_TILE_ELEMENTS, PackedTensor, check_weight, row_tiles, scale_groups
+from edge_node.quantize.base import (
+    PackedTensor,
+    check_finite,
+    check_weight,
+    row_tiles,
+    scale_groups,
+)
+from edge_node.quantize.workspace import scratch_elements
 from plutino.errors import QuantizationError
 
 _LARGEST_CODE = 127
@@ -49,9 +56,13 @@ class Int8:
         out_features, in_features = weight.shape
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=weight.device)
         scales = torch.empty(out_features, dtype=torch.bfloat16, device=weight.device)
-        for start, end in row_tiles(out_features, in_features, multiple=1, max_elements=PACK_TILE_ELEMENTS):
+        for start, end in row_tiles(
+            out_features, in_features, multiple=1, max_elements=scratch_elements(weight.device)
+        ):
             rows = weight[start:end].to(torch.float32, copy=True)
-            scales[start:end] = torch.linalg.vector_norm(rows, torch.inf, dim=1) / _LARGEST_CODE
+            largest = rows.abs().amax(dim=1)
+            check_finite(weight, largest)
+            scales[start:end] = largest / _LARGEST_CODE
             # By the rounded scale, and 1 where even a row that is not all zeros is too small to have one.
             divisors = torch.where(scales[start:end] > 0, scales[start:end], 1).float().unsqueeze(1)
             codes[start:end] = rows.div_(divisors).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
@@ -62,3 +73,11 @@ class Int8:
         codes, scales = (packed[name][start_row : start_row + len(out)] for name in ("codes", "scales"))
         scale_groups(codes, scales.unsqueeze(1), out)
         return out
+
+    def row_scales(self, packed: Mapping[str, Tensor]) -> Tensor:
+        """The scales; see :class:`edge_node.quantize.base.RowScaled`."""
+        return packed["scales"]
+
+    def unpack_codes(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
+        """The codes of rows from ``start_row`` on; see :class:`edge_node.quantize.base.RowScaled`."""
+        return out.copy_(packed["codes"][start_row : start_row + len(out)])

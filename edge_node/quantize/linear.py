@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from edge_node.quantize.base import Scheme, check_packed, row_tiles
+from edge_node.quantize.base import RowScaled, Scheme, check_packed, row_tiles
 from edge_node.quantize.workspace import TILE_ELEMENTS, workspace
 
 
@@ -138,12 +138,18 @@ class _FrozenProduct(torch.autograd.Function):
         dtype = module.compute_dtype or x.dtype
         rows = x.reshape(-1, module.in_features).to(dtype)
         y = torch.empty(len(rows), module.out_features, dtype=dtype, device=x.device)
+        scales = _row_scales(module, dtype)
         bias = None if bias is None else bias.to(dtype)
         for start, end, weight in _weight_tiles(module, dtype, x.device):
-            if bias is None:
-                torch.mm(rows, weight.t(), out=y[:, start:end])
+            tile = y[:, start:end]
+            if bias is None or scales is not None:
+                torch.mm(rows, weight.t(), out=tile)
             else:
-                torch.addmm(bias[start:end], rows, weight.t(), out=y[:, start:end])
+                torch.addmm(bias[start:end], rows, weight.t(), out=tile)
+            if scales is not None:
+                tile.mul_(scales[start:end])
+                if bias is not None:
+                    tile.add_(bias[start:end])
         return y.to(x.dtype).view(*x.shape[:-1], module.out_features)
 
     @staticmethod
@@ -155,6 +161,9 @@ class _FrozenProduct(torch.autograd.Function):
         module: QuantLinear = ctx.module
         dtype = module.compute_dtype or gradient.dtype
         rows = gradient.reshape(-1, module.out_features).to(dtype)
+        scales = _row_scales(module, dtype)
+        if scales is not None:
+            rows = rows * scales
         total: Tensor | None = None
         for start, end, weight in _weight_tiles(module, dtype, gradient.device):
             part = torch.mm(rows[:, start:end], weight)
@@ -179,4 +188,14 @@ def _weight_tiles(module: QuantLinear, dtype: torch.dtype, device: torch.device)
     multiple = scheme.row_multiple(module.in_features)
     for start, end in row_tiles(module.out_features, module.in_features, multiple=multiple, max_elements=TILE_ELEMENTS):
         out = workspace("weight", (end - start) * module.in_features, dtype, device).view(end - start, -1)
-        yield start, end, scheme.unpack(packed, out, start_row=start)
+        if isinstance(scheme, RowScaled) and dtype != torch.float16:
+            yield start, end, scheme.unpack_codes(packed, out, start_row=start)
+        else:
+            yield start, end, scheme.unpack(packed, out, start_row=start)
+
+
+def _row_scales(module: QuantLinear, dtype: torch.dtype) -> Tensor | None:
+    """Scales to apply to the output instead of to the weight; None: the tiles are the weight itself."""
+    if not isinstance(module.scheme, RowScaled) or dtype == torch.float16:
+        return None
+    return module.scheme.row_scales(module.packed).to(dtype)

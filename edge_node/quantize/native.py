@@ -11,16 +11,12 @@ import ctypes
 import functools
 import importlib.util
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-DISABLE_VARIABLE = "PLUTINO_NO_NATIVE_KERNELS"
-"""Set in the environment, it keeps to torch alone."""
 
 Nf4Kernel = Callable[[Tensor, Tensor, Tensor], None]
 """Dequantises codes [N / 2] with fp32 constants [N / 64] into out [rows, columns] of N elements, a multiple of 64."""
@@ -37,7 +33,7 @@ _SYMBOLS = {
 @functools.cache
 def nf4_kernel(dtype: torch.dtype, device: torch.device, reference: Nf4Kernel) -> Nf4Kernel | None:
     """The kernel for this dtype on this device that gives the reference's bits, or None."""
-    if device.type != "cpu" or dtype not in _SYMBOLS or os.environ.get(DISABLE_VARIABLE):
+    if device.type != "cpu" or dtype not in _SYMBOLS:
         return None
     library = _cpu_library()
     if library is None:

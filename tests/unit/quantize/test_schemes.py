@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_node.quantize.base import PACK_TILE_ELEMENTS, check_packed, packed_bytes, row_tiles
+from edge_node.quantize.base import check_packed, packed_bytes, row_tiles
 from edge_node.quantize.registry import SCHEMES, scheme_of
+from edge_node.quantize.workspace import scratch_elements
 from plutino.errors import QuantizationError
 
 every_scheme = pytest.mark.parametrize("name", list(SCHEMES))
@@ -97,7 +98,7 @@ def test_bf16_weights_pack_like_the_same_values_in_fp32(name: str) -> None:
 
 @every_scheme
 def test_more_weights_than_are_packed_at_once_pack_like_the_parts(name: str) -> None:
-    rows, columns = 24, PACK_TILE_ELEMENTS // 16
+    rows, columns = 24, scratch_elements(torch.device("cpu")) // 16
     weight = gaussian(rows, columns)
     whole = unpack(name, SCHEMES[name].pack(weight), (rows, columns))
     part = unpack(name, SCHEMES[name].pack(weight[16:]), (rows - 16, columns))
