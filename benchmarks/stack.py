@@ -15,13 +15,13 @@ from plutino.client import Client
 from plutino.endpoint import ENDPOINT_FILE, read_endpoint
 from plutino.errors import JobError
 from plutino.job.spec import JobSpec
+from plutino.security.identity import write_private
 from plutino.types import JobId
-from plutino.wire.channel import Lane, sync_channel
-from protos import jobs_pb2 as pb
-from protos import jobs_pb2_grpc
 
 _START_TIMEOUT_S = 180.0
-_CALL_TIMEOUT_S = 30.0
+_TOKEN_FILE = "join-token"
+_JOIN_WITHIN_S = 24 * 3600.0
+_MOST_AGENTS = 100
 _REST_TIMEOUT_S = 300.0
 _REST_WINDOW_S = 0.5
 _REST_SHARE = 0.1
@@ -31,8 +31,9 @@ _REST_SHARE = 0.1
 class PlutinoStack:
     """Coordinator and agents; leaving the ``with`` block ends every process."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, *, is_plaintext: bool = False) -> None:
         self._state_dir = state_dir
+        self._is_plaintext = is_plaintext
         self._children = Children(state_dir)
         self._processes: dict[str, Child] = {}
 
@@ -53,19 +54,21 @@ class PlutinoStack:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._channel.close()
         self.client.close()
         self._children.__exit__(kind, error, traceback)
 
     def _start_coordinator(self) -> None:
         arguments = ("--engine", "local", "--listen", "127.0.0.1:0", "--api", "127.0.0.1:0")
-        command = ("-m", "coordinator.cli", "up", "--state-dir", str(self._state_dir), *arguments)
+        tls = ("--insecure-loopback",) if self._is_plaintext else ()
+        command = ("-m", "coordinator.cli", "up", "--state-dir", str(self._state_dir), *arguments, *tls)
         self._processes["coordinator"] = self._children.start("coordinator", *command)
         endpoint_path = self._state_dir / ENDPOINT_FILE
         self._children.wait_for("the coordinator's start", lambda: endpoint_path.exists() or None, _START_TIMEOUT_S)
         self.client = Client.local(self._state_dir)
-        self._channel = sync_channel(self.client.address, Lane.REPORT)
-        self._stub = jobs_pb2_grpc.JobServiceStub(self._channel)
+        if not self._is_plaintext:
+            # In a file, because other users see the arguments of a process.
+            token = self.client.members.create_token(uses=_MOST_AGENTS, ttl_s=_JOIN_WITHIN_S).token
+            write_private(self._state_dir / _TOKEN_FILE, token.encode())
 
     def start_agents(self, budgets_bytes: Mapping[str, int]) -> None:
         """Start agents of one thread with these names and memory budgets, and wait until they have joined.
@@ -76,8 +79,8 @@ class PlutinoStack:
         for name, budget_bytes in budgets_bytes.items():
             self._processes[name] = self._children.start(
                 f"agent-{name}",
-                *("-m", "edge_node.cli", "run"),
-                *("--coordinator", read_endpoint(self._state_dir)["devices_address"]),
+                *("-m", "edge_node.cli"),
+                *self._how_to_join(),
                 *("--name", name),
                 *("--memory", f"{budget_bytes}B"),
                 *("--threads", "1"),
@@ -89,6 +92,11 @@ class PlutinoStack:
             return set(budgets_bytes) <= alive or None
 
         self._children.wait_for("the agents' joining", all_in, _START_TIMEOUT_S)
+
+    def _how_to_join(self) -> tuple[str, ...]:
+        if self._is_plaintext:
+            return ("run", "--coordinator", read_endpoint(self._state_dir)["devices_address"])
+        return ("join", "--token-file", str(self._state_dir / _TOKEN_FILE))
 
     def stop_agents(self) -> None:
         """End all agents and their workers."""
@@ -109,9 +117,9 @@ class PlutinoStack:
         Raises:
             JobError: the job does not pause, or something goes on computing.
         """
-        response: pb.PauseResponse = self._stub.Pause(pb.PauseRequest(job_id=job_id), timeout=_CALL_TIMEOUT_S)
-        if response.state != "paused":
-            raise JobError(f"the job was asked to pause and is {response.state}; its processes' logs: {self.logs()}")
+        state = self.client.pause(job_id)
+        if state != "paused":
+            raise JobError(f"the job was asked to pause and is {state}; its processes' logs: {self.logs()}")
         deadline_s = time.monotonic() + _REST_TIMEOUT_S
         # The workers still compute the step that they were given; its decision waits for the resume.
         while self._used_share() > _REST_SHARE:
@@ -124,9 +132,9 @@ class PlutinoStack:
         Raises:
             JobError: it does not.
         """
-        response: pb.ResumeResponse = self._stub.Resume(pb.ResumeRequest(job_id=job_id), timeout=_CALL_TIMEOUT_S)
-        if response.state != "running":
-            raise JobError(f"the job was asked to resume and is {response.state}; logs: {self.logs()}")
+        state = self.client.resume(job_id)
+        if state != "running":
+            raise JobError(f"the job was asked to resume and is {state}; logs: {self.logs()}")
 
     def agents_rss_bytes(self) -> dict[str, int]:
         """Resident memory of every running agent's supervisor, as it tells in its heartbeats."""

@@ -20,21 +20,39 @@ from coordinator.fleet.membership import Change
 from coordinator.fleet.registry import FleetRegistry, Patience, WorkerExit
 from coordinator.jobs.manager import Endpoints, JobManager
 from coordinator.scheduling.engine import Engine
+from coordinator.security.addresses import advertised_hosts, beside, dialled_here, with_port_of
+from coordinator.security.warden import Warden
 from coordinator.services.agents import AgentServicer
 from coordinator.services.doctor import DoctorServicer
 from coordinator.services.jobs import JobServicer
+from coordinator.services.join import CertificateServicer, JoinServicer
 from coordinator.services.runners import RunnerServicer
+from coordinator.services.security import SecurityServicer
 from coordinator.services.workers import WorkerServicer
 from coordinator.storage.base import Store
 from coordinator.storage.sqlite import SqliteStore
-from plutino.errors import JobError, StoreError
-from plutino.wire.channel import Lane, aio_server, bind
-from protos import agents_pb2_grpc, doctor_pb2_grpc, jobs_pb2_grpc, runners_pb2_grpc, workers_pb2_grpc
+from plutino.errors import JobError, SecurityError, StoreError
+from plutino.security.certificates import LIFETIME_S
+from plutino.security.identity import COORDINATOR
+from plutino.security.tokens import DEFAULT_TTL_S
+from plutino.types import AgentId
+from plutino.wire.channel import Lane, aio_server, bind, is_loopback, split_address
+from protos import (
+    agents_pb2_grpc,
+    doctor_pb2_grpc,
+    jobs_pb2_grpc,
+    runners_pb2_grpc,
+    security_pb2_grpc,
+    workers_pb2_grpc,
+)
 
 logger = logging.getLogger(__name__)
 
 _BULK_START_TIMEOUT_S = 30.0
 _STOP_GRACE_S = 1.0
+_JOIN_OFFSET, _BULK_OFFSET = 2, 3
+"""Ports behind the devices' one; the one between is the people's."""
+_JOINS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +61,16 @@ class CoordinatorConfig:
 
     state_dir: Path
     devices_address: str = "127.0.0.1:7420"
-    """Where agents and workers dial; a restart takes the same port again, so that they find it."""
+    """Where agents and workers dial; a restart takes the same port again, so that they find it. Devices join two ports
+    further on, and reach weights and shadows three; port 0 takes free ones."""
     people_address: str = "127.0.0.1:7421"
     """Where the command line and programs dial."""
+    advertised_hosts: tuple[str, ...] = ()
+    """Where other machines reach this one, for join tokens; empty to find out."""
+    is_plaintext: bool = False
+    """No TLS: loopback only, and whoever is on this machine is trusted."""
+    certificate_lifetime_s: float = LIFETIME_S
+    """Of every certificate that is issued; renewed at two thirds of it."""
     engine: Literal["ray", "local"] = "ray"
     ray_address: str | None = None
     """An existing Ray cluster; None starts an embedded one."""
@@ -79,6 +104,7 @@ async def run_coordinator(
         ConfigError: an address is taken.
         SecurityError: an address is beyond loopback.
     """
+    _refuse_plaintext_beyond_loopback(config)
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if stop is None:
         stop = asyncio.Event()
@@ -88,13 +114,20 @@ async def run_coordinator(
         store = SqliteStore(config.state_dir / "plutino.sqlite")
         stack.callback(store.close)
         incarnation = await asyncio.wrap_future(store.next_incarnation())
-        bulk_address = await _start_bulk(config, store, stack)
-        await _serve(config, store, incarnation, bulk_address, stack, stop, on_ready, make_engine or _make_engine)
+        warden = None
+        if not config.is_plaintext:
+            warden = Warden(config.state_dir, lifetime_s=config.certificate_lifetime_s)
+            stack.callback(warden.close)
+        bulk_address = await _start_bulk(config, store, warden, stack)
+        await _serve(
+            config, store, warden, incarnation, bulk_address, stack, stop, on_ready, make_engine or _make_engine
+        )
 
 
 async def _serve(
     config: CoordinatorConfig,
     store: Store,
+    warden: Warden | None,
     incarnation: int,
     bulk_address: str,
     stack: AsyncExitStack,
@@ -114,11 +147,30 @@ async def _serve(
     fleet = FleetRegistry(
         incarnation=incarnation, on_change=on_change, on_worker_exit=on_worker_exit, patience=config.patience
     )
-    devices_server, people_server = aio_server(Lane.CONTROL), aio_server(Lane.REPORT)
+    credentials = None if warden is None else warden.credentials
+    devices_server, people_server = (
+        aio_server(lane, interceptors=[] if warden is None else [warden.gate()]) for lane in (Lane.CONTROL, Lane.REPORT)
+    )
+    devices_address = bind(
+        devices_server, with_port_of(config.devices_address, store.value("devices_address")), credentials
+    )
+    people_address = bind(
+        people_server, with_port_of(config.people_address, store.value("people_address")), credentials
+    )
+    servers = [devices_server, people_server]
+    join_addresses: tuple[str, ...] = ()
+    if warden is not None:
+        join_server, join_addresses = await _bind_join(config, store, warden, devices_address)
+        servers.append(join_server)
+        certificates = CertificateServicer(warden)
+        security_pb2_grpc.add_CertificateServiceServicer_to_server(certificates, devices_server)
     endpoints = Endpoints(
-        devices_address=bind(devices_server, _stored_address(store, "devices_address", config.devices_address)),
-        people_address=bind(people_server, _stored_address(store, "people_address", config.people_address)),
-        bulk_address=bulk_address,
+        devices_address=dialled_here(devices_address),
+        people_address=dialled_here(people_address),
+        bulk_address=dialled_here(bulk_address),
+        join_addresses=join_addresses,
+        join_token="" if warden is None else await _first_token(warden, join_addresses),
+        runner_identity=None if warden is None else warden.runner_path,
     )
     engine = make_engine(config, endpoints, incarnation)
     manager = JobManager(
@@ -131,30 +183,68 @@ async def _serve(
     )
     jobs.append(manager)
     agents_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(fleet), devices_server)
-    doctor_pb2_grpc.add_DoctorServiceServicer_to_server(DoctorServicer(fleet, bulk_address), devices_server)
-    workers_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(manager.workers_of), devices_server)
-    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet), people_server)
+    doctor_pb2_grpc.add_DoctorServiceServicer_to_server(
+        DoctorServicer(fleet, dialled_here(bulk_address)), devices_server
+    )
+    workers_pb2_grpc.add_WorkerServiceServicer_to_server(
+        WorkerServicer(manager.workers_of, manager.owner_of), devices_server
+    )
+    members = None if warden is None else warden.members
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet, members), people_server)
+    security = SecurityServicer(warden, join_addresses, lambda node_id, reason: fleet.revoke(AgentId(node_id), reason))
+    security_pb2_grpc.add_SecurityServiceServicer_to_server(security, people_server)
     runners_pb2_grpc.add_RunnerServiceServicer_to_server(RunnerServicer(incarnation, manager.runner_of), people_server)
     await engine.start()
     stack.push_async_callback(engine.close)
-    for server in (devices_server, people_server):
+    for server in servers:
         await server.start()
-    stack.push_async_callback(_stop_servers, devices_server, people_server)
+    stack.push_async_callback(_stop_servers, *servers)
     stack.push_async_callback(manager.close)
     manager.resume_all()
-    await _write_endpoints(config, store, endpoints)
+    await _write_endpoints(config, store, warden, endpoints)
     on_ready(endpoints)
     forever = [
         asyncio.create_task(fleet.watch_leases()),
         asyncio.create_task(manager.run()),
         asyncio.create_task(_watch_store(store)),
     ]
+    if warden is not None:
+        forever.append(asyncio.create_task(warden.renew_forever()))
     stopping = asyncio.create_task(stop.wait())
     done, _ = await asyncio.wait({stopping, *forever}, return_when=asyncio.FIRST_COMPLETED)
     for task in (stopping, *forever):
         task.cancel()
     for task in done - {stopping}:
         task.result()  # a service of the coordinator must never end by itself
+
+
+def _refuse_plaintext_beyond_loopback(config: CoordinatorConfig) -> None:
+    for address in (config.devices_address, config.people_address):
+        if config.is_plaintext and not is_loopback(split_address(address)[0]):
+            raise SecurityError(
+                f"{address} is not a loopback address, and without TLS what listens there is neither encrypted nor "
+                "authenticated; leave --insecure-loopback out, or listen on 127.0.0.1"
+            )
+
+
+async def _bind_join(
+    config: CoordinatorConfig, store: Store, warden: Warden, devices_address: str
+) -> tuple[grpc.aio.Server, tuple[str, ...]]:
+    """The server that asks for no certificate, because whoever calls wants one; and where devices reach it."""
+    server = aio_server(Lane.CONTROL, max_concurrent_calls=_JOINS_AT_ONCE, interceptors=[warden.gate()])
+    address = with_port_of(beside(config.devices_address, _JOIN_OFFSET), store.value("join_address"))
+    host, port = split_address(bind(server, address, warden.credentials, asks_certificate=False))
+    _, devices_port = split_address(devices_address)
+    security_pb2_grpc.add_JoinServiceServicer_to_server(JoinServicer(warden, devices_port), server)
+    await asyncio.wrap_future(store.put_value("join_address", f"{host}:{port}"))
+    return server, tuple(f"{reached}:{port}" for reached in advertised_hosts(host, config.advertised_hosts))
+
+
+async def _first_token(warden: Warden, addresses: tuple[str, ...]) -> str:
+    token, _ = await asyncio.to_thread(
+        warden.make_token, addresses, uses=1, ttl_s=DEFAULT_TTL_S, actor=str(COORDINATOR)
+    )
+    return token.encode()
 
 
 async def _watch_store(store: Store) -> None:
@@ -178,7 +268,10 @@ def _make_engine(config: CoordinatorConfig, endpoints: Endpoints, incarnation: i
         from coordinator.scheduling.local import LocalEngine
 
         return LocalEngine(
-            address=endpoints.people_address, bulk_address=endpoints.bulk_address, incarnation=incarnation
+            address=endpoints.people_address,
+            bulk_address=endpoints.bulk_address,
+            incarnation=incarnation,
+            runner_identity=endpoints.runner_identity,
         )
     # Imported late: Ray takes half a second, and the local engine must work where Ray has no wheel.
     from coordinator.scheduling.ray_backend.engine import RayEngine
@@ -189,22 +282,20 @@ def _make_engine(config: CoordinatorConfig, endpoints: Endpoints, incarnation: i
         incarnation=incarnation,
         state_dir=config.state_dir,
         ray_address=config.ray_address,
+        runner_identity=endpoints.runner_identity,
     )
 
 
-def _stored_address(store: Store, key: str, configured: str) -> str:
-    """The address of the last start where the configured one leaves the port open."""
-    if not configured.endswith(":0"):
-        return configured
-    return store.value(key) or configured
-
-
-async def _write_endpoints(config: CoordinatorConfig, store: Store, endpoints: Endpoints) -> None:
+async def _write_endpoints(
+    config: CoordinatorConfig, store: Store, warden: Warden | None, endpoints: Endpoints
+) -> None:
     values = {
         "devices_address": endpoints.devices_address,
         "people_address": endpoints.people_address,
         "bulk_address": endpoints.bulk_address,
         "pid": str(os.getpid()),
+        # Empty without TLS.
+        "person_identity": "" if warden is None else str(warden.person_path.absolute()),
     }
     for key in ("devices_address", "people_address", "bulk_address"):
         await asyncio.wrap_future(store.put_value(key, values[key]))
@@ -214,20 +305,21 @@ async def _write_endpoints(config: CoordinatorConfig, store: Store, endpoints: E
     temporary.replace(path)
 
 
-async def _start_bulk(config: CoordinatorConfig, store: Store, stack: AsyncExitStack) -> str:
+async def _start_bulk(config: CoordinatorConfig, store: Store, warden: Warden | None, stack: AsyncExitStack) -> str:
     """Start the bulk process on the port it had before, so that workers that outlived a restart still reach it."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "coordinator.weights.bulk",
         "--address",
-        store.value("bulk_address") or "127.0.0.1:0",
+        with_port_of(beside(config.devices_address, _BULK_OFFSET), store.value("bulk_address")),
         "--state-dir",
         str(config.state_dir),
         "--rate-bytes-per-s",
         str(config.bulk_rate_bytes_per_s),
         "--parent-pid",
         str(os.getpid()),
+        *(() if warden is None else ("--identity", str(warden.coordinator_path))),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

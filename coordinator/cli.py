@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from coordinator.member_commands import devices_app, token_app
+from coordinator.options import AsJson, StateDir
 from plutino.errors import JobError, PlutinoError
 
 if TYPE_CHECKING:
@@ -45,14 +47,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(token_app, name="token")
+app.add_typer(devices_app, name="devices")
+
 _INTERRUPTED_EXIT_CODE = 130
 """What a shell gives a command that SIGINT ended."""
 
-StateDir = Annotated[
-    Path | None,
-    typer.Option("--state-dir", help="The coordinator's folder; by default plutino in the user's state directory."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job file, YAML or JSON.")]
 JobIdText = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or its beginning.")]
 Overrides = Annotated[
@@ -78,6 +78,13 @@ def up(
     settle: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.0, help="Plans wait until no device has joined for so long.")
     ] = 1.5,
+    advertise: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Where other machines reach this one, for join tokens. May be repeated."),
+    ] = None,
+    insecure_loopback: Annotated[
+        bool, typer.Option("--insecure-loopback", help="No TLS: this machine only, and trust everybody on it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the coordinator until Ctrl-C; its jobs go on at the next start."""
@@ -93,6 +100,8 @@ def up(
         engine=engine,
         ray_address=ray_address,
         patience=Patience(lease_s=lease, settle_s=settle),
+        advertised_hosts=tuple(advertise or ()),
+        is_plaintext=insecure_loopback,
     )
     serve(config, as_json=as_json)
 
@@ -190,18 +199,6 @@ def resume(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) 
 def cancel(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
     """End a job and free everything it holds."""
     _change(job, state_dir, lambda client, job_id: client.cancel(job_id), as_json=as_json)
-
-
-@app.command()
-def devices(state_dir: StateDir = None, as_json: AsJson = False) -> None:
-    """List the devices, what they give and what is taken of it."""
-    with _client(state_dir) as client:
-        found = client.devices()
-    if as_json:
-        return _print_json(found)
-    from coordinator.screens import device_table, make_console
-
-    make_console().print(device_table(found))
 
 
 @app.command()

@@ -22,6 +22,7 @@ from coordinator.job_view import JobView, StageView, told
 from partitioner.plan import Plan, StagePlan
 from plutino import events
 from plutino.client import JobDetail, JobSummary, NumberedEvent
+from plutino.members import TokenSummary
 from plutino.sizes import MIB, format_size
 
 _PLAIN_WIDTH = 160
@@ -79,6 +80,7 @@ def device_table(devices: Iterable[Mapping[str, Any]]) -> RenderableType:
         ">agent",
         "dtypes",
         "torch",
+        "links",
         "reason",
     )
     for device in devices:
@@ -93,10 +95,34 @@ def device_table(devices: Iterable[Mapping[str, Any]]) -> RenderableType:
             format_size(device["agent_rss_bytes"]),
             ", ".join(device["dtypes"]),
             escape(device["versions"].get("torch", "")),
+            escape(", ".join(_link(link) for link in device["links"])),
             escape(device["reason"]),
         )
     if not table.row_count:
-        return Text("no devices; start an agent on each with: plutino node run --coordinator HOST:PORT --memory SIZE")
+        return Text("no devices; make a token for one with: plutino token create")
+    return table
+
+
+def _link(link: Mapping[str, Any]) -> str:
+    """What a worker of the device is connected to."""
+    return f"{link['job_id']} stage {link['stage']} {link['state']} {format_size(link['sent_bytes'])} sent"
+
+
+def token_table(tokens: Sequence[TokenSummary], *, now_s: float) -> RenderableType:
+    """All join tokens, oldest first."""
+    if not tokens:
+        return Text("no tokens; make one with: plutino token create")
+    table = _table("token", "state", ">left", ">of", ">made", ">ends in")
+    for token in tokens:
+        left_s = token.expires_at_s - now_s
+        table.add_row(
+            token.token_id,
+            token.state,
+            str(token.uses_left),
+            str(token.uses),
+            f"{_duration(now_s - token.created_at_s)} ago",
+            _duration(left_s) if token.state == "usable" else "",
+        )
     return table
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from coordinator.app import CoordinatorConfig, run_coordinator
 from coordinator.jobs.manager import Endpoints
+from plutino.security.tokens import DEFAULT_TTL_S
 from plutino.sizes import MIB
+from plutino.wire.channel import is_loopback, split_address
 
 LOG_FILE = "coordinator.log"
 _LOG_BYTES = 16 * MIB
@@ -32,16 +34,29 @@ def serve(config: CoordinatorConfig, *, as_json: bool) -> None:
 
 def join_command(endpoints: Endpoints) -> str:
     """The line that starts an agent with this coordinator."""
-    return f"plutino node run --coordinator {endpoints.devices_address} --memory 4GiB"
+    if not endpoints.join_token:
+        return f"plutino node run --coordinator {endpoints.devices_address}"
+    return f"plutino node join {endpoints.join_token}"
 
 
 def _ready_text(endpoints: Endpoints, state_dir: Path, log_path: Path) -> str:
     return (
         f"The coordinator runs. State: {state_dir}   log: {log_path}\n"
-        "Start an agent on this machine, with the memory that it may use:\n"
+        f"{_how_to_join(endpoints)}"
         f"  {join_command(endpoints)}\n"
         "Then hand a job in: plutino submit job.yaml. Ctrl-C ends the coordinator; jobs go on at its next start."
     )
+
+
+def _how_to_join(endpoints: Endpoints) -> str:
+    if not endpoints.join_token:
+        return (
+            "It runs without TLS: every user of this machine can use it, and no other machine can join.\n"
+            "Start an agent on this machine (--memory 4GiB says what it may use):\n"
+        )
+    is_here = all(is_loopback(split_address(address)[0]) for address in endpoints.join_addresses)
+    where = "on this machine (for others: plutino up --listen 0.0.0.0:7420)" if is_here else "that reaches this one"
+    return f"Join one device {where}, within {DEFAULT_TTL_S / 60:.0f} minutes; for more: plutino token create\n"
 
 
 def _ready_json(endpoints: Endpoints) -> str:
@@ -50,6 +65,7 @@ def _ready_json(endpoints: Endpoints) -> str:
             "devices_address": endpoints.devices_address,
             "people_address": endpoints.people_address,
             "bulk_address": endpoints.bulk_address,
+            "join_addresses": endpoints.join_addresses,
             "pid": os.getpid(),
             "join": join_command(endpoints),
         }

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from edge_node.attachment import Attachment
 from edge_node.cache_server import CacheServer
 from edge_node.guard import limit_thread_stacks, read_usage
+from edge_node.joining import Renewal
 from edge_node.reachability import Reachability
 from edge_node.state_dir import StateDir, host_id
 from edge_node.worker_pool import PoolConfig, WorkerPool, worker_id, worker_ref
@@ -34,6 +35,8 @@ class AgentConfig:
     coordinator_address: str
     name: str
     pool: PoolConfig
+    node_id: str | None = None
+    """The id in the device's certificate; None without TLS, where the device makes one up."""
 
 
 class Agent:
@@ -49,12 +52,14 @@ class Agent:
         self._config = config
         self._state_dir = state_dir
         self._agent_id = ""
+        credentials = config.pool.network.credentials()
+        self._renewal = None if credentials is None else Renewal(config.coordinator_address, credentials)
         self._attachment = Attachment(
             config.coordinator_address,
             hello=self._hello,
             heartbeat=self._heartbeat,
             obey=self._obey,
-            credentials=config.pool.network.credentials(),
+            credentials=credentials,
         )
         self._pool = WorkerPool(config.pool, state_dir, self._attachment.report)
         self._reachability = Reachability(self._attachment.report, config.pool.network)
@@ -67,11 +72,12 @@ class Agent:
         Raises:
             ConfigError: another agent holds the state directory, or the memory budget holds no worker.
             AgentError: no worker can start on this device.
+            SecurityError: the coordinator shuts this device out, or its certificate has ended.
         """
         attaching: asyncio.Task[None] | None = None
         try:
             with self._state_dir.locked():
-                self._agent_id = self._state_dir.agent_id()
+                self._agent_id = self._config.node_id or self._state_dir.agent_id()
                 limit_thread_stacks()
                 pool = self._config.pool
                 if pool.weights.cache_bytes:
@@ -80,7 +86,11 @@ class Agent:
                     await self._until_end(self._pool.warm_up())
                     if not self._ended.is_set():
                         attaching = asyncio.create_task(self._attachment.run())
-                        await self._until_end(self._pool.watch(), attaching)
+                        renewing = asyncio.create_task(self._keep_renewed())
+                        try:
+                            await self._until_end(self._pool.watch(), attaching, renewing)
+                        finally:
+                            renewing.cancel()
                 finally:
                     await self._pool.end(f"agent {self._config.name} ends")
                     if self._cache_server is not None:
@@ -93,6 +103,12 @@ class Agent:
     def end(self) -> None:
         """Ask :meth:`run` to end the workers and return."""
         self._ended.set()
+
+    async def _keep_renewed(self) -> None:
+        if self._renewal is None:
+            await self._ended.wait()
+        else:
+            await self._renewal.run()
 
     async def _until_end(self, work: Coroutine[None, None, None], *others: asyncio.Task[None]) -> None:
         """Run ``work`` until it returns, another task ends or the agent shall end; raises what a task raised."""

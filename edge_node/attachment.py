@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 import grpc.aio
 
-from plutino.errors import WireError
+from plutino.errors import SecurityError, WireError
 from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, aio_channel
 from plutino.wire.status import error_from_rpc
@@ -74,7 +74,11 @@ class Attachment:
         self._wake.set()
 
     async def run(self) -> None:
-        """Attach, and attach again whenever the stream ends, until :meth:`close`."""
+        """Attach, and attach again whenever the stream ends, until :meth:`close`.
+
+        Raises:
+            SecurityError: the coordinator shuts this device out.
+        """
         backoff_s = _FIRST_BACKOFF_S
         while not self._is_closing:
             was_welcome, reason = await self._attach()
@@ -117,7 +121,10 @@ class Attachment:
                 await self._obey(command)
             return True, "it ended the stream"
         except grpc.aio.AioRpcError as error:
-            return self._is_attached, str(error_from_rpc(error, self._address))
+            translated = error_from_rpc(error, self._address)
+            if isinstance(translated, SecurityError):
+                raise translated from error
+            return self._is_attached, str(translated)
         except asyncio.TimeoutError:
             return False, f"{self._address} did not answer within {_WELCOME_TIMEOUT_S:.0f} s"
         except WireError as error:

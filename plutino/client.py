@@ -29,6 +29,7 @@ from plutino.endpoint import default_state_dir, read_endpoint
 from plutino.errors import PlutinoError, UnreachableError
 from plutino.events import JobEvent, parse_event
 from plutino.job.spec import JobSpec
+from plutino.members import Members
 from plutino.security.tls import Credentials
 from plutino.types import JobId
 from plutino.wire.channel import Lane, RenewedChannel
@@ -130,6 +131,11 @@ class Client:
     @property
     def _stub(self) -> jobs_pb2_grpc.JobServiceStub:
         return jobs_pb2_grpc.JobServiceStub(self._channel.current())
+
+    @property
+    def members(self) -> Members:
+        """Join tokens, revocations and their audit."""
+        return Members(self._channel.current, self._call)
 
     def __enter__(self) -> Client:
         return self

@@ -31,13 +31,16 @@ from partitioner.plan import Plan
 from plutino.assets import SNIPS_DIR
 from plutino.client import Client
 from plutino.data.readers import read_rows
-from plutino.endpoint import ENDPOINT_FILE, read_endpoint
+from plutino.endpoint import ENDPOINT_FILE
 from plutino.errors import ConfigError, JobError
 from plutino.job.model import Scheme
 from plutino.job.spec import parse_spec
+from plutino.security.identity import write_private
 from plutino.sizes import GIB, MIB
 
 _START_S = 60.0
+_JOIN_WITHIN_S = 3600.0
+_TOKEN_FILE = "join-token"
 _REFERENCE_S = 1800.0
 _REFERENCE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """As plutino's workers have it: on a busy machine, threads that spin while they wait make a step ten times as slow."""
@@ -105,6 +108,9 @@ def _train(values: Mapping[str, Any], options: DemoOptions, state_dir: Path, con
         endpoint_path = state_dir / ENDPOINT_FILE
         children.wait_for("the coordinator's start", lambda: endpoint_path.exists() or None, _START_S)
         with Client.local(state_dir) as client:
+            # By token, as a person joins devices; in a file, because other users see the arguments of a process.
+            token = client.members.create_token(uses=1 + len(DEVICES), ttl_s=_JOIN_WITHIN_S).token
+            write_private(state_dir / _TOKEN_FILE, token.encode())
             _start_small_agents(children, client, values, state_dir, console)
             view = JobView(client.submit(parse_spec(values, base_dir=state_dir)))
             console.rule(f"job {view.job_id}")
@@ -146,8 +152,8 @@ def _start_small_agents(
 def _start_agent(children: Children, device: DemoDevice, budget_bytes: int, state_dir: Path) -> Child:
     return children.start(
         f"agent-{device.name}",
-        *("-m", "edge_node.cli", "run"),
-        *("--coordinator", read_endpoint(state_dir)["devices_address"]),
+        *("-m", "edge_node.cli", "join"),
+        *("--token-file", str(state_dir / _TOKEN_FILE)),
         *("--name", device.name),
         *("--memory", f"{budget_bytes}B"),
         *("--threads", str(device.threads)),

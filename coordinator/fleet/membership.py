@@ -132,6 +132,14 @@ class Fleet:
         suspect = replace(known, state=DeviceState.SUSPECT, is_stream_up=False, reason=reason)
         return self._become(suspect, known.state, reason)
 
+    def revoke(self, agent_id: AgentId, reason: str) -> Outcome:
+        """A device was shut out: it is gone at once, whatever is left of its lease."""
+        known = self.members.get(agent_id)
+        if known is None:
+            return self, ()
+        gone = replace(known, state=DeviceState.GONE, is_stream_up=False, reason=reason)
+        return self._become(gone, known.state, reason)
+
     def tick(self, now_s: float) -> Outcome:
         """The time went on: silent devices become suspect, devices without a lease are gone."""
         fleet: Fleet = self

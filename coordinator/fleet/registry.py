@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from coordinator.fleet.membership import Change, Device, DeviceState, Fleet
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.doctor.door import DOOR_S, KNOCK_TIMEOUT_S
-from plutino.errors import AgentError, AgentLostError
+from plutino.errors import AgentError, AgentLostError, SecurityError
 from plutino.hardware import wire_refusal
 from plutino.types import AgentId, WorkerRef
 from plutino.wire.convert import worker_from_proto, worker_to_proto
@@ -144,11 +144,21 @@ class FleetRegistry:
         member = self.fleet.members.get(agent_id)
         return member is not None and member.state is DeviceState.GONE
 
-    async def serve(self, events: AsyncIterator[pb.AgentEvent]) -> AsyncIterator[pb.AgentCommand]:
-        """One control stream of an agent, from its hello to its end."""
+    async def serve(
+        self, events: AsyncIterator[pb.AgentEvent], certified_id: str | None = None
+    ) -> AsyncIterator[pb.AgentCommand]:
+        """One control stream of an agent, from its hello to its end.
+
+        Raises:
+            SecurityError: the agent's certificate is for another id than the one it gives.
+        """
         first = await anext(events, None)
         if first is None or not first.HasField("hello"):
             return
+        if certified_id is not None and first.hello.agent_id != certified_id:
+            raise SecurityError(
+                f"the certificate is for device {certified_id}, the agent says it is {first.hello.agent_id[:80]}"
+            )
         refused = wire_refusal(first.hello.name, first.hello.wire_version)
         if refused is not None:
             logger.warning("refused: %s", refused)
@@ -183,6 +193,13 @@ class FleetRegistry:
                 if not answer.done():
                     answer.set_exception(AgentLostError(f"{self.name_of(link.agent_id)} left before it answered"))
             self._step(self.fleet.stream_lost(link.agent_id, link.stream, self._clock()))
+
+    def revoke(self, agent_id: AgentId, reason: str) -> None:
+        """A device was shut out: its stream ends, and nobody waits for its lease."""
+        link = self._links.pop(agent_id, None)
+        if link is not None:
+            link.outgoing.put_nowait(None)
+        self._step(self.fleet.revoke(agent_id, reason))
 
     async def watch_leases(self) -> None:
         """Run forever: devices that stay silent become suspect, then gone."""

@@ -235,7 +235,7 @@ class JobDriver:
     async def _place(self, prepared: PreparedData) -> None:
         context = self.context
         if not context.fleet.devices and context.record.state is JobState.PLANNING:
-            reason = "no device has joined; start an agent on each device: plutino-node run"
+            reason = "no device has joined; make a token for each: plutino token create"
             await context.apply(events.Queued(reason=reason))
         await context.fleet.settled()
         started_s = time.monotonic()

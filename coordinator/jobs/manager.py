@@ -7,8 +7,9 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from coordinator.artifacts.publish import check_output_dir
 from coordinator.artifacts.shadows import ShadowStore
@@ -21,7 +22,7 @@ from coordinator.jobs.planning import Profiler, make_problem, read_model
 from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.runner_link import RunnerLink
 from coordinator.jobs.stepping import record_shadow
-from coordinator.jobs.worker_link import JobWorkers
+from coordinator.jobs.worker_link import JobWorkers, WorkerStatus
 from coordinator.scheduling.engine import Engine
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.storage.base import NumberedEvent, Store
@@ -30,7 +31,7 @@ from partitioner.plan import Plan
 from plutino.errors import DataError, InvalidTransitionError, PlutinoError, UnknownJobError
 from plutino.events import Usage, WorkerUsage
 from plutino.job.spec import JobSpec
-from plutino.types import JobId, WorkerRef
+from plutino.types import AgentId, JobId, WorkerRef
 from protos import workers_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,12 @@ class Endpoints:
     people_address: str
     """The command line, programs and runners."""
     bulk_address: str
+    join_addresses: tuple[str, ...] = ()
+    """Where devices join, as other machines reach it; empty without TLS."""
+    join_token: str = field(default="", repr=False)
+    """Lets one device in; empty without TLS."""
+    runner_identity: Path | None = None
+    """The identity file of jobs' runners; None without TLS."""
 
 
 class JobManager:
@@ -230,6 +237,33 @@ class JobManager:
         driver = self._drivers.get(job_id)
         return None if driver is None else driver.context.workers
 
+    def owner_of(self, ref: WorkerRef) -> AgentId | None:
+        """The device that a worker of a live job's present plan runs on."""
+        driver = self._drivers.get(ref.job_id)
+        if driver is None or driver.context.record.plan_json is None:
+            return None
+        return driver.context.refs().get(ref)
+
+    def links_of(self) -> dict[AgentId, list[dict[str, Any]]]:
+        """What every device's workers are connected to, for people."""
+        links: dict[AgentId, list[dict[str, Any]]] = {}
+        for job_id, driver in self._drivers.items():
+            if driver.context.record.plan_json is None:
+                continue
+            for ref, agent_id in driver.context.refs().items():
+                status = driver.context.workers.status(ref)
+                links.setdefault(agent_id, []).append(
+                    {
+                        "job_id": job_id,
+                        "stage": ref.stage_index,
+                        "replica": ref.replica_index,
+                        "address": "" if status is None or status.loaded is None else status.loaded.data_address,
+                        "state": _link_state(status),
+                        "sent_bytes": 0 if status is None or status.vote is None else status.vote.times.sent_bytes,
+                    }
+                )
+        return links
+
     def runner_of(self, job_id: JobId) -> RunnerLink | None:
         """The runner of a live job, or of one that is only planned."""
         driver = self._drivers.get(job_id)
@@ -319,6 +353,12 @@ class JobManager:
                 usage = _usage(driver.context)
                 if usage.workers:
                     await driver.context.tell(usage)
+
+
+def _link_state(status: WorkerStatus | None) -> str:
+    if status is None or not status.is_attached:
+        return "not attached"
+    return "up" if status.is_linked else "being set up"
 
 
 async def _wait_a_moment(news: asyncio.Event) -> None:

@@ -103,7 +103,7 @@ async def make_problem(
     found = eligible(fleet.devices, wanted_names=spec.placement.devices, numerics=numerics, excluded=excluded)
     devices = found.devices
     if not devices:
-        why = found.reasons() or "no device has joined: start an agent (plutino-node run) on each device"
+        why = found.reasons() or "no device has joined; make a token for each: plutino token create"
         raise InfeasiblePlanError(f"no device can take part: {why}")
     dtype = numerics.dtype if numerics is not None else _dtype(spec, devices)
     rows = _measured_rows(spec, numerics)

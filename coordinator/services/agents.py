@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator
 import grpc.aio
 
 from coordinator.fleet.registry import FleetRegistry
+from plutino.errors import SecurityError
+from plutino.security.interceptors import caller_of
+from plutino.wire.status import abort_with_aio
 from protos import agents_pb2 as pb
 from protos import agents_pb2_grpc
 
@@ -23,5 +26,9 @@ class AgentServicer(agents_pb2_grpc.AgentServiceServicer):
         context: grpc.aio.ServicerContext[pb.AgentEvent, pb.AgentCommand],
     ) -> AsyncIterator[pb.AgentCommand]:
         """One agent, from hello to its end."""
-        async for command in self._fleet.serve(aiter(request_iterator)):
-            yield command
+        caller = caller_of(context.auth_context())
+        try:
+            async for command in self._fleet.serve(aiter(request_iterator), None if caller is None else caller.name):
+                yield command
+        except SecurityError as error:
+            await abort_with_aio(context, error)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ from typing import Any
 import grpc.aio
 
 from coordinator.fleet.links import check_links
+from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.manager import JobManager, find_job
 from coordinator.jobs.record import JobRecord
+from coordinator.security.records import MemberRecord
 from coordinator.services.doctor import dial_to_proto
 from coordinator.storage.base import Store
 from plutino.errors import ConfigError, PlutinoError
 from plutino.events import event_json
 from plutino.job.spec import JobSpec, parse_spec
 from plutino.security.interceptors import caller_of
+from plutino.types import AgentId
 from plutino.wire.status import abort_with_aio
 from protos import jobs_pb2 as pb
 from protos import jobs_pb2_grpc
@@ -30,7 +34,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     """Parses, calls the manager, maps errors."""
 
-    def __init__(self, manager: JobManager, store: Store, fleet: FleetRegistry) -> None:
+    def __init__(
+        self,
+        manager: JobManager,
+        store: Store,
+        fleet: FleetRegistry,
+        members: Callable[[], tuple[MemberRecord, ...]] | None = None,
+    ) -> None:
+        self._members = members
         self._manager = manager
         self._store = store
         self._fleet = fleet
@@ -106,6 +117,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         held: dict[str, int] = {}
         for row in self._store.reservations():
             held[row.agent_id] = held.get(row.agent_id, 0) + row.bytes
+        links = self._manager.links_of()
         devices = [
             {
                 "agent_id": agent_id,
@@ -121,15 +133,53 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
                 "hardware": asdict(member.device.hardware),
                 "versions": dict(member.device.versions),
                 "agent_rss_bytes": 0 if (link := self._fleet.link(agent_id)) is None else link.agent_rss_bytes,
+                "links": links.get(agent_id, []),
             }
             for agent_id, member in sorted(self._fleet.fleet.members.items())
         ]
+        if self._members is not None:
+            with_members(devices, await asyncio.to_thread(self._members))
         return pb.DevicesResponse(devices_json=json.dumps(devices))
 
     async def CheckLinks(self, request: pb.CheckLinksRequest, context: Context) -> pb.CheckLinksResponse:
         """Every device dials every other one."""
         dials = await check_links(self._fleet, has_tls=caller_of(context.auth_context()) is not None)
         return pb.CheckLinksResponse(dials=[dial_to_proto(dial) for dial in dials])
+
+
+def with_members(devices: list[dict[str, Any]], members: Sequence[MemberRecord]) -> None:
+    """Add to the devices what is known of them as members, and the members that are not attached.
+
+    Revoked ones that are not attached are left out: they are history, and the audit tells it.
+    """
+    by_id = {device["agent_id"]: device for device in devices}
+    for member in members:
+        device = by_id.get(member.node_id)
+        if device is None:
+            if member.revoked_at_s is not None:
+                continue
+            absent = Device(
+                agent_id=AgentId(member.node_id),
+                name=member.name,
+                host_id="",
+                memory_budget_bytes=0,
+                baseline_bytes=0,
+                threads=0,
+                dtypes=(),
+            )
+            device = {
+                **asdict(absent),
+                "state": "away",
+                "reason": "has joined, and has not attached since the coordinator started",
+                "reserved_bytes": 0,
+                "agent_rss_bytes": 0,
+                "links": [],
+            }
+            devices.append(device)
+        if member.revoked_at_s is not None:
+            device["state"] = "revoked"
+        device["joined_at_s"] = member.joined_at_s
+        device["certified_at_s"] = member.renewed_at_s
 
 
 def _spec(text: str) -> JobSpec:

@@ -24,6 +24,8 @@ from pathlib import Path
 import grpc
 
 from coordinator.artifacts.shadows import CHUNK_BYTES, ShadowStore
+from coordinator.security.records import SecurityRecords
+from coordinator.security.warden import revocations
 from coordinator.weights.model_files import ModelFiles, manifest_path
 from coordinator.weights.rate import TokenBucket
 from plutino.errors import ConfigError, FrameError, JobError, PlutinoError
@@ -198,7 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_swept = ShadowStore(options.state_dir).sweep()
         bucket = TokenBucket(options.rate_bytes_per_s, burst_bytes=CHUNK_BYTES)
         service = BulkService(options.state_dir, bucket, max_shadow_bytes=options.max_shadow_bytes, pause=ending.wait)
-        server, address = serve(service, options.address)
+        credentials, gate, members = None, None, None
+        if options.identity is not None:
+            credentials = Credentials(options.identity)
+            members = SecurityRecords(options.identity.parent)
+            gate = SyncGate(revocations(members))
+        server, address = serve(service, options.address, credentials=credentials, gate=gate)
     except PlutinoError as error:
         print(f"bulk: {error}", file=sys.stderr)
         return error.exit_code
@@ -206,10 +213,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Whoever reads the address may end this process at once.
     wake_fd = _catch_sigterm()
     print(json.dumps({"address": address}), flush=True)
-    reason = _wait_for_end(options.parent_pid, wake_fd)
+
+    def cut_revoked() -> None:
+        if gate is not None and members is not None:
+            is_revoked = revocations(members)
+            gate.cut({caller for caller in gate.callers() if is_revoked(caller)})
+
+    reason = _wait_for_end(options.parent_pid, wake_fd, cut_revoked)
     logger.info("ending: %s", reason)
     ending.set()
     server.stop(_STOP_GRACE_S).wait(2 * _STOP_GRACE_S)
+    if members is not None:
+        members.close()
     return 0
 
 
@@ -222,11 +237,12 @@ def _catch_sigterm() -> int:
     return wake_fd
 
 
-def _wait_for_end(parent_pid: int, wake_fd: int) -> str:
+def _wait_for_end(parent_pid: int, wake_fd: int, do_now_and_then: Callable[[], None]) -> str:
     """Block until standard input ends, SIGTERM comes or the parent is another process; returns which."""
     stdin_fd = sys.stdin.fileno()
     while os.getppid() == parent_pid:
         readable, _, _ = select.select([stdin_fd, wake_fd], [], [], _PARENT_CHECK_S)
+        do_now_and_then()
         if wake_fd in readable:
             return "terminated"
         if stdin_fd in readable and not os.read(stdin_fd, 4096):
@@ -240,6 +256,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--state-dir", type=Path, required=True, help="the coordinator's state directory")
     parser.add_argument("--rate-bytes-per-s", type=int, default=0, help="cap on all transfers together; 0: none")
     parser.add_argument("--max-shadow-bytes", type=int, default=DEFAULT_MAX_SHADOW_BYTES)
+    parser.add_argument(
+        "--identity",
+        type=Path,
+        default=None,
+        help="the coordinator's identity file; without it loopback only, in plain",
+    )
     parser.add_argument("--parent-pid", type=int, required=True, help="ends when this is no longer its parent")
     return parser.parse_args(argv)
 

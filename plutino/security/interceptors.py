@@ -11,8 +11,8 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -86,10 +86,12 @@ class AioGate(_AioInterceptor):
     def __init__(self, is_revoked: IsRevoked) -> None:
         self._is_revoked = is_revoked
         self._calls: dict[asyncio.Task[Any], PeerName] = {}
+        self._cut: set[asyncio.Task[Any]] = set()
 
     def cut(self, who: PeerName) -> int:
-        """End all calls of a member; returns how many there were."""
-        tasks = [task for task, caller in self._calls.items() if caller == who]
+        """End all calls of a member, telling it why; returns how many there were."""
+        tasks = {task for task, caller in self._calls.items() if caller == who}
+        self._cut |= tasks
         for task in tasks:
             task.cancel()
         return len(tasks)
@@ -107,28 +109,23 @@ class AioGate(_AioInterceptor):
 
     def _guarded(self, method: str, behaviour: Any) -> Any:
         async def one(request: Any, context: Any) -> Any:
-            caller = await self._admit(method, context)
-            with self._counted(caller):
+            async with self._admitted(method, context):
                 return await behaviour(request, context)
 
         async def many(request: Any, context: Any) -> AsyncIterator[Any]:
-            caller = await self._admit(method, context)
-            with self._counted(caller):
-                async with aclosing(behaviour(request, context)) as responses:
-                    async for response in responses:
-                        yield response
+            async with self._admitted(method, context), aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
 
         return many if inspect.isasyncgenfunction(behaviour) else one
 
-    async def _admit(self, method: str, context: Any) -> PeerName | None:
+    @asynccontextmanager
+    async def _admitted(self, method: str, context: Any) -> AsyncIterator[None]:
         try:
-            return check_call(method, context.auth_context(), self._is_revoked)
+            caller = check_call(method, context.auth_context(), self._is_revoked)
         except SecurityError as error:
             logger.warning("refused a call from %s: %s", context.peer(), error)
             await abort_with_aio(context, error)
-
-    @contextmanager
-    def _counted(self, caller: PeerName | None) -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or caller is None:
             yield
@@ -136,8 +133,14 @@ class AioGate(_AioInterceptor):
         self._calls[task] = caller
         try:
             yield
+        except asyncio.CancelledError:
+            if task not in self._cut:
+                raise
+            # A call that is only cancelled here sends no status, and the other side would wait for ever.
+            await abort_with_aio(context, SecurityError(f"{caller} is revoked; its call was ended"))
         finally:
             self._calls.pop(task, None)
+            self._cut.discard(task)
 
 
 class SyncGate(_SyncInterceptor):

@@ -11,6 +11,7 @@ _RUNNERS = frozenset({Role.RUNNER})
 METHOD_ROLES: dict[str, frozenset[Role]] = {
     "/plutino.v1.AgentService/Attach": _NODES,
     "/plutino.v1.WorkerService/Work": _NODES,
+    "/plutino.v1.CertificateService/Renew": _NODES,
     "/plutino.v1.BulkService/PutShadow": _NODES | _RUNNERS,
     "/plutino.v1.BulkService/GetShadow": _NODES | _RUNNERS,
     "/plutino.v1.BulkService/GetRange": _NODES | _RUNNERS,
@@ -30,10 +31,15 @@ METHOD_ROLES: dict[str, frozenset[Role]] = {
     "/plutino.v1.JobService/CheckLinks": _PEOPLE,
     "/plutino.v1.DoctorService/Greet": _NODES,
     "/plutino.v1.DoctorService/DialBack": _NODES,
+    "/plutino.v1.SecurityService/CreateToken": _PEOPLE,
+    "/plutino.v1.SecurityService/ListTokens": _PEOPLE,
+    "/plutino.v1.SecurityService/RevokeToken": _PEOPLE,
+    "/plutino.v1.SecurityService/RevokeDevice": _PEOPLE,
+    "/plutino.v1.SecurityService/Audit": _PEOPLE,
     # Not in a .proto file: frames are bytes (edge_node/transport/streams.py).
     "/plutino.v1.DataService/Exchange": _NODES,
 }
 """Method to the roles that may call it."""
 
-OPEN_METHODS: frozenset[str] = frozenset()
+OPEN_METHODS: frozenset[str] = frozenset({"/plutino.v1.JoinService/Join"})
 """Methods for callers that have no certificate yet, on a port of their own."""

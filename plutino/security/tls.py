@@ -35,6 +35,7 @@ class Credentials:
         self._lock = threading.Lock()
         self._identity, self._stamp = Identity.read(path), _stamp(path)
         self._version = 1
+        self._is_lost = False
 
     @property
     def version(self) -> int:
@@ -50,8 +51,11 @@ class Credentials:
                 if stamp != self._stamp:
                     self._identity, self._stamp = Identity.read(self.path), stamp
                     self._version += 1
+                self._is_lost = False
             except (OSError, SecurityError) as error:
-                logger.warning("the identity of before goes on being used: %s", error)
+                if not self._is_lost:
+                    logger.warning("the identity of before goes on being used: %s", error)
+                self._is_lost = True
             return self._identity
 
     def for_channel(self) -> grpc.ChannelCredentials:
@@ -68,6 +72,23 @@ class Credentials:
         return grpc.dynamic_ssl_server_credentials(
             _configuration(self.identity()), lambda: _configuration(self.identity()), asks_certificate
         )
+
+
+class Newcomer:
+    """Credentials of a device that has no certificate yet: it can only check whom it dials.
+
+    Args:
+        ca_pem: the authority that the join token vouches for.
+    """
+
+    version = 0
+
+    def __init__(self, ca_pem: bytes) -> None:
+        self._ca_pem = ca_pem
+
+    def for_channel(self) -> grpc.ChannelCredentials:
+        """Accepts servers of the authority alone."""
+        return grpc.ssl_channel_credentials(self._ca_pem)
 
 
 def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:

@@ -22,7 +22,7 @@ import grpc.aio
 
 from plutino.errors import ConfigError, SecurityError
 from plutino.security.identity import COORDINATOR, PeerName
-from plutino.security.tls import Credentials
+from plutino.security.tls import Credentials, Newcomer
 
 _KIB = 1024
 _MIB = 1024 * _KIB
@@ -57,7 +57,7 @@ class _Bindable(Protocol):
 
 
 def sync_channel(
-    address: str, lane: Lane, credentials: Credentials | None = None, *, peer: PeerName = COORDINATOR
+    address: str, lane: Lane, credentials: Credentials | Newcomer | None = None, *, peer: PeerName = COORDINATOR
 ) -> grpc.Channel:
     """Dial ``address`` (``host:port``) for blocking callers; the connection is made by the first call.
 
@@ -78,7 +78,7 @@ def sync_channel(
 
 
 def aio_channel(
-    address: str, lane: Lane, credentials: Credentials | None = None, *, peer: PeerName = COORDINATOR
+    address: str, lane: Lane, credentials: Credentials | Newcomer | None = None, *, peer: PeerName = COORDINATOR
 ) -> grpc.aio.Channel:
     """Dial ``address`` for coroutines of the running event loop; arguments and errors as :func:`sync_channel`."""
     target = _target(address, credentials)
@@ -199,7 +199,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _target(address: str, credentials: Credentials | None) -> str:
+def _target(address: str, credentials: Credentials | Newcomer | None) -> str:
     """The address with its host in numbers where that matters."""
     host, port = split_address(address)
     if host == "localhost":

@@ -26,6 +26,7 @@ STATUS_CODES: dict[type[PlutinoError], grpc.StatusCode] = {
     errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.QuantizationError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PlanError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.InfeasiblePlanError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.WireError: grpc.StatusCode.INTERNAL,

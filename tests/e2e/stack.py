@@ -44,9 +44,17 @@ class Stack:
         return self.endpoint
 
     def node(self, name: str, memory: str = "600MiB") -> None:
-        coordinator = ("--coordinator", self.endpoint["devices_address"])
         folder = ("--state-dir", str(self.folder / "nodes" / name))
-        self.start(name, "node", "run", *coordinator, "--name", name, "--memory", memory, "--threads", "1", *folder)
+        token = self._token_file()
+        options = ("--name", name, "--memory", memory, "--threads", "1", *folder)
+        self.start(name, "node", "join", "--token-file", str(token), *options)
+
+    def _token_file(self) -> Path:
+        """A token for one device, as a person makes one."""
+        path = self.folder / "join-token"
+        with Client.local(self.state_dir) as client:
+            path.write_text(client.members.create_token(uses=20).token)
+        return path
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
         with (self.folder / f"{name}.log").open("a") as log:

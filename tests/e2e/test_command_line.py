@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from plutino.security.tokens import JoinToken
 from tests.e2e.stack import PLUTINO, Stack, hollow_model, tiny_model, write_job
 
 
@@ -44,9 +45,10 @@ def long_job_file(stack: Stack, model_dir: Path) -> Path:
 
 
 def test_up_tells_the_line_that_starts_an_agent(stack):
-    assert stack.endpoint["join"] == (
-        f"plutino node run --coordinator {stack.endpoint['devices_address']} --memory 4GiB"
-    )
+    command, token = stack.endpoint["join"].rsplit(" ", 1)
+
+    assert command == "plutino node join"
+    assert JoinToken.decode(token).addresses == tuple(stack.endpoint["join_addresses"])
 
 
 def test_devices_lists_what_every_agent_gives(stack):
@@ -173,8 +175,9 @@ def test_up_second_coordinator_on_one_state_folder_is_refused(stack):
     assert str(stack.state_dir) in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_up_beyond_loopback_is_refused_with_the_reason(stack, tmp_path):
-    command = [*PLUTINO, "up", "--engine", "local", "--listen", "0.0.0.0:0", "--state-dir", str(tmp_path)]
+def test_up_without_tls_beyond_loopback_is_refused_with_the_reason(stack, tmp_path):
+    options = ("--engine", "local", "--listen", "0.0.0.0:0", "--insecure-loopback", "--state-dir", str(tmp_path))
+    command = [*PLUTINO, "up", *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     assert ended.returncode == 9

@@ -34,5 +34,6 @@ if __name__ == "__main__":
         people_address="127.0.0.1:0",
         engine="local",
         patience=Patience(settle_s=float(sys.argv[2])),
+        is_plaintext=True,
     )
     asyncio.run(run_coordinator(config, lambda endpoints: None, make_engine=without_verification))

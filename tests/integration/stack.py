@@ -27,6 +27,7 @@ from coordinator.fleet.registry import Patience
 from coordinator.jobs.manager import Endpoints
 from coordinator.scheduling.local import LocalEngine
 from edge_node.cache_server import CacheServer
+from edge_node.joining import Membership
 from edge_node.network import DeviceNetwork
 from edge_node.session import WorkerSession
 from edge_node.weights_config import WeightsConfig
@@ -34,6 +35,7 @@ from partitioner.device import BlockTimings
 from plutino.hardware import WIRE_VERSION, Hardware
 from plutino.job.assignment import WorkerAssignment
 from plutino.job.spec import JobSpec, parse_spec
+from plutino.security.tls import Credentials
 from plutino.types import WorkerRef
 from plutino.wire.channel import Lane, sync_channel
 from plutino.wire.convert import worker_from_proto, worker_to_proto
@@ -62,13 +64,15 @@ def verifying_here(config: CoordinatorConfig, endpoints: Endpoints, incarnation:
         bulk_address=endpoints.bulk_address,
         incarnation=incarnation,
         verify=verify_adapter,
+        runner_identity=endpoints.runner_identity,
     )
 
 
 class ThreadCoordinator:
     """A coordinator on an event loop in a thread."""
 
-    def __init__(self, state_dir: Path, *, lease_s: float = 15.0) -> None:
+    def __init__(self, state_dir: Path, *, lease_s: float = 15.0, **changes: Any) -> None:
+        """``changes`` replace settings; without any it runs in plain."""
         self._ready = threading.Event()
         self._config = CoordinatorConfig(
             state_dir=state_dir,
@@ -77,6 +81,7 @@ class ThreadCoordinator:
             engine="local",
             # Tests wait themselves until all their agents are in.
             patience=Patience(lease_s=lease_s, settle_s=0.0),
+            **{"is_plaintext": True, **changes},
         )
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="coordinator")
@@ -135,8 +140,7 @@ class ProcessCoordinator:
         wait_until(lambda: path.exists() or self.process.poll() is not None, "the coordinator's start")
         assert path.exists(), f"the coordinator ended: {(self._state_dir / 'coordinator.log').read_text()[-2000:]}"
         values = json.loads(path.read_text())
-        values.pop("pid")
-        return Endpoints(**values)
+        return Endpoints(**{key: values[key] for key in ("devices_address", "people_address", "bulk_address")})
 
     def wait_for_crash(self) -> None:
         assert self.process.wait(WAIT_S) == -9, f"ended otherwise: {self.process.returncode}"
@@ -162,7 +166,16 @@ class ThreadAgent:
         torch_version: str = torch.__version__,
         hardware: Hardware = HARDWARE,
         weights: WeightsConfig | None = None,
+        membership: Membership | None = None,
     ) -> None:
+        self._network = (
+            DeviceNetwork()
+            if membership is None
+            else DeviceNetwork.of_member(membership.identity, membership.devices_address)
+        )
+        self._credentials = self._network.credentials()
+        self._agent_id = f"id-{name}" if membership is None else membership.node_id
+        self.refusals: list[grpc.RpcError] = []
         self._weights = weights
         self._cache_server = None
         if weights is not None:
@@ -222,12 +235,13 @@ class ThreadAgent:
                     outgoing.put(event)
             if self._closing.is_set():
                 return
-            channel = sync_channel(self._address, Lane.CONTROL)
+            channel = sync_channel(self._address, Lane.CONTROL, self._credentials)
             try:
                 stub = agents_pb2_grpc.AgentServiceStub(channel)
                 for command in stub.Attach(iter(outgoing.get, None)):
                     self._on_command(command)
-            except grpc.RpcError:
+            except grpc.RpcError as error:
+                self.refusals.append(error)
                 self._closing.wait(0.05)
             finally:
                 outgoing.put(None)
@@ -239,7 +253,7 @@ class ThreadAgent:
 
     def _hello(self) -> agents_pb2.AgentHello:
         return agents_pb2.AgentHello(
-            agent_id=f"id-{self.name}",
+            agent_id=self._agent_id,
             name=self.name,
             host_id="test",
             memory_budget_bytes=self._memory_bytes,
@@ -276,7 +290,7 @@ class ThreadAgent:
         if ref in self.sessions:
             return
         self.assignments.append(assignment)
-        session = WorkerSession(assignment, weights=self._weights)
+        session = WorkerSession(assignment, self._network, weights=self._weights)
         self.sessions[ref] = session
         self._send(agents_pb2.AgentEvent(worker_started=agents_pb2.WorkerStarted(worker=worker_to_proto(ref), pid=1)))
         thread = threading.Thread(target=self._work, args=(ref, session, assignment.threads), name=str(ref))
@@ -313,8 +327,8 @@ class ThreadAgent:
 class People:
     """What a person does, over the real JobService; goes on when the coordinator comes back elsewhere."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = sync_channel(address, Lane.REPORT)
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+        self._channel = sync_channel(address, Lane.REPORT, credentials)
         self.stub = jobs_pb2_grpc.JobServiceStub(self._channel)
 
     def submit(self, spec: JobSpec, key: str = "") -> str:

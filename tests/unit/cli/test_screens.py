@@ -55,13 +55,14 @@ def test_summary_shows_answers_side_by_side_and_how_to_load():
 
 
 def test_device_table_without_devices_tells_how_to_start_one():
-    assert "plutino node run" in drawn(device_table([]))
+    assert "plutino token create" in drawn(device_table([]))
 
 
 def test_device_table_brackets_in_a_reason_are_not_markup():
     device = {
         "name": "alpha", "state": "gone", "threads": 2, "memory_budget_bytes": 1 << 30, "baseline_bytes": 1 << 28,
-        "reserved_bytes": 0, "agent_rss_bytes": 1 << 26, "dtypes": ["fp32"], "versions": {"torch": "2.13.0"},
+        "reserved_bytes": 0, "agent_rss_bytes": 1 << 26, "links": [], "dtypes": ["fp32"],
+        "versions": {"torch": "2.13.0"},
         "reason": "silent [for 15 s]", "hardware": asdict(Hardware(name="Cortex-A76", machine="aarch64")),
     }  # fmt: skip
 
