@@ -11,6 +11,7 @@ import grpc
 from plutino.doctor.door import Door, knock
 from plutino.doctor.report import Finding, fail, ok, warn
 from plutino.errors import PlutinoError
+from plutino.security.certificates import BACKDATED_S
 from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, sync_channel
 from plutino.wire.status import error_from_rpc
@@ -22,8 +23,8 @@ _NUM_GREETINGS = 5
 
 MAX_SKEW_S = 2.0
 """Logs of two machines can still be read side by side."""
-RUINOUS_SKEW_S = 60.0
-"""Certificates and tokens are refused."""
+RUINOUS_SKEW_S = BACKDATED_S
+"""A certificate of one side is not valid yet on the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
