@@ -136,9 +136,9 @@ def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
         if config.get(key) is not None:
             config[key] = config[key][:3]
     config["vocab_size"] = vocabulary
-    # Special tokens may lie beyond the shortened vocabulary; nothing here looks at them.
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        config.pop(key, None)
+    # Special tokens may lie beyond the shortened vocabulary, those that a family has by default too; nothing here looks
+    # at them.
+    config |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     return config
 
 

@@ -297,7 +297,7 @@ def test_head_on_chosen_positions_is_the_models_own(folders, name):
     assert torch.equal(stage.head(hidden[None])[0], logits)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "qwen3_moe", "bloom", "opt_projected"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "qwen3_moe", "bloom", "opt_projected", "phi3"])
 def test_device_measures_a_block_of_the_family(folders, name):
     request = ProfileRequest(
         config_json=(folders[name] / "config.json").read_text(),
