@@ -148,6 +148,8 @@ async def _serve(
         incarnation=incarnation, on_change=on_change, on_worker_exit=on_worker_exit, patience=config.patience
     )
     credentials = None if warden is None else warden.credentials
+    if warden is not None:
+        fleet.revoked_ids |= warden.revoked_ids()
     devices_server, people_server = (
         aio_server(lane, interceptors=[] if warden is None else [warden.gate()]) for lane in (Lane.CONTROL, Lane.REPORT)
     )

@@ -22,6 +22,7 @@ from edge_node.reachability import Reachability
 from edge_node.state_dir import StateDir, host_id
 from edge_node.worker_pool import PoolConfig, WorkerPool, worker_id, worker_ref
 from plutino.hardware import WIRE_VERSION
+from plutino.security.identity import PeerName
 from plutino.wire.hardware import hardware_to_proto
 from protos import agents_pb2
 
@@ -64,6 +65,7 @@ class Agent:
         self._pool = WorkerPool(config.pool, state_dir, self._attachment.report)
         self._reachability = Reachability(self._attachment.report, config.pool.network)
         self._cache_server: CacheServer | None = None
+        self._revoked_ids: frozenset[str] = frozenset()
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
@@ -81,7 +83,9 @@ class Agent:
                 limit_thread_stacks()
                 pool = self._config.pool
                 if pool.weights.cache_bytes:
-                    self._cache_server = CacheServer(pool.weights.cache(), pool.network, self._pool.has_run)
+                    self._cache_server = CacheServer(
+                        pool.weights.cache(), pool.network, self._pool.has_run, self._is_revoked
+                    )
                 try:
                     await self._until_end(self._pool.warm_up())
                     if not self._ended.is_set():
@@ -123,6 +127,9 @@ class Agent:
             working.cancel()
             await asyncio.wait({ended, working})
 
+    def _is_revoked(self, caller: PeerName) -> bool:
+        return caller.name in self._revoked_ids
+
     def _hello(self) -> agents_pb2.AgentHello:
         readiness = self._pool.readiness
         return agents_pb2.AgentHello(
@@ -157,6 +164,10 @@ class Agent:
                 self._reachability.open_door(command.open_door)
             case "knock":
                 self._reachability.knock(command.knock)
+            case "revoked":
+                self._revoked_ids = frozenset(command.revoked.node_ids)
+                if self._cache_server is not None:
+                    self._cache_server.cut_revoked()
             case other:
                 logger.warning("the coordinator sent %r, which this version does not know; ignored", other)
 

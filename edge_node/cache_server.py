@@ -15,7 +15,7 @@ import grpc
 from edge_node.cache import BlobCache
 from edge_node.network import DeviceNetwork
 from plutino.errors import ConfigError, PlutinoError, UnknownJobError
-from plutino.security.interceptors import SyncGate, nobody_is_revoked
+from plutino.security.interceptors import IsRevoked, SyncGate, nobody_is_revoked
 from plutino.wire.channel import Lane, bind, split_address, sync_server
 from plutino.wire.chunks import CHUNK_BYTES, chunk_service
 from plutino.wire.status import abort_with
@@ -82,16 +82,29 @@ class CacheService:
 class CacheServer:
     """The service on a port of its own.
 
+    Args:
+        cache: the device's.
+        network: who this device is and where it listens.
+        serves_job: whether this device has run a job.
+        is_revoked: whether the coordinator has shut a member out.
+
     Raises:
         SecurityError: the address is not on loopback, and the device has no identity.
     """
 
-    def __init__(self, cache: BlobCache, network: DeviceNetwork, serves_job: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        cache: BlobCache,
+        network: DeviceNetwork,
+        serves_job: Callable[[str], bool],
+        is_revoked: IsRevoked = nobody_is_revoked,
+    ) -> None:
         credentials = network.credentials()
+        self._gate = SyncGate(is_revoked)
         self._server = sync_server(
             Lane.BULK,
             ThreadPoolExecutor(NUM_CALLS, thread_name_prefix="cache"),
-            interceptors=[] if credentials is None else [SyncGate(nobody_is_revoked)],
+            interceptors=[] if credentials is None else [self._gate],
         )
         service = cache_pb2.DESCRIPTOR.services_by_name["CacheService"]
         self._server.add_generic_rpc_handlers((chunk_service(service, CacheService(cache, serves_job)),))
@@ -99,6 +112,10 @@ class CacheServer:
         self.address = f"{network.advertised_host or bound_host}:{port}"
         """Where other devices dial it."""
         self._server.start()
+
+    def cut_revoked(self) -> None:
+        """End the transfers of members that are shut out by now."""
+        self._gate.cut_revoked()
 
     def close(self) -> None:
         """End all transfers and stop listening."""

@@ -362,6 +362,7 @@ class AgentCommand(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     OPEN_DOOR_FIELD_NUMBER: _builtins.int
     KNOCK_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___AgentWelcome: ...
     @_builtins.property
@@ -374,6 +375,8 @@ class AgentCommand(_message.Message):
     def open_door(self) -> Global___OpenDoor: ...
     @_builtins.property
     def knock(self) -> Global___Knock: ...
+    @_builtins.property
+    def revoked(self) -> Global___Revoked: ...
     def __init__(
         self,
         *,
@@ -383,16 +386,39 @@ class AgentCommand(_message.Message):
         profile: Global___ProfileRequest | None = ...,
         open_door: Global___OpenDoor | None = ...,
         knock: Global___Knock | None = ...,
+        revoked: Global___Revoked | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "revoked", b"revoked", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "revoked", b"revoked", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["welcome", "start_worker", "stop_worker", "profile", "open_door", "knock"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["welcome", "start_worker", "stop_worker", "profile", "open_door", "knock", "revoked"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___AgentCommand: _TypeAlias = AgentCommand  # noqa: Y015
+
+@_typing.final
+class Revoked(_message.Message):
+    """Devices whose certificates count no more although they have not ended. Comes after the welcome and with every change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        node_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_ids", b"node_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Revoked: _TypeAlias = Revoked  # noqa: Y015
 
 @_typing.final
 class AgentWelcome(_message.Message):

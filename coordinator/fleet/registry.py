@@ -115,6 +115,8 @@ class FleetRegistry:
         self.fleet = Fleet(lease_s=self._patience.lease_s, suspect_after_s=self._patience.suspect_after_s)
         self._links: dict[AgentId, AgentLink] = {}
         self._last_join_s = clock()
+        self.revoked_ids: set[str] = set()
+        """Devices whose certificates have not ended yet and count no more."""
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -180,6 +182,8 @@ class FleetRegistry:
         yield pb.AgentCommand(
             welcome=pb.AgentWelcome(incarnation=self._incarnation, heartbeat_every_s=self._patience.heartbeat_every_s)
         )
+        if self.revoked_ids:
+            yield self._revoked_command()
         reader = asyncio.create_task(self._read(link, events))
         try:
             while (command := await link.outgoing.get()) is not None:
@@ -195,11 +199,17 @@ class FleetRegistry:
             self._step(self.fleet.stream_lost(link.agent_id, link.stream, self._clock()))
 
     def revoke(self, agent_id: AgentId, reason: str) -> None:
-        """A device was shut out: its stream ends, and nobody waits for its lease."""
+        """A device was shut out: its stream ends, nobody waits for its lease, and the others hear of it."""
+        self.revoked_ids.add(agent_id)
+        for other in self._links.values():
+            other.outgoing.put_nowait(self._revoked_command())
         link = self._links.pop(agent_id, None)
         if link is not None:
             link.outgoing.put_nowait(None)
         self._step(self.fleet.revoke(agent_id, reason))
+
+    def _revoked_command(self) -> pb.AgentCommand:
+        return pb.AgentCommand(revoked=pb.Revoked(node_ids=sorted(self.revoked_ids)))
 
     async def watch_leases(self) -> None:
         """Run forever: devices that stay silent become suspect, then gone."""

@@ -80,6 +80,11 @@ class Warden:
         """All devices that ever joined."""
         return self.records.members()
 
+    def revoked_ids(self) -> set[str]:
+        """Devices that were revoked and may still hold a certificate that has not ended."""
+        oldest_s = self._clock() - self.lifetime_s
+        return {m.node_id for m in self.members() if m.revoked_at_s is not None and m.renewed_at_s > oldest_s}
+
     def gate(self) -> AioGate:
         """A gate for one more server."""
         gate = AioGate(lambda caller: caller.role is Role.NODE and caller.name not in self._present)

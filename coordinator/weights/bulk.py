@@ -215,9 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps({"address": address}), flush=True)
 
     def cut_revoked() -> None:
-        if gate is not None and members is not None:
-            is_revoked = revocations(members)
-            gate.cut({caller for caller in gate.callers() if is_revoked(caller)})
+        if gate is not None:
+            gate.cut_revoked()
 
     reason = _wait_for_end(options.parent_pid, wake_fd, cut_revoked)
     logger.info("ending: %s", reason)

@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -151,18 +151,14 @@ class SyncGate(_SyncInterceptor):
         self._calls: dict[int, tuple[PeerName, Any]] = {}
         self._lock = threading.Lock()
 
-    def callers(self) -> set[PeerName]:
-        """Who has calls up."""
+    def cut_revoked(self) -> None:
+        """End the calls of members that were revoked since they began."""
         with self._lock:
-            return {caller for caller, _ in self._calls.values()}
-
-    def cut(self, who: Collection[PeerName]) -> int:
-        """End all calls of these members; returns how many there were."""
-        with self._lock:
-            contexts = [context for caller, context in self._calls.values() if caller in who]
-        for context in contexts:
-            context.cancel()
-        return len(contexts)
+            calls = list(self._calls.values())
+        revoked = {caller for caller in {caller for caller, _ in calls} if self._is_revoked(caller)}
+        for caller, context in calls:
+            if caller in revoked:
+                context.cancel()
 
     def intercept_service(
         self,

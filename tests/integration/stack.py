@@ -176,6 +176,7 @@ class ThreadAgent:
         self._credentials = self._network.credentials()
         self._agent_id = f"id-{name}" if membership is None else membership.node_id
         self.refusals: list[grpc.RpcError] = []
+        self.revoked_ids: list[str] = []
         self._weights = weights
         self._cache_server = None
         if weights is not None:
@@ -279,6 +280,8 @@ class ThreadAgent:
             session = self.sessions.get(worker_from_proto(command.stop_worker.worker))
             if session is not None:
                 session.end(command.stop_worker.reason)
+        elif kind == "revoked":
+            self.revoked_ids = list(command.revoked.node_ids)
         elif kind == "profile":
             result = agents_pb2.ProfileResult(
                 request_id=command.profile.request_id, timings_json=TIMINGS.model_dump_json()

@@ -419,12 +419,15 @@ def test_revoked_device_is_cut_off_at_once_and_stays_out_after_a_restart(tmp_pat
     assert not any(is_refusal(error) for error in kept.refusals), "the other device is not disturbed"
     with pytest.raises(SecurityError, match="revoked"):
         renew(membership)
+    wait_until(lambda: kept.revoked_ids == [membership.node_id], "the other device hears of it")
+    kept.revoked_ids.clear()
     bulk.close()
     first.close()
 
     again = Stack(tmp_path / "state", tmp_path / "again")
     cleanup.callback(again.close)
     wait_until(lambda: state_of(again, other) == "alive", "the other device comes back")
+    wait_until(lambda: kept.revoked_ids == [membership.node_id], "the other device hears of it again")
     wait_until(lambda: is_refusal(agent.refusals[-1]), "the refusal after the restart")
     assert state_of(again, membership) == ""
     assert [row.subject for row in again.client.members.audit() if row.event == "device revoked"] == [
@@ -434,6 +437,23 @@ def test_revoked_device_is_cut_off_at_once_and_stays_out_after_a_restart(tmp_pat
 
 def is_refusal(error: grpc.RpcError) -> bool:
     return error.code() is grpc.StatusCode.PERMISSION_DENIED and "revoked" in error.details()
+
+
+def test_devices_refuse_those_that_they_heard_are_revoked(stack, tmp_path):
+    host, revoked = stack.member("host"), stack.member("revoked")
+    network = DeviceNetwork.of_member(host.identity, host.devices_address)
+    server = CacheServer(
+        BlobCache(tmp_path, 1 << 20), network, lambda job_id: False, lambda caller: caller.name == revoked.node_id
+    )
+    holds = next(method for method in METHODS if method.name.endswith("Holds"))
+    name = PeerName(host.node_id, Role.NODE)
+    codes = []
+    for member in (revoked, host):
+        with sync_channel(server.address, Lane.BULK, Credentials(member.identity), peer=name) as channel:
+            codes.append(holds.call(channel))
+    server.close()
+
+    assert codes == [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT]
 
 
 def test_device_that_is_not_there_cannot_be_revoked(stack):
