@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.goals import Goal, goal_table
 from benchmarks.measure import MIN_TURNS, RESULTS_DIR, machine_facts, write_results
@@ -26,6 +26,8 @@ from benchmarks.quantize_peers import REFERENCE, Layer, builders
 SHAPES = ((2048, 2048), (2048, 8192))
 """(in_features, out_features)."""
 NUM_TOKENS = (256, 2048)
+QUALITY_SIZE = 2048
+"""Rows and columns of the weight whose bits and errors are told."""
 NUM_THREADS = (1, 2)
 GOAL_TOKENS = 2048
 MOST_RATIO = {"int8": 1.3, "nf4, bitsandbytes' kernel": 1.3, "nf4, torch alone": 1.6}
@@ -76,7 +78,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """What one contender makes of a Gaussian 2048 x 2048 bf16 weight."""
+    """What one contender makes of a square Gaussian bf16 weight."""
 
     contender: str
     bits_per_weight: float
@@ -167,24 +169,26 @@ def time_in_turns(
 
 def quality(name: str, build: Callable[[Tensor], Layer]) -> Quality:
     """Bits, memory, errors and the gradient after an evaluation pass of one contender."""
-    weight = _gaussian(2048, 2048)
+    weight = _gaussian(QUALITY_SIZE, QUALITY_SIZE)
     layer = build(weight)
-    x = _gaussian(256, 2048).mul(50)
+    x = _gaussian(256, QUALITY_SIZE).mul(50)
     exact = x.float().requires_grad_()
     exact_y = exact @ weight.float().t()
-    gradient = _gaussian(256, 2048)
+    gradient = _gaussian(256, QUALITY_SIZE)
     exact_y.backward(gradient.float())
     layer.module.eval()
     with torch.no_grad():
         layer.module(x)
-        seen = layer.module(torch.eye(2048, dtype=torch.bfloat16)).t().float()
+        seen = layer.module(torch.eye(QUALITY_SIZE, dtype=torch.bfloat16)).t().float()
     layer.module.train()
     own = {tensor.data_ptr() for tensor in (*layer.module.parameters(), *layer.module.buffers()) if tensor.numel()}
     kept: dict[int, int] = {}
     x.requires_grad_()
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        # Of another type is a library's packed weight itself, which may have no storage to ask for.
+        if type(tensor) in (Tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
