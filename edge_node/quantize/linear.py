@@ -137,11 +137,13 @@ class _FrozenProduct(torch.autograd.Function):
         ctx.module = module  # type: ignore[attr-defined]
         dtype = module.compute_dtype or x.dtype
         rows = x.reshape(-1, module.in_features).to(dtype)
-        y = torch.empty(len(rows), module.out_features, dtype=dtype, device=x.device)
+        # The result itself, no view of it: families add to a layer's output in place, which autograd refuses of views.
+        y = torch.empty(*x.shape[:-1], module.out_features, dtype=dtype, device=x.device)
+        flat = y.view(len(rows), module.out_features)
         scales = _row_scales(module, dtype)
         bias = None if bias is None else bias.to(dtype)
         for start, end, weight in _weight_tiles(module, dtype, x.device):
-            tile = y[:, start:end]
+            tile = flat[:, start:end]
             if bias is None or scales is not None:
                 torch.mm(rows, weight.t(), out=tile)
             else:
@@ -150,7 +152,7 @@ class _FrozenProduct(torch.autograd.Function):
                 tile.mul_(scales[start:end])
                 if bias is not None:
                     tile.add_(bias[start:end])
-        return y.to(x.dtype).view(*x.shape[:-1], module.out_features)
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -177,6 +177,31 @@ def test_a_trained_bias_gets_its_gradient(name: str) -> None:
 
 
 @every_scheme
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32])
+def test_output_may_be_added_to_in_place(name: str, dtype: torch.dtype, compute_dtype: torch.dtype | None) -> None:
+    layer, _ = make_pair(name, compute_dtype=compute_dtype)
+    expected = run(layer, make_input(dtype))[1]
+    x = make_input(dtype).detach().requires_grad_()
+    y = layer(x).add_(1)
+    y.backward(make_weight(TOKENS, OUT, seed=3).to(y.dtype).view(y.shape))
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
+
+
+@every_scheme
+@pytest.mark.parametrize("shape", [(IN,), (0, IN), (2, 0, IN), (1, 2, 3, IN)])
+def test_any_leading_shape_goes_through(name: str, shape: tuple[int, ...]) -> None:
+    layer, reference = make_pair(name)
+    x = torch.ones(shape).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert torch.allclose(y, reference(torch.ones(shape)), atol=1e-5)
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+@every_scheme
 def test_checkpointing_gives_the_same_bits(name: str) -> None:
     layer, _ = make_pair(name)
 
