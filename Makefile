@@ -65,6 +65,7 @@ bench: $(STAMP) ## measure speed against peers, memory against the plan, packed 
 	$(BIN)/python -m benchmarks.pipeline $(PIPELINE_ARGS)
 	$(BIN)/python -m benchmarks.memory $(MEMORY_ARGS)
 	$(BIN)/python -m benchmarks.quantize $(QUANTIZE_ARGS)
+	$(BIN)/python -m benchmarks.weights $(WEIGHTS_ARGS)
 
 protos: $(STAMP) ## generate the code of the .proto files anew
 	$(BIN)/python -m protos.generate

@@ -85,6 +85,10 @@ def up(
     insecure_loopback: Annotated[
         bool, typer.Option("--insecure-loopback", help="No TLS: this machine only, and trust everybody on it.")
     ] = False,
+    weights_rate: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes a second that weights and training state may take together: 50MB."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the coordinator until Ctrl-C; its jobs go on at the next start."""
@@ -92,6 +96,7 @@ def up(
     from coordinator.fleet.registry import Patience
     from coordinator.serve import serve
     from plutino.endpoint import default_state_dir
+    from plutino.sizes import parse_size
 
     config = CoordinatorConfig(
         state_dir=state_dir or default_state_dir(),
@@ -102,6 +107,7 @@ def up(
         patience=Patience(lease_s=lease, settle_s=settle),
         advertised_hosts=tuple(advertise or ()),
         is_plaintext=insecure_loopback,
+        bulk_rate_bytes_per_s=0 if weights_rate is None else parse_size(weights_rate),
     )
     serve(config, as_json=as_json)
 

@@ -48,6 +48,7 @@ MAX_TRANSFER_S = 7 * 24 * 3600
 
 _STOP_GRACE_S = 2.0
 _PARENT_CHECK_S = 1.0
+_NICENESS = 5
 
 
 class BulkService(bulk_pb2_grpc.BulkServiceServicer):
@@ -195,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # Ctrl-C reaches the whole terminal group; whether to end is the coordinator's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whoever else wants the processor gets it first: commits and steps do not wait for a transfer that can.
+    os.nice(_NICENESS)
     ending = threading.Event()
     try:
         num_swept = ShadowStore(options.state_dir).sweep()

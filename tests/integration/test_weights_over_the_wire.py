@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from edge_node.weights_config import WeightsConfig
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.errors import PlutinoError
 from plutino.job.spec import JobSpec
+from plutino.manifest import make_manifest
 from plutino.safetensors_index import read_safetensors_headers
 from plutino.wire.bulk import BulkClient
 from plutino.wire.channel import Lane, sync_channel
@@ -24,7 +26,8 @@ from protos import cache_pb2, cache_pb2_grpc
 from tests.integration.hub_server import COMMIT, REPOSITORY, FakeHub
 from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
 
-STEPS = 3
+STEPS = 2
+REMOTE, LOCAL = ("device0", "device1"), "local"
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +50,28 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fleet:
-    """A coordinator and agents; every agent has a cache of its own and, unless told otherwise, no model folder."""
+    """A coordinator, two devices with a cache each and no model folder, and one that reads the folder."""
 
-    def __init__(self, stack: ExitStack, folder: Path, num_agents: int = 2, *, uses_folders: bool = False) -> None:
-        folder.mkdir(exist_ok=True)
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
         coordinator = ThreadCoordinator(folder / "state")
         stack.callback(coordinator.close)
         self.endpoints = coordinator.endpoints
         self.people = People(self.endpoints.people_address)
         stack.callback(self.people.close)
-        self.agents = []
-        for number in range(num_agents):
-            weights = WeightsConfig(cache_dir=folder / f"cache{number}", uses_folders=uses_folders)
-            agent = ThreadAgent(self.endpoints.devices_address, f"device{number}", weights=weights)
+        self.agents: dict[str, ThreadAgent] = {}
+        self._cache_dirs = [folder / name for name in (*REMOTE, LOCAL)]
+        for cache_dir in self._cache_dirs:
+            weights = WeightsConfig(cache_dir=cache_dir, uses_folders=cache_dir.name == LOCAL)
+            agent = ThreadAgent(self.endpoints.devices_address, cache_dir.name, weights=weights)
             stack.callback(agent.close)
-            self.agents.append(agent)
-        wait_until(lambda: len(self.people.devices()) == num_agents, "all agents attached")
+            self.agents[agent.name] = agent
+        wait_until(lambda: len(self.people.devices()) == len(self.agents), "all agents attached")
+
+    def empty_caches(self) -> None:
+        """As on devices that have run nothing."""
+        for cache_dir in self._cache_dirs:
+            for blob in (cache_dir / "blobs").glob("*/*"):
+                blob.unlink()
 
     def run(self, spec: JobSpec) -> tuple[str, list[dict[str, int]]]:
         """Run a job to its end; gives its id, and by worker where its weights came from."""
@@ -72,28 +81,35 @@ class Fleet:
         return job_id, [event["bytes_by_place"] for event in loaded]
 
 
-@pytest.fixture
-def fleet(tmp_path):
+@pytest.fixture(scope="module")
+def running_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with ExitStack() as stack:
-        yield Fleet(stack, tmp_path)
+        yield Fleet(stack, tmp_path_factory.mktemp("fleet"))
 
 
-def spec_of(model_dir: Path, output: Path, *, stages: int = 2, **training: object) -> JobSpec:
+@pytest.fixture
+def fleet(running_fleet: Fleet) -> Fleet:
+    running_fleet.empty_caches()
+    return running_fleet
+
+
+def spec_of(model_dir: Path, output: Path, *, devices: tuple[str, ...] = REMOTE, **training: object) -> JobSpec:
     return make_spec(
         model_dir,
         SNIPS_DIR / "validation.jsonl",
         output,
         training={"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, **training},
-        placement={"stages": stages},
+        placement={"stages": len(devices), "devices": devices},
         method={"type": "lora", "rank": 4},
     )
 
 
-def test_devices_without_the_folder_train_the_same_adapter_and_load_only_their_stages(fleet, model_dir, tmp_path):
+def test_devices_without_the_folder_train_the_same_adapter_load_only_their_stages_and_then_from_their_caches(
+    fleet, model_dir, tmp_path
+):
     _, places = fleet.run(spec_of(model_dir, tmp_path / "over the wire"))
-    with ExitStack() as stack:
-        other = Fleet(stack, tmp_path / "other", num_agents=1, uses_folders=True)
-        _, local_places = other.run(spec_of(model_dir, tmp_path / "folder", stages=1))
+    _, second_places = fleet.run(spec_of(model_dir, tmp_path / "second"))
+    _, local_places = fleet.run(spec_of(model_dir, tmp_path / "folder", devices=(LOCAL,)))
 
     adapter = "adapter_model.safetensors"
     assert (tmp_path / "over the wire" / adapter).read_bytes() == (tmp_path / "folder" / adapter).read_bytes()
@@ -103,15 +119,7 @@ def test_devices_without_the_folder_train_the_same_adapter_and_load_only_their_s
     assert sum(sum(place.values()) for place in places) == total_bytes + embedding.end - embedding.start
     # Norms of a fresh model are all ones: the same bytes are fetched once per device.
     assert sum(place["coordinator"] for place in places) > 0.99 * total_bytes
-    assert [set(place) for place in local_places] == [{"folder"}]
-
-
-def test_second_job_on_the_same_devices_loads_from_their_caches(fleet, model_dir, tmp_path):
-    fleet.run(spec_of(model_dir, tmp_path / "first"))
-
-    _, places = fleet.run(spec_of(model_dir, tmp_path / "second"))
-
-    assert [set(place) for place in places] == [{"cache"}, {"cache"}]
+    assert [set(place) for place in (*second_places, *local_places)] == [{"cache"}, {"cache"}, {"folder"}]
 
 
 def test_job_of_a_hub_model_pulls_each_stage_from_the_hub_and_names_the_model_in_its_adapter(
@@ -129,19 +137,14 @@ def test_job_of_a_hub_model_pulls_each_stage_from_the_hub_and_names_the_model_in
     assert fleet.people.detail(job_id)["spec"]["model"]["path"] == f"{REPOSITORY}@{COMMIT}"
 
 
-def test_device_gets_from_another_one_of_the_job_what_that_has(fleet, model_dir, tmp_path):
-    first = spec_of(model_dir, tmp_path / "alone", stages=1)
-    alone = first.placement.model_copy(update={"devices": ("device0",)})
-    fleet.run(first.model_copy(update={"placement": alone}))
+def test_device_gets_from_another_one_of_the_job_what_that_has_and_nobody_else_does(fleet, model_dir, tmp_path):
+    fleet.run(spec_of(model_dir, tmp_path / "alone", devices=("device0",)))
 
-    _, places = fleet.run(spec_of(model_dir, tmp_path / "both"))
+    job_id, places = fleet.run(spec_of(model_dir, tmp_path / "both"))
 
     assert sorted(set(place) - {"cache"} for place in places) == [set(), {"device device0"}]
-
-
-def test_cache_is_closed_to_other_jobs_and_other_names(fleet, model_dir, tmp_path):
-    job_id, _ = fleet.run(spec_of(model_dir, tmp_path / "out"))
-    (assignment,) = fleet.agents[0].assignments
+    # Closed to other jobs and other names.
+    assignment = fleet.agents["device0"].assignments[-1]
     (other,) = assignment.caches
     channel = sync_channel(other.address, Lane.BULK)
     try:
@@ -171,11 +174,7 @@ def test_flipped_byte_in_the_coordinators_file_ends_the_job_and_nothing_is_train
     weights = copy / "model.safetensors"
     entry = read_safetensors_headers(copy)["model.layers.1.mlp.up_proj.weight"]
     os.utime(weights, (1_000_000_000, 1_000_000_000))  # nothing is remembered of a file that was just written
-    fleet.run(spec_of(copy, tmp_path / "first"))
-    for agent_cache in ("cache0", "cache1"):
-        for blob in (tmp_path / agent_cache / "blobs").rglob("*"):
-            if blob.is_file():
-                blob.unlink()
+    make_manifest(copy)
     data = bytearray(weights.read_bytes())
     data[entry.start] ^= 1
     with weights.open("r+b") as file:
@@ -193,7 +192,7 @@ def test_flipped_byte_in_the_coordinators_file_ends_the_job_and_nothing_is_train
 def test_steps_are_committed_while_the_bulk_process_serves_as_fast_as_it_can(fleet, model_dir, tmp_path):
     """The streams that saturate it run before the first step and still after the last."""
     stopping, streamed = threading.Event(), [0, 0, 0, 0]
-    job_id = fleet.people.submit(spec_of(model_dir, tmp_path / "out", steps=12))
+    job_id = fleet.people.submit(spec_of(model_dir, tmp_path / "out", steps=8))
     fleet.people.wait_for_step(job_id, 1)
     size_bytes = (model_dir / "model.safetensors").stat().st_size
 
@@ -220,6 +219,6 @@ def test_steps_are_committed_while_the_bulk_process_serves_as_fast_as_it_can(fle
         for thread in threads:
             thread.join(20)
 
-    assert begun_at < 12
+    assert begun_at < 8
     lost = [kind for kind, _ in fleet.people.events(job_id) if kind in ("WorkerLost", "Recovering", "StepSkipped")]
     assert lost == []
