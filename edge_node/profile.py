@@ -120,7 +120,7 @@ def warm_up() -> None:
         micro_batch_rows=2,
         row_tokens=16,
         label_tokens=2,
-        lora_rank=4,
+        method=LoraConfig(rank=4),
         threads=torch.get_num_threads(),
     )
     measure(request)
@@ -144,7 +144,7 @@ def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
 
 def _adapted_stage(source: RandomSource, block: int, request: ProfileRequest) -> Stage:
     stage = build_stage(source, block, block + 1, dtype=COMPUTE_DTYPES[request.dtype], packing=request.packing)
-    METHODS["lora"](stage, LoraConfig(rank=request.lora_rank), seed=0)
+    METHODS[request.method.type](stage, request.method, seed=0)
     return stage
 
 

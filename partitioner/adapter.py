@@ -1,20 +1,21 @@
 """How many parameters a method would add to each block, without building it.
 
-Follows peft's own matching rules (peft 0.21: ``check_target_module_exists``, ``get_pattern_key``,
+Entry point: :func:`adapter_params_of`; :data:`_SIZES` has a function for each method. That of LoRA follows peft's own
+matching rules (peft 0.21: ``check_target_module_exists``, ``get_pattern_key``,
 ``modules_to_save``), because the plan's memory must be that of the modules peft will create.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from partitioner.model import LinearShape, ModelTable
 from partitioner.values import PlanValue
 from plutino.errors import ConfigError
-from plutino.families import family_of
-from plutino.job.method import LoraConfig
+from plutino.families import ATTENTION_OUTPUT, MLP_INNER, family_of
+from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig
 
 
 class BlockAdapter(PlanValue):
@@ -23,9 +24,9 @@ class BlockAdapter(PlanValue):
     params: int
     """Trainable parameters."""
     rank_sum: int
-    """Sum of the ranks of its adapted linears."""
+    """Numbers a token that the method's own layers keep for the backward pass: with LoRA the sum of the ranks."""
     linears: tuple[str, ...]
-    """Dotted names, inside the block, of its adapted linears."""
+    """Dotted names, inside the block, of the linears whose input is kept for the method's sake."""
 
 
 class AdapterTable(PlanValue):
@@ -36,7 +37,9 @@ class AdapterTable(PlanValue):
     """Trainable parameters of the embedding."""
     last_params: int
     """Trainable parameters of the head."""
-    use_dora: bool
+    use_dora: bool = False
+    size_setting: str
+    """The setting that all of them grow with."""
 
     @property
     def num_params(self) -> int:
@@ -53,27 +56,72 @@ class AdapterTable(PlanValue):
             "first_trainable_params": self.first_params,
             "last_trainable_params": self.last_params,
             "use_dora": self.use_dora,
+            "size_setting": self.size_setting,
         }
 
 
-def adapter_params_of(table: ModelTable, method: LoraConfig) -> AdapterTable:
-    """Sizes of the adapter that peft would create on the whole model.
-
-    A linear of shape in x out gets rank * (in + out) parameters (Hu et al. 2021, arXiv:2106.09685), with DoRA one
-    magnitude more for each of its outputs (Liu et al. 2024, arXiv:2402.09353).
+def adapter_params_of(table: ModelTable, method: MethodConfig) -> AdapterTable:
+    """Sizes of what the method would train on the whole model.
 
     Raises:
-        ConfigError: a name in target_modules, layers_to_transform or modules_to_save matches nothing, or nothing at
-            all would be trained.
+        ConfigError: a setting names what the model does not have, or nothing at all would be trained.
     """
-    _check_layers(table, method)
-    blocks = tuple(_block_adapter(table, method, index) for index in range(table.num_blocks))
-    _check_targets(table, method)
-    first_params, last_params = _outer_params(table, method)
-    adapter = AdapterTable(blocks=blocks, first_params=first_params, last_params=last_params, use_dora=method.use_dora)
+    adapter = _SIZES[method.type](table, method)
     if adapter.num_params == 0:
         raise ConfigError("the method would train 0 parameters; set method.target_modules or layers_to_transform")
     return adapter
+
+
+def _lora(table: ModelTable, method: LoraConfig) -> AdapterTable:
+    """Parameters as peft creates them.
+
+    A linear of shape in x out gets rank * (in + out) of them (Hu et al. 2021, arXiv:2106.09685), with DoRA one
+    magnitude more for each of its outputs (Liu et al. 2024, arXiv:2402.09353).
+    """
+    _check_layers(table, method.layers_to_transform)
+    blocks = tuple(_block_adapter(table, method, index) for index in range(table.num_blocks))
+    _check_targets(table, method)
+    first_params, last_params = _outer_params(table, method)
+    return AdapterTable(
+        blocks=blocks,
+        first_params=first_params,
+        last_params=last_params,
+        use_dora=method.use_dora,
+        size_setting=method.size_setting,
+    )
+
+
+def _adapters(table: ModelTable, method: AdaptersConfig) -> AdapterTable:
+    """One of bottleneck m on hidden size D has 2 D m + D + m parameters (Houlsby et al. 2019, arXiv:1902.00751 2.1)."""
+    _check_layers(table, method.layers_to_transform)
+    reads = (ATTENTION_OUTPUT, MLP_INNER) if method.placement == "houlsby" else (MLP_INNER,)
+    family = family_of(table.family)
+    for read in reads:
+        if not family.sublayer_outputs((read,)):
+            raise ConfigError(
+                f"method.type: adapters: {table.family} has no layer behind its experts that an adapter could follow; "
+                "use method.type: lora"
+            )
+    hidden, inner = table.hidden_size, method.bottleneck
+    num = len(family.sublayer_outputs(reads))
+    # What down reads, and what it gives before and after the activation.
+    adapted = BlockAdapter(
+        params=num * (2 * hidden * inner + hidden + inner), rank_sum=num * (hidden + 2 * inner), linears=()
+    )
+    bare = BlockAdapter(params=0, rank_sum=0, linears=())
+    chosen = range(table.num_blocks) if method.layers_to_transform is None else method.layers_to_transform
+    return AdapterTable(
+        blocks=tuple(adapted if index in chosen else bare for index in range(table.num_blocks)),
+        first_params=0,
+        last_params=0,
+        size_setting=method.size_setting,
+    )
+
+
+_SIZES: Mapping[str, Callable[[ModelTable, Any], AdapterTable]] = {
+    "adapters": _adapters,
+    "lora": _lora,
+}
 
 
 def _block_adapter(table: ModelTable, method: LoraConfig, index: int) -> BlockAdapter:
@@ -109,8 +157,8 @@ def _rank_of(key: str, patterns: Mapping[str, int], default: int) -> int:
     return next((rank for pattern, rank in patterns.items() if re.match(rf"(.*\.)?({pattern})$", key)), default)
 
 
-def _check_layers(table: ModelTable, method: LoraConfig) -> None:
-    outside = [index for index in method.layers_to_transform or () if not 0 <= index < table.num_blocks]
+def _check_layers(table: ModelTable, layers_to_transform: Iterable[int] | None) -> None:
+    outside = [index for index in layers_to_transform or () if not 0 <= index < table.num_blocks]
     if outside:
         raise ConfigError(
             f"method.layers_to_transform names block {outside[0]}, but the model has blocks 0 to {table.num_blocks - 1}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from partitioner.values import PlanValue
+from plutino.job.method import MethodConfig
 from plutino.job.model import PLAIN, Packing
 
 
@@ -19,7 +20,8 @@ class ProfileRequest(PlanValue):
     micro_batch_rows: int
     row_tokens: int
     label_tokens: int
-    lora_rank: int
+    method: MethodConfig
+    """As its ``for_profile`` gives it."""
     threads: int
 
 

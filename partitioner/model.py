@@ -90,11 +90,13 @@ class JobShape(PlanValue):
     last_trainable_params: int = 0
     """Trainable parameters of the last stage outside the blocks (head)."""
     adapter_rank_out: tuple[int, ...] = ()
-    """Per block: sum over its adapted linears of (rank), for the LoRA activations kept for the backward pass."""
+    """Per block: numbers a token that the method's own layers keep for the backward pass (LoRA: the ranks' sum)."""
     adapted_linears: tuple[tuple[str, ...], ...] = ()
     """Per block: names of its adapted linears, whose inputs are kept for the backward pass; empty means all linears
     of every block that has adapter parameters."""
     use_dora: bool = False
+    size_setting: str = "rank"
+    """The method's setting that all of its sizes grow with."""
     has_dropout: bool = False
     checkpointing: Literal["auto", "on", "off"] = "auto"
     codec: Literal["raw", "bf16"] = "raw"

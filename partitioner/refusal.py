@@ -137,7 +137,7 @@ def _rank_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str 
             }
         )
         if try_shape(changed):
-            return f"method.rank divided by {divisor}"
+            return f"method.{shape.size_setting} divided by {divisor}"
         divisor *= 2
     return None
 

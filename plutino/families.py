@@ -26,6 +26,8 @@ class LinearRule(NamedTuple):
 
 ATTENTION_OUTPUT = "attention output"
 """What every family's output projection reads; attention itself keeps it."""
+MLP_INNER = "mlp inner"
+"""What the last layer of an MLP reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,16 @@ class Family:
     """Values stay a view of the fused projection's output, which is thereby kept whole beside rotated queries and
     keys."""
 
+    def sublayer_outputs(self, reads: Iterable[str]) -> tuple[str, ...]:
+        """Linear layers of a block, by name, whose output goes to the hidden states.
+
+        Args:
+            reads: whose: ATTENTION_OUTPUT, MLP_INNER. A family without such a layer, or where no method can adapt it,
+                has none.
+        """
+        wanted = frozenset(reads)
+        return tuple(name for name, rule in self.linears.items() if rule.reads in wanted)
+
     def why_untargetable(self, targets: Iterable[str]) -> str:
         """The end of a sentence that says why no method can adapt some of these names; empty if nothing is known."""
         known = self.untargetable or {}
@@ -137,7 +149,7 @@ _LLAMA = Family(
         "self_attn.o_proj": LinearRule("query", "hidden", ATTENTION_OUTPUT),
         "mlp.gate_proj": LinearRule("hidden", "inner", "mlp input"),
         "mlp.up_proj": LinearRule("hidden", "inner", "mlp input"),
-        "mlp.down_proj": LinearRule("inner", "hidden", "mlp inner"),
+        "mlp.down_proj": LinearRule("inner", "hidden", MLP_INNER),
     },
     config_keys=_SIZE_KEYS,
     size_defaults=_SIZE_DEFAULTS,
@@ -156,7 +168,7 @@ _GPT2 = Family(
         "attn.c_attn": LinearRule("hidden", "3hidden", "attention input"),
         "attn.c_proj": LinearRule("hidden", "hidden", ATTENTION_OUTPUT),
         "mlp.c_fc": LinearRule("hidden", "inner", "mlp input"),
-        "mlp.c_proj": LinearRule("inner", "hidden", "mlp inner"),
+        "mlp.c_proj": LinearRule("inner", "hidden", MLP_INNER),
     },
     config_keys={
         **_SIZE_KEYS,
@@ -195,7 +207,7 @@ def _qkv_linears(attention: str) -> dict[str, LinearRule]:
         f"{attention}.query_key_value": LinearRule("hidden", "query+2key", "attention input"),
         f"{attention}.dense": LinearRule("query", "hidden", ATTENTION_OUTPUT),
         "mlp.dense_h_to_4h": LinearRule("hidden", "inner", "mlp input"),
-        "mlp.dense_4h_to_h": LinearRule("inner", "hidden", "mlp inner"),
+        "mlp.dense_4h_to_h": LinearRule("inner", "hidden", MLP_INNER),
     }
 
 
@@ -277,7 +289,7 @@ _ALL = (
             "self_attn.qkv_proj": LinearRule("hidden", "query+2key", "attention input"),
             "self_attn.o_proj": LinearRule("query", "hidden", ATTENTION_OUTPUT),
             "mlp.gate_up_proj": LinearRule("hidden", "2inner", "mlp input"),
-            "mlp.down_proj": LinearRule("inner", "hidden", "mlp inner"),
+            "mlp.down_proj": LinearRule("inner", "hidden", MLP_INNER),
         },
         keeps_fused_qkv=True,
     ),
@@ -311,7 +323,7 @@ _ALL = (
             "self_attn.v_proj": LinearRule("hidden", "key", "attention input"),
             "self_attn.out_proj": LinearRule("query", "hidden", ATTENTION_OUTPUT),
             "fc1": LinearRule("hidden", "inner", "mlp input"),
-            "fc2": LinearRule("inner", "hidden", "mlp inner"),
+            "fc2": LinearRule("inner", "hidden", MLP_INNER),
         },
         config_keys={
             **_SIZE_KEYS,

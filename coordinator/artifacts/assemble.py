@@ -154,7 +154,7 @@ def _join(request: AssembleRequest, bulk: ShadowExchange) -> tuple[dict[str, Flo
 
 def _tied_copies(spec: JobSpec, tensors: dict[str, Float32Array]) -> dict[str, Float32Array]:
     """What peft saves a second time: a head that stays tied to a trained embedding is one parameter of two keys."""
-    if not spec.method.ensure_weight_tying:
+    if not spec.method.saves_tied_head:
         return {}
     config = json.loads((model_folder(spec.model.path) / "config.json").read_bytes())
     family = family_of(config.get("model_type"))

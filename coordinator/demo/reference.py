@@ -37,7 +37,9 @@ from plutino.data.batches import (
 from plutino.data.readers import read_rows
 from plutino.data.samples import Samples
 from plutino.data.tokenisation import ModelTokenizer, load_tokenizer, tokenise
+from plutino.errors import ConfigError
 from plutino.job.data import ScoringConfig
+from plutino.job.method import LoraConfig
 from plutino.job.spec import JobSpec, load_spec
 
 if TYPE_CHECKING:
@@ -148,6 +150,8 @@ def _load_model(spec: JobSpec) -> peft.PeftModel:
 
 def _lora(spec: JobSpec) -> peft.LoraConfig:
     method = spec.method
+    if not isinstance(method, LoraConfig):
+        raise ConfigError(f"the yardstick trains LoRA, not {method.type}; set method.type: lora")
     return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=method.rank,

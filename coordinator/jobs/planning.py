@@ -235,7 +235,7 @@ def _shape(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str,
         row_tokens=prepared.row_tokens,
         label_tokens=rows * prepared.label_tokens_per_row,
         **adapters.shape_fields,
-        has_dropout=spec.method.dropout > 0,
+        has_dropout=spec.method.has_dropout,
         checkpointing=spec.training.checkpointing,
         codec=spec.placement.codec,
         generate_rows=0 if scoring is None else scoring.batch_rows,
@@ -255,7 +255,7 @@ async def _profile(
         micro_batch_rows=shape.micro_batch_rows,
         row_tokens=shape.row_tokens,
         label_tokens=shape.label_tokens,
-        lora_rank=spec.method.rank,
+        method=spec.method.for_profile(),
         threads=used_threads,
     )
     try:

@@ -133,15 +133,10 @@ def solve(round_json: str) -> str:
 
 def first_trainable_stage(spec: JobSpec, stages: Sequence[StageShape]) -> int:
     """The lowest stage that holds anything to train: the stages below it only run forward."""
-    method = spec.method
-    embedding = {family.embedding[0].split(".")[-2] for family in FAMILIES.values()}
-    if method.ensure_weight_tying or embedding & set(method.modules_to_save):
-        return 0
-    if method.layers_to_transform is None:
-        return 0
-    if not method.layers_to_transform:
+    embeddings = {family.embedding[0].split(".")[-2] for family in FAMILIES.values()}
+    lowest = spec.method.lowest_trained_block(embeddings)
+    if lowest is None:
         return len(stages) - 1
-    lowest = min(method.layers_to_transform)
     return next((i for i, stage in enumerate(stages) if lowest < stage.end_block), len(stages) - 1)
 
 

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
 from edge_node.methods.base import Role, TrainableParameter
+from edge_node.methods.checkpoint import KEY_PREFIX, load_values
 from edge_node.methods.dropout import SeededDropout
 from edge_node.methods.lora_config import (
     any_name_matches,
@@ -31,11 +32,8 @@ from edge_node.methods.seeding import seeded_generator
 from edge_node.methods.trained_copy import TrainedCopy, trainable_copy
 from edge_node.quantize.linear import QuantLinear
 from edge_node.stage.build import Stage
-from plutino.errors import ConfigError
 from plutino.job.method import LoraConfig
 
-_KEY_PREFIX = "base_model.model."
-"""What peft's save_pretrained puts before a model's own names."""
 _ADAPTER = "default"
 """peft's name for a model's only adapter; it does not appear in checkpoints."""
 
@@ -72,7 +70,6 @@ class AttachedLora:
             for role, use in parameter.uses
         }
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Copy values into the stage's parameters, in place; names of other stages are ignored.
 
@@ -81,28 +78,13 @@ class AttachedLora:
         Raises:
             ConfigError: a name of this stage is missing, or a tensor has another shape; nothing was changed.
         """
-        values: list[tuple[Tensor, Tensor]] = []
-        problems: list[str] = []
-        for parameter in self.parameters:
-            keys = (self._key(parameter, role) for role in parameter.all_roles)
-            found = next((state[key] for key in keys if key in state), None)
+        load_values(
             # Several uses have one storage: the first one stands for all.
-            own = parameter.uses[0][1]
-            if found is None:
-                problems.append(f"{parameter.name} is missing")
-            elif found.shape != own.shape:
-                problems.append(f"{parameter.name} has shape {list(found.shape)} instead of {list(own.shape)}")
-            else:
-                values.append((own, found))
-        if problems:
-            raise ConfigError(
-                f"the adapter does not fit the method: {len(problems)} of this stage's {len(self.parameters)} "
-                f"parameters cannot be taken from it: {'; '.join(problems[:4])}"
-                f"{'; ...' if len(problems) > 4 else ''}. "
-                "Set rank, target_modules and modules_to_save as they were when it was trained"
-            )
-        for target, value in values:
-            target.copy_(value)
+            {p.name: p.uses[0][1] for p in self.parameters},
+            {p.name: [self._key(p, role) for role in p.all_roles] for p in self.parameters},
+            state,
+            advice="Set rank, target_modules and modules_to_save as they were when it was trained",
+        )
 
     def peft_config(self) -> dict[str, Any]:
         """Content of adapter_config.json for the whole model, the same on every stage."""
@@ -134,8 +116,8 @@ def attach_lora(stage: Stage, config: LoraConfig, *, seed: int) -> AttachedLora:
         _initialise(layer, name, config, seed)
 
     role_keys: dict[Role, str] = {
-        "embedding": f"{_KEY_PREFIX}{stage.embedding_name}.weight",
-        "head": f"{_KEY_PREFIX}{stage.head_name}.weight",
+        "embedding": f"{KEY_PREFIX}{stage.embedding_name}.weight",
+        "head": f"{KEY_PREFIX}{stage.head_name}.weight",
     }
     copies = _train_in_full(stage, roles, is_tied=config.ensure_weight_tying)
     parameters = _lora_parameters(layers)
@@ -178,7 +160,7 @@ def _inject(model: nn.Module, peft_config: peft.LoraConfig, own_targets: list[st
 def _initialise(layer: Any, name: str, config: LoraConfig, seed: int) -> None:
     """Give an adapted layer peft's kind of initial values, from a generator of its own, and seeded dropout."""
     lora_a, lora_b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-    generator = seeded_generator(seed, f"{_KEY_PREFIX}{name}.lora_A.weight")
+    generator = seeded_generator(seed, f"{KEY_PREFIX}{name}.lora_A.weight")
     # On the CPU, whatever device the stage computes on: elsewhere the generator would draw other numbers.
     lora_a.copy_(nn.init.kaiming_uniform_(torch.empty(lora_a.shape), a=5**0.5, generator=generator))
     nn.init.zeros_(lora_b)
@@ -206,7 +188,7 @@ def _lora_parameters(layers: Mapping[str, Any]) -> list[TrainableParameter]:
         if _ADAPTER in layer.lora_magnitude_vector:
             own["lora_magnitude_vector"] = layer.lora_magnitude_vector[_ADAPTER].weight
         parameters += [
-            TrainableParameter(f"{_KEY_PREFIX}{name}.{key}", (("block", parameter),), ("block",))
+            TrainableParameter(f"{KEY_PREFIX}{name}.{key}", (("block", parameter),), ("block",))
             for key, parameter in own.items()
         ]
     return parameters

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+from edge_node.methods.adapters import attach_adapters
 from edge_node.methods.base import AttachedMethod
 from edge_node.methods.lora import attach_lora
 from edge_node.stage.build import Stage
-from plutino.job.method import MethodConfig
 
 
 class Attach(Protocol):
     """Puts a method's trainable part on a stage, in place."""
 
-    def __call__(self, stage: Stage, config: MethodConfig, *, seed: int) -> AttachedMethod:
+    def __call__(self, stage: Stage, config: Any, *, seed: int) -> AttachedMethod:
         """Attach with initial values that depend on the seed and the parameters' global names alone.
+
+        ``config`` is the one whose ``type`` the method is registered under.
 
         Raises:
             ConfigError: the config names what the model does not have.
         """
 
 
-METHODS: dict[str, Attach] = {"lora": attach_lora}
+METHODS: Mapping[str, Attach] = {
+    "adapters": attach_adapters,
+    "lora": attach_lora,
+}

@@ -1,16 +1,59 @@
-"""How the adapter is parametrised. Field names are those of peft."""
+"""How the adapter is parametrised. Field names are those of peft.
+
+What planner and coordinator ask of a method they ask of its config, by the properties of :class:`MethodPart`; what it
+does on a stage stands in ``edge_node/methods``, its sizes in ``partitioner/adapter.py``.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from plutino.job.base import SpecPart
 
 
-class LoraConfig(SpecPart):
+class MethodPart(SpecPart):
+    """What is asked of every method's config."""
+
+    size_setting: ClassVar[str]
+    """The setting that the number of trained parameters grows with."""
+    has_peft_format: ClassVar[bool] = True
+    """Whether stock peft loads the checkpoint; plutino.load_adapter loads the others."""
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the method's own layers drop anything in training."""
+        return False
+
+    @property
+    def saves_tied_head(self) -> bool:
+        """Whether the checkpoint repeats the trained embedding under the head's name."""
+        return False
+
+    @property
+    def unpacks_weights(self) -> str:
+        """The setting that needs whole frozen weights in each pass, which packed ones would undo; empty: none."""
+        return ""
+
+    def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
+        """The lowest block that a gradient has to reach; None if nothing below the head is trained.
+
+        Args:
+            embedding_names: what embeddings are called, over all families; training one counts as block 0.
+        """
+        return 0
+
+    def for_profile(self) -> MethodConfig:
+        """The same method for a model of three blocks, by which a device's seconds a block are measured."""
+        raise NotImplementedError
+
+
+class LoraConfig(MethodPart):
     """LoRA (Hu et al. 2021, arXiv:2106.09685)."""
+
+    size_setting: ClassVar[str] = "rank"
 
     type: Literal["lora"] = "lora"
     rank: int = Field(8, ge=1, le=4096)
@@ -36,6 +79,59 @@ class LoraConfig(SpecPart):
     ensure_weight_tying: bool = False
     """With modules_to_save on a model with tied embeddings: keep head and embedding one parameter, as in peft."""
 
+    @property
+    def has_dropout(self) -> bool:
+        """See :class:`MethodPart`."""
+        return self.dropout > 0
 
-MethodConfig = LoraConfig
+    @property
+    def saves_tied_head(self) -> bool:
+        """See :class:`MethodPart`."""
+        return self.ensure_weight_tying
+
+    @property
+    def unpacks_weights(self) -> str:
+        """DoRA takes the norm of every adapted weight."""
+        return "use_dora" if self.use_dora else ""
+
+    def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
+        """See :class:`MethodPart`."""
+        if self.ensure_weight_tying or set(embedding_names) & set(self.modules_to_save):
+            return 0
+        return 0 if self.layers_to_transform is None else min(self.layers_to_transform, default=None)
+
+    def for_profile(self) -> LoraConfig:
+        """LoRA of this rank on all linear layers."""
+        return LoraConfig(rank=self.rank)
+
+
+class AdaptersConfig(MethodPart):
+    """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247).
+
+    ``y + up(activation(down(y)))``, with y what a sublayer adds to the hidden states.
+    """
+
+    size_setting: ClassVar[str] = "bottleneck"
+    has_peft_format: ClassVar[bool] = False
+
+    type: Literal["adapters"] = "adapters"
+    placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    """houlsby: behind attention and MLP of each block. pfeiffer: behind the MLP alone."""
+    bottleneck: int = Field(64, ge=1, le=65536)
+    """Inner dimension of each adapter."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Non-linearity between down and up."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Blocks that get adapters; None means all."""
+
+    def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
+        """See :class:`MethodPart`."""
+        return 0 if self.layers_to_transform is None else min(self.layers_to_transform, default=None)
+
+    def for_profile(self) -> AdaptersConfig:
+        """The same adapters in all blocks."""
+        return self.model_copy(update={"layers_to_transform": None})
+
+
+MethodConfig = Annotated[LoraConfig | AdaptersConfig, Field(discriminator="type")]
 """Union of all methods' configs, told apart by ``type``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,11 +42,20 @@ class JobSpec(SpecPart):
     placement: PlacementConfig = PlacementConfig()
     output: OutputConfig = OutputConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _method_is_lora_by_default(cls, values: Any) -> Any:
+        method = values.get("method") if isinstance(values, Mapping) else None
+        if isinstance(method, Mapping) and "type" not in method:
+            return {**values, "method": {"type": LoraConfig().type, **method}}
+        return values
+
     @model_validator(mode="after")
-    def _dora_has_plain_weights(self) -> JobSpec:
-        if self.method.use_dora and self.model.quantization != "none":
+    def _unpacked_weights_are_plain(self) -> JobSpec:
+        setting = self.method.unpacks_weights
+        if setting and self.model.quantization != "none":
             raise ValueError(
-                f"method.use_dora takes the norm of every frozen weight, which model.quantization: "
+                f"method.{setting} takes the norm of every frozen weight, which model.quantization: "
                 f"{self.model.quantization} would have to unpack whole in each pass; set one of the two off"
             )
         return self
@@ -187,12 +197,15 @@ def _written_place(values: Any, problem: Mapping[str, Any]) -> list[str]:
 
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     part: type[BaseModel] = JobSpec
-    for key in loc:
+    # The type that tells the members of a union apart follows the key in pydantic's places.
+    for key, tag in zip_longest(loc, loc[1:]):
         field = part.model_fields.get(str(key))
         if field is None:
-            break
+            continue
         candidates = (field.annotation, *get_args(field.annotation))
-        part = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), part)
+        parts = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        tagged = [c for c in parts if "type" in c.model_fields and c.model_fields["type"].default == tag]
+        part = next(iter(tagged or parts), part)
     return list(part.model_fields)
 
 

@@ -305,7 +305,7 @@ def test_device_measures_a_block_of_the_family(folders, name):
         micro_batch_rows=1,
         row_tokens=4,
         label_tokens=1,
-        lora_rank=2,
+        method=LoraConfig(rank=2),
         threads=1,
     )
     timings = measure(request)

@@ -1,0 +1,115 @@
+"""Bottleneck adapters on one stage (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247).
+
+Each sits on the output of a sublayer's last linear layer, before the residual sum; up starts at zero, so that the
+adapted model starts as the base model. Layout and arithmetic are :mod:`plutino.load_adapter`'s, which also loads the
+result: peft has no such method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from edge_node.methods.base import TrainableParameter
+from edge_node.methods.checkpoint import KEY_PREFIX, load_values, parameter_state
+from edge_node.methods.seeding import seeded_generator
+from edge_node.stage.build import Stage
+from plutino.errors import ConfigError
+from plutino.families import ATTENTION_OUTPUT, MLP_INNER
+from plutino.job.method import AdaptersConfig
+from plutino.load_adapter import Bottleneck, BottleneckLayout, insert_bottleneck
+
+
+class AttachedAdapters:
+    """Bottleneck adapters on one stage; see :class:`edge_node.methods.base.AttachedMethod`."""
+
+    def __init__(self, bottlenecks: Mapping[str, Bottleneck], layout: BottleneckLayout) -> None:
+        self._bottlenecks = tuple(bottlenecks.values())
+        self._layout = layout
+        own = {key: p for layer, each in bottlenecks.items() for key, p in each.by_key(layer).items()}
+        self.parameters: tuple[TrainableParameter, ...] = tuple(
+            TrainableParameter(name, (("block", parameter),), ("block",)) for name, parameter in sorted(own.items())
+        )
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch between the adapted model and exactly the base model."""
+        for bottleneck in self._bottlenecks:
+            bottleneck.is_enabled = enabled
+
+    def state(self) -> dict[str, Tensor]:
+        """This stage's part of the checkpoint: fp32 copies by its keys."""
+        return parameter_state(self.parameters)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values into the stage's parameters, in place; names of other stages are ignored.
+
+        Raises:
+            ConfigError: a name of this stage is missing, or a tensor has another shape; nothing was changed.
+        """
+        load_values(
+            {p.name: p.uses[0][1] for p in self.parameters},
+            {p.name: (p.name,) for p in self.parameters},
+            state,
+            advice="Set placement, bottleneck and layers_to_transform as they were when it was trained",
+        )
+
+    def peft_config(self) -> dict[str, Any]:
+        """Content of adapter_config.json for the whole model, the same on every stage."""
+        return self._layout.model_dump(mode="json")
+
+
+def attach_adapters(stage: Stage, config: AdaptersConfig, *, seed: int) -> AttachedAdapters:
+    """Put adapters behind a stage's sublayers, in place. A stage where nothing is trained is fine.
+
+    Args:
+        stage: a stage without an adapter.
+        config: the method's config, the same for every stage.
+        seed: the job's seed; initial values depend on it and on global names alone.
+
+    Raises:
+        ConfigError: the model has no such blocks, or its family no layer to put an adapter behind.
+    """
+    layers = _adapted_layers(stage, config)
+    layout = BottleneckLayout(
+        placement=config.placement,
+        bottleneck=config.bottleneck,
+        activation=config.activation,
+        width=int(stage.config.hidden_size),
+        layers=layers,
+    )
+    modules = dict(stage.model.named_modules())
+    bottlenecks: dict[str, Bottleneck] = {}
+    for layer in layers:
+        if layer not in modules:
+            continue
+        bottlenecks[layer] = Bottleneck(
+            layout.width,
+            layout.bottleneck,
+            layout.activation,
+            device=stage.device,
+            generator=seeded_generator(seed, f"{KEY_PREFIX}{layer}.adapter_down.weight"),
+        )
+        insert_bottleneck(modules[layer], bottlenecks[layer])
+    return AttachedAdapters(bottlenecks, layout)
+
+
+def _adapted_layers(stage: Stage, config: AdaptersConfig) -> tuple[str, ...]:
+    """Global names of the adapted layers, over all stages, in the model's order."""
+    blocks = config.layers_to_transform
+    if blocks is not None and (not blocks or not all(0 <= block < stage.num_blocks for block in blocks)):
+        raise ConfigError(
+            f"layers_to_transform is {list(blocks)} but the blocks are 0 to {stage.num_blocks - 1}; "
+            "leave it out to adapt all of them"
+        )
+    names = {read: stage.family.sublayer_outputs((read,)) for read in (ATTENTION_OUTPUT, MLP_INNER)}
+    wanted = (ATTENTION_OUTPUT, MLP_INNER) if config.placement == "houlsby" else (MLP_INNER,)
+    if not all(names[read] for read in wanted):
+        raise ConfigError(
+            f"{stage.family.model_type} has no MLP layer that an adapter could follow (its experts share one tensor); "
+            "use method.type: lora"
+        )
+    of_block = tuple(name for read in wanted for name in names[read])
+    chosen = range(stage.num_blocks) if blocks is None else sorted(set(blocks))
+    return tuple(f"{stage.family.block_prefix}{block}.{name}" for block in chosen for name in of_block)

@@ -1,0 +1,199 @@
+"""Bottleneck adapters: their layout on disk, their arithmetic, and :func:`load_adapter` for whoever uses one.
+
+peft has no such adapters. The layout follows its habits: ``adapter_config.json`` names the adapted layers in full
+(:class:`BottleneckLayout`), ``adapter_model.safetensors`` holds, in fp32, for each of them
+
+    base_model.model.<layer>.adapter_down.weight  [bottleneck, width]     .bias  [bottleneck]
+    base_model.model.<layer>.adapter_up.weight    [width, bottleneck]     .bias  [width]
+
+and a layer's output y becomes ``y + up(activation(down(y)))`` (Houlsby et al. 2019, arXiv:1902.00751). Needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from plutino.errors import ConfigError
+
+ADAPTER_TYPE = "PLUTINO_BOTTLENECK"
+"""What stands in adapter_config.json where peft's adapters name their ``peft_type``."""
+KEY_PREFIX = "base_model.model."
+"""Before the base model's own names in a checkpoint, as peft has it."""
+_DOWN, _UP = "adapter_down", "adapter_up"
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class BottleneckLayout(BaseModel):
+    """Content of adapter_config.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    peft_type: Literal["PLUTINO_BOTTLENECK"] = "PLUTINO_BOTTLENECK"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    base_model_name_or_path: str | None = None
+    placement: Literal["houlsby", "pfeiffer"]
+    bottleneck: int
+    activation: Literal["relu", "gelu", "silu", "tanh"]
+    width: int
+    """Width of the adapted layers' outputs: the model's hidden size."""
+    layers: tuple[str, ...]
+    """Global names of the adapted layers, in the model's order."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint with its shape."""
+        sizes = {
+            f"{_DOWN}.weight": (self.bottleneck, self.width),
+            f"{_DOWN}.bias": (self.bottleneck,),
+            f"{_UP}.weight": (self.width, self.bottleneck),
+            f"{_UP}.bias": (self.width,),
+        }
+        return {f"{KEY_PREFIX}{layer}.{key}": shape for layer in self.layers for key, shape in sizes.items()}
+
+
+class Bottleneck(nn.Module):
+    """One adapter; parameters in fp32, products in the dtype of what it gets.
+
+    It starts as the identity: up is zero, down is drawn as :class:`torch.nn.Linear` draws.
+
+    Args:
+        width: width D of what it reads and writes.
+        bottleneck: inner dimension.
+        activation: relu, gelu, silu or tanh.
+        device: where its parameters lie.
+        generator: draws down's weight, on the CPU.
+    """
+
+    def __init__(
+        self, width: int, bottleneck: int, activation: str, *, device: torch.device, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.is_enabled = True
+        self._activation = _ACTIVATIONS[activation]
+        down = nn.init.kaiming_uniform_(torch.empty(bottleneck, width), a=5**0.5, generator=generator)
+        self.down = nn.Parameter(down.to(device))
+        self.down_bias = nn.Parameter(torch.zeros(bottleneck, device=device))
+        self.up = nn.Parameter(torch.zeros(width, bottleneck, device=device))
+        self.up_bias = nn.Parameter(torch.zeros(width, device=device))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """What becomes of a layer's output [..., D]."""
+        if not self.is_enabled:
+            return y
+        inner = functional.linear(y, self.down.to(y.dtype), self.down_bias.to(y.dtype))
+        return y + functional.linear(self._activation(inner), self.up.to(y.dtype), self.up_bias.to(y.dtype))
+
+    def by_key(self, layer: str) -> dict[str, nn.Parameter]:
+        """Parameters by the keys of the checkpoint."""
+        own = {
+            f"{_DOWN}.weight": self.down,
+            f"{_DOWN}.bias": self.down_bias,
+            f"{_UP}.weight": self.up,
+            f"{_UP}.bias": self.up_bias,
+        }
+        return {f"{KEY_PREFIX}{layer}.{key}": parameter for key, parameter in own.items()}
+
+
+def insert_bottleneck(layer: nn.Module, bottleneck: Bottleneck) -> None:
+    """Let a layer's output pass through an adapter; no name of the model changes."""
+
+    def adapt(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return cast(Tensor, bottleneck(output))
+
+    layer.register_forward_hook(adapt)
+
+
+class LoadedAdapter:
+    """The adapters in a model, as :func:`load_adapter` put them there."""
+
+    def __init__(self, layout: BottleneckLayout, bottlenecks: Mapping[str, Bottleneck]) -> None:
+        self.layout = layout
+        self.bottlenecks = bottlenecks
+        """By the global name of the adapted layer."""
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Exactly the base model, for a while."""
+        for bottleneck in self.bottlenecks.values():
+            bottleneck.is_enabled = False
+        try:
+            yield
+        finally:
+            for bottleneck in self.bottlenecks.values():
+                bottleneck.is_enabled = True
+
+
+def is_bottleneck_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of this layout rather than one of peft's."""
+    return bool(json.loads((folder / "adapter_config.json").read_bytes()).get("peft_type") == ADAPTER_TYPE)
+
+
+def read_layout(folder: Path) -> BottleneckLayout:
+    """The layout that an adapter's folder describes.
+
+    Raises:
+        ConfigError: the folder is none of this layout.
+    """
+    try:
+        return BottleneckLayout.model_validate_json((folder / "adapter_config.json").read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {folder / 'adapter_config.json'}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ConfigError(
+            f"{folder} holds no bottleneck adapter of plutino: {error.error_count()} of its settings do not fit; "
+            "adapters of other methods are loaded with peft"
+        ) from error
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> LoadedAdapter:
+    """Put a published bottleneck adapter on its base model, in place.
+
+    Args:
+        model: the base model, as transformers loads it; in any dtype, on one device.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ConfigError: the folder holds something else, or the model lacks a layer that it adapts.
+    """
+    folder = Path(folder)
+    layout = read_layout(folder)
+    modules = dict(model.named_modules())
+    missing = [layer for layer in layout.layers if layer not in modules]
+    if missing:
+        raise ConfigError(
+            f"the model lacks {len(missing)} of the {len(layout.layers)} layers that {folder} adapts, first "
+            f"{missing[0]}; load the base model that the adapter was trained on: {layout.base_model_name_or_path}"
+        )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != layout.shapes():
+        wrong = sorted(set(found.items()) ^ set(layout.shapes().items()))
+        raise ConfigError(
+            f"{folder}: tensors and adapter_config.json disagree, first about {wrong[0][0]}; copy it anew"
+        )
+    bottlenecks = {}
+    for layer in layout.layers:
+        device = next(modules[layer].parameters()).device
+        bottleneck = Bottleneck(layout.width, layout.bottleneck, layout.activation, device=device, generator=None)
+        with torch.no_grad():
+            for key, parameter in bottleneck.by_key(layer).items():
+                parameter.copy_(tensors[key])
+        bottleneck.requires_grad_(False)
+        insert_bottleneck(modules[layer], bottleneck)
+        bottlenecks[layer] = bottleneck
+    return LoadedAdapter(layout, bottlenecks)

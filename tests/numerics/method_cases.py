@@ -1,0 +1,20 @@
+"""Configs of every method, for tests that walk the registry."""
+
+from __future__ import annotations
+
+from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig
+
+CONFIGS: dict[str, dict[str, MethodConfig]] = {
+    "adapters": {
+        "pfeiffer": AdaptersConfig(bottleneck=6, activation="gelu"),
+        "houlsby": AdaptersConfig(bottleneck=5, placement="houlsby"),
+        "blocks": AdaptersConfig(bottleneck=4, activation="silu", layers_to_transform=(1, 3)),
+    },
+    "lora": {"all_linear": LoraConfig(rank=4)},
+}
+"""By the registry's key: cases by name. A new method gets its line here."""
+
+STARTS_AS_BASE = frozenset({"adapters", "lora"})
+"""Methods that promise to change nothing before the first step."""
+
+CASES = [(method, name) for method, cases in CONFIGS.items() for name in cases]
