@@ -19,8 +19,9 @@ import pytest
 from edge_node.agent import Agent, AgentConfig
 from edge_node.state_dir import StateDir
 from edge_node.worker_pool import PoolConfig
-from plutino.errors import AgentError, ConfigError
+from plutino.errors import AgentError, ConfigError, SecurityError
 from plutino.wire.channel import Lane, aio_server, bind
+from plutino.wire.status import abort_with_aio
 from protos import agents_pb2, agents_pb2_grpc
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -36,6 +37,7 @@ class FakeCoordinator(agents_pb2_grpc.AgentServiceServicer):
 
     heartbeat_every_s: float = 0.05
     refused: str = ""
+    shuts_out: bool = False
     hellos: list[agents_pb2.AgentHello] = field(default_factory=list)
     events: list[agents_pb2.AgentEvent] = field(default_factory=list)
     address: str = "127.0.0.1:0"
@@ -51,6 +53,8 @@ class FakeCoordinator(agents_pb2_grpc.AgentServiceServicer):
         await self.server.start()
 
     async def Attach(self, request_iterator, context):
+        if self.shuts_out:
+            await abort_with_aio(context, SecurityError("node pi-3 is revoked"))
         welcome = agents_pb2.AgentWelcome(heartbeat_every_s=self.heartbeat_every_s, refused=self.refused)
         await context.write(agents_pb2.AgentCommand(welcome=welcome))
         if self.refused:
@@ -443,6 +447,29 @@ def test_agent_with_less_memory_than_a_baseline_is_refused(tmp_path):
 
     run(test())
     assert children() == []
+
+
+def test_agent_that_is_shut_out_ends_its_workers_and_itself(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        await coordinator.start()
+        agent = Agent(
+            AgentConfig(coordinator_address=coordinator.address, name="pi-3", pool=pool_config()), StateDir(tmp_path)
+        )
+        running = asyncio.create_task(agent.run())
+        await coordinator.until(lambda: coordinator.hellos)
+        coordinator.start_worker()
+        await coordinator.event("worker_started")
+        coordinator.shuts_out = True
+        await coordinator.server.stop(0)
+        await coordinator.start()
+
+        with pytest.raises(SecurityError, match="revoked"):
+            await asyncio.wait_for(running, WAIT_S)
+        await coordinator.server.stop(0)
+        assert children() == []
+
+    run(test())
 
 
 def test_second_agent_of_a_state_dir_is_refused(tmp_path):
