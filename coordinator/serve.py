@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -42,21 +43,27 @@ def join_command(endpoints: Endpoints) -> str:
 def _ready_text(endpoints: Endpoints, state_dir: Path, log_path: Path) -> str:
     return (
         f"The coordinator runs. State: {state_dir}   log: {log_path}\n"
-        f"{_how_to_join(endpoints)}"
-        f"  {join_command(endpoints)}\n"
+        f"{_how_to_join(endpoints, is_seen_by_a_person=sys.stdout.isatty())}\n"
         "Then hand a job in: plutino submit job.yaml. Ctrl-C ends the coordinator; jobs go on at its next start."
     )
 
 
-def _how_to_join(endpoints: Endpoints) -> str:
+def _how_to_join(endpoints: Endpoints, *, is_seen_by_a_person: bool) -> str:
     if not endpoints.join_token:
         return (
             "It runs without TLS: every user of this machine can use it, and no other machine can join.\n"
             "Start an agent on this machine (--memory 4GiB says what it may use):\n"
+            f"  {join_command(endpoints)}"
         )
+    if not is_seen_by_a_person:
+        # Output that goes elsewhere ends in a log, and a token is a secret.
+        return "Join a device with the line that this prints: plutino token create"
     is_here = all(is_loopback(split_address(address)[0]) for address in endpoints.join_addresses)
     where = "on this machine (for others: plutino up --listen 0.0.0.0:7420)" if is_here else "that reaches this one"
-    return f"Join one device {where}, within {DEFAULT_TTL_S / 60:.0f} minutes; for more: plutino token create\n"
+    return (
+        f"Join one device {where}, within {DEFAULT_TTL_S / 60:.0f} minutes; for more: plutino token create\n"
+        f"  {join_command(endpoints)}"
+    )
 
 
 def _ready_json(endpoints: Endpoints) -> str:
