@@ -40,7 +40,7 @@ def write_with_adapter(workload: Workload, folder: Path, *, num_steps: int) -> M
     model_dir, adapter_dir = folder / "model", folder / "adapter"
     model.save_pretrained(str(adapter_dir))
     model.unload().save_pretrained(str(model_dir))
-    _write_tokenizer(workload, model_dir)
+    write_tokenizer(workload, model_dir)
     rows_path = write_rows(workload, folder / "rows.jsonl", num_steps=num_steps)
     return ModelFolder(model_dir=model_dir, rows_path=rows_path, num_steps=num_steps, adapter_dir=adapter_dir)
 
@@ -49,7 +49,7 @@ def write_base(workload: Workload, folder: Path, *, num_steps: int, dtype: Dtype
     """The model alone, its weights stored as this dtype."""
     model_dir = folder / "model"
     build_base(workload, _DTYPES[dtype]).save_pretrained(str(model_dir))
-    _write_tokenizer(workload, model_dir)
+    write_tokenizer(workload, model_dir)
     rows_path = write_rows(workload, folder / "rows.jsonl", num_steps=num_steps)
     return ModelFolder(model_dir=model_dir, rows_path=rows_path, num_steps=num_steps)
 
@@ -112,7 +112,8 @@ def _row(ids: list[int]) -> dict[str, str]:
     return {"prompt": prompt, "completion": "".join(f" {word}" for word in completion)}
 
 
-def _write_tokenizer(workload: Workload, model_dir: Path) -> None:
+def write_tokenizer(workload: Workload, model_dir: Path) -> None:
+    """A tokenizer whose words are the numbers of its tokens."""
     end = f"t{END_TOKEN}"
     words = {f"t{token}": token for token in range(workload.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token=end))

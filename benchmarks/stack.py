@@ -70,7 +70,7 @@ class PlutinoStack:
             token = self.client.members.create_token(uses=_MOST_AGENTS, ttl_s=_JOIN_WITHIN_S).token
             write_private(self._state_dir / _TOKEN_FILE, token.encode())
 
-    def start_agents(self, budgets_bytes: Mapping[str, int]) -> None:
+    def start_agents(self, budgets_bytes: Mapping[str, int], *, device: str = "cpu") -> None:
         """Start agents of one thread with these names and memory budgets, and wait until they have joined.
 
         Raises:
@@ -84,6 +84,7 @@ class PlutinoStack:
                 *("--name", name),
                 *("--memory", f"{budget_bytes}B"),
                 *("--threads", "1"),
+                *("--device", device),
                 *("--state-dir", str(self._state_dir / "agents" / name)),
             )
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edge_node.joining import Membership
     from edge_node.state_dir import StateDir
 
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,2})?", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
 
@@ -41,6 +42,8 @@ def _run(options: argparse.Namespace) -> int:
             f"device name {options.name!r} is not allowed; use 1 to 63 letters, digits, '.', '-' or '_', "
             "the first a letter or digit"
         )
+    if not _DEVICE.fullmatch(options.device):
+        raise ConfigError(f"--device {options.device!r} is not known; it is cpu, cuda or cuda:N")
     if options.threads < 1:
         raise ConfigError(f"--threads {options.threads} is less than 1")
     memory_budget_bytes = parse_size(options.memory)
@@ -68,7 +71,11 @@ def _run(options: argparse.Namespace) -> int:
         coordinator_address=address,
         name=options.name,
         pool=PoolConfig(
-            memory_budget_bytes=memory_budget_bytes, threads=options.threads, network=network, weights=allowed
+            memory_budget_bytes=memory_budget_bytes,
+            threads=options.threads,
+            device=options.device,
+            network=network,
+            weights=allowed,
         ),
         node_id=None if membership is None else membership.node_id,
     )
@@ -173,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON instead of lines")
     for command in (join, run):
         command.set_defaults(command=_run, is_join=command is join)
+        command.add_argument(
+            "--device",
+            default="cpu",
+            metavar="cpu|cuda[:N]",
+            help="where workers compute; on a card --memory bounds what they take of its memory",
+        )
         command.add_argument(
             "--memory", default=_half_of_memory(), metavar="SIZE", help="bound on all workers' memory, such as 600MiB"
         )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.methods.registry import METHODS
 from edge_node.objectives.sft import SftObjective
 from edge_node.stage.build import COMPUTE_DTYPES, Stage, StageInput, build_stage
@@ -41,16 +42,16 @@ _TINY_CONFIG = {
 }
 
 
-def measure(request: ProfileRequest) -> BlockTimings:
+def measure(request: ProfileRequest, device: ComputeDevice = CPU) -> BlockTimings:
     """Seconds of one micro-batch through one block, the embedding and the head of the model asked about."""
     torch.set_num_threads(request.threads)
     full_vocabulary = int(json.loads(request.config_json)["vocab_size"])
     config = three_blocks(request.config_json, vocabulary=min(full_vocabulary, _SHORT_VOCABULARY))
-    source = RandomSource(config)
+    source = RandomSource(config, device=device.torch)
     # One stage after the other, so that no more than a block is held on a small device.
-    embedding_s = _measure_embedding(source, request)
-    forward_s, backward_s = _measure_block(source, request)
-    head_forward_s, head_backward_s = _measure_head(source, request)
+    embedding_s = _measure_embedding(source, request, device)
+    forward_s, backward_s = _measure_block(source, request, device)
+    head_forward_s, head_backward_s = _measure_head(source, request, device)
     wide = full_vocabulary / config["vocab_size"]
     return BlockTimings(
         forward_s=forward_s,
@@ -61,32 +62,32 @@ def measure(request: ProfileRequest) -> BlockTimings:
     )
 
 
-def _measure_embedding(source: RandomSource, request: ProfileRequest) -> float:
-    first = _adapted_stage(source, 0, request)
+def _measure_embedding(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> float:
+    first = _adapted_stage(source, 0, request, device)
     embedding = first.model.get_submodule(first.embedding_name)
-    ids = torch.zeros(request.micro_batch_rows, request.row_tokens, dtype=torch.int64)
-    return _fastest_s(lambda: embedding(ids))
+    ids = torch.zeros(request.micro_batch_rows, request.row_tokens, dtype=torch.int64, device=device.torch)
+    return _fastest_s(device, lambda: embedding(ids))
 
 
-def _measure_block(source: RandomSource, request: ProfileRequest) -> tuple[float, float]:
-    middle = _adapted_stage(source, 1, request)
+def _measure_block(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
+    middle = _adapted_stage(source, 1, request, device)
     rows, tokens = request.micro_batch_rows, request.row_tokens
-    hidden = (
-        torch.randn(rows, tokens, int(middle.config.hidden_size)).to(COMPUTE_DTYPES[request.dtype]).requires_grad_(True)
-    )
-    inputs = StageInput(position_ids=torch.arange(tokens).expand(rows, tokens), hidden=hidden)
+    shape = (rows, tokens, int(middle.config.hidden_size))
+    hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=device.torch).requires_grad_(True)
+    position_ids = torch.arange(tokens, device=device.torch).expand(rows, tokens)
+    inputs = StageInput(position_ids=position_ids, hidden=hidden)
     gradient = torch.ones_like(hidden)
-    forward_s = _fastest_s(lambda: middle.forward(inputs))
-    both_s = _fastest_s(lambda: middle.forward(inputs).backward(gradient))
+    forward_s = _fastest_s(device, lambda: middle.forward(inputs))
+    both_s = _fastest_s(device, lambda: middle.forward(inputs).backward(gradient))
     return forward_s, max(both_s - forward_s, 1e-6)
 
 
-def _measure_head(source: RandomSource, request: ProfileRequest) -> tuple[float, float]:
-    last = _adapted_stage(source, 2, request)
+def _measure_head(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
+    last = _adapted_stage(source, 2, request, device)
     # Not the hidden size where the model projects before its head.
     width = int(last.model.get_submodule(last.head_name).in_features)  # type: ignore[arg-type]
     shape = (request.micro_batch_rows, request.row_tokens, width)
-    normed = torch.randn(shape).to(COMPUTE_DTYPES[request.dtype]).requires_grad_(True)
+    normed = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=device.torch).requires_grad_(True)
     labels, objective = _label_rows(request), SftObjective()
 
     def forward() -> Tensor:
@@ -94,25 +95,27 @@ def _measure_head(source: RandomSource, request: ProfileRequest) -> tuple[float,
         assert scaled is not None, "at least one label is asked for"
         return scaled
 
-    forward_s = _fastest_s(forward)
-    both_s = _fastest_s(lambda: forward().backward())
+    forward_s = _fastest_s(device, forward)
+    both_s = _fastest_s(device, lambda: forward().backward())
     return forward_s, max(both_s - forward_s, 1e-6)
 
 
-def fast_dtypes() -> list[str]:
+def fast_dtypes(device: ComputeDevice = CPU) -> list[str]:
     """Compute dtypes that this device runs well, fastest first; fp32 is always among them.
 
     Probed with a product like the backward pass's (g @ W): on CPUs without bf16 units it falls to a loop that is up to
     300 times slower than fp32, whatever the forward pass does.
     """
     seconds = {}
+    # A card's time for less than this is that of starting a kernel.
+    rows, width = (4096, 4096) if device.is_cuda else (128, 512)
     for name, dtype in COMPUTE_DTYPES.items():
-        gradient, weight = torch.randn(128, 512).to(dtype), torch.randn(512, 512).to(dtype)
-        seconds[name] = _fastest_s(lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
+        gradient, weight = (torch.randn(size, width, dtype=dtype, device=device.torch) for size in (rows, width))
+        seconds[name] = _fastest_s(device, lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
     return sorted((n for n in seconds if n == "fp32" or seconds[n] < seconds["fp32"]), key=seconds.__getitem__)
 
 
-def warm_up() -> None:
+def warm_up(device: ComputeDevice = CPU) -> None:
     """Run every kernel and thread pool of a training step once, so that the baseline contains what they keep."""
     request = ProfileRequest(
         config_json=json.dumps(_TINY_CONFIG),
@@ -123,7 +126,7 @@ def warm_up() -> None:
         method=LoraConfig(rank=4),
         threads=torch.get_num_threads(),
     )
-    measure(request)
+    measure(request, device)
 
 
 def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
@@ -142,8 +145,10 @@ def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
     return config
 
 
-def _adapted_stage(source: RandomSource, block: int, request: ProfileRequest) -> Stage:
-    stage = build_stage(source, block, block + 1, dtype=COMPUTE_DTYPES[request.dtype], packing=request.packing)
+def _adapted_stage(source: RandomSource, block: int, request: ProfileRequest, device: ComputeDevice) -> Stage:
+    stage = build_stage(
+        source, block, block + 1, dtype=COMPUTE_DTYPES[request.dtype], packing=request.packing, device=device.torch
+    )
     METHODS[request.method.type](stage, request.method, seed=0)
     return stage
 
@@ -163,14 +168,16 @@ def _label_rows(request: ProfileRequest) -> MicroBatchRows:
     )
 
 
-def _fastest_s(call: Callable[[], Any], *, least_s: float = _LEAST_S) -> float:
+def _fastest_s(device: ComputeDevice, call: Callable[[], Any], *, least_s: float = _LEAST_S) -> float:
     call()  # first use of a shape builds the kernels for it
     fastest_s = float("inf")
     spent_s = 0.0
     repeats = 0
     while repeats < _REPEATS or spent_s < least_s:
+        device.wait()
         started_s = time.perf_counter()
         call()
+        device.wait()
         took_s = time.perf_counter() - started_s
         fastest_s = min(fastest_s, took_s)
         spent_s += took_s

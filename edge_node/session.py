@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_safetensors
 
+from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.control import ControlStream
 from edge_node.engine.executor import StageExecutor, StepOutcome
 from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.optimizer import StageOptimizer
-from edge_node.guard import resident_bytes
 from edge_node.inbox import CommandTask, Inbox, UnitTask
 from edge_node.methods.registry import METHODS
 from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.shadowing import ShadowWriter
-from edge_node.sources.opening import open_weights
+from edge_node.sources.opening import drawn_source, open_weights
 from edge_node.sources.shared import Progress, SharedWeights
 from edge_node.stage.build import COMPUTE_DTYPES, Stage, build_stage
 from edge_node.stage.packed_cache import PackedBlobs
@@ -55,8 +55,10 @@ class WorkerSession:
         assignment: WorkerAssignment,
         network: DeviceNetwork | None = None,
         weights: WeightsConfig | None = None,
+        device: ComputeDevice = CPU,
     ) -> None:
         self._assignment = assignment
+        self._device = device
         self._network = network or DeviceNetwork()
         self._credentials = self._network.credentials()
         self._weights_config = weights or WeightsConfig()
@@ -135,15 +137,17 @@ class WorkerSession:
         )
         if self._end_reason is not None:
             self._weights.stop(self._end_reason)
+        drawn = drawn_source(self._weights.manifest, self._device.torch)
         stage = build_stage(
-            self._weights,
+            drawn or self._weights,
             assignment.shape.start_block,
             assignment.shape.end_block,
             dtype=COMPUTE_DTYPES[assignment.numerics.dtype],
             attention=assignment.numerics.attention,
             checkpointing=assignment.checkpointing,
             packing=assignment.numerics.packing,
-            cache=PackedBlobs(self._weights_config.cache(), assignment.base_hash),
+            device=self._device.torch,
+            cache=None if drawn else PackedBlobs(self._weights_config.cache(), assignment.base_hash),
         )
         self._vocab_size = int(stage.config.vocab_size)
         self._transport = self._open_transport(stage)
@@ -171,7 +175,7 @@ class WorkerSession:
             bytes_read=stage.bytes_read,
             tensors_read=stage.tensors_read,
             seconds=time.monotonic() - started_s,
-            rss_bytes=resident_bytes(),
+            rss_bytes=self._device.held_bytes(),
             parameter_names=[p.name for p in method.parameters],
             trainable_parameters=sum(p.uses[0][1].numel() for p in method.parameters),
             data_address="" if self._transport is None else self._transport.address,
@@ -283,7 +287,7 @@ class WorkerSession:
                 serialise_s=outcome.times.send_s + (0.0 if transport is None else transport.usage.encode_s),
                 commit_s=self._commit_s,
                 sent_bytes=0 if transport is None else transport.usage.sent_bytes,
-                rss_bytes=resident_bytes(),
+                rss_bytes=self._device.held_bytes(),
             ),
         )
 
@@ -403,7 +407,7 @@ class WorkerSession:
         )
 
     def _check_memory(self) -> None:
-        used_bytes = resident_bytes()
+        used_bytes = self._device.held_bytes()
         budget_bytes = self._assignment.memory_budget_bytes
         if used_bytes > budget_bytes:
             raise OutOfMemoryError(
@@ -415,7 +419,8 @@ class WorkerSession:
 def as_plutino_error(error: Exception, assignment: WorkerAssignment) -> Exception:
     """Name what torch only describes: it reports a failed allocation as a RuntimeError."""
     is_allocation = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error).lower()
+        isinstance(error, RuntimeError)
+        and ("not enough memory" in str(error).lower() or isinstance(error, torch.cuda.OutOfMemoryError))
     )
     if not is_allocation:
         return error

@@ -13,16 +13,16 @@ import logging
 import os
 import sys
 import threading
-from dataclasses import asdict
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from edge_node.guard import keep_heap, limit_data_segment, release_free_memory, resident_bytes
-from edge_node.hardware import describe_cpu
 from edge_node.network import DeviceNetwork
 from edge_node.weights_config import WeightsConfig
 from plutino.errors import AgentError, OutOfMemoryError, PlutinoError
 from plutino.job.assignment import WorkerAssignment
 from plutino.versions import installed_versions
+
+if TYPE_CHECKING:
+    from edge_node.compute_device import ComputeDevice
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events-fd", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     events = _Events(arguments.events_fd)
     try:
-        ready = _prepare(arguments.threads)
+        device, ready = _prepare(arguments.threads, arguments.device)
     except Exception as error:
         events.send(exiting={"reason": f"cannot start: {error}", "out_of_memory": False, "error": "AgentError"})
         raise
@@ -58,61 +59,67 @@ def main() -> int:
     for line in sys.stdin:
         command = json.loads(line)
         if "profile" in command:
-            events.send(profile=_profile(command["profile"]))
+            events.send(profile=_profile(command["profile"], device))
         elif "assign" in command:
             network = DeviceNetwork.from_json(command.get("network", {}))
             weights = WeightsConfig.from_json(command.get("weights", {}))
-            return _run_job(WorkerAssignment.model_validate(command["assign"]), network, weights, events)
+            return _run_job(WorkerAssignment.model_validate(command["assign"]), network, weights, device, events)
         else:
             raise AgentError(f"unknown command from the agent: {sorted(command)}")
     return 0
 
 
-def _prepare(threads: int) -> dict[str, Any]:
+def _prepare(threads: int, device_name: str) -> tuple[ComputeDevice, dict[str, Any]]:
     """Import, warm up and measure what a worker costs before any job."""
     import torch
 
     from edge_node import session  # what a job needs is part of the baseline, not of the job
+    from edge_node.compute_device import open_device
     from edge_node.profile import fast_dtypes, warm_up
 
+    device = open_device(device_name)
     torch.set_num_threads(threads)
     logger.info("warming up for %s", session.WorkerSession.__name__)
-    warm_up()
-    dtypes = fast_dtypes()
-    release_free_memory()
-    return {
-        "baseline_bytes": resident_bytes(),
+    warm_up(device)
+    dtypes = fast_dtypes(device)
+    device.release()
+    return device, {
+        "baseline_bytes": device.held_bytes(),
         "dtypes": dtypes,
         "versions": installed_versions(),
-        "hardware": asdict(describe_cpu(torch.backends.cpu.get_cpu_capability())),
+        "hardware": device.describe(),
     }
 
 
-def _profile(request: dict[str, Any]) -> dict[str, Any]:
+def _profile(request: dict[str, Any], device: ComputeDevice) -> dict[str, Any]:
     from edge_node.profile import measure
     from partitioner.device import ProfileRequest
 
     try:
-        return {"timings": measure(ProfileRequest.model_validate(request)).model_dump()}
+        return {"timings": measure(ProfileRequest.model_validate(request), device).model_dump()}
     except Exception as error:
         logger.exception("profiling failed")
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        release_free_memory()
+        device.release()
 
 
-def _run_job(assignment: WorkerAssignment, network: DeviceNetwork, weights: WeightsConfig, events: _Events) -> int:
+def _run_job(
+    assignment: WorkerAssignment,
+    network: DeviceNetwork,
+    weights: WeightsConfig,
+    device: ComputeDevice,
+    events: _Events,
+) -> int:
     import torch
 
     from edge_node.session import WorkerSession
 
     threading.Thread(target=_end_with_agent, name="agent-watch", daemon=True).start()
     torch.set_num_threads(assignment.threads)
-    if assignment.keeps_heap:
-        keep_heap()
-    limit_data_segment(assignment.memory_budget_bytes, resident_bytes())
+    device.hold_to(assignment.memory_budget_bytes, keeps_heap=assignment.keeps_heap)
     try:
-        reason = WorkerSession(assignment, network, weights).run()
+        reason = WorkerSession(assignment, network, weights, device).run()
     except PlutinoError as error:
         logger.error("%s", error)
         is_memory = isinstance(error, OutOfMemoryError)

@@ -53,6 +53,8 @@ class PoolConfig:
     """Bound on the resident memory of all workers together."""
     threads: int
     """Threads of each worker."""
+    device: str = "cpu"
+    """Where workers compute: cpu, or cuda:N, whose memory is then what the budget bounds."""
     worker_command: Sequence[str] = (sys.executable, "-m", "edge_node.worker")
     """Program that is a worker; ``--events-fd N --threads T`` is appended."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -244,7 +246,10 @@ class WorkerPool:
 
     async def _start_process(self) -> _Worker:
         log_path = self._state_dir.new_log(in_use={worker.log_path for worker in self._workers})
-        process = await WorkerProcess.start(self._config.worker_command, self._config.threads, log_path)
+        command = self._config.worker_command
+        if self._config.device != "cpu":
+            command = (*command, "--device", self._config.device)
+        process = await WorkerProcess.start(command, self._config.threads, log_path)
         worker = _Worker(process=process, log_path=log_path)
         following = asyncio.create_task(self._follow(worker))
         self._workers[worker] = following
@@ -338,6 +343,8 @@ class WorkerPool:
         return [worker.budget_bytes for worker in self._workers if worker.ref is not None]
 
     def _enforce_budget(self, worker: _Worker) -> None:
+        if self._config.device != "cpu":
+            return  # the worker holds itself to its budget on the card, which cannot be seen from here
         usage = read_usage(worker.process.pid)
         if usage is None or worker.over_budget is not None:
             return

@@ -244,9 +244,11 @@ class MemoryModel:
             "adapter and optimiser": num_trainable * TRAINED_BYTES_PER_PARAM,
             "gradient of one micro-batch": num_trainable * (_FP32_BYTES * place.gradient_copies),
             "wire queues": np.asarray(
-                place.num_peers * (_MESSAGES_PER_NEIGHBOUR * self._message_bytes + _STREAM_BYTES)
+                (not shape.is_on_cards)
+                * place.num_peers
+                * (_MESSAGES_PER_NEIGHBOUR * self._message_bytes + _STREAM_BYTES)
             ),
-            "shadow snapshot": num_trainable * SHADOW_BYTES_PER_PARAM,
+            "shadow snapshot": num_trainable * ((not shape.is_on_cards) * SHADOW_BYTES_PER_PARAM),
             **training,
             "generation": np.maximum(0, generation_bytes - passing_bytes),
             "allocator": _ALLOCATOR_FLOOR_BYTES + (_ALLOCATOR_SHARE * coming_and_going).astype(np.int64),

@@ -77,6 +77,9 @@ class JobShape(PlanValue):
     dtype: Literal["fp32", "bf16"]
     packing: Packing = PLAIN
     """How the frozen weights are held."""
+    is_on_cards: bool = False
+    """Every device computes on a card, whose memory the budgets are about: what waits for the network or is on its way
+    to the coordinator lies in the host's memory then."""
     batch_rows: int
     micro_batch_rows: int
     row_tokens: int

@@ -17,6 +17,7 @@ from typing import Any
 
 from plutino.digests import tensor_digests
 from plutino.errors import ModelError
+from plutino.random_weights import drawn_digests, read_random_weights
 from plutino.safetensors_index import DTYPE_BYTES, TensorEntry, read_safetensors_headers
 
 _VERSION = 1
@@ -111,6 +112,9 @@ def make_manifest(model_dir: str | Path, *, origin: HubOrigin | None = None) -> 
         raise ModelError(f"cannot read {folder / 'config.json'}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ModelError(f"{folder / 'config.json'} is not UTF-8 text; download it again") from error
+    drawn = read_random_weights(folder)
+    if drawn is not None:
+        return Manifest(config_json, drawn, drawn_digests(drawn), origin)
     tensors = read_safetensors_headers(folder)
     digests: dict[str, str] = {}
     for file in sorted({entry.file for entry in tensors.values()}):

@@ -27,6 +27,7 @@ from plutino.hub_id import index_folder, model_folder
 from plutino.job.model import Packing, packing_of
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
+from plutino.random_weights import read_random_weights
 from plutino.safetensors_index import read_safetensors_headers
 from plutino.types import AgentId, JobId
 
@@ -68,7 +69,8 @@ def read_model(spec: JobSpec) -> tuple[str, ModelTable]:
         raise ModelError(f"cannot read {model_dir / 'config.json'}: {error.strerror}; is model.path right?") from error
     config = json.loads(config_json)
     family = family_of(config.get("model_type"))
-    shapes = {name: entry.shape for name, entry in read_safetensors_headers(index_folder(model_dir)).items()}
+    tensors = read_random_weights(model_dir) or read_safetensors_headers(index_folder(model_dir))
+    shapes = {name: entry.shape for name, entry in tensors.items()}
     gptq = gptq_format(config)
     if gptq is not None:
         shapes = unpacked_shapes(shapes, gptq)
@@ -110,7 +112,8 @@ async def make_problem(
     is_micro_batch_free = numerics is None and spec.training.micro_batch_size is None
     shape = _shape(spec, prepared, table, dtype, rows)
     packing, packing_why = _packing(spec, table, shape, devices, numerics, is_micro_batch_free=is_micro_batch_free)
-    shape = shape.model_copy(update={"packing": packing})
+    is_on_cards = all(device.hardware.kind != "cpu" for device in devices)
+    shape = shape.model_copy(update={"packing": packing, "is_on_cards": is_on_cards})
     if not is_started:
         # Known without a second of measuring, which an absurd job would keep devices busy with.
         await asyncio.to_thread(_refuse_what_cannot_fit, table, shape, devices, is_micro_batch_free)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from plutino.errors import ConfigError, ModelError, UnknownJobError
 from plutino.manifest import HubOrigin, Manifest, make_manifest
+from plutino.random_weights import RANDOM_FILE
 
 _SERVED = re.compile(
     r"config\.json|generation_config\.json"
@@ -63,7 +64,8 @@ def register_model(job_dir: Path, model_dir: Path) -> ModelFiles:
         ModelError: the folder has no config.json or no safetensors file.
     """
     names = tuple(sorted(path.name for path in model_dir.iterdir() if path.is_file() and is_served(path.name)))
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    has_weights = any(name.endswith(".safetensors") for name in names) or (model_dir / RANDOM_FILE).is_file()
+    if "config.json" not in names or not has_weights:
         raise ModelError(
             f"{model_dir} is no model folder that can be served: it needs config.json and *.safetensors, "
             f"found {', '.join(names) or 'neither'}"

@@ -287,9 +287,10 @@ class StageExecutor:
                 gradients[parameter.name] = torch.zeros_like(parameter.uses[0][1])
         started_s = time.perf_counter()
         for group in self._groups:
-            gradients |= reduce_group(
+            totals = reduce_group(
                 group, self._contributions, self._roles, shapes, me=self.me, unit=work.unit, transport=self.transport
             )
+            gradients |= {name: total.to(self.stage.device) for name, total in totals.items()}
         times.wait_s += time.perf_counter() - started_s
         self._contributions = {}
         return gradients

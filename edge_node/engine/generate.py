@@ -121,7 +121,7 @@ class _Generation:
                 tensors["mask"] = self._groups[g].attention_mask_BS.to(torch.uint8)
             self._send_forward(g, position, tensors)
             return
-        self._sample(g, position, self._stage.head(hidden_BTD[:, -1]).float())
+        self._sample(g, position, self._stage.head(hidden_BTD[:, -1]).float().cpu())
 
     def _input(self, g: int, position: int) -> StageInput | None:
         if self._stage.is_first:

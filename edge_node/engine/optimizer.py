@@ -48,14 +48,14 @@ class StageOptimizer:
         self._adamw.zero_grad(set_to_none=True)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of parameters and moments, under ``param/<name>``, ``exp_avg/<name>``, ..."""
+        """A copy of parameters and moments, under ``param/<name>``, ``exp_avg/<name>``, ..., in the host's memory."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._owned.items():
             state = self._state_of(parameter)
-            tensors[f"param/{name}"] = parameter.detach().clone()
-            tensors[f"exp_avg/{name}"] = state["exp_avg"].clone()
-            tensors[f"exp_avg_sq/{name}"] = state["exp_avg_sq"].clone()
-            tensors[f"adam_step/{name}"] = state["step"].clone()
+            tensors[f"param/{name}"] = parameter.detach().to("cpu", copy=True)
+            tensors[f"exp_avg/{name}"] = state["exp_avg"].to("cpu", copy=True)
+            tensors[f"exp_avg_sq/{name}"] = state["exp_avg_sq"].to("cpu", copy=True)
+            tensors[f"adam_step/{name}"] = state["step"].to("cpu", copy=True)
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -79,7 +79,8 @@ class StageOptimizer:
         assert self._adamw is not None
         state: dict[str, Tensor] = self._adamw.state[parameter]
         if not state:  # torch makes the moments in the first step; a shadow may come before it
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            # Where the fused kernel wants it: beside the parameter.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state

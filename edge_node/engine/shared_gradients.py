@@ -95,6 +95,8 @@ def reduce_group(
         unit: the step.
         transport: carries the parts.
     """
+    # What comes over a wire lies on the CPU, and sums must not depend on who holds the parameter.
+    local = {name: {key: gradient.cpu() for key, gradient in local[name].items()} for name in group.names}
     root = group.holders[0]
     if me != root:
         transport.send(root, MessageKey(MessageKind.PARTIAL_GRADIENT, unit, group.key), _pack(group, local, roles))

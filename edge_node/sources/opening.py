@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from edge_node.cache import BlobCache, OverBudgetError
 from edge_node.sources.base import ByteSource
 from edge_node.sources.coordinator import CoordinatorSource
 from edge_node.sources.device import DeviceSource
 from edge_node.sources.hub import HubSource
 from edge_node.sources.shared import Progress, SharedWeights
+from edge_node.stage.random_source import RandomSource
+from edge_node.stage.weights import DTYPES
 from edge_node.weights_config import WeightsConfig
 from plutino.job.assignment import WorkerAssignment
 from plutino.manifest import Manifest
+from plutino.random_weights import seed_of
 from plutino.security.tls import Credentials
 from plutino.wire.bulk import BulkClient
 
@@ -49,6 +54,15 @@ def open_weights(
         on_progress=on_progress,
         first_share=assignment.replica_index / assignment.shape.num_replicas,
     )
+
+
+def drawn_source(manifest: Manifest, device: torch.device) -> RandomSource | None:
+    """A model whose weights are drawn on this very device; None: they are stored somewhere."""
+    seed = seed_of(manifest.tensors)
+    if seed is None:
+        return None
+    dtype = next(DTYPES[entry.dtype] for entry in manifest.tensors.values())
+    return RandomSource(manifest.config, seed=seed, dtype=dtype, device=device)
 
 
 def _manifest(assignment: WorkerAssignment, cache: BlobCache, bulk: BulkClient) -> Manifest:

@@ -97,7 +97,7 @@ class SharedWeights(SafetensorsSource):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(manifest.tensors)
-        self._manifest = manifest
+        self.manifest = manifest
         self._folders = [(folder, index) for folder in folders if (index := _readable_index(folder)) is not None]
         self._cache = cache
         self._sources = {source.name: source for source in sources}
@@ -126,7 +126,7 @@ class SharedWeights(SafetensorsSource):
 
     def config(self) -> dict[str, Any]:
         """Content of the model's config.json."""
-        return self._manifest.config
+        return self.manifest.config
 
     def prepare(self, names: Iterable[str]) -> None:
         """Begin to obtain the tensors that will be read, and keep them from eviction."""
@@ -320,7 +320,7 @@ class SharedWeights(SafetensorsSource):
             raise ModelError(f"loading was stopped: {self._stopped}")
 
     def _wanted(self, name: str) -> WantedTensor:
-        return WantedTensor(name, self._entry(name), self._manifest.sha256[name])
+        return WantedTensor(name, self._entry(name), self.manifest.sha256[name])
 
 
 class _MemorySink:

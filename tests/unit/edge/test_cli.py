@@ -46,3 +46,11 @@ def test_cli_coordinator_beyond_loopback_is_refused(capsys, tmp_path):
 
     assert main(["run", *options]) == 9
     assert "not a loopback address" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0"])
+def test_node_unknown_compute_device_is_refused(device, capsys):
+    code = main(["run", "--coordinator", "127.0.0.1:1", "--memory", "1GiB", "--device", device])
+
+    assert code == 2
+    assert "it is cpu, cuda or cuda:N" in capsys.readouterr().err

@@ -145,3 +145,11 @@ def test_plan_prints_scheme_reason_and_the_share_left_unpacked():
 
     assert "weights nf4, head in int8, 3.1% of them left unpacked; as the job asks" in text
     assert "packed weights" in text
+
+
+def test_card_holds_no_messages_and_no_snapshot():
+    on_card = bill(WIDE, job(WIDE, is_on_cards=True), 0, 2, num_stages=2)
+    on_host = bill(WIDE, job(WIDE), 0, 2, num_stages=2)
+
+    assert on_host.keys() - on_card.keys() == {"wire queues", "shadow snapshot"}
+    assert all(on_card[name] == on_host[name] for name in on_card if name != "loading peak")
