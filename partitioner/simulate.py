@@ -1,0 +1,325 @@
+"""A step, or a whole run, played event by event: jitter, shared network cards, failures and joins, all by seed.
+
+Entry points: :func:`simulate_step`, whose trace :mod:`partitioner.gantt` draws, and :func:`simulate_run`. With neither
+jitter nor shared links a step takes exactly what :func:`partitioner.replay.replay` says; both follow the executor's
+order of actions, but here time runs from event to event, so that what contends for a card can be told.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from partitioner.replay import StageGroup, evaluation_order
+from partitioner.values import PlanValue
+
+WorkerName = tuple[int, int]
+"""Stage and replica."""
+
+
+class Span(PlanValue):
+    """What one worker or link did for a while."""
+
+    stage: int
+    replica: int
+    kind: Literal["forward", "backward", "send down", "send up", "sum"]
+    micro_batch: int
+    """-1 for the sum over replicas."""
+    start_s: float
+    end_s: float
+
+
+class Trace(PlanValue):
+    """Everything that happened in one step; of a real run or of a simulated one."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def step_s(self) -> float:
+        """End of the last span."""
+        return max((span.end_s for span in self.spans), default=0.0)
+
+    def busy_s(self) -> dict[WorkerName, float]:
+        """Seconds of computation of every worker."""
+        found: dict[WorkerName, float] = {}
+        for span in self.spans:
+            if span.kind in ("forward", "backward"):
+                name = (span.stage, span.replica)
+                found[name] = found.get(name, 0.0) + span.end_s - span.start_s
+        return found
+
+    def durations(self) -> dict[tuple[WorkerName, bool, int], float]:
+        """Seconds of every pass by worker, whether it is forward, and micro-batch."""
+        return {
+            ((span.stage, span.replica), span.kind == "forward", span.micro_batch): span.end_s - span.start_s
+            for span in self.spans
+            if span.kind in ("forward", "backward")
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How far things stray from their predicted seconds."""
+
+    compute_sigma: float = 0.0
+    """Standard deviation of the logarithm of a pass's seconds; its mean stays what was predicted."""
+    link_sigma: float = 0.0
+    is_card_shared: bool = False
+    """A worker has one network card: its messages to all neighbours leave one after the other, and arrive so."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    actions: deque[tuple[bool, int]]
+    is_busy: bool = False
+
+
+@dataclass(order=True, slots=True)
+class _Event:
+    at_s: float
+    number: int
+    happen: Callable[[float], None] = field(compare=False)
+
+
+def simulate_step(
+    groups: Sequence[StageGroup],
+    num_micro_batches: int,
+    *,
+    noise: Noise | None = None,
+    seed: int = 0,
+    measured: Mapping[tuple[WorkerName, bool, int], float] | None = None,
+) -> Trace:
+    """Play one optimiser step.
+
+    Args:
+        groups: the stages with their seconds.
+        num_micro_batches: of the step.
+        noise: jitter and contention; None: neither.
+        seed: of the jitter.
+        measured: seconds of passes that were measured (:meth:`Trace.durations`), which are taken as they are: so a
+            run's trace is played again under other links or another schedule.
+    """
+    return _Simulation(groups, num_micro_batches, noise or Noise(), random.Random(seed), measured or {}).run()
+
+
+class _Simulation:
+    def __init__(
+        self,
+        groups: Sequence[StageGroup],
+        num_micro_batches: int,
+        noise: Noise,
+        generator: random.Random,
+        measured: Mapping[tuple[WorkerName, bool, int], float],
+    ) -> None:
+        self._groups, self._noise, self._random, self._measured = groups, noise, generator, measured
+        self._owners = [group.owners or (0,) * num_micro_batches for group in groups]
+        sizes = [len(group.replicas) for group in groups]
+        has_backward = tuple(group.replicas[0].has_backward for group in groups)
+        ahead = tuple(sum(sizes[k:]) for k in range(len(groups)))
+        self._workers = {(k, r): _Worker(deque()) for k, size in enumerate(sizes) for r in range(size)}
+        for k, is_forward, m in evaluation_order(ahead, num_micro_batches, has_backward):
+            self._workers[k, self._owners[k][m]].actions.append((is_forward, m))
+        self._inputs = {(0, True, m) for m in range(num_micro_batches)}
+        self._events: list[_Event] = []
+        self._num_events = 0
+        self._free_at: dict[tuple[object, ...], float] = {}
+        self._spans: list[Span] = []
+
+    def run(self) -> Trace:
+        for name in self._workers:
+            self._begin(name, 0.0)
+        while self._events:
+            event = heapq.heappop(self._events)
+            event.happen(event.at_s)
+        left = [name for name, worker in self._workers.items() if worker.actions]
+        assert not left, f"the schedule ended with actions left on {left}"
+        self._sum_replicas()
+        return Trace(spans=tuple(sorted(self._spans, key=lambda span: (span.start_s, span.stage, span.replica))))
+
+    def _at(self, at_s: float, happen: Callable[[float], None]) -> None:
+        self._num_events += 1
+        heapq.heappush(self._events, _Event(at_s, self._num_events, happen))
+
+    def _jittered(self, seconds: float, sigma: float) -> float:
+        # exp(N(-sigma^2 / 2, sigma)) has mean 1.
+        return seconds * self._random.lognormvariate(-sigma * sigma / 2, sigma) if sigma else seconds
+
+    def _begin(self, name: WorkerName, now_s: float) -> None:
+        """Start the worker's next action if its input is there."""
+        worker = self._workers[name]
+        if worker.is_busy or not worker.actions:
+            return
+        is_forward, m = worker.actions[0]
+        if (name[0], is_forward, m) not in self._inputs:
+            return
+        worker.actions.popleft()
+        worker.is_busy = True
+        cost = self._groups[name[0]].replicas[name[1]]
+        seconds = self._measured.get((name, is_forward, m))
+        if seconds is None:
+            predicted_s = cost.forward_s if is_forward else cost.backward_s
+            seconds = self._jittered(predicted_s, self._noise.compute_sigma)
+
+        def end(at_s: float) -> None:
+            kind: Literal["forward", "backward"] = "forward" if is_forward else "backward"
+            self._note(name, kind, m, now_s, at_s)
+            worker.is_busy = False
+            self._hand_on(name, is_forward, m, at_s)
+            self._begin(name, at_s)
+
+        self._at(now_s + seconds, end)
+
+    def _hand_on(self, name: WorkerName, is_forward: bool, m: int, now_s: float) -> None:
+        k, replica = name
+        if is_forward and k + 1 < len(self._groups):
+            below = self._owners[k + 1][m]
+            self._send(name, (k + 1, below), self._groups[k].links[replica][below], is_forward, m, now_s)
+        elif is_forward:
+            self._inputs.add((k, False, m))
+        elif k > 0 and self._groups[k - 1].replicas[0].gets_gradient:
+            above = self._owners[k - 1][m]
+            self._send(name, (k - 1, above), self._groups[k - 1].links[above][replica], is_forward, m, now_s)
+
+    def _send(
+        self, sender: WorkerName, to: WorkerName, link: tuple[float, float], is_forward: bool, m: int, now_s: float
+    ) -> None:
+        busy_s, latency_s = link
+        busy_s = self._jittered(busy_s, self._noise.link_sigma)
+        cards: list[tuple[object, ...]] = [("link", sender, to)]
+        if self._noise.is_card_shared:
+            cards = [("out", sender), ("in", to)]
+        start_s = max([now_s, *(self._free_at.get(card, 0.0) for card in cards)])
+        end_s = start_s + busy_s
+        for card in cards:
+            self._free_at[card] = end_s
+        kind: Literal["send down", "send up"] = "send down" if is_forward else "send up"
+        self._note(sender, kind, m, start_s, end_s)
+
+        def arrive(at_s: float) -> None:
+            self._inputs.add((to[0], is_forward, m))
+            self._begin(to, at_s)
+
+        self._at(end_s + latency_s, arrive)
+
+    def _sum_replicas(self) -> None:
+        for k, group in enumerate(self._groups):
+            if group.sum_s <= 0:
+                continue
+            computed = [s for s in self._spans if s.stage == k and s.kind in ("forward", "backward")]
+            start_s = max(span.end_s for span in computed)
+            for replica in range(len(group.replicas)):
+                self._note((k, replica), "sum", -1, start_s, start_s + group.sum_s)
+
+    def _note(
+        self,
+        name: WorkerName,
+        kind: Literal["forward", "backward", "send down", "send up", "sum"],
+        m: int,
+        start_s: float,
+        end_s: float,
+    ) -> None:
+        self._spans.append(Span(stage=name[0], replica=name[1], kind=kind, micro_batch=m, start_s=start_s, end_s=end_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Churn:
+    """How devices come and go. All times are exponentially distributed."""
+
+    mean_up_s: float
+    """Mean seconds until a device that is in fails or leaves."""
+    mean_down_s: float
+    """Mean seconds until it comes back."""
+    recovery_s: float
+    """Seconds from a loss until the new plan's workers compute: detection, planning, loading."""
+    durable_every: int = 1
+    """Steps between copies of the training state; steps since the last one are done again."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """Something that happened to a simulated run."""
+
+    at_s: float
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRun:
+    """A run from its first to its last step, or to the horizon."""
+
+    seconds: float
+    steps: int
+    repeated_steps: int
+    waited_s: float
+    """Seconds in which the devices that were left could not hold the job."""
+    events: tuple[RunEvent, ...]
+
+
+def simulate_run(
+    devices: Sequence[str],
+    step_s_of: Callable[[frozenset[str]], float | None],
+    used_by: Callable[[frozenset[str]], frozenset[str]],
+    *,
+    num_steps: int,
+    churn: Churn,
+    seed: int = 0,
+    horizon_s: float = 1e9,
+) -> SimulatedRun:
+    """Play a job over devices that fail and come back; a loss costs its recovery and the steps not yet durable.
+
+    A device that comes back causes a new plan where the seconds saved over the rest of the job exceed a recovery's.
+
+    Args:
+        devices: names of the fleet.
+        step_s_of: devices that are in -> seconds of a step of the best plan over them; None: the job does not fit.
+        used_by: devices that are in -> those that this plan uses.
+        num_steps: steps of the job.
+        churn: how devices come and go.
+        seed: of all times.
+        horizon_s: the run ends here at the latest.
+    """
+    generator = random.Random(seed)
+    up = frozenset(devices)
+    changes = [(generator.expovariate(1 / churn.mean_up_s), name, False) for name in devices]
+    heapq.heapify(changes)
+    now_s, done, durable, repeated, waited_s = 0.0, 0, 0, 0, 0.0
+    planned: frozenset[str] | None = up if step_s_of(up) is not None else None
+    events: list[RunEvent] = []
+    while done < num_steps and now_s < horizon_s:
+        step_s = None if planned is None else step_s_of(planned)
+        next_change_s = changes[0][0]
+        if step_s is not None and now_s + step_s <= next_change_s:
+            now_s += step_s
+            done += 1
+            durable = done if done % churn.durable_every == 0 else durable
+            continue
+        if step_s is None:
+            waited_s += next_change_s - now_s
+        now_s, name, comes = heapq.heappop(changes)
+        mean_s = churn.mean_up_s if comes else churn.mean_down_s
+        heapq.heappush(changes, (now_s + generator.expovariate(1 / mean_s), name, not comes))
+        up = up | {name} if comes else up - {name}
+        events.append(RunEvent(now_s, f"{name} {'joins' if comes else 'is lost'}"))
+        if comes:
+            better_s = step_s_of(up)
+            gain_s = 0.0 if better_s is None or step_s is None else (step_s - better_s) * (num_steps - done)
+            if better_s is None or (step_s is not None and gain_s <= churn.recovery_s):
+                continue
+        elif planned is not None and name not in used_by(planned):
+            planned = planned - {name}
+            continue
+        else:
+            repeated += done - durable
+            done = durable
+        fits = step_s_of(up) is not None
+        planned = up if fits else None
+        if fits:
+            now_s += churn.recovery_s
+            events.append(RunEvent(now_s, f"goes on with {len(used_by(up))} of {len(up)} devices from step {done}"))
+        else:
+            events.append(RunEvent(now_s, f"waits: the job does not fit {len(up)} devices"))
+    return SimulatedRun(now_s, done, repeated, waited_s, tuple(events))
