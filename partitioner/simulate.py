@@ -282,44 +282,88 @@ def simulate_run(
         seed: of all times.
         horizon_s: the run ends here at the latest.
     """
-    generator = random.Random(seed)
-    up = frozenset(devices)
-    changes = [(generator.expovariate(1 / churn.mean_up_s), name, False) for name in devices]
-    heapq.heapify(changes)
-    now_s, done, durable, repeated, waited_s = 0.0, 0, 0, 0, 0.0
-    planned: frozenset[str] | None = up if step_s_of(up) is not None else None
-    events: list[RunEvent] = []
-    while done < num_steps and now_s < horizon_s:
-        step_s = None if planned is None else step_s_of(planned)
-        next_change_s = changes[0][0]
-        if step_s is not None and now_s + step_s <= next_change_s:
-            now_s += step_s
-            done += 1
-            durable = done if done % churn.durable_every == 0 else durable
-            continue
-        if step_s is None:
-            waited_s += next_change_s - now_s
-        now_s, name, comes = heapq.heappop(changes)
-        mean_s = churn.mean_up_s if comes else churn.mean_down_s
-        heapq.heappush(changes, (now_s + generator.expovariate(1 / mean_s), name, not comes))
-        up = up | {name} if comes else up - {name}
-        events.append(RunEvent(now_s, f"{name} {'joins' if comes else 'is lost'}"))
-        if comes:
-            better_s = step_s_of(up)
-            gain_s = 0.0 if better_s is None or step_s is None else (step_s - better_s) * (num_steps - done)
-            if better_s is None or (step_s is not None and gain_s <= churn.recovery_s):
+    return _Run(devices, step_s_of, used_by, num_steps, churn, random.Random(seed)).play(horizon_s)
+
+
+class _Run:
+    def __init__(
+        self,
+        devices: Sequence[str],
+        step_s_of: Callable[[frozenset[str]], float | None],
+        used_by: Callable[[frozenset[str]], frozenset[str]],
+        num_steps: int,
+        churn: Churn,
+        generator: random.Random,
+    ) -> None:
+        self._step_s_of, self._used_by, self._num_steps = step_s_of, used_by, num_steps
+        self._churn, self._random = churn, generator
+        self._up = frozenset(devices)
+        self._changes = [(self._after(churn.mean_up_s), name, False) for name in devices]
+        heapq.heapify(self._changes)
+        self._now_s = self._waited_s = 0.0
+        self._done = self._durable = self._repeated = 0
+        self._planned = self._up if step_s_of(self._up) is not None else None
+        self._has_joined = False
+        self._events: list[RunEvent] = []
+
+    def play(self, horizon_s: float) -> SimulatedRun:
+        while self._done < self._num_steps and self._now_s < horizon_s:
+            step_s = None if self._planned is None else self._step_s_of(self._planned)
+            if step_s is None or self._changes[0][0] < self._now_s + step_s:
+                self._change()
                 continue
-        elif planned is not None and name not in used_by(planned):
-            planned = planned - {name}
-            continue
+            self._now_s += step_s
+            self._done += 1
+            if self._done % self._churn.durable_every == 0:
+                self._durable = self._done
+            if self._has_joined:
+                self._consider(step_s)
+        return SimulatedRun(self._now_s, self._done, self._repeated, self._waited_s, tuple(self._events))
+
+    def _after(self, mean_s: float) -> float:
+        return self._random.expovariate(1 / mean_s)
+
+    def _change(self) -> None:
+        """A device is lost or comes back; what happened during a recovery is looked at after it."""
+        at_s, name, comes = heapq.heappop(self._changes)
+        heapq.heappush(
+            self._changes,
+            (at_s + self._after(self._churn.mean_up_s if comes else self._churn.mean_down_s), name, not comes),
+        )
+        self._events.append(RunEvent(at_s, f"{name} {'joins' if comes else 'is lost'}"))
+        self._up = self._up | {name} if comes else self._up - {name}
+        if self._planned is None:
+            self._waited_s += max(0.0, at_s - self._now_s)
+            self._now_s = max(self._now_s, at_s)
+            if self._step_s_of(self._up) is not None:
+                self._plan_anew()
+        elif comes:
+            # A job moves between two steps only.
+            self._has_joined = True
+        elif name in self._used_by(self._planned):
+            self._now_s = max(self._now_s, at_s)
+            self._repeated += self._done - self._durable
+            self._done = self._durable
+            self._plan_anew()
         else:
-            repeated += done - durable
-            done = durable
-        fits = step_s_of(up) is not None
-        planned = up if fits else None
-        if fits:
-            now_s += churn.recovery_s
-            events.append(RunEvent(now_s, f"goes on with {len(used_by(up))} of {len(up)} devices from step {done}"))
-        else:
-            events.append(RunEvent(now_s, f"waits: the job does not fit {len(up)} devices"))
-    return SimulatedRun(now_s, done, repeated, waited_s, tuple(events))
+            self._planned = self._planned - {name}
+
+    def _consider(self, step_s: float) -> None:
+        """Take in who has joined, if the rest of the job gets shorter by more than moving costs."""
+        self._has_joined = False
+        better_s = self._step_s_of(self._up)
+        if better_s is not None and (step_s - better_s) * (self._num_steps - self._done) > self._churn.recovery_s:
+            self._plan_anew()
+
+    def _plan_anew(self) -> None:
+        self._has_joined = False
+        if self._step_s_of(self._up) is None:
+            self._planned = None
+            self._events.append(RunEvent(self._now_s, f"waits: the job does not fit {len(self._up)} devices"))
+            return
+        self._planned = self._up
+        self._now_s += self._churn.recovery_s
+        used = len(self._used_by(self._up))
+        self._events.append(
+            RunEvent(self._now_s, f"goes on with {used} of {len(self._up)} devices from step {self._done}")
+        )

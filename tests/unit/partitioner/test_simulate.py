@@ -107,8 +107,17 @@ def test_simulated_run_with_losses_ends_later_repeats_steps_and_waits():
     assert found == run()
 
 
-def test_simulated_run_ignores_a_device_that_gains_less_than_a_recovery():
-    found = run(num_steps=20, mean_up_s=15.0, recovery_s=1e6, step_s={3: 1.0, 2: 1.0, 1: 1.0, 0: None})
+@pytest.mark.parametrize(("recovery_s", "moves"), [(1.0, True), (1e6, False)])
+def test_simulated_run_takes_a_device_in_only_where_that_pays(recovery_s, moves):
+    losing_one_costs_nothing = {3: 1.0, 2: 2.0, 1: 2.0, 0: None}
+    found = simulate_run(
+        ["a", "b", "c"],
+        lambda up: losing_one_costs_nothing[len(up)],
+        lambda up: up if len(up) == 3 else frozenset(sorted(up)[:1]),
+        num_steps=400,
+        churn=Churn(mean_up_s=90.0, mean_down_s=20.0, recovery_s=recovery_s),
+        seed=5,
+        horizon_s=1e5,
+    )
 
-    joins = [i for i, event in enumerate(found.events) if "joins" in event.what]
-    assert all("goes on" not in event.what for i in joins for event in found.events[i + 1 : i + 2])
+    assert any("with 3 of 3 devices" in event.what for event in found.events) == moves
