@@ -29,7 +29,7 @@ from partitioner.pricing import Candidate, Pricer
 from partitioner.reasons import Outcome, make_plan
 from partitioner.refusal import refuse
 
-_MAX_WORK = 60_000
+MAX_PROOF_WORK = 60_000
 """Cuts that the proof may look at, over all micro-batches and codecs."""
 _MAX_CONSIDERED = 40
 """Devices that a search looks at, unless the model needs more."""
@@ -58,6 +58,7 @@ def search(
     links: LinkTable | None = None,
     *,
     allow_replicas: bool = False,
+    proof_work: int = MAX_PROOF_WORK,
 ) -> Plan:
     """The plan with the shortest predicted step among those that keep every device within its budget.
 
@@ -70,11 +71,12 @@ def search(
         devices: devices that may be used.
         links: links between them; None: a LAN of 1 Gbit/s.
         allow_replicas: a stage may run on several devices, which share its micro-batches.
+        proof_work: cuts that the proof may look at; 0 leaves it out.
 
     Raises:
         InfeasiblePlanError: nothing fits; the message says what would.
     """
-    return _best_plan(table, [(shape, devices)], links or LinkTable(), allow_replicas)
+    return _best_plan(table, [(shape, devices)], links or LinkTable(), allow_replicas, proof_work)
 
 
 def choose_micro_batch(
@@ -86,6 +88,7 @@ def choose_micro_batch(
     label_tokens_of: Callable[[int], int] | None = None,
     codecs: Sequence[Codec] = (),
     allow_replicas: bool = False,
+    proof_work: int = MAX_PROOF_WORK,
 ) -> Plan:
     """The fastest plan over all micro-batches that divide the batch, and over codecs.
 
@@ -97,6 +100,7 @@ def choose_micro_batch(
         label_tokens_of: rows -> largest number of label tokens in one micro-batch of so many rows; None: bounded.
         codecs: codecs to choose from, the lossless one first; empty: the shape's.
         allow_replicas: as for :func:`search`.
+        proof_work: likewise.
 
     Raises:
         InfeasiblePlanError: no micro-batch fits; the message is that of the smallest.
@@ -109,7 +113,7 @@ def choose_micro_batch(
         for rows in candidate_rows(shape.batch_rows)
         for codec in codecs or (shape.codec,)
     ]
-    return _best_plan(table, inputs, links or LinkTable(), allow_replicas)
+    return _best_plan(table, inputs, links or LinkTable(), allow_replicas, proof_work)
 
 
 def _best_plan(
@@ -117,6 +121,7 @@ def _best_plan(
     inputs: Sequence[tuple[JobShape, Sequence[DeviceProfile]]],
     links: LinkTable,
     allow_replicas: bool,
+    proof_work: int,
 ) -> Plan:
     first_shape, all_devices = inputs[-1]
     limits = Limits(
@@ -130,7 +135,7 @@ def _best_plan(
         if usable:
             pricer = Pricer(table, shape, usable, links)
             variants.append(_Variant(shape, tuple(usable), pricer, Guesses(pricer, limits)))
-    outcome = _find(variants, limits)
+    outcome = _find(variants, limits, proof_work)
     if outcome is None:
         refuse(table, first_shape, all_devices, links)
     return make_plan(outcome, all_devices, _freed(table, outcome, links, limits))
@@ -155,7 +160,7 @@ def considered(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfi
     return [device for i, device in enumerate(devices) if i in chosen]
 
 
-def _find(variants: Sequence[_Variant], limits: Limits) -> Outcome | None:
+def _find(variants: Sequence[_Variant], limits: Limits, proof_work: int) -> Outcome | None:
     """The best candidate of all variants; None if nothing fits."""
     outcome = Outcome(variants[0].shape.codec if variants else "raw")
     if not variants:
@@ -172,7 +177,7 @@ def _find(variants: Sequence[_Variant], limits: Limits) -> Outcome | None:
         _settle_best(variant, outcome, is_promising=place < _NUM_IMPROVED)
     if outcome.best is None:
         _settle_any(variants, outcome)
-    _prove(variants, limits, outcome)
+    _prove(variants, limits, outcome, proof_work)
     return outcome if outcome.best is not None else None
 
 
@@ -202,9 +207,9 @@ def _settle_any(variants: Sequence[_Variant], outcome: Outcome) -> None:
             outcome.take(polish(variant.pricer, candidate), variant.pricer)
 
 
-def _prove(variants: Sequence[_Variant], limits: Limits, outcome: Outcome) -> None:
+def _prove(variants: Sequence[_Variant], limits: Limits, outcome: Outcome, proof_work: int) -> None:
     """Find what was missed, or prove that there is nothing, where all layouts can be counted."""
-    work_left = _MAX_WORK
+    work_left = proof_work
     counted: dict[tuple[str, ...], list[Layout] | None] = {}
     bounds_s: list[float] = []
     for variant in sorted(variants, key=lambda v: outcome.step_s(v.pricer)):
