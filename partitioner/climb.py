@@ -8,7 +8,7 @@ best guesses are cut exactly to the budgets, replayed, and their cuts improved b
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,10 +17,12 @@ from partitioner.layout import Group, Layout
 from partitioner.orders import roomiest_first
 from partitioner.pricing import Candidate, Cuts, Pricer
 
-_MAX_ROUNDS = 14
-_NUM_KEPT = 2
-"""Layouts that each round goes on from."""
-_MAX_NEIGHBOURS = 240
+_MAX_ROUNDS = 12
+_NUM_KEPT = 3
+"""Layouts that each round goes on from, each of another number of stages."""
+_MAX_NEIGHBOURS = 130
+_NUM_RANKED = 8
+_NUM_TOP = 2
 _SHIFTS = (1, 2, 4)
 """Blocks by which a cut is moved while cuts are improved."""
 
@@ -49,20 +51,43 @@ class Guesses:
         self._estimator = Estimator(pricer)
         self._limits = limits
         self._found: dict[Layout, Guess] = {}
+        self._ranked: dict[int, list[tuple[Layout, Guess]]] = {}
 
     def add(self, layouts: Iterable[Layout]) -> None:
         """Guess the layouts that are allowed and new."""
-        new = [layout for layout in dict.fromkeys(layouts) if layout not in self._found and self._limits.allow(layout)]
-        if new:
-            self._found.update(zip(new, self._estimator.guesses(new), strict=True))
+        found, allow = self._found, self._limits.allow
+        new = [layout for layout in dict.fromkeys(layouts) if layout not in found and allow(layout)]
+        if not new:
+            return
+        guesses = list(zip(new, self._estimator.guesses(new), strict=True))
+        found.update(guesses)
+        by_length: dict[int, list[tuple[Layout, Guess]]] = {}
+        for item in guesses:
+            if item[1].step_s < math.inf:
+                by_length.setdefault(len(item[0]), []).append(item)
+        for length, items in by_length.items():
+            ranked = sorted([*self._ranked.get(length, ()), *items], key=lambda item: item[1].step_s)
+            self._ranked[length] = ranked[:_NUM_RANKED]
 
     def step_s(self, layout: Layout) -> float:
         """The guessed step; infinite for one that was not guessed or seems not to fit."""
-        return self._found[layout].step_s if layout in self._found else float("inf")
+        return self._found[layout].step_s if layout in self._found else math.inf
 
     def best(self, number: int) -> list[tuple[Layout, Guess]]:
-        """The shortest guesses."""
-        return heapq.nsmallest(number, self._found.items(), key=lambda item: item[1].step_s)
+        """The shortest guesses, at most 8 of a length, of layouts that seem to fit."""
+        ranked = [item for items in self._ranked.values() for item in items]
+        return sorted(ranked, key=lambda item: item[1].step_s)[:number]
+
+    def next_to_open(self, opened: set[Layout], number: int) -> list[Layout]:
+        """The shortest guess that is not opened yet of each length, the best lengths first."""
+        found: list[tuple[float, Layout]] = []
+        for items in self._ranked.values():
+            # A length whose best layouts have all been opened has been climbed to its top.
+            fresh = next(((g.step_s, layout) for layout, g in items[:_NUM_TOP] if layout not in opened), None)
+            if fresh is not None:
+                found.append(fresh)
+        found.sort(key=lambda item: item[0])
+        return [layout for _, layout in found[:number]]
 
 
 def starts(pricer: Pricer, guesses: Guesses, limits: Limits) -> list[Layout]:
@@ -97,21 +122,21 @@ def improve(pricer: Pricer, guesses: Guesses, limits: Limits, *, rounds: int = _
     """Change the best layouts one thing at a time as long as a guess gets shorter; pipelines first, then replicas."""
     if limits.allow_replicas:
         improve(pricer, guesses, replace(limits, allow_replicas=False), rounds=rounds)
+        rounds = -(-rounds // 3)
     opened: set[Layout] = set()
-    for _ in range(rounds):
-        fresh = [layout for layout, _ in guesses.best(_NUM_KEPT) if layout not in opened]
+    for turn in range(rounds):
+        fresh = guesses.next_to_open(opened, _NUM_KEPT)
         if not fresh:
             return
         opened.update(fresh)
-        guesses.add(near for layout in fresh for near in neighbours(pricer, layout, limits))
+        guesses.add(near for layout in fresh for near in neighbours(pricer, layout, limits, turn))
 
 
-def neighbours(pricer: Pricer, layout: Layout, limits: Limits) -> list[Layout]:
-    """Layouts that differ from this one in one thing; an even sample of them where there are very many."""
+def neighbours(pricer: Pricer, layout: Layout, limits: Limits, turn: int) -> list[Layout]:
+    """Layouts that differ from this one in one thing; where there are very many, every n-th from the turn's on."""
     found = list(dict.fromkeys(_neighbours(pricer, layout, limits)))
-    if len(found) <= _MAX_NEIGHBOURS:
-        return found
-    return [found[i * len(found) // _MAX_NEIGHBOURS] for i in range(_MAX_NEIGHBOURS)]
+    stride = -(-len(found) // _MAX_NEIGHBOURS)
+    return found[turn % stride :: stride] if found else []
 
 
 def _neighbours(pricer: Pricer, layout: Layout, limits: Limits) -> Iterator[Layout]:

@@ -23,7 +23,7 @@ from partitioner.pricing import Cuts, Pricer
 Floats = npt.NDArray[np.floating[Any]]
 """Single precision: guesses need no more, and twice as many fit a cache line."""
 
-_PACES = np.array([1.02, 1.06, 1.12, 1.22, 1.4, 1.8, np.inf], dtype=np.float32)
+_PACES = np.array([1.03, 1.08, 1.17, 1.4, 1.9, np.inf], dtype=np.float32)
 """Paces tried, as multiples of the one at which all devices would be equally busy."""
 
 
@@ -143,7 +143,7 @@ class Estimator:
         for name in (field.name for field in fields(_GroupNumbers)):
             self._arrays[name] = np.array([getattr(numbers, name) for numbers in self._numbers], dtype=np.float32)
         self._cap_array = np.array(self._caps)
-        self._member_array = np.array(self._members)
+        self._member_array = np.array(self._members, dtype=np.float32)
 
     def guesses(self, layouts: Sequence[Layout]) -> list[Guess]:
         """One guess for every layout; an infinite step where memory seems too small."""
@@ -186,7 +186,7 @@ class Estimator:
         most = np.where(is_stage[:, None, :], most, 0.0)
         fits = (most >= 1).sum(axis=2) == num_stages[:, None]
         fits &= most.sum(axis=2) >= num_blocks
-        counts = self._fill(most, block_s, is_stage, num_blocks - num_stages)
+        counts = self._fill(most, block_s, is_stage, (num_blocks - num_stages).astype(np.float32))
         cuts = np.zeros((*counts.shape[:2], width + 1), dtype=np.float32)
         np.cumsum(counts, axis=2, out=cuts[:, :, 1:])
         np.minimum(cuts, num_blocks, out=cuts)
@@ -204,7 +204,7 @@ class Estimator:
         return found
 
     @staticmethod
-    def _fill(most: Floats, block_s: Floats, is_stage: npt.NDArray[np.bool_], num_spare: Ints) -> Floats:
+    def _fill(most: Floats, block_s: Floats, is_stage: npt.NDArray[np.bool_], num_spare: Floats) -> Floats:
         """One block each, the others to the fastest stages first, up to what each can take."""
         ranks = np.argsort(np.where(is_stage, block_s, np.inf), axis=1)[:, None, :]
         room = np.take_along_axis(np.maximum(most - 1, 0), np.broadcast_to(ranks, most.shape), axis=2)
@@ -241,7 +241,8 @@ class Estimator:
         f, b = np.where(stage, f, 0.0), np.where(stage, b, 0.0)
         link_s, latency_s = self._links(order, num_stages)
         gets = (trained > 0) & ~last & stage
-        link_trip = np.where(gets, 2, 1) * (link_s + latency_s)[:, None, :]
+        ways = np.where(gets, np.float32(2), np.float32(1))
+        link_trip = ways * (link_s + latency_s)[:, None, :]
         trip = (f + b) * a["trip_share"] + link_trip
         upto = np.cumsum(trip, axis=2)
         before, behind = upto - trip, upto[:, :, -1:] - upto
@@ -267,5 +268,6 @@ class Estimator:
             here, below = self._member_array[order[:, :-1]], self._member_array[order[:, 1:]]
             exists = np.arange(order.shape[1] - 1) < num_stages[:, None] - 1
             for found, matrix in ((busy_s, self._pricer.busy_s), (latency_s, self._pricer.latency_s)):
-                found[:, :-1] = np.where(exists, ((here @ matrix) * below).sum(axis=2), 0.0)
+                means = np.einsum("nsd,nsd->ns", here @ matrix.astype(np.float32), below)
+                found[:, :-1] = np.where(exists, means, 0.0)
         return busy_s, latency_s

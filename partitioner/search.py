@@ -33,15 +33,19 @@ MAX_PROOF_WORK = 60_000
 """Cuts that the proof may look at, over all micro-batches and codecs."""
 _MAX_CONSIDERED = 40
 """Devices that a search looks at, unless the model needs more."""
-_NUM_IMPROVED = 3
-"""Of the choices of micro-batch and codec so many, those with the best guesses, are searched in depth."""
+_NUM_IMPROVED = 2
+"""Of the choices of micro-batch and codec so many, those with the best guesses, look for layouts."""
+_NUM_DEEP = 3
+"""So many have the cuts of their best layouts improved."""
 _NUM_SETTLED = 6
 _NUM_POLISHED = 2
+_HOPE = 1.1
+"""A candidate this much slower than the best is not worth improving."""
 
 Codec = Literal["raw", "bf16"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Variant:
     """One choice of micro-batch and codec."""
 
@@ -170,11 +174,17 @@ def _find(variants: Sequence[_Variant], limits: Limits, proof_work: int) -> Outc
     seeds = starts(middle.pricer, middle.guesses, limits)
     for variant in variants:
         variant.guesses.add(seeds)
+    improved: list[_Variant] = []
+    for _ in range(min(_NUM_IMPROVED, len(variants))):
+        most_promising = min((v for v in variants if v not in improved), key=lambda v: _guess_s(v.guesses))
+        improved.append(most_promising)
+        improve(most_promising.pricer, most_promising.guesses, limits)
+        # A good layout for one micro-batch and codec is seldom bad for another.
+        for variant in variants:
+            variant.guesses.add([layout for layout, _ in most_promising.guesses.best(_NUM_SETTLED)])
     ranked = sorted(variants, key=lambda v: _guess_s(v.guesses))
     for place, variant in enumerate(ranked):
-        if place < _NUM_IMPROVED:
-            improve(variant.pricer, variant.guesses, limits)
-        _settle_best(variant, outcome, is_promising=place < _NUM_IMPROVED)
+        _settle_best(variant, outcome, is_promising=place < _NUM_DEEP)
     if outcome.best is None:
         _settle_any(variants, outcome)
     _prove(variants, limits, outcome, proof_work)
@@ -191,7 +201,7 @@ def _settle_best(variant: _Variant, outcome: Outcome, *, is_promising: bool) -> 
     settled.sort(key=lambda candidate: candidate.step_s)
     for place, candidate in enumerate(settled):
         outcome.take(candidate, variant.pricer)
-        if is_promising and place < _NUM_POLISHED:
+        if is_promising and place < _NUM_POLISHED and candidate.step_s < outcome.limit_s(variant.pricer) * _HOPE:
             outcome.take(polish(variant.pricer, candidate), variant.pricer)
     if not settled:
         outcome.take(None, variant.pricer)
