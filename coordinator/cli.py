@@ -124,17 +124,41 @@ def node(context: typer.Context) -> None:
 
 
 @app.command()
-def plan(job_file: JobFile, overrides: Overrides = None, state_dir: StateDir = None, as_json: AsJson = False) -> None:
-    """Show how a job would be split over the devices that are in; reserves nothing."""
-    spec = _load_spec(job_file, overrides)
-    with _client(state_dir) as client:
-        values = client.plan(spec)
-    if as_json:
-        return _print_json(values)
-    from partitioner.explain import explain
+def plan(
+    job_file: JobFile,
+    overrides: Overrides = None,
+    fleet: Annotated[
+        Path | None, typer.Option(metavar="FLEET.YAML", help="Plan for the devices of a file; asks no coordinator.")
+    ] = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CHANGE", help="'add 8GiB 2x', 'remove NAME', 'memory NAME 4GiB', 'rate 100Mbit'."),
+    ] = None,
+    gantt: Annotated[Path | None, typer.Option(metavar="PLAN.SVG", help="Draw the predicted step.")] = None,
+    state_dir: StateDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a job would be split over the devices that are in, or over those of a file; reserves nothing."""
+    from coordinator.plan_command import consider, plan_text, plan_values, write_gantt
+    from coordinator.scheduling.problem import PlanningProblem
     from partitioner.plan import Plan
 
-    print(explain(Plan.model_validate(values)), end="")
+    spec = _load_spec(job_file, overrides)
+    if fleet is not None:
+        from coordinator.jobs.offline_planning import load_fleet, offline_problem
+
+        problem = offline_problem(spec, load_fleet(fleet))
+        found = problem.plan()
+    else:
+        with _client(state_dir) as client:
+            values, problem_values = client.plan_with_problem(spec)
+        found, problem = Plan.model_validate(values), PlanningProblem.model_validate(problem_values)
+    planned = consider(problem, found, what_if or ())
+    if gantt is not None:
+        write_gantt(planned, gantt)
+    if as_json:
+        return _print_json(plan_values(planned))
+    print(plan_text(planned), end="")
 
 
 @app.command()

@@ -357,6 +357,11 @@ class Pricer:
         modes = tuple(option.checkpointing for option in options)
         return Candidate(layout, cuts, modes, groups, replay(groups, self.num_micro_batches))
 
+    def fixed(self, layout: Layout, cuts: Cuts, modes: tuple[bool, ...]) -> Candidate:
+        """A layout with its cuts and its checkpointing as they are, replayed, whether it fits or not."""
+        groups = tuple(self.group(layout, k, cuts[k], cuts[k + 1], checkpointing=modes[k]) for k in range(len(layout)))
+        return Candidate(layout, cuts, modes, groups, replay(groups, self.num_micro_batches))
+
     def step_seconds(self, layout: Layout, many: Sequence[Cuts]) -> Floats:
         """Seconds of a step for many cuts of one layout, shape (N,); infinite where one does not fit."""
         found = np.full(len(many), np.inf)

@@ -176,10 +176,14 @@ class Client:
             InfeasiblePlanError: the job does not fit the devices that are in.
             ModelError, DataError: the base model or the rows cannot be used.
         """
+        plan, _ = self.plan_with_problem(spec)
+        return plan
+
+    def plan_with_problem(self, spec: JobSpec) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The same, and values of ``coordinator.scheduling.problem.PlanningProblem``: what the plan was made from."""
         request = pb.PlanRequest(spec_json=spec.model_dump_json())
         response: pb.PlanResponse = self._call(self._stub.Plan, request, timeout_s=_PLAN_TIMEOUT_S)
-        plan: dict[str, Any] = json.loads(response.plan_json)
-        return plan
+        return json.loads(response.plan_json), json.loads(response.problem_json or "{}")
 
     def jobs(self) -> list[JobSummary]:
         """All jobs, oldest first."""

@@ -85,16 +85,20 @@ class PlanResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PLAN_JSON_FIELD_NUMBER: _builtins.int
+    PROBLEM_JSON_FIELD_NUMBER: _builtins.int
     plan_json: _builtins.str
     """JSON of partitioner.plan.Plan."""
+    problem_json: _builtins.str
+    """JSON of coordinator.scheduling.problem.PlanningProblem: what the plan was made from."""
     def __init__(
         self,
         *,
         plan_json: _builtins.str = ...,
+        problem_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_json", b"plan_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_json", b"plan_json", "problem_json", b"problem_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

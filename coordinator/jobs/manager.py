@@ -24,6 +24,7 @@ from coordinator.jobs.runner_link import RunnerLink
 from coordinator.jobs.stepping import record_shadow
 from coordinator.jobs.worker_link import JobWorkers, WorkerStatus
 from coordinator.scheduling.engine import Engine
+from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.storage.base import NumberedEvent, Store
 from coordinator.weights.hub_models import pin_model
@@ -138,8 +139,8 @@ class JobManager:
             self._drive(stored)
         return stored
 
-    async def plan(self, spec: JobSpec) -> Plan:
-        """The plan that a job would get now if it were alone; reserves nothing.
+    async def plan(self, spec: JobSpec) -> tuple[PlanningProblem, Plan]:
+        """The plan that a job would get now if it were alone, and what it was made from; reserves nothing.
 
         Raises:
             InfeasiblePlanError: it does not fit.
@@ -153,7 +154,7 @@ class JobManager:
             problem = await make_problem(
                 job_id, spec, prepared, self._fleet, self._profiler, numerics=None, excluded={}, is_started=False
             )
-            return await asyncio.to_thread(problem.plan)
+            return problem, await asyncio.to_thread(problem.plan)
         finally:
             link.finish()
             self._engine.stop_runner(job_id)

@@ -20,6 +20,7 @@ from partitioner.packed import check_scheme
 from partitioner.plan import Plan, RejectedPlan
 from partitioner.refusal import refuse
 from partitioner.scheme_choice import choose_scheme
+from partitioner.search import Codec
 from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
 from plutino.families import Family, family_of
 from plutino.gptq_index import gptq_format, unpacked_shapes
@@ -108,10 +109,11 @@ async def make_problem(
         why = found.reasons() or "no device has joined; make a token for each: plutino token create"
         raise InfeasiblePlanError(f"no device can take part: {why}")
     dtype = numerics.dtype if numerics is not None else _dtype(spec, devices)
-    rows = _measured_rows(spec, numerics)
+    rows = measured_rows(spec, numerics)
     is_micro_batch_free = numerics is None and spec.training.micro_batch_size is None
-    shape = _shape(spec, prepared, table, dtype, rows)
-    packing, packing_why = _packing(spec, table, shape, devices, numerics, is_micro_batch_free=is_micro_batch_free)
+    shape = shape_for(spec, prepared, table, dtype, rows)
+    offers = [_unmeasured(device) for device in devices]
+    packing, packing_why = packing_for(spec, table, shape, offers, numerics, is_micro_batch_free=is_micro_batch_free)
     is_on_cards = all(device.hardware.kind != "cpu" for device in devices)
     shape = shape.model_copy(update={"packing": packing, "is_on_cards": is_on_cards})
     if not is_started:
@@ -140,7 +142,18 @@ async def make_problem(
         links=LinkTable(),
         left_out=(*found.left_out, *unmeasured),
         is_started=is_started,
+        codecs=open_codecs(spec, shape, numerics),
+        num_train_rows=prepared.num_train,
     )
+
+
+def open_codecs(spec: JobSpec, shape: JobShape, numerics: NumericsRecord | None) -> tuple[Codec, ...]:
+    """Codecs that the first plan of a job may choose from; empty: only the one it names.
+
+    Rounding hidden states to bf16 changes the job's bits, so the job must have left its numerics free.
+    """
+    is_open = numerics is None and spec.placement.numerics == "free" and shape.dtype == "fp32"
+    return ("raw", "bf16") if is_open and spec.placement.codec == "raw" else ()
 
 
 def _refuse_what_cannot_fit(
@@ -176,11 +189,11 @@ def _dtype(spec: JobSpec, devices: Sequence[Device]) -> str:
     return "bf16" if all(device.dtypes and device.dtypes[0] == "bf16" for device in devices) else "fp32"
 
 
-def _packing(
+def packing_for(
     spec: JobSpec,
     table: ModelTable,
     shape: JobShape,
-    devices: Sequence[Device],
+    devices: Sequence[DeviceProfile],
     numerics: NumericsRecord | None,
     *,
     is_micro_batch_free: bool,
@@ -209,7 +222,7 @@ def _packing(
     scheme, why = choose_scheme(
         table,
         shape.model_copy(update={"packing": packing_of(spec.model, "none")}),
-        [_unmeasured(device) for device in devices],
+        devices,
         LinkTable(),
         is_micro_batch_free=is_micro_batch_free,
     )
@@ -222,13 +235,15 @@ def _unmeasured(device: Device) -> DeviceProfile:
     return _device_profile(device, any_s, device.threads)
 
 
-def _measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
+def measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
+    """Rows of the micro-batch that devices are measured with."""
     if numerics is not None:
         return numerics.micro_batch_size
     return spec.training.micro_batch_size or min(_MEASURED_ROWS, spec.training.batch_size)
 
 
-def _shape(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:
+def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:
+    """What a job asks of a pipeline, at a micro-batch of so many rows."""
     adapters = adapter_params_of(table, spec.method)
     scoring = spec.scoring
     return JobShape(

@@ -52,6 +52,8 @@ class PlanningProblem(PlanValue):
     is_started: bool = False
     codecs: tuple[Literal["raw", "bf16"], ...] = ()
     """Codecs that the planner may choose from, the lossless one first; empty: the shape's."""
+    num_train_rows: int = 0
+    """Rows of an epoch."""
     allow_replicas: bool = False
     """A stage may run on several devices; workers do not do that over the wire yet."""
 

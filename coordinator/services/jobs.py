@@ -57,10 +57,10 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         """The plan that a job would get now."""
         try:
-            plan = await self._manager.plan(_spec(request.spec_json))
+            problem, plan = await self._manager.plan(_spec(request.spec_json))
         except PlutinoError as error:
             await abort_with_aio(context, error)
-        return pb.PlanResponse(plan_json=plan.model_dump_json())
+        return pb.PlanResponse(plan_json=plan.model_dump_json(), problem_json=problem.model_dump_json())
 
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         """All jobs, oldest first."""

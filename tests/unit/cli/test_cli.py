@@ -12,11 +12,14 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from coordinator import cli
+from coordinator.scheduling.problem import PlanningProblem
+from partitioner.device import LinkTable
 from plutino.endpoint import ENDPOINT_FILE
 from plutino.errors import InfeasiblePlanError
 from plutino.job.spec import JobSpec
 from tests.unit.client.fake_coordinator import FakeCoordinator
-from tests.unit.client.job_history import history, plan, state
+from tests.unit.client.job_history import NAMES, history, plan, state
+from tests.unit.partitioner.fleet import device, job, llama
 
 HEAVY = ("torch", "transformers", "ray", "grpc", "rich", "pydantic", "numpy")
 
@@ -124,11 +127,23 @@ def test_watch_interrupted_detaches_and_leaves_the_job_alone(coordinator, state_
 
 
 def test_plan_prints_the_reasons(coordinator, state_dir, job_file):
+    table = llama(4)
     coordinator.plan = plan().model_dump(mode="json")
+    coordinator.problem = PlanningProblem(
+        job_id="fake-1",
+        table=table,
+        shape=job(table, batch_rows=16, micro_batch_rows=4),
+        is_micro_batch_free=False,
+        label_tokens_per_row=10,
+        devices=tuple(device(name) for name in NAMES),
+        links=LinkTable(),
+        num_train_rows=32,
+    ).model_dump(mode="json")
 
     result = plutino("plan", job_file, "--state-dir", state_dir)
 
     assert "[2, 4)" in result.stdout and "one device more" in result.stdout
+    assert "an epoch of 2 steps" in result.stdout
 
 
 def test_plan_that_does_not_fit_ends_with_the_planners_words(coordinator, state_dir, job_file):

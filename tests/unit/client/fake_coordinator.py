@@ -25,6 +25,7 @@ class FakeCoordinator(jobs_pb2_grpc.JobServiceServicer):
         self.state = "running"
         self.events: list[JobEvent] = []
         self.plan: Mapping[str, Any] = {}
+        self.problem: Mapping[str, Any] = {}
         self.detail: Mapping[str, Any] = {}
         self.devices: list[Mapping[str, Any]] = []
         self.error: PlutinoError | None = None
@@ -56,7 +57,7 @@ class FakeCoordinator(jobs_pb2_grpc.JobServiceServicer):
 
     def Plan(self, request: pb.PlanRequest, context: grpc.ServicerContext) -> pb.PlanResponse:
         self._answer_or_abort(context)
-        return pb.PlanResponse(plan_json=json.dumps(self.plan))
+        return pb.PlanResponse(plan_json=json.dumps(self.plan), problem_json=json.dumps(self.problem))
 
     def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListResponse:
         return pb.ListResponse(jobs=[self._summary()])

@@ -1,0 +1,118 @@
+"""What ``plutino plan`` shows: the plan, its figures, what a change of the fleet would give, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.scheduling.problem import PlanningProblem
+from partitioner.explain import explain
+from partitioner.fleet_file import changed
+from partitioner.gantt import gantt_svg, gantt_text
+from partitioner.plan import Plan, StagePlan
+from partitioner.pricing import Candidate
+from partitioner.report import PlanReport, play, replayed, report, report_text
+from plutino.errors import ConfigError, InfeasiblePlanError
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """A change of the fleet and what it would give."""
+
+    change: str
+    plan: Plan | None
+    reason: str
+    """Why nothing fits; empty where something does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan with everything that can be said of it."""
+
+    problem: PlanningProblem
+    plan: Plan
+    candidate: Candidate
+    figures: PlanReport
+    what_ifs: tuple[WhatIf, ...]
+
+
+def consider(problem: PlanningProblem, plan: Plan, changes: Sequence[str]) -> Planned:
+    """Work out a plan's figures and the changes.
+
+    Raises:
+        ConfigError: a change is not understood.
+    """
+    candidate = replayed(plan, problem.table, problem.shape, problem.devices, problem.links)
+    figures = report(plan, candidate, num_rows=problem.num_train_rows, batch_rows=problem.shape.batch_rows)
+    return Planned(problem, plan, candidate, figures, tuple(try_change(problem, change) for change in changes))
+
+
+def try_change(problem: PlanningProblem, change: str) -> WhatIf:
+    """Plan again over a changed fleet.
+
+    Raises:
+        ConfigError: the change is not understood.
+    """
+    devices, links = changed(problem.devices, problem.links, change)
+    try:
+        other = problem.model_copy(update={"devices": devices, "links": links}).plan()
+    except InfeasiblePlanError as error:
+        return WhatIf(change, None, str(error))
+    return WhatIf(change, other, "")
+
+
+def plan_text(planned: Planned) -> str:
+    """Everything, for a person."""
+    parts = [explain(planned.plan), report_text(planned.figures)]
+    if planned.what_ifs:
+        parts.append("what if:\n" + "".join(f"  {_what_if_line(w, planned.plan)}\n" for w in planned.what_ifs))
+    parts.append(gantt_text(play(planned.plan, planned.candidate), _names(planned.plan)))
+    return "\n".join(parts)
+
+
+def plan_values(planned: Planned) -> dict[str, Any]:
+    """Everything, for a program."""
+    return planned.plan.model_dump(mode="json") | {
+        "figures": planned.figures.model_dump(mode="json"),
+        "what_if": [
+            {
+                "change": what_if.change,
+                "step_s": None if what_if.plan is None else what_if.plan.step_s,
+                "devices": [] if what_if.plan is None else [_stage_name(stage) for stage in what_if.plan.stages],
+                "reason": what_if.reason,
+            }
+            for what_if in planned.what_ifs
+        ],
+    }
+
+
+def write_gantt(planned: Planned, path: Path) -> None:
+    """The predicted step as a picture.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    title = f"one optimiser step, {planned.plan.step_s:.3g} s predicted"
+    picture = gantt_svg(play(planned.plan, planned.candidate), _names(planned.plan), title=title)
+    try:
+        path.write_text(picture)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file for --gantt") from error
+
+
+def _what_if_line(what_if: WhatIf, plan: Plan) -> str:
+    if what_if.plan is None:
+        return f"{what_if.change}: {what_if.reason}"
+    ratio = plan.step_s / what_if.plan.step_s
+    stages = ", ".join(_stage_name(stage) for stage in what_if.plan.stages)
+    return f"{what_if.change}: {what_if.plan.step_s:.3g} s a step, {ratio:.2f} x as fast, on {stages}"
+
+
+def _stage_name(stage: StagePlan) -> str:
+    return " + ".join(stage.device_names)
+
+
+def _names(plan: Plan) -> list[tuple[str, ...]]:
+    return [stage.device_names for stage in plan.stages]

@@ -1,0 +1,148 @@
+"""A plan's figures for people and programs: how long, how full, how much over which link, and how sure that is.
+
+Entry points: :func:`report` and :func:`report_text`. The range of a step comes from the simulator: passes and messages
+that stray by a tenth and a fifth, and one network card for all neighbours of a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partitioner.device import DeviceProfile, LinkTable
+from partitioner.micro_batch import scaled_devices, with_rows
+from partitioner.model import JobShape, ModelTable
+from partitioner.plan import LinkUse, Plan
+from partitioner.pricing import Candidate, Pricer
+from partitioner.simulate import Noise, Trace, simulate_step
+from partitioner.values import PlanValue
+from plutino.errors import PlanError
+from plutino.sizes import MIB
+
+_NOISE = Noise(compute_sigma=0.1, link_sigma=0.2, is_card_shared=True)
+_NUM_PLAYED = 20
+
+
+class DeviceUse(PlanValue):
+    """How full a device gets."""
+
+    device: str
+    stage: int
+    peak_bytes: int
+    budget_bytes: int
+
+    @property
+    def margin_bytes(self) -> int:
+        """What is left at the predicted peak."""
+        return self.budget_bytes - self.peak_bytes
+
+
+class PlanReport(PlanValue):
+    """The figures beside a plan."""
+
+    step_s: float
+    step_range_s: tuple[float, float]
+    """Shortest and longest of 20 simulated steps with jitter."""
+    steps_per_epoch: int
+    epoch_s: float
+    epoch_range_s: tuple[float, float]
+    devices: tuple[DeviceUse, ...]
+    links: tuple[LinkUse, ...]
+
+
+def replayed(
+    plan: Plan, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable
+) -> Candidate:
+    """A plan with the seconds of all its workers and links.
+
+    Args:
+        plan: the plan.
+        table: the model.
+        shape: the job at the micro-batch that the devices were measured with.
+        devices: the devices it was made for.
+        links: their links.
+
+    Raises:
+        PlanError: the plan is not one for these devices.
+    """
+    used = with_rows(shape, plan.micro_batch_rows).model_copy(update={"codec": plan.codec})
+    pricer = Pricer(table, used, scaled_devices(devices, shape.micro_batch_rows, plan.micro_batch_rows), links)
+    position = {device.agent_id: i for i, device in enumerate(devices)}
+    lost = [agent_id for agent_id in plan.agent_ids if agent_id not in position]
+    if lost:
+        raise PlanError(f"the plan uses {lost[0]}, which is not among the devices; plan again")
+    layout = tuple(tuple(position[agent_id] for agent_id in stage.agent_ids) for stage in plan.stages)
+    cuts = (0, *(stage.end_block for stage in plan.stages))
+    modes = tuple(stage.checkpointing for stage in plan.stages)
+    return pricer.fixed(layout, cuts, modes)
+
+
+def play(plan: Plan, candidate: Candidate) -> Trace:
+    """One step of the plan as predicted."""
+    return simulate_step(candidate.groups, plan.num_micro_batches)
+
+
+def report(plan: Plan, candidate: Candidate, *, num_rows: int, batch_rows: int) -> PlanReport:
+    """The figures of a plan.
+
+    Args:
+        plan: the plan.
+        candidate: see :func:`replayed`.
+        num_rows: rows of an epoch.
+        batch_rows: rows of a step.
+    """
+    played = [
+        simulate_step(candidate.groups, plan.num_micro_batches, noise=_NOISE, seed=seed).step_s
+        for seed in range(_NUM_PLAYED)
+    ]
+    low_s, high_s = min(*played, plan.step_s), max(*played, plan.step_s)
+    steps = -(-num_rows // batch_rows)
+    return PlanReport(
+        step_s=plan.step_s,
+        step_range_s=(low_s, high_s),
+        steps_per_epoch=steps,
+        epoch_s=steps * plan.step_s,
+        epoch_range_s=(steps * low_s, steps * high_s),
+        devices=tuple(
+            DeviceUse(
+                device=replica.device_name,
+                stage=stage.stage_index,
+                peak_bytes=replica.peak_bytes,
+                budget_bytes=replica.budget_bytes,
+            )
+            for stage in plan.stages
+            for replica in stage.replicas
+        ),
+        links=plan.links,
+    )
+
+
+def report_text(figures: PlanReport) -> str:
+    """The figures as lines for a person."""
+    low_s, high_s = figures.step_range_s
+    epoch_low_s, epoch_high_s = figures.epoch_range_s
+    lines = [
+        f"a step takes {figures.step_s:.3g} s ({low_s:.3g} to {high_s:.3g} s with jitter), an epoch of "
+        f"{figures.steps_per_epoch} steps {_duration(figures.epoch_s)} ({_duration(epoch_low_s)} to "
+        f"{_duration(epoch_high_s)})",
+        "memory left at the peak:",
+    ]
+    for use in figures.devices:
+        share = use.margin_bytes / use.budget_bytes
+        lines.append(
+            f"  {use.device}: {use.margin_bytes / MIB:.0f} MiB of {use.budget_bytes / MIB:.0f} MiB ({share:.0%})"
+        )
+    lines.append("links, per step:" if figures.links else "links: none, one device does it all")
+    for link in figures.links:
+        lines.append(
+            f"  {link.from_device} to {link.to_device}: {link.down_bytes / MIB:.2f} MiB down, "
+            f"{link.up_bytes / MIB:.2f} MiB up, busy {link.busy_s:.3g} s each way"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
