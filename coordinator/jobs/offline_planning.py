@@ -50,7 +50,11 @@ def offline_problem(spec: JobSpec, fleet: FleetFile) -> PlanningProblem:
     dtype = spec.model.dtype if spec.model.dtype != "auto" else ("bf16" if is_bf16 else "fp32")
     shape = shape_for(spec, prepared, table, dtype, measured_rows(spec, None))
     is_micro_batch_free = spec.training.micro_batch_size is None
-    devices = fleet.profiles(table, shape)
+    offered, wanted = fleet.profiles(table, shape), spec.placement.devices
+    devices = tuple(device for device in offered if not wanted or device.name in wanted)
+    if not devices:
+        names = ", ".join(device.name for device in offered[:20])
+        raise ConfigError(f"placement.devices names none of the fleet's devices, which are {names}")
     packing, why = packing_for(spec, table, shape, devices, None, is_micro_batch_free=is_micro_batch_free)
     shape = shape.model_copy(update={"packing": packing})
     return PlanningProblem(
