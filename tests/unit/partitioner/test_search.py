@@ -12,7 +12,9 @@ from partitioner.device import LinkProfile, LinkTable, MeasuredLink
 from partitioner.fitting import fits
 from partitioner.memory import stage_memory
 from partitioner.micro_batch import scaled_devices, with_rows
+from partitioner.orders import all_layouts
 from partitioner.plan import Plan
+from partitioner.pricing import Pricer
 from partitioner.replay import pipeline_step_time
 from partitioner.search import choose_micro_batch, search
 from plutino.errors import InfeasiblePlanError
@@ -325,3 +327,96 @@ def test_same_host_devices_use_the_loopback_link():
     assert links.between(device("a", host="h"), device("b", host="h")) == links.same_host
     assert links.between(device("a"), device("b")).bandwidth_bytes_per_s == 1.0
     assert device("a").available_bytes == 4000 * MIB
+
+
+@settings(max_examples=10, deadline=None)
+@given(fleets(3), LINKS, st.sampled_from([2, 8]), st.data())
+def test_search_is_never_slower_with_more_memory_speed_or_bandwidth_and_knows_no_names(devices, links, rows, data):
+    table = llama(5)
+    shape = job(table, micro_batch_rows=rows)
+    try:
+        before_s = search(table, shape, devices, links, allow_replicas=True).step_s
+    except InfeasiblePlanError:
+        return
+    chosen = data.draw(st.integers(0, len(devices) - 1))
+    timings = devices[chosen].timings
+    quicker = timings.model_copy(update={name: value / 2 for name, value in timings.model_dump().items()})
+    bettered = {
+        "memory": ({"available_bytes": devices[chosen].available_bytes + 64 * MIB}, links),
+        "speed": ({"timings": quicker}, links),
+        "bandwidth": ({}, LinkTable(other=links.other.model_copy(update={"bandwidth_bytes_per_s": 1e10}))),
+    }
+    for change, better_links in bettered.values():
+        better = [d.model_copy(update=change if i == chosen else {}) for i, d in enumerate(devices)]
+        assert search(table, shape, better, better_links, allow_replicas=True).step_s <= before_s * (1 + 1e-9)
+    renamed = [d.model_copy(update={"agent_id": f"x{i}", "name": f"x{i}", "host_id": f"x{i}"}) for i, d in
+               enumerate(reversed(devices))]  # fmt: skip
+    assert search(table, shape, renamed, links, allow_replicas=True).step_s == pytest.approx(before_s)
+
+
+@settings(max_examples=10, deadline=None)
+@given(fleets(3), LINKS, st.integers(1, 4), st.sampled_from([1, 4]))
+def test_search_with_replicas_equals_the_exhaustive_optimum(devices, links, num_blocks, rows):
+    table = llama(num_blocks)
+    shape = job(table, micro_batch_rows=rows)
+    pricer = Pricer(table, shape, devices, links)
+    steps_s = [
+        float(pricer.step_seconds(layout, [(0, *inner, num_blocks)])[0])
+        for layout in all_layouts(devices, links, max_stages=min(len(devices), num_blocks), allow_replicas=True)
+        for inner in combinations(range(1, num_blocks), len(layout) - 1)
+    ]
+    if min(steps_s) == float("inf"):
+        assert not fits(table, shape, devices)
+        return
+
+    plan = search(table, shape, devices, links, allow_replicas=True)
+
+    assert plan.step_s == pytest.approx(min(steps_s))
+    assert all(replica.peak_bytes <= replica.budget_bytes for stage in plan.stages for replica in stage.replicas)
+    assert plan.bound_s == pytest.approx(plan.step_s)
+
+
+def test_search_replicas_where_one_stage_each_is_slower_than_sharing_the_batch():
+    table = llama(2)
+    devices = [device(name, speed=speed) for name, speed in (("a", 1), ("b", 2), ("c", 1))]
+
+    alone, shared = (
+        search(table, job(table, micro_batch_rows=1), devices, allow_replicas=choice) for choice in (False, True)
+    )
+
+    assert all(len(stage.agent_ids) == 1 for stage in alone.stages)
+    assert shared.step_s < alone.step_s
+    (owners,) = [o for o, stage in zip(shared.micro_batch_owners, shared.stages, strict=True) if stage.further_replicas]
+    fastest = next(s for s in shared.stages if s.further_replicas).device_names.index("b")
+    assert owners.count(fastest) == max(owners.count(r) for r in set(owners))
+
+
+def test_search_checkpoints_only_the_stages_that_need_it():
+    table = llama(8)
+    shape = job(table, row_tokens=256)
+    items = stage_memory(table, shape, start_block=4, end_block=8, num_stages=2, stage_index=1, checkpointing=True)
+    tight = device("tight", available_mib=300 + sum(item.bytes for item in items) // MIB + 2)
+
+    plan = search(table, job(table, row_tokens=256, exact_stages=2), [device("roomy", speed=1), tight])
+
+    by_device = {stage.device_names[0]: stage.checkpointing for stage in plan.stages}
+    assert by_device["roomy"] is False and plan.checkpointing == any(by_device.values())
+
+
+def test_choose_codec_is_lossy_only_where_that_saves_notably():
+    table = llama(6)
+    devices = [device(name) for name in "ab"]
+    shape = job(table, batch_rows=16, exact_stages=2)
+
+    slow, fast = (
+        choose_micro_batch(
+            table,
+            shape,
+            devices,
+            LinkTable(other=LinkProfile(bandwidth_bytes_per_s=rate, latency_s=1e-4)),
+            codecs=("raw", "bf16"),
+        )
+        for rate in (1e6, 1e9)
+    )
+
+    assert (slow.codec, fast.codec) == ("bf16", "raw")
