@@ -15,7 +15,7 @@ from partitioner.model import LinearShape, ModelTable
 from partitioner.values import PlanValue
 from plutino.errors import ConfigError
 from plutino.families import ATTENTION_OUTPUT, MLP_INNER, family_of
-from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig
+from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig, PromptConfig
 
 
 class BlockAdapter(PlanValue):
@@ -34,7 +34,7 @@ class AdapterTable(PlanValue):
 
     blocks: tuple[BlockAdapter, ...]
     first_params: int
-    """Trainable parameters of the embedding."""
+    """Trainable parameters of the embedding, or before it."""
     last_params: int
     """Trainable parameters of the head."""
     use_dora: bool = False
@@ -118,9 +118,21 @@ def _adapters(table: ModelTable, method: AdaptersConfig) -> AdapterTable:
     )
 
 
+def _prompt(table: ModelTable, method: PromptConfig) -> AdapterTable:
+    """One embedding a virtual token (Lester et al. 2021, arXiv:2104.08691); the first stage holds them."""
+    nothing = BlockAdapter(params=0, rank_sum=0, linears=())
+    return AdapterTable(
+        blocks=(nothing,) * table.num_blocks,
+        first_params=method.num_virtual_tokens * table.hidden_size,
+        last_params=0,
+        size_setting=method.size_setting,
+    )
+
+
 _SIZES: Mapping[str, Callable[[ModelTable, Any], AdapterTable]] = {
     "adapters": _adapters,
     "lora": _lora,
+    "prompt": _prompt,
 }
 
 

@@ -18,6 +18,7 @@ from coordinator.weights.model_files import offer_model
 from plutino.errors import AgentError, AgentLostError, JobError
 from plutino.events import Notice, WorkerLoaded, WorkerLoading
 from plutino.job.assignment import DeviceCache, RestorePoint, StageShape, WorkerAssignment
+from plutino.job.spec import JobSpec
 from plutino.manifest import Manifest
 from plutino.sizes import format_size
 from plutino.types import AgentId, WorkerRef
@@ -46,7 +47,7 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str
     refs = context.refs()
     context.workers.expect(refs)
     manifest = await _offer(context)
-    assignments = _assignments(context, restore_step, manifest)
+    assignments = _assignments(context, await _device_spec(context), restore_step, manifest)
     asked: set[WorkerRef] = set()
     await _load_all(context, refs, assignments, asked)
     await _link(context)
@@ -211,7 +212,18 @@ async def _link(context: JobContext) -> None:
         context.workers.forget("link")
 
 
-def _assignments(context: JobContext, restore_step: int, manifest: Manifest) -> dict[WorkerRef, WorkerAssignment]:
+async def _device_spec(context: JobContext) -> JobSpec:
+    """The job's spec for devices: they have no tokenizer for a text that the method starts from."""
+    spec = context.spec
+    if not spec.method.text:
+        return spec
+    token_ids = (await context.runner.prepare()).method_text_ids
+    return spec.model_copy(update={"method": spec.method.with_text_ids(token_ids)})
+
+
+def _assignments(
+    context: JobContext, spec: JobSpec, restore_step: int, manifest: Manifest
+) -> dict[WorkerRef, WorkerAssignment]:
     plan, record = context.plan, context.record
     shapes = tuple(
         StageShape(
@@ -232,7 +244,7 @@ def _assignments(context: JobContext, restore_step: int, manifest: Manifest) -> 
             stage_index=ref.stage_index,
             replica_index=ref.replica_index,
             stages=shapes,
-            spec=context.spec,
+            spec=spec,
             numerics=context.numerics,
             checkpointing=plan.stages[ref.stage_index].checkpointing,
             first_trainable_stage=first_trainable_stage(context.spec, shapes),

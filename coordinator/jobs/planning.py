@@ -97,7 +97,7 @@ async def make_problem(
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
     generated = 0 if spec.scoring is None else prepared.prompt_tokens + spec.scoring.max_new_tokens
-    longest = max(prepared.row_tokens, generated)
+    longest = max(prepared.row_tokens, generated) + spec.method.prompt_tokens
     if longest > table.max_positions:
         raise ConfigError(
             f"the longest row (or prompt with scoring.max_new_tokens) has {longest} tokens, the model has "
@@ -208,7 +208,7 @@ def packing_for(
         ("quantize_embedding", spec.model.quantize_embedding, shape.first_trainable_params),
         ("quantize_head", spec.model.quantize_head, shape.last_trainable_params),
     ):
-        if packed != "keep" and trained:
+        if packed != "keep" and trained and spec.method.trains_outer_modules:
             raise ConfigError(
                 f"model.{setting}: {packed} packs what method.modules_to_save trains ({trained} parameters); "
                 f"set model.{setting}: keep, or leave it out of modules_to_save"
@@ -250,14 +250,16 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         dtype="fp32" if dtype == "fp32" else "bf16",
         batch_rows=spec.training.batch_size,
         micro_batch_rows=rows,
-        row_tokens=prepared.row_tokens,
+        row_tokens=prepared.row_tokens + spec.method.prompt_tokens,
         label_tokens=rows * prepared.label_tokens_per_row,
         **adapters.shape_fields,
         has_dropout=spec.method.has_dropout,
         checkpointing=spec.training.checkpointing,
         codec=spec.placement.codec,
         generate_rows=0 if scoring is None else scoring.batch_rows,
-        generate_tokens=0 if scoring is None else prepared.prompt_tokens + scoring.max_new_tokens,
+        generate_tokens=0
+        if scoring is None
+        else spec.method.prompt_tokens + prepared.prompt_tokens + scoring.max_new_tokens,
         exact_stages=spec.placement.stages,
     )
 

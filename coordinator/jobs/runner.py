@@ -56,6 +56,8 @@ class PreparedData(BaseModel):
     train_sha256: str
     eval_sha256: str
     mean_row_tokens: float
+    method_text_ids: tuple[int, ...] = ()
+    """Tokens of the text that the method starts from."""
 
 
 class ScoredSample(BaseModel):
@@ -130,7 +132,12 @@ class JobRunner:
             train_sha256=train.rows.sha256,
             eval_sha256="" if held_out is None else held_out.rows.sha256,
             mean_row_tokens=float(train.samples.lengths.mean()),
+            method_text_ids=self._method_text_ids(),
         )
+
+    def _method_text_ids(self) -> tuple[int, ...]:
+        text = self._spec.method.text
+        return tuple(self._tokenizer.encode([text])[0].ids) if text else ()
 
     def train_batch(self, step: int, micro_batch_size: int) -> StepBatch:
         """Rows of a training step."""

@@ -230,7 +230,7 @@ class StageExecutor:
         rows = work.rows[m]
         if received is None:
             assert rows is not None, "the first stage reads tokens"
-            inputs, metadata = first_stage_input(self.stage, rows)
+            inputs, metadata = first_stage_input(self.stage, rows, self.method.num_prompt_tokens)
         else:
             metadata = received
             hidden_BTD = metadata.pop("hidden")
@@ -241,7 +241,9 @@ class StageExecutor:
         if not self.stage.is_last:
             return _InFlight(inputs.hidden, output_BTD, metadata), 0.0
         assert rows is not None, "the last stage reads labels"
-        loss = self._objective.loss(self.stage, output_BTD, rows, work.loss_weight)
+        # Labels are counted over the rows' own tokens.
+        own_BTD = output_BTD[:, self.method.num_prompt_tokens :]
+        loss = self._objective.loss(self.stage, own_BTD, rows, work.loss_weight)
         return _InFlight(inputs.hidden, loss.scaled, metadata), loss.sum
 
     def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> Tensor | None:
@@ -304,17 +306,24 @@ class StageExecutor:
         return ""
 
 
-def first_stage_input(stage: Stage, rows: MicroBatchRows) -> tuple[StageInput, dict[str, Tensor]]:
-    """Right-padded input of the first stage, and what later stages need beside the hidden states."""
-    lengths = torch.as_tensor(np.asarray(rows.lengths, dtype=np.int32))
-    mask_BT = padding_mask(lengths, rows.padded_tokens, side="right")
+def first_stage_input(
+    stage: Stage, rows: MicroBatchRows, num_prompt_tokens: int
+) -> tuple[StageInput, dict[str, Tensor]]:
+    """Right-padded input of the first stage, and what later stages need beside the hidden states.
+
+    Lengths and positions count virtual tokens, so that later stages need not know of them.
+    """
+    lengths = torch.as_tensor(np.asarray(rows.lengths, dtype=np.int32)) + num_prompt_tokens
+    num_tokens = rows.padded_tokens + num_prompt_tokens
+    mask_BT = padding_mask(lengths, num_tokens, side="right")
     position_ids_BT = make_position_ids(
-        stage.family, attention_mask=mask_BT, segment_ids=None, shape=(len(rows.lengths), rows.padded_tokens)
+        stage.family, attention_mask=mask_BT, segment_ids=None, shape=(len(rows.lengths), num_tokens)
     )
     inputs = StageInput(
         position_ids=position_ids_BT,
         input_ids=padded_ids(rows, side="right", pad_id=pad_token_id(stage)),
         attention_mask=mask_BT,
+        num_prompt_tokens=num_prompt_tokens,
     )
     return inputs, {"lengths": lengths, "position_ids": position_ids_BT}
 

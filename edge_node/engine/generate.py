@@ -144,10 +144,14 @@ class _Generation:
             mask_BS = padding_mask(lengths_B, rows.padded_tokens, side="left")
             shape = (len(rows.lengths), rows.padded_tokens)
             mask_BS = torch.ones(shape, dtype=torch.int64) if mask_BS is None else mask_BS
+            # Before the padding, which positions pass over: the row's own tokens follow the prompt's.
+            num_prompt_tokens = self._executor.method.num_prompt_tokens
+            mask_BS = torch.cat([mask_BS.new_ones(shape[0], num_prompt_tokens), mask_BS], dim=1)
+            shape = (shape[0], shape[1] + num_prompt_tokens)
             self._groups[g] = _Group(mask_BS, self._stage.new_cache())
             position_ids = make_position_ids(self._stage.family, attention_mask=mask_BS, segment_ids=None, shape=shape)
             ids_BT = padded_ids(rows, side="left", pad_id=pad_token_id(self._stage))
-            return self._stage_input(g, position_ids, input_ids=ids_BT)
+            return self._stage_input(g, position_ids, input_ids=ids_BT, num_prompt_tokens=num_prompt_tokens)
         if self._is_alone:
             ids_B = self._sampled.pop(g, None)
         else:
@@ -164,7 +168,13 @@ class _Generation:
         self._groups[g].attention_mask_BS = torch.cat([mask_BS, mask_BS.new_ones(mask_BS.shape[0], 1)], dim=1)
 
     def _stage_input(
-        self, g: int, position_ids: Tensor, *, input_ids: Tensor | None = None, hidden: Tensor | None = None
+        self,
+        g: int,
+        position_ids: Tensor,
+        *,
+        input_ids: Tensor | None = None,
+        hidden: Tensor | None = None,
+        num_prompt_tokens: int = 0,
     ) -> StageInput:
         group = self._groups[g]
         return StageInput(
@@ -172,6 +182,7 @@ class _Generation:
             input_ids=input_ids,
             hidden=hidden,
             attention_mask=group.attention_mask_BS,
+            num_prompt_tokens=num_prompt_tokens,
             cache=group.cache,
         )
 

@@ -25,6 +25,8 @@ from plutino.load_adapter import Bottleneck, BottleneckLayout, insert_bottleneck
 class AttachedAdapters:
     """Bottleneck adapters on one stage; see :class:`edge_node.methods.base.AttachedMethod`."""
 
+    num_prompt_tokens = 0
+
     def __init__(self, bottlenecks: Mapping[str, Bottleneck], layout: BottleneckLayout) -> None:
         self._bottlenecks = tuple(bottlenecks.values())
         self._layout = layout

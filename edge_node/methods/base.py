@@ -33,6 +33,10 @@ class AttachedMethod(Protocol):
     def parameters(self) -> tuple[TrainableParameter, ...]:
         """Sorted by name; empty if nothing of this stage is trained."""
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Virtual tokens that the first stage puts before every row; 0 while switched off. The same on every stage."""
+
     def set_enabled(self, enabled: bool) -> None:
         """Switch between the adapted model and exactly the base model."""
 

@@ -41,6 +41,8 @@ _ADAPTER = "default"
 class AttachedLora:
     """LoRA on one stage; see :class:`edge_node.methods.base.AttachedMethod`."""
 
+    num_prompt_tokens = 0
+
     def __init__(
         self,
         layers: Iterable[LoraLayer],

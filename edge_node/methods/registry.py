@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from edge_node.methods.adapters import attach_adapters
 from edge_node.methods.base import AttachedMethod
 from edge_node.methods.lora import attach_lora
+from edge_node.methods.prompt import attach_prompt
 from edge_node.stage.build import Stage
 
 
@@ -27,4 +28,5 @@ class Attach(Protocol):
 METHODS: Mapping[str, Attach] = {
     "adapters": attach_adapters,
     "lora": attach_lora,
+    "prompt": attach_prompt,
 }

@@ -54,6 +54,8 @@ class StageInput:
     """[B, tokens seen so far with this pass]: 1 for tokens, 0 for padding. None: no padding."""
     segment_ids: Tensor | None = None
     """int64 [B, T], segment of each token of packed rows, from 0 up; None: every row is one sequence."""
+    num_prompt_tokens: int = 0
+    """Virtual tokens that come before the rows' own in this pass: counted in the other fields' T, but for input_ids."""
     cache: Cache | None = None
     """KV cache of this stage, extended in place; None in training."""
 
@@ -123,6 +125,8 @@ class Stage:
         """Names, as stored, of the tensors that were read."""
         self.bytes_read = bytes_read
         """Stored bytes that were read."""
+        self.prompt: Tensor | None = None
+        """[tokens, D], embeddings that a method puts before each row's; on the first stage only."""
 
     @property
     def is_first(self) -> bool:
@@ -195,7 +199,12 @@ class Stage:
             # What comes over a wire lies on the CPU; autograd brings its gradient back there.
             return inputs.hidden.to(self.device)
         assert inputs.input_ids is not None, "the first stage needs token ids"
-        return cast(Tensor, self.model.get_submodule(self.embedding_name)(inputs.input_ids.to(self.device)))
+        embedded_BTD = cast(Tensor, self.model.get_submodule(self.embedding_name)(inputs.input_ids.to(self.device)))
+        if not inputs.num_prompt_tokens:
+            return embedded_BTD
+        assert self.prompt is not None and len(self.prompt) == inputs.num_prompt_tokens, "no such prompt is attached"
+        prompt_BTD = self.prompt.to(embedded_BTD.dtype).expand(len(embedded_BTD), -1, -1)
+        return torch.cat([prompt_BTD, embedded_BTD], dim=1)
 
 
 def _move(mask: Tensor | dict[str, Tensor] | None, device: torch.device) -> Tensor | dict[str, Tensor] | None:

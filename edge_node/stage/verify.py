@@ -20,25 +20,26 @@ def part_difference(stage: Stage, method: AttachedMethod, published: Mapping[str
     """
     live = method.state()
     with torch.no_grad():
-        with_live = _output(stage)
+        with_live = _output(stage, method.num_prompt_tokens)
         method.load(published)
         try:
-            with_published = _output(stage)
+            with_published = _output(stage, method.num_prompt_tokens)
         finally:
             method.load(live)
     return float((with_live - with_published).abs().max())
 
 
-def _output(stage: Stage) -> Tensor:
-    hidden = stage.forward(_probe(stage))
+def _output(stage: Stage, num_prompt_tokens: int) -> Tensor:
+    hidden = stage.forward(_probe(stage, num_prompt_tokens))
     return stage.head(hidden) if stage.is_last else hidden
 
 
-def _probe(stage: Stage) -> StageInput:
+def _probe(stage: Stage, num_prompt_tokens: int) -> StageInput:
     generator = torch.Generator().manual_seed(0)
-    position_ids = torch.arange(_TOKENS).expand(_ROWS, _TOKENS)
+    num_tokens = num_prompt_tokens + _TOKENS
+    position_ids = torch.arange(num_tokens).expand(_ROWS, num_tokens)
     if stage.is_first:
         ids = torch.randint(0, int(stage.config.vocab_size), (_ROWS, _TOKENS), generator=generator)
-        return StageInput(position_ids=position_ids, input_ids=ids)
-    hidden = torch.randn(_ROWS, _TOKENS, int(stage.config.hidden_size), generator=generator).to(stage.dtype)
+        return StageInput(position_ids=position_ids, input_ids=ids, num_prompt_tokens=num_prompt_tokens)
+    hidden = torch.randn(_ROWS, num_tokens, int(stage.config.hidden_size), generator=generator).to(stage.dtype)
     return StageInput(position_ids=position_ids, hidden=hidden)

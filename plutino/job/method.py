@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plutino.job.base import SpecPart
 
@@ -36,6 +36,25 @@ class MethodPart(SpecPart):
     def unpacks_weights(self) -> str:
         """The setting that needs whole frozen weights in each pass, which packed ones would undo; empty: none."""
         return ""
+
+    @property
+    def trains_outer_modules(self) -> bool:
+        """Whether embedding or head themselves are trained, which packed ones cannot be."""
+        return False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Virtual tokens before each row."""
+        return 0
+
+    @property
+    def text(self) -> str:
+        """What the method wants to know the token ids of; empty: nothing."""
+        return ""
+
+    def with_text_ids(self, token_ids: tuple[int, ...]) -> MethodConfig:
+        """The config for devices, which have no tokenizer, with the ids of :attr:`text`."""
+        raise NotImplementedError
 
     def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
         """The lowest block that a gradient has to reach; None if nothing below the head is trained.
@@ -90,6 +109,11 @@ class LoraConfig(MethodPart):
         return self.ensure_weight_tying
 
     @property
+    def trains_outer_modules(self) -> bool:
+        """See :class:`MethodPart`."""
+        return bool(self.modules_to_save)
+
+    @property
     def unpacks_weights(self) -> str:
         """DoRA takes the norm of every adapted weight."""
         return "use_dora" if self.use_dora else ""
@@ -133,5 +157,44 @@ class AdaptersConfig(MethodPart):
         return self.model_copy(update={"layers_to_transform": None})
 
 
-MethodConfig = Annotated[LoraConfig | AdaptersConfig, Field(discriminator="type")]
+class PromptConfig(MethodPart):
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained embeddings before each row's own."""
+
+    size_setting: ClassVar[str] = "num_virtual_tokens"
+
+    type: Literal["prompt"] = "prompt"
+    num_virtual_tokens: int = Field(20, ge=1, le=4096)
+    init: Literal["vocabulary", "random", "text"] = "vocabulary"
+    """Starting values: embeddings of tokens drawn from the vocabulary, standard normal numbers, or embeddings of
+    init_text, repeated or cut to the number of virtual tokens."""
+    init_text: str = ""
+    init_token_ids: tuple[int, ...] = ()
+    """The ids of init_text; the coordinator fills them in."""
+
+    @model_validator(mode="after")
+    def _text_goes_with_init(self) -> PromptConfig:
+        if (self.init == "text") != bool(self.init_text.strip()):
+            raise ValueError("init: text and init_text go together; give both or neither")
+        return self
+
+    @property
+    def prompt_tokens(self) -> int:
+        """See :class:`MethodPart`."""
+        return self.num_virtual_tokens
+
+    @property
+    def text(self) -> str:
+        """See :class:`MethodPart`."""
+        return self.init_text
+
+    def with_text_ids(self, token_ids: tuple[int, ...]) -> PromptConfig:
+        """See :class:`MethodPart`."""
+        return self.model_copy(update={"init_token_ids": token_ids})
+
+    def for_profile(self) -> PromptConfig:
+        """As many virtual tokens, of any value."""
+        return PromptConfig(num_virtual_tokens=self.num_virtual_tokens, init="random")
+
+
+MethodConfig = Annotated[LoraConfig | AdaptersConfig | PromptConfig, Field(discriminator="type")]
 """Union of all methods' configs, told apart by ``type``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig
+from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig, PromptConfig
 
 CONFIGS: dict[str, dict[str, MethodConfig]] = {
     "adapters": {
@@ -11,6 +11,10 @@ CONFIGS: dict[str, dict[str, MethodConfig]] = {
         "blocks": AdaptersConfig(bottleneck=4, activation="silu", layers_to_transform=(1, 3)),
     },
     "lora": {"all_linear": LoraConfig(rank=4)},
+    "prompt": {
+        "vocabulary": PromptConfig(num_virtual_tokens=5),
+        "text": PromptConfig(num_virtual_tokens=3, init="text", init_text="tag this", init_token_ids=(7, 9)),
+    },
 }
 """By the registry's key: cases by name. A new method gets its line here."""
 
