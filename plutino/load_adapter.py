@@ -65,6 +65,20 @@ class BottleneckLayout(BaseModel):
         }
         return {f"{KEY_PREFIX}{layer}.{key}": shape for layer in self.layers for key, shape in sizes.items()}
 
+    def check_model(self, model: nn.Module) -> None:
+        """See whether a model has the adapted layers.
+
+        Raises:
+            ConfigError: it lacks some.
+        """
+        modules = dict(model.named_modules())
+        missing = [layer for layer in self.layers if layer not in modules]
+        if missing:
+            raise ConfigError(
+                f"the model lacks {len(missing)} of the {len(self.layers)} layers that the adapter belongs to, first "
+                f"{missing[0]}; load the base model that it was trained on: {self.base_model_name_or_path}"
+            )
+
 
 class Bottleneck(nn.Module):
     """One adapter; parameters in fp32, products in the dtype of what it gets.
@@ -172,13 +186,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoadedAdapter:
     """
     folder = Path(folder)
     layout = read_layout(folder)
+    layout.check_model(model)
     modules = dict(model.named_modules())
-    missing = [layer for layer in layout.layers if layer not in modules]
-    if missing:
-        raise ConfigError(
-            f"the model lacks {len(missing)} of the {len(layout.layers)} layers that {folder} adapts, first "
-            f"{missing[0]}; load the base model that the adapter was trained on: {layout.base_model_name_or_path}"
-        )
     tensors = load_file(folder / "adapter_model.safetensors")
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != layout.shapes():

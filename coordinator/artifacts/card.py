@@ -123,7 +123,7 @@ def render_card(facts: CardFacts, adapter_name: str) -> str:
 def _front_matter(facts: CardFacts) -> str:
     values = {
         "base_model": facts.base_path,
-        "library_name": "peft",
+        "library_name": "peft" if facts.method.has_peft_format else "plutino",
         "pipeline_tag": "text-generation",
         "tags": [facts.method.type, facts.objective.type, "plutino", "transformers"],
     }
@@ -133,6 +133,14 @@ def _front_matter(facts: CardFacts) -> str:
 def _loading(facts: CardFacts, adapter_name: str) -> str:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(facts.dtype, facts.dtype)
     # A JSON string is a Python string too.
+    if not facts.method.has_peft_format:
+        code = (
+            "from plutino.load_adapter import load_adapter\n"
+            "from transformers import AutoModelForCausalLM\n"
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(facts.base_path)}, dtype={json.dumps(dtype)})\n"
+            f"load_adapter(model, {json.dumps(adapter_name)})  # in place"
+        )
+        return _fenced(code, "python")
     code = (
         "from peft import AutoPeftModelForCausalLM\n"
         f"model = AutoPeftModelForCausalLM.from_pretrained({json.dumps(adapter_name)}, dtype={json.dumps(dtype)})\n"
@@ -190,7 +198,7 @@ def _limits(facts: CardFacts) -> str:
     if not facts.was_reloaded:
         limits.insert(
             0,
-            "The whole model was never loaded in one place: that the adapter works with stock peft follows from its "
+            "The whole model was never loaded in one place: that the adapter works follows from its "
             "names and shapes and from the stages' own comparison, not from a run.",
         )
     if facts.score_after is None:

@@ -10,7 +10,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coordinator.artifacts.verify_process import Check, Probe, ProbeRows, VerifyReport, VerifyRequest
 from plutino.errors import ExportError, PlutinoError
+from plutino.load_adapter import is_bottleneck_adapter, load_adapter, read_layout
 from plutino.safetensors_index import read_safetensors_headers
 from plutino.sizes import format_size
 
@@ -87,7 +89,7 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
 
 
 def check_tensors(base_dir: Path, adapter_dir: Path) -> Check:
-    """Compare names, shapes and dtypes with what stock peft would save for this base and config; loads no weight.
+    """Compare names, shapes and dtypes with what the adapter's loader expects for this base; loads no weight.
 
     Raises:
         ExportError: they differ.
@@ -95,19 +97,21 @@ def check_tensors(base_dir: Path, adapter_dir: Path) -> Check:
     config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    found = _kinds_in_file(adapter_dir / "adapter_model.safetensors")
+    num_parameters = sum(math.prod(shape) for shape, _ in found.values())
+    same = f"expects the same {len(found)} tensors with the same shapes and dtypes, {num_parameters} parameters"
+    if is_bottleneck_adapter(adapter_dir):
+        layout = read_layout(adapter_dir)
+        layout.check_model(base)
+        _require_equal_kinds({name: (shape, "F32") for name, shape in layout.shapes().items()}, found, "load_adapter")
+        return "layout", f"plutino.load_adapter, on the base without its weights, {same}"
     adapter_config = peft.PeftConfig.from_pretrained(str(adapter_dir))
     # It may name the model on the hub that lies in the folder; peft would look there for the vocabulary's size.
     adapter_config.base_model_name_or_path = str(base_dir)
     model = peft.get_peft_model(base, adapter_config, low_cpu_mem_usage=True)
     expected = {name: _kind(tensor) for name, tensor in get_peft_model_state_dict(model).items()}
-    found = _kinds_in_file(adapter_dir / "adapter_model.safetensors")
-    _require_equal_kinds(expected, found)
-    num_parameters = sum(math.prod(shape) for shape, _ in found.values())
-    return (
-        "stock peft",
-        f"peft {peft.__version__}, on the base without its weights, expects the same {len(found)} tensors with the "
-        f"same shapes and dtypes, {num_parameters} parameters",
-    )
+    _require_equal_kinds(expected, found, "peft")
+    return "stock peft", f"peft {peft.__version__}, on the base without its weights, {same}"
 
 
 def reload_bytes(base_dir: Path, adapter_dir: Path, probe: Probe) -> int:
@@ -132,7 +136,7 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
     """
     _require_label_count(probe)
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=DTYPES[probe.dtype], local_files_only=True)
-    model = peft.PeftModel.from_pretrained(base, str(adapter_dir)).eval()
+    model, without_adapter = _with_adapter(base, adapter_dir)
     loss_sum = _loss_sum(model, probe)
     difference = abs(loss_sum - probe.loss_sum) / max(abs(probe.loss_sum), 1e-12)
     tolerance = LOSS_TOLERANCE[probe.dtype]
@@ -148,10 +152,10 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
     # Written so that a difference that is not a number fails too.
     elif not difference <= tolerance:
         raise ExportError(
-            f"the adapter, reloaded with peft, does not do what was trained: {compared}; nothing was published: a "
+            f"the reloaded adapter does not do what was trained: {compared}; nothing was published: a "
             "tensor is wrong or in the wrong place, please report this with the job's log"
         )
-    with model.disable_adapter():
+    with without_adapter():
         base_loss_sum = _loss_sum(model, probe)
     # How much the comparison could have noticed: an adapter that changes less than the tolerance cannot fail it.
     effect = abs(base_loss_sum - loss_sum) / max(abs(loss_sum), 1e-12)
@@ -159,11 +163,21 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
     return "reload", f"{compared}; without the adapter {base_loss_sum:.6f} (relative difference {effect:.1e}{power})"
 
 
+def _with_adapter(base: Any, adapter_dir: Path) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:
+    """The base with the adapter, as its users load it, and what switches the adapter off for a while."""
+    if is_bottleneck_adapter(adapter_dir):
+        return base.eval(), load_adapter(base, adapter_dir).disable_adapter
+    model = peft.PeftModel.from_pretrained(base, str(adapter_dir)).eval()
+    return model, model.disable_adapter
+
+
 def _loss_sum(model: Any, probe: Probe) -> float:
     total = 0.0
     for rows in probe.micro_batches:
         ids_BT, attention_BT, labels_BT = _padded(rows)
         logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
+        # Virtual tokens of a prompt stand before the row's own.
+        logits_BTV = logits_BTV[:, -ids_BT.shape[1] :]
         if not bool(logits_BTV[attention_BT.bool()].isfinite().all()):
             raise ExportError(
                 f"logits of the reloaded adapter are not finite on {len(rows.lengths)} probe rows; "
@@ -210,17 +224,17 @@ def _kinds_in_file(path: Path) -> dict[str, TensorKind]:
         return {name: (tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()}
 
 
-def _require_equal_kinds(expected: Mapping[str, TensorKind], found: Mapping[str, TensorKind]) -> None:
+def _require_equal_kinds(expected: Mapping[str, TensorKind], found: Mapping[str, TensorKind], loader: str) -> None:
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"{name} is unknown to peft" for name in sorted(found.keys() - expected.keys())]
+    problems += [f"{name} is unknown to {loader}" for name in sorted(found.keys() - expected.keys())]
     problems += [
-        f"{name} is {_text(found[name])}, peft expects {_text(expected[name])}"
+        f"{name} is {_text(found[name])}, {loader} expects {_text(expected[name])}"
         for name in sorted(expected.keys() & found.keys())
         if expected[name] != found[name]
     ]
     if problems:
         raise ExportError(
-            f"the joined adapter is not what stock peft {peft.__version__} would save: {len(problems)} of "
+            f"the joined adapter is not what {loader} would load: {len(problems)} of "
             f"{len(expected)} tensors differ: {'; '.join(problems[:_SHOWN_NAMES])}; nothing was published: please "
             "report this with the job's method settings"
         )

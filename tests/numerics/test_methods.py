@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,18 +10,25 @@ from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 import edge_node.methods.registry
+from coordinator.artifacts import verify
+from coordinator.artifacts.assemble import AssembleRequest, assemble_adapter
+from coordinator.artifacts.verify_process import Probe, ProbeRows
 from coordinator.scheduling.problem import first_trainable_stage
 from edge_node.engine.generate import GenerateOptions
 from edge_node.methods.registry import METHODS
+from edge_node.stage.verify import part_difference
 from edge_node.transport.base import Peer
 from partitioner.adapter import adapter_params_of
 from partitioner.model import describe_model
 from plutino.errors import ConfigError
 from plutino.families import family_of
 from plutino.job.method import MethodConfig
+from plutino.manifest import base_model_hash
 from plutino.safetensors_index import read_safetensors_headers
+from plutino.sizes import GIB
 from tests.numerics.method_cases import CASES, CONFIGS, STARTS_AS_BASE
 from tests.numerics.pipelines import (
     assert_same_tensors,
@@ -167,6 +175,62 @@ def test_adapter_that_does_not_fit_is_refused_and_changes_nothing(model_dirs, me
         with pytest.raises(ConfigError, match="is missing"):
             attached.load({})
         assert_same_tensors(attached.state(), before)
+
+
+class MemoryBulk:
+    """The bulk process as a dict."""
+
+    def __init__(self):
+        self.files = {}
+
+    def put_shadow(self, job_id, shadow_id, data, sha256):
+        self.files[shadow_id] = bytes(data)
+
+    def get_shadow(self, job_id, shadow_id, sha256):
+        return bytearray(self.files[shadow_id])
+
+
+def export(pipeline, spec, output_dir, probe):
+    """What the coordinator does with the stages' shadows, verification included."""
+    bulk = MemoryBulk()
+    for me, executor in pipeline.executors.items():
+        bulk.files[f"stage{me.stage_index}"] = save(executor.optimizer.snapshot())
+    configs = {json.dumps(e.method.peft_config(), sort_keys=True) for e in pipeline.executors.values()}
+    assert len(configs) == 1
+    request = AssembleRequest(
+        job_id="j1",
+        step=3,
+        shadows={name: hashlib.sha256(data).hexdigest() for name, data in bulk.files.items()},
+        parameter_names=tuple(sorted({p.name for e in pipeline.executors.values() for p in e.method.parameters})),
+        adapter_config_json=configs.pop(),
+        output_dir=str(output_dir),
+        base_hash=base_model_hash(spec.model.path),
+        verify_reload_budget_bytes=GIB,
+        probe=probe,
+    )
+    assembled = assemble_adapter(request, spec, bulk, verify=verify.verify_adapter)
+    return assembled, load(bulk.files[assembled.shadow_id])
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_exported_adapter_is_reloaded_with_the_pipelines_loss_and_by_every_stage(model_dirs, tmp_path, method, name):
+    spec = spec_of(model_dirs["llama"], CONFIGS[method][name])
+    rows = make_batches()[0].rows
+    with pipeline_of(spec, stages_of(3)) as pipeline:
+        train(pipeline, make_batches())
+        probe = Probe(
+            micro_batches=tuple(map(ProbeRows.of, rows)),
+            loss_sum=pipeline.evaluate(0, rows),
+            num_label_tokens=int(sum(each.label_mask.sum() for each in rows)),
+            dtype="fp32",
+        )
+        assembled, published = export(pipeline, spec, tmp_path / "out", probe)
+        differences = [part_difference(e.stage, e.method, published) for e in pipeline.executors.values()]
+
+    assert differences == [0.0, 0.0, 0.0]
+    assert assembled.was_reloaded
+    (outcome,) = (text for check, text in assembled.checks if check == "reload")
+    assert "too little" not in outcome
 
 
 def test_a_method_is_one_file_one_line_and_one_row():
