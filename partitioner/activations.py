@@ -53,6 +53,8 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
         return 0
     saved_bytes = micro_batch_tokens(shape) * block_token_bytes(table, shape, block, shape.row_tokens)
     family = family_of(table.family)
+    if shape.dtype_bytes < _FP32_BYTES and shape.adapter_cast_params:
+        saved_bytes += shape.dtype_bytes * shape.adapter_cast_params[block]
     if family.norm_adds_one:
         qk_size = 2 * table.head_dim if family.qk_norm == "head" else 0
         saved_bytes += _FP32_BYTES * (family.num_norms * table.hidden_size + qk_size)

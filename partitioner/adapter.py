@@ -25,6 +25,8 @@ class BlockAdapter(PlanValue):
     """Trainable parameters."""
     rank_sum: int
     """Numbers a token that the method's own layers keep for the backward pass: with LoRA the sum of the ranks."""
+    cast_params: int = 0
+    """Trained numbers of which the backward pass keeps a copy in a narrower compute dtype, a micro-batch each."""
     linears: tuple[str, ...]
     """Dotted names, inside the block, of the linears whose input is kept for the method's sake."""
 
@@ -52,6 +54,7 @@ class AdapterTable(PlanValue):
         return {
             "adapter_params": tuple(block.params for block in self.blocks),
             "adapter_rank_out": tuple(block.rank_sum for block in self.blocks),
+            "adapter_cast_params": tuple(block.cast_params for block in self.blocks),
             "adapted_linears": tuple(block.linears for block in self.blocks),
             "first_trainable_params": self.first_params,
             "last_trainable_params": self.last_params,
@@ -106,7 +109,10 @@ def _adapters(table: ModelTable, method: AdaptersConfig) -> AdapterTable:
     num = len(family.sublayer_outputs(reads))
     # What down reads, and what it gives before and after the activation.
     adapted = BlockAdapter(
-        params=num * (2 * hidden * inner + hidden + inner), rank_sum=num * (hidden + 2 * inner), linears=()
+        params=num * (2 * hidden * inner + hidden + inner),
+        rank_sum=num * (hidden + 2 * inner),
+        cast_params=num * 2 * hidden * inner,
+        linears=(),
     )
     bare = BlockAdapter(params=0, rank_sum=0, linears=())
     chosen = range(table.num_blocks) if method.layers_to_transform is None else method.layers_to_transform

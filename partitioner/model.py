@@ -94,6 +94,8 @@ class JobShape(PlanValue):
     """Trainable parameters of the last stage outside the blocks (head)."""
     adapter_rank_out: tuple[int, ...] = ()
     """Per block: numbers a token that the method's own layers keep for the backward pass (LoRA: the ranks' sum)."""
+    adapter_cast_params: tuple[int, ...] = ()
+    """Per block: trained numbers of which the backward pass keeps a copy in a compute dtype narrower than fp32."""
     adapted_linears: tuple[tuple[str, ...], ...] = ()
     """Per block: names of its adapted linears, whose inputs are kept for the backward pass; empty means all linears
     of every block that has adapter parameters."""
