@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from plutino.families import FAMILIES
 from plutino.security.tokens import JoinToken
 from tests.e2e.stack import PLUTINO, Stack, hollow_model, tiny_model, write_job
 
@@ -165,7 +166,7 @@ def test_submit_unknown_family_lists_the_known_ones(stack, job_file):
     ended = stack.run("submit", job_file, "--set", f"model.path={other}")
 
     assert ended.returncode == 3
-    assert "'mamba' is not supported; plutino knows gpt2, llama" in ended.stderr
+    assert f"'mamba' is not supported; plutino knows {', '.join(sorted(FAMILIES))}" in ended.stderr
 
 
 def test_up_second_coordinator_on_one_state_folder_is_refused(stack):

@@ -507,9 +507,3 @@ def test_adapter_of_a_fresh_peft_model_has_the_stages_names(model_dirs):
     stock = get_peft_model_state_dict(stock_model(model_dirs["llama"], config))
 
     assert joined(attach(build_chain(model_dirs["llama"], 3), config)).keys() == stock.keys()
-
-
-def test_registry_has_every_method_of_the_job_spec():
-    union = get_args(MethodConfig) or (MethodConfig,)
-
-    assert METHODS.keys() == {config.model_fields["type"].default for config in union}
