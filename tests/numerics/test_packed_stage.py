@@ -33,6 +33,7 @@ from plutino.safetensors_index import read_safetensors_headers
 from tests.numerics.chain import build_chain, frozen_chain, make_batch, run_chain
 from tests.numerics.pipelines import make_batches, make_spec, pipeline_of, stages_of, train
 from tests.numerics.tiny_families import CONFIGS, save_model
+from tests.sampling import sampled
 
 FAMILIES = ("llama", "gpt2")
 OUTER = {"embedding": "int8", "head": "int8"}
@@ -93,7 +94,7 @@ def test_packed_split_equals_packed_whole_to_the_bit(folders, family, scheme):
     assert 0 < (whole - plain).norm() / plain.norm() < 0.3
 
 
-@pytest.mark.parametrize("name", [*sorted(CONFIGS.keys() - {"qwen3_moe", "llama", "gpt2"})])
+@pytest.mark.parametrize("name", sampled(sorted(CONFIGS.keys() - {"qwen3_moe", "llama", "gpt2"}), 4, always=("falcon",)))
 def test_packed_split_equals_packed_whole_in_every_family(name, tmp_path):
     folder = save_model(name, tmp_path)
     family = LocalSource(folder).config()["model_type"]
