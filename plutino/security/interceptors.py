@@ -112,10 +112,14 @@ class AioGate(_AioInterceptor):
             async with self._admitted(method, context):
                 return await behaviour(request, context)
 
-        async def many(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def many(request: Any, context: Any) -> None:
+            # The headers first: those of a first response whose sending a cut broke off would be sent again with the
+            # status, which gRPC refuses.
+            await context.send_initial_metadata(())
             async with self._admitted(method, context), aclosing(behaviour(request, context)) as responses:
+                # Written here and not yielded: in a generator a cut would be missed while gRPC sends what it yielded.
                 async for response in responses:
-                    yield response
+                    await context.write(response)
 
         return many if inspect.isasyncgenfunction(behaviour) else one
 
