@@ -31,8 +31,8 @@ _REPEATS = 3
 _LEAST_S = 0.3
 """Each timing is repeated until it has taken this long, but at least _REPEATS times; the fastest counts."""
 _EVICTED_BYTES = 32 << 20
-"""Written before each timing on a processor. In a stage other blocks' weights pass through the caches between two passes
-of one block; a block that is timed alone, in a loop, finds its own there and looks 10 to 20 % faster than it will be."""
+"""Written before each timing on a processor. In a stage other blocks' weights pass through the caches between two
+passes of one block; one that is timed alone, in a loop, finds its own there and looks faster than it will be."""
 _TINY_CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from functools import reduce
 from operator import or_
-from typing import get_args
 
 import peft
 import pytest
@@ -17,9 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from edge_node.methods.dropout import SeededDropout, dropout_position
 from edge_node.methods.lora import attach_lora
-from edge_node.methods.registry import METHODS
 from plutino.errors import ConfigError
-from plutino.job.method import LoraConfig, MethodConfig
+from plutino.job.method import LoraConfig
 from tests.numerics.chain import build_chain, make_batch, run_chain
 from tests.sampling import sampled
 
