@@ -55,6 +55,8 @@ class Member:
     is_stream_up: bool = True
     reason: str = ""
     """Why the device is not alive; empty while it is."""
+    grace_s: float = 0.0
+    """Added to its lease: a device has to notice first that the coordinator is a new one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,28 @@ class Fleet:
         return tuple(
             self.members[agent_id].device for agent_id in sorted(self.members) if self.members[agent_id].state is state
         )
+
+    def expect(self, agent_id: AgentId, name: str, now_s: float, *, grace_s: float) -> Outcome:
+        """A device that an earlier coordinator gave work to: if it does not attach within its lease, it is gone.
+
+        Without this a device that died together with the coordinator would be waited for without end.
+        """
+        if agent_id in self.members:
+            return self, ()
+        stranger = Device(
+            agent_id=agent_id, name=name, host_id="", memory_budget_bytes=0, baseline_bytes=0, threads=0, dtypes=()
+        )
+        reason = f"{name} has not attached since the coordinator started"
+        suspect = Member(
+            device=stranger,
+            state=DeviceState.SUSPECT,
+            stream=0,
+            last_heard_s=now_s,
+            is_stream_up=False,
+            reason=reason,
+            grace_s=grace_s,
+        )
+        return self._become(suspect, None, reason)
 
     def hello(self, device: Device, stream: int, now_s: float) -> Outcome:
         """A device attached with a new stream: it is alive, whatever it was before.
@@ -152,7 +176,8 @@ class Fleet:
     def next_deadline_s(self) -> float | None:
         """When :meth:`tick` may change something next; None if never."""
         deadlines = [
-            member.last_heard_s + (self.suspect_after_s if member.state is DeviceState.ALIVE else self.lease_s)
+            member.last_heard_s
+            + (self.suspect_after_s if member.state is DeviceState.ALIVE else self.lease_s + member.grace_s)
             for member in self.members.values()
             if member.state is not DeviceState.GONE
         ]
@@ -164,8 +189,9 @@ class Fleet:
         if member.state is DeviceState.GONE:
             return self, ()
         # Compared as deadlines, like next_deadline_s computes them: a tick at the deadline must not just miss it.
-        if now_s >= member.last_heard_s + self.lease_s:
-            reason = f"{name} was not heard of for {silent_s:.1f} s; its lease is {self.lease_s:.1f} s"
+        lease_s = self.lease_s + member.grace_s
+        if now_s >= member.last_heard_s + lease_s:
+            reason = f"{name} was not heard of for {silent_s:.1f} s; its lease is {lease_s:.1f} s"
             return self._become(replace(member, state=DeviceState.GONE, reason=reason), member.state, reason)
         if member.state is DeviceState.ALIVE and now_s >= member.last_heard_s + self.suspect_after_s:
             reason = f"{name} is silent for {silent_s:.1f} s, though its stream is up"

@@ -40,6 +40,9 @@ class Patience:
     """A device that is silent for so long is gone, and its workers are lost."""
     settle_s: float = 1.5
     """A plan waits until no device has joined for so long."""
+    return_s: float = 10.0
+    """After a restart of the coordinator a device has so much more than its lease: it dials every second, but may first
+    have to wait out a keepalive or a handshake."""
 
     @property
     def heartbeat_every_s(self) -> float:
@@ -132,6 +135,23 @@ class FleetRegistry:
         while not self.devices or self._clock() - self._last_join_s < settle_s:
             await asyncio.sleep(max(_LOOK_AGAIN_S, settle_s / 10))
 
+    async def settled_soon(self) -> None:
+        """The same for a job that has begun: it does not wait for devices longer than one has to come back.
+
+        Raises:
+            AgentLostError: no device is in.
+        """
+        within_s = self._patience.lease_s + self._patience.return_s + self._patience.settle_s
+        try:
+            await asyncio.wait_for(self.settled(), within_s)
+        except asyncio.TimeoutError:
+            if not self.devices:
+                raise AgentLostError(f"no device has attached for {within_s:.0f} s") from None
+
+    def expect(self, agent_id: AgentId, name: str) -> None:
+        """A device that runs workers for this coordinator's predecessor has its lease from now on."""
+        self._step(self.fleet.expect(agent_id, name, self._clock(), grace_s=self._patience.return_s))
+
     def link(self, agent_id: AgentId) -> AgentLink | None:
         """The stream of an attached agent."""
         return self._links.get(agent_id)
@@ -212,10 +232,16 @@ class FleetRegistry:
         return pb.AgentCommand(revoked=pb.Revoked(node_ids=sorted(self.revoked_ids)))
 
     async def watch_leases(self) -> None:
-        """Run forever: devices that stay silent become suspect, then gone."""
+        """Run forever: devices that stay silent become suspect, then gone.
+
+        A gone device's stream is ended, if it is up at all: only a new hello brings the device back, and an agent whose
+        machine slept or stalled says one as soon as its stream breaks.
+        """
         while True:
             await asyncio.sleep(self._patience.heartbeat_every_s / 2)
             self._step(self.fleet.tick(self._clock()))
+            for agent_id in [agent_id for agent_id in self._links if self.is_gone(agent_id)]:
+                self._links.pop(agent_id).outgoing.put_nowait(None)
 
     def start_worker(self, agent_id: AgentId, ref: WorkerRef, assignment_json: str) -> bool:
         """Ask an agent to run a worker; False if it is not attached."""

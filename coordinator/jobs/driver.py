@@ -12,7 +12,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.crash_points import crash_point
@@ -21,6 +20,7 @@ from coordinator.jobs import commands, events
 from coordinator.jobs.commands import standing_commands
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.exporting import export
+from coordinator.jobs.interrupts import CancelWish, Interrupt, Interrupts, Loss, PauseWish, ResumeWish
 from coordinator.jobs.lineage import judge_evaluations
 from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
 from coordinator.jobs.planning import Profiler, make_numerics, make_problem
@@ -61,35 +61,6 @@ _HOPELESS = (ConfigError, ModelError, ExportError, NumericsError, InfeasiblePlan
 """Errors that the same attempt would meet again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Workers whose memory is gone, or cannot be reached any more."""
-
-    refs: tuple[WorkerRef, ...]
-    reason: str
-    error: str = ""
-    """Name of the error class that a worker reported; empty if it did not."""
-    is_out_of_memory: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class CancelWish:
-    """A person wants the job to end."""
-
-
-@dataclass(frozen=True, slots=True)
-class PauseWish:
-    """A person wants no step to begin."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResumeWish:
-    """A person wants a paused job to go on."""
-
-
-Interrupt = Loss | CancelWish | PauseWish | ResumeWish
-
-
 class JobDriver:
     """One live job."""
 
@@ -107,13 +78,13 @@ class JobDriver:
         self._profiler = profiler
         self._default_dir = default_dir
         self._stop_runner = stop_runner
-        self._interrupts: asyncio.Queue[Interrupt] = asyncio.Queue()
+        self._interrupts = Interrupts()
         self._lost_at_s: float | None = None
         self._last_loss: str | None = None
 
     def interrupt(self, interrupt: Interrupt) -> None:
         """Tell the driver of something it did not wait for."""
-        self._interrupts.put_nowait(interrupt)
+        self._interrupts.put(interrupt)
 
     def worker_exited(self, exit_: WorkerExit) -> None:
         """A device says that a worker has ended."""
@@ -159,13 +130,13 @@ class JobDriver:
 
     async def _advance_or_interrupt(self) -> None:
         attempt = asyncio.create_task(self._advance())
-        interrupted = asyncio.create_task(self._interrupts.get())
+        interrupted = asyncio.create_task(self._interrupts.wait())
         try:
             await asyncio.wait({attempt, interrupted}, return_when=asyncio.FIRST_COMPLETED)
-            if interrupted.done():
+            if self._interrupts.has_any:
                 # What the attempt came to, if it ended in the same moment, is found again from the record.
                 await _end_task(attempt)
-                await self._on_interrupt(interrupted.result())
+                await self._on_interrupt(self._interrupts.take())
             elif (event := attempt.result()) is not None:
                 await self.context.apply(event)
                 crash_point_after(event)
@@ -237,7 +208,10 @@ class JobDriver:
         if not context.fleet.devices and context.record.state is JobState.PLANNING:
             reason = "no device has joined; make a token for each: plutino token create"
             await context.apply(events.Queued(reason=reason))
-        await context.fleet.settled()
+        if context.record.state is JobState.PLANNING:
+            await context.fleet.settled()
+        else:
+            await self._settled_after_loss()
         started_s = time.monotonic()
         try:
             problem = await self._problem(prepared)
@@ -248,6 +222,14 @@ class JobDriver:
             return await self._carry_out(verdict, problem, time.monotonic() - started_s)
 
         await self._queue.place(context.job_id, problem, carry_out)
+
+    async def _settled_after_loss(self) -> None:
+        try:
+            await self.context.fleet.settled_soon()
+        except AgentLostError as error:
+            raise InfeasiblePlanError(
+                self._after_loss(f"{error}; start the agents again and submit the job anew")
+            ) from error
 
     def _after_loss(self, reason: str) -> str:
         """A refusal, with what was lost before it if anything was."""

@@ -17,7 +17,8 @@ from coordinator.crash_points import crash_point
 from coordinator.fleet.membership import Change, DeviceState
 from coordinator.fleet.registry import FleetRegistry, WorkerExit
 from coordinator.jobs.context import JobContext, state_event
-from coordinator.jobs.driver import CancelWish, Interrupt, JobDriver, PauseWish, ResumeWish
+from coordinator.jobs.driver import JobDriver
+from coordinator.jobs.interrupts import CancelWish, Interrupt, PauseWish, ResumeWish
 from coordinator.jobs.planning import Profiler, make_problem, read_model
 from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.runner_link import RunnerLink
@@ -96,6 +97,7 @@ class JobManager:
             if not record.is_terminal:
                 logger.info("job %s goes on: %s", record.job_id, record.state.value)
                 self._drive(record)
+                self._expect_devices(record)
 
     async def run(self) -> None:
         """Run forever: the queue, and usage for watchers."""
@@ -297,6 +299,13 @@ class JobManager:
         )
         self._drivers[job_id] = driver
         self._tasks[job_id] = asyncio.create_task(self._run_driver(driver), name=f"job {job_id}")
+
+    def _expect_devices(self, record: JobRecord) -> None:
+        if record.plan_json is None:
+            return
+        for stage in Plan.model_validate_json(record.plan_json).stages:
+            for agent_id, name in zip(stage.agent_ids, stage.device_names, strict=True):
+                self._fleet.expect(AgentId(agent_id), name)
 
     def _context(self, record: JobRecord) -> JobContext:
         job_id = record.job_id

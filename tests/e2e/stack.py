@@ -23,7 +23,8 @@ from plutino.client import Client, JobSummary
 
 PLUTINO = (sys.executable, "-m", "coordinator.cli")
 """What ``plutino`` runs, also where the package is not installed."""
-COMMAND_S = 60.0
+COMMAND_S = 40.0
+"""Below the 60 s that pytest gives a test, so that what failed is told with the coordinator's log."""
 START_S = 60.0
 
 
@@ -72,7 +73,11 @@ class Stack:
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """One command to its end."""
         command = [*PLUTINO, *(str(argument) for argument in arguments), "--state-dir", str(self.state_dir)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL)
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired as error:
+            log = (self.folder / "coordinator.log").read_text()[-4000:]
+            raise AssertionError(f"{error}; it said {error.stdout!r}; the coordinator:\n{log}") from error
 
     def ask(self, *arguments: str | Path) -> Any:
         """One command's JSON."""

@@ -80,8 +80,11 @@ class ThreadCoordinator:
             people_address="127.0.0.1:0",
             engine="local",
             # Tests wait themselves until all their agents are in.
-            patience=Patience(lease_s=lease_s, settle_s=0.0),
-            **{"is_plaintext": True, **changes},
+            **{
+                "patience": Patience(lease_s=lease_s, settle_s=0.0, return_s=1.0),
+                "is_plaintext": True,
+                **changes,
+            },
         )
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="coordinator")
@@ -195,6 +198,8 @@ class ThreadAgent:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._is_deaf = threading.Event()
+        self._is_stalled = threading.Event()
+        self.num_streams = 0
         self._beat_every_s = 0.05
         self._outgoing: queue.SimpleQueue[agents_pb2.AgentEvent | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"agent {name}")
@@ -216,6 +221,14 @@ class ThreadAgent:
         """From now on nothing it is told is done: a job that starts a worker here stays in loading."""
         self._is_deaf.set()
 
+    def stall(self) -> None:
+        """From now on nothing is heard of it, though its stream stays up."""
+        self._is_stalled.set()
+
+    def wake_up(self) -> None:
+        """End of :meth:`stall`."""
+        self._is_stalled.clear()
+
     def close(self) -> None:
         self._closing.set()
         for session in list(self.sessions.values()):
@@ -230,6 +243,7 @@ class ThreadAgent:
     def _run(self) -> None:
         while not self._closing.is_set():
             with self._lock:
+                self.num_streams += 1
                 outgoing = self._outgoing = queue.SimpleQueue()
                 outgoing.put(agents_pb2.AgentEvent(hello=self._hello()))
                 for event in self._exited:
@@ -250,6 +264,8 @@ class ThreadAgent:
 
     def _beat(self) -> None:
         while not self._closing.wait(self._beat_every_s):
+            if self._is_stalled.is_set():
+                continue
             self._send(agents_pb2.AgentEvent(heartbeat=agents_pb2.Heartbeat()))
 
     def _hello(self) -> agents_pb2.AgentHello:

@@ -129,6 +129,10 @@ def attach(
     return people, agents
 
 
+def addresses_of(coordinator: ThreadCoordinator) -> tuple[str, str]:
+    return coordinator.endpoints.devices_address, coordinator.endpoints.people_address
+
+
 def lineage_rows(detail: dict[str, object]) -> list[LedgerRow]:
     return [
         LedgerRow(
@@ -221,6 +225,26 @@ def test_device_that_vanishes_while_loading_fails_the_job_with_the_reason(
     assert (summary.state, summary.step) == ("failed", 0)
     assert "device0 was not heard of for" in summary.reason and "its lease is 1.0 s" in summary.reason
     wait_until(lambda: all(device["reserved_bytes"] == 0 for device in people.devices()), "memory freed", within_s=6)
+
+
+def test_device_that_dies_together_with_the_coordinator_is_not_waited_for(
+    cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec], undisturbed: tuple[list[float], bytes]
+) -> None:
+    coordinator = ThreadCoordinator(tmp_path / "state")
+    cleanup.callback(lambda: coordinator.close())
+    people, agents = attach(cleanup, *addresses_of(coordinator), 3)
+    job_id = people.submit(job(eval_every=4))
+    people.wait_for_step(job_id, 5)
+    doomed = next(agent for agent in agents if agent.sessions)
+
+    coordinator.close()
+    doomed.close()
+    coordinator = ThreadCoordinator(tmp_path / "state", lease_s=1.0)
+
+    assert people.wait(job_id).state == "succeeded", people.job(job_id)
+    detail = people.detail(job_id)
+    assert detail["recoveries"] == 1
+    assert (losses(detail), adapter_bytes(tmp_path / "adapter")) == undisturbed
 
 
 def test_cancel_frees_workers_memory_and_queue(cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec]) -> None:

@@ -86,6 +86,28 @@ def test_fleet_gone_device_comes_back_only_with_a_hello() -> None:
     assert state_of(gone.hello(DEVICE, 2, 11.0)[0]) is DeviceState.ALIVE
 
 
+def test_fleet_device_expected_back_after_a_restart_is_gone_when_lease_and_grace_are_over() -> None:
+    expected, changes = EMPTY.expect(PI, "pi-3", 0.0, grace_s=5.0)
+    gone, ended = expected.tick(15.0)
+
+    assert [change.after for change in changes] == [DeviceState.SUSPECT]
+    assert expected.tick(14.9) == (expected, ())
+    assert expected.next_deadline_s() == 15.0
+    assert state_of(gone) is DeviceState.GONE
+    assert ended[0].reason == "pi-3 was not heard of for 15.0 s; its lease is 15.0 s"
+
+
+def test_fleet_device_that_came_back_after_a_restart_has_its_ordinary_lease() -> None:
+    back, _ = EMPTY.expect(PI, "pi-3", 0.0, grace_s=5.0)[0].hello(DEVICE, 1, 3.0)
+
+    assert back.in_state(DeviceState.ALIVE) == (DEVICE,)
+    assert state_of(back.tick(13.0)[0]) is DeviceState.GONE
+
+
+def test_fleet_device_that_is_in_is_not_expected() -> None:
+    assert joined().expect(PI, "pi-3", 1.0, grace_s=5.0) == (joined(), ())
+
+
 def test_fleet_unknown_device_is_ignored() -> None:
     assert EMPTY.heartbeat(PI, 1, 0.0) == (EMPTY, ())
     assert EMPTY.stream_lost(PI, 1, 0.0) == (EMPTY, ())
