@@ -28,7 +28,7 @@ from plutino.job.method import LoraConfig
 _SHORT_VOCABULARY = 8192
 """Rows of the head that are measured; its time grows linearly with them."""
 _REPEATS = 3
-_LEAST_S = 0.3
+_LEAST_S = 0.5
 """Each timing is repeated until it has taken this long, but at least _REPEATS times; the fastest counts."""
 _EVICTED_BYTES = 32 << 20
 """Written before each timing on a processor. In a stage other blocks' weights pass through the caches between two

@@ -23,6 +23,8 @@ class ProfileRequest(PlanValue):
     method: MethodConfig
     """As its ``for_profile`` gives it."""
     threads: int
+    attempt: int = 0
+    """Which of several measurements of the same this is; whoever keeps answers keeps each."""
 
 
 class BlockTimings(PlanValue):
@@ -36,6 +38,12 @@ class BlockTimings(PlanValue):
     head_forward_s: float
     """Final norm, head and loss."""
     head_backward_s: float
+
+    def fastest(self, other: BlockTimings) -> BlockTimings:
+        """The faster of two measurements, part by part: what disturbs one makes it slower, never faster."""
+        return BlockTimings(
+            **{name: min(getattr(self, name), getattr(other, name)) for name in type(self).model_fields}
+        )
 
 
 class DeviceProfile(PlanValue):

@@ -45,16 +45,28 @@ class Profiler:
         self._one_at_a_time: dict[str, asyncio.Lock] = {}
 
     async def timings(self, device: Device, request: ProfileRequest) -> BlockTimings:
-        """Seconds on a device; devices of one host are measured one after the other, because they share cores.
+        """Seconds on a device, once known for good.
+
+        Devices of one host share cores and so are measured one after the other; and twice in turn, of which the faster
+        counts. Otherwise a moment in which something else ran there would make one of two equal devices look slower,
+        and the cut would be uneven for the whole job (a block of 69 ms measured as 88 ms moves a block of twelve).
 
         Raises:
             AgentError: the device could not be measured.
         """
         key = (device.agent_id, request.model_dump_json())
-        async with self._one_at_a_time.setdefault(device.host_id, asyncio.Lock()):
-            if key not in self._known:
-                self._known[key] = await self._fleet.profile(device.agent_id, request)
-        return self._known[key]
+        shares_host = sum(other.host_id == device.host_id for other in self._fleet.devices) > 1
+        found: BlockTimings | None = None
+        for attempt in range(2 if shares_host else 1):
+            # The lock is fair: every device of the host has its first turn before any has its second.
+            async with self._one_at_a_time.setdefault(device.host_id, asyncio.Lock()):
+                if key in self._known:
+                    return self._known[key]
+                again = request.model_copy(update={"attempt": attempt})
+                measured = await self._fleet.profile(device.agent_id, again)
+            found = measured if found is None else found.fastest(measured)
+        assert found is not None
+        return self._known.setdefault(key, found)
 
 
 def read_model(spec: JobSpec) -> tuple[str, ModelTable]:

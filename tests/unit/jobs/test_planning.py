@@ -7,9 +7,10 @@ import pytest
 from coordinator.fleet.membership import Device
 from coordinator.jobs.planning import Profiler, make_problem
 from coordinator.jobs.runner import PreparedData
-from partitioner.device import BlockTimings
+from partitioner.device import BlockTimings, ProfileRequest
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.errors import InfeasiblePlanError
+from plutino.job.method import LoraConfig
 from plutino.job.spec import parse_spec
 from plutino.sizes import MIB
 from plutino.types import AgentId, JobId
@@ -32,8 +33,10 @@ PREPARED = PreparedData(
 class FakeFleet:
     """Two devices of one size that count how often they are measured."""
 
-    def __init__(self, budget_mib: int) -> None:
+    def __init__(self, budget_mib: int, slowdowns: tuple[float, ...] = ()) -> None:
         self.num_measured = 0
+        self.measured: list[str] = []
+        self._slowdowns = slowdowns
         self.devices = [
             Device(
                 agent_id=AgentId(f"a-{name}"),
@@ -47,8 +50,17 @@ class FakeFleet:
         ]
 
     async def profile(self, agent_id: AgentId, request: object) -> BlockTimings:
+        slowdown = self._slowdowns[self.num_measured] if self._slowdowns else 1.0
         self.num_measured += 1
-        return BlockTimings(forward_s=0.01, backward_s=0.02, embedding_s=0.0, head_forward_s=0.01, head_backward_s=0.01)
+        self.measured.append(str(agent_id))
+        await asyncio.sleep(0)  # like a device, it does not answer at once
+        return BlockTimings(
+            forward_s=0.01 * slowdown,
+            backward_s=0.02,
+            embedding_s=0.0,
+            head_forward_s=0.01,
+            head_backward_s=0.01 * slowdown,
+        )
 
 
 def problem(fleet: FakeFleet, micro_batch_size: int | None) -> object:
@@ -85,4 +97,29 @@ def test_make_problem_job_whose_micro_batches_may_shrink_is_measured():
 
     problem(fleet, micro_batch_size=None)
 
-    assert fleet.num_measured == 2
+    assert fleet.num_measured == 4
+
+
+def test_profiler_devices_of_one_host_are_measured_in_turns_and_the_faster_of_two_counts():
+    fleet = FakeFleet(budget_mib=500, slowdowns=(1.3, 1.0, 1.0, 2.0))
+    request = ProfileRequest(
+        config_json="{}",
+        dtype="fp32",
+        micro_batch_rows=1,
+        row_tokens=1,
+        label_tokens=1,
+        method=LoraConfig(),
+        threads=1,
+    )
+    profiler = Profiler(fleet)  # type: ignore[arg-type]
+
+    async def both() -> list[BlockTimings]:
+        return list(await asyncio.gather(*(profiler.timings(device, request) for device in fleet.devices)))
+
+    left, right = asyncio.run(both())
+
+    assert fleet.measured == ["a-left", "a-right", "a-left", "a-right"]
+    assert left == right
+    assert (left.forward_s, left.head_backward_s) == (0.01, 0.01)
+    assert asyncio.run(both()) == [left, right]
+    assert fleet.num_measured == 4
