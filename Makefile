@@ -9,6 +9,8 @@ TORCH_INDEX ?=
 PIP_INSTALL = $(BIN)/python -m pip install $(if $(CI),--quiet)
 # More arguments for pytest, for `plutino demo` and for the benchmarks, such as PIPELINE_ARGS='--turns 12'.
 PYTEST_ARGS ?=
+# Processes that share the tests, a file at a time; most tests compute in one thread.
+PYTEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 PIPELINE_ARGS ?=
 MEMORY_ARGS ?=
@@ -39,7 +41,7 @@ demo: $(STAMP) ## fine-tune the bundled model over devices on this machine
 	$(BIN)/plutino demo $(DEMO_ARGS)
 
 test: $(STAMP) ## run the tests of every change (minutes)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 slow: $(STAMP) ## run the tests that take longer
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout=900 $(PYTEST_ARGS)

@@ -229,9 +229,12 @@ class MemoryModel:
         weights, ends = self._weights, {"is_first": place.is_first, "is_last": place.is_last}
         weight_bytes = weights.plain_params(start_block, end_block, **ends) * shape.dtype_bytes
         packed_bytes = weights.packed_bytes(start_block, end_block, **ends)
+        recomputed_bytes = self._recomputed(start_block, end_block, place, checkpointing)
+        # The loss is done, and its tensors are gone, before the last block's backward pass takes its own.
+        loss_bytes = np.asarray(self._head_bytes if place.is_last else 0)
         training = {
-            "activations": self._activations(start_block, end_block, place, checkpointing),
-            "logits and loss": np.asarray(self._head_bytes if place.is_last else 0),
+            "activations": self._activations(start_block, end_block, place, checkpointing) + recomputed_bytes,
+            "logits and loss": np.maximum(0, loss_bytes - recomputed_bytes - self._workspace_bytes),
             "workspace": np.asarray(self._workspace_bytes),
         }
         passing_bytes = training["activations"] + training["logits and loss"] + training["workspace"]
@@ -283,7 +286,7 @@ class MemoryModel:
             "shadow snapshot": "a copy of value and moments, being sent",
             "activations": rows,
             "logits and loss": f"{shape.label_tokens} label tokens x {table.vocab_size} words, in fp32, and the final "
-            "norm",
+            "norm; what exceeds the temporaries of a block, which come after",
             "workspace": "largest temporaries of one block",
             "generation": f"KV cache of {shape.generate_rows} rows x {shape.generate_tokens} tokens; what exceeds "
             "training's own",
@@ -309,13 +312,19 @@ class MemoryModel:
         fixed_bytes = 2 * self._boundary_bytes + self._shared_bytes
         if checkpointing:
             num_kept = self._num_kept(start_block, end_block)
-            recomputed_bytes = self._most_saved_bytes[start_block, end_block]
-            kept_bytes = place.in_flight * (fixed_bytes + num_kept * self._boundary_bytes) + recomputed_bytes
+            kept_bytes = place.in_flight * (fixed_bytes + num_kept * self._boundary_bytes)
         else:
             saved_bytes = self._sum_saved_bytes[end_block] - self._sum_saved_bytes[start_block]
             kept_bytes = place.in_flight * (fixed_bytes + saved_bytes)
         # Forward only: the hidden states come in, go out, and are not kept.
         return np.where(self._keeps_activations(start_block, end_block, place), kept_bytes, fixed_bytes)
+
+    def _recomputed(self, start_block: Ints, end_block: Ints, place: Place, checkpointing: bool) -> Ints:
+        """What the one block holds that is being recomputed."""
+        if not checkpointing:
+            return np.asarray(0)
+        recomputed_bytes = self._most_saved_bytes[start_block, end_block]
+        return np.where(self._keeps_activations(start_block, end_block, place), recomputed_bytes, 0)
 
     def _generation_bytes(self, num_blocks: Ints, place: Place) -> Ints:
         """KV cache and temporaries of generation, which runs between steps, when no activation of training is held."""

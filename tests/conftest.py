@@ -2,8 +2,9 @@
 
 No test reaches the network or the state of whoever runs the suite. The account is printed before pytest's own last
 line: seconds of the clock against the budget, which holds for two quiet cores, and processor seconds, which a busy
-machine changes little. A part over its budget is marked but never fails, because a busy machine is not a fault of the
-code.
+machine changes little. Where processes share the tests (pytest-xdist), each second of one of them is its share of a
+second of the run's clock. A part over its budget is marked but never fails, because a busy machine is not a fault of
+the code.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 TESTS_DIR = Path(__file__).resolve().parent
+
+
+_OUTPUT_KEY = "seconds_by_part"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,7 @@ class SecondsByPart:
 
     def __init__(self) -> None:
         self._accounts: dict[Part, dict[str, Account]] = {}
+        self._num_processes = 1
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -141,6 +147,29 @@ class SecondsByPart:
         account.clock_s += time.monotonic() - clock_s
         account.processor_s += processor_s() - used_s
         return result
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A process among several hands its accounts to the one that prints."""
+        output: dict[str, object] | None = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output[_OUTPUT_KEY] = [
+                (part.name, part.budget_s, folder, account.num_tests, account.clock_s, account.processor_s)
+                for part, accounts in self._accounts.items()
+                for folder, account in accounts.items()
+            ]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Add what one of several processes has taken; one that crashed has told nothing."""
+        self._num_processes = max(self._num_processes, int(node.workerinput["workercount"]))
+        for name, budget_s, folder, num_tests, clock_s, used_s in getattr(node, "workeroutput", {}).get(
+            _OUTPUT_KEY, ()
+        ):
+            account = self._accounts.setdefault(Part(name, budget_s), {}).setdefault(folder, Account())
+            account.num_tests += num_tests
+            account.clock_s += clock_s / self._num_processes
+            account.processor_s += used_s
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self._accounts:
