@@ -232,6 +232,26 @@ def cancel(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) 
 
 
 @app.command()
+def merge(
+    adapter_dir: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="A published LoRA adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged model; must not exist yet.")],
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the base model lies, if not where the adapter says.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Bound on one file of weights.")] = "5GB",
+    as_json: AsJson = False,
+) -> None:
+    """Fold a LoRA adapter into its base model, tensor by tensor: a plain transformers folder."""
+    from coordinator.artifacts.merge import describe, merge_adapter
+    from plutino.sizes import parse_size
+
+    merged = merge_adapter(adapter_dir, out.resolve(), base_dir=base, max_shard_bytes=parse_size(shard_size))
+    if as_json:
+        return _print_json(merged)
+    print(describe(merged))
+
+
+@app.command()
 def doctor(
     state_dir: StateDir = None,
     engine: Annotated[Literal["ray", "local"], typer.Option(help="As for up; local leaves Ray out.")] = "ray",
