@@ -221,14 +221,17 @@ class BlobCache:
 
     def _items(self) -> list[_Item]:
         found: dict[str, _Item] = {}
-        # Downloads first: one that is published meanwhile is then seen twice rather than never.
+        # Downloads first: one that is published between the two lists is then in both rather than in neither.
         for path in [*(self.root / "parts").glob("*"), *(self.root / "blobs").glob("*/*")]:
             key, _, size_text = path.name.partition(".")
-            try:
-                status = path.stat()
-            except FileNotFoundError:
+            if not _KEY.fullmatch(key):
                 continue
-            if _KEY.fullmatch(key):
+            status = _status(path)
+            if status is None and size_text:
+                # Published since the blobs were listed, and then it is not among them.
+                path, size_text = self._blob_path(key), ""
+                status = _status(path)
+            if status is not None:
                 num_bytes = int(size_text) if size_text.isdecimal() else status.st_size
                 found[key] = _Item(path, key, num_bytes, status.st_mtime, is_part=bool(size_text))
         return list(found.values())
@@ -298,3 +301,11 @@ class _Item:
     num_bytes: int
     used_at_s: float
     is_part: bool
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What the file system knows of a file; None if it is gone."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None

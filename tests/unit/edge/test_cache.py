@@ -47,6 +47,24 @@ def test_stored_blob_is_found_by_its_hash_and_no_part_is_left(tmp_path):
     assert list((tmp_path / "parts").iterdir()) == []
 
 
+def test_blob_published_while_the_cache_is_counted_is_counted(tmp_path, monkeypatch):
+    cache = BlobCache(tmp_path)
+    with cache.receive(key_of(DATA), len(DATA)) as incoming:
+        incoming.write(DATA)
+        status = cache_module._status
+
+        def status_after_publishing(path: Path) -> os.stat_result | None:
+            if incoming.path is None:
+                incoming.path = incoming.publish()
+            return status(path)
+
+        monkeypatch.setattr(cache_module, "_status", status_after_publishing)
+
+        (item,) = cache._items()
+
+    assert (item.path, item.num_bytes, item.is_part) == (incoming.path, len(DATA), False)
+
+
 def test_download_that_broke_goes_on_where_it_stopped(tmp_path):
     cache = BlobCache(tmp_path)
     with pytest.raises(RuntimeError), cache.receive(key_of(DATA), len(DATA)) as incoming:
