@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["tests.logs_of_failures", "pytester"]
+
 # Read when huggingface_hub and tokenizers are imported, thus before any test module is; children inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
