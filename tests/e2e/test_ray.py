@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.stack import Stack, tiny_model, write_job
+from tests.e2e.stack import TEST_S, Stack, tiny_model, write_job
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(TEST_S)]
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from coordinator.app import CoordinatorConfig, run_coordinator
 from coordinator.security import addresses
 from coordinator.security.addresses import advertised_hosts, beside, dialled_here, with_port_of
 from edge_node.network import DeviceNetwork, own_address_towards
-from plutino.errors import ConfigError
+from plutino.errors import ConfigError, SecurityError
 from plutino.wire.channel import is_loopback
 
 
@@ -62,3 +65,15 @@ def test_device_of_a_coordinator_elsewhere_listens_everywhere_and_says_the_addre
 
     assert (network.listen_host, network.advertised_host) == ("0.0.0.0", "198.51.100.7")
     assert own_address_towards("127.0.0.1", 1) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("open_one", ["devices_address", "people_address"])
+def test_coordinator_without_tls_beyond_loopback_is_refused_before_anything_is_written(tmp_path, open_one):
+    listened = {"devices_address": "127.0.0.1:0", "people_address": "127.0.0.1:0", open_one: "0.0.0.0:0"}
+    config = CoordinatorConfig(state_dir=tmp_path, engine="local", is_plaintext=True, **listened)
+
+    with pytest.raises(SecurityError, match=r"0\.0\.0\.0:0 .* neither encrypted nor authenticated") as refused:
+        asyncio.run(run_coordinator(config, lambda endpoints: pytest.fail("it listens")))
+
+    assert refused.value.exit_code == 9
+    assert list(tmp_path.iterdir()) == []
