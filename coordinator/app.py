@@ -16,6 +16,7 @@ from typing import Literal
 
 import grpc.aio
 
+from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Change
 from coordinator.fleet.registry import FleetRegistry, Patience, WorkerExit
 from coordinator.jobs.manager import Endpoints, JobManager
@@ -175,9 +176,11 @@ async def _serve(
         runner_identity=None if warden is None else warden.runner_path,
     )
     engine = make_engine(config, endpoints, incarnation)
+    link_map = LinkMap(fleet, has_tls=warden is not None)
     manager = JobManager(
         store=store,
         fleet=fleet,
+        link_map=link_map,
         engine=engine,
         endpoints=endpoints,
         incarnation=incarnation,
@@ -192,7 +195,7 @@ async def _serve(
         WorkerServicer(manager.workers_of, manager.owner_of), devices_server
     )
     members = None if warden is None else warden.members
-    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet, members), people_server)
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet, link_map, members), people_server)
     security = SecurityServicer(warden, join_addresses, lambda node_id, reason: fleet.revoke(AgentId(node_id), reason))
     security_pb2_grpc.add_SecurityServiceServicer_to_server(security, people_server)
     runners_pb2_grpc.add_RunnerServiceServicer_to_server(RunnerServicer(incarnation, manager.runner_of), people_server)
@@ -207,6 +210,7 @@ async def _serve(
     on_ready(endpoints)
     forever = [
         asyncio.create_task(fleet.watch_leases()),
+        asyncio.create_task(link_map.run()),
         asyncio.create_task(manager.run()),
         asyncio.create_task(_watch_store(store)),
     ]

@@ -73,9 +73,12 @@ def devices(context: typer.Context, state_dir: StateDir = None, as_json: AsJson 
         found = client.devices()
     if as_json:
         return _print_json(found)
-    from coordinator.screens import device_table, make_console
+    from coordinator.screens import device_table, link_table, make_console
 
-    make_console().print(device_table(found))
+    console = make_console()
+    console.print(device_table(found))
+    if len(found) > 1:
+        console.print(link_table(found))
 
 
 @devices_app.command("revoke")

@@ -103,6 +103,24 @@ def device_table(devices: Iterable[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def link_table(devices: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """The measured ways between devices, each pair once, and why others could not be measured."""
+    rows = {tuple(row["agent_ids"]): row for device in devices for row in device.get("measured_links", [])}
+    if not rows:
+        return Text("no links are measured yet: it takes two idle devices, and less than a second a pair")
+    table = _table("between", ">Mbit/s", ">ms", ">measured", "")
+    for _, row in sorted(rows.items()):
+        is_known = row["bandwidth_bytes_per_s"] is not None
+        table.add_row(
+            escape(" and ".join(row["between"])),
+            f"{row['bandwidth_bytes_per_s'] * 8 / 1e6:.0f}" if is_known else "",
+            f"{row['latency_s'] * 1e3:.2f}" if is_known else "",
+            f"{_duration(row['age_s'])} ago",
+            escape(row["error"] or ("one host: memory, no network" if row["is_same_host"] else "")),
+        )
+    return table
+
+
 def _link(link: Mapping[str, Any]) -> str:
     """What a worker of the device is connected to."""
     return f"{link['job_id']} stage {link['stage']} {link['state']} {format_size(link['sent_bytes'])} sent"

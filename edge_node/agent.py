@@ -63,9 +63,9 @@ class Agent:
             credentials=credentials,
         )
         self._pool = WorkerPool(config.pool, state_dir, self._attachment.report)
-        self._reachability = Reachability(self._attachment.report, config.pool.network)
-        self._cache_server: CacheServer | None = None
         self._revoked_ids: frozenset[str] = frozenset()
+        self._reachability = Reachability(self._attachment.report, config.pool.network, self._is_revoked)
+        self._cache_server: CacheServer | None = None
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
@@ -145,6 +145,7 @@ class Agent:
             hardware=hardware_to_proto(readiness.hardware),
             wire_version=WIRE_VERSION,
             cache_address="" if self._cache_server is None else self._cache_server.address,
+            measures_links=True,
         )
 
     def _heartbeat(self) -> agents_pb2.Heartbeat:

@@ -1,4 +1,4 @@
-"""What an agent does when its coordinator wants to know which devices reach each other: it listens, and it dials."""
+"""What an agent does when asked which devices reach each other, and how quickly: it listens, and it dials."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 from edge_node.network import DeviceNetwork
+from plutino.doctor.burst import measure_link
 from plutino.doctor.door import DOOR_S, KNOCK_TIMEOUT_S, Door, knock
 from plutino.errors import PlutinoError
 from plutino.security.identity import COORDINATOR, PeerName, Role
+from plutino.security.interceptors import IsRevoked, nobody_is_revoked
 from protos import agents_pb2
 
 _MAX_AT_ONCE = 32
@@ -18,14 +20,20 @@ _MAX_AT_ONCE = 32
 class Reachability:
     """Doors and knocks of one agent. Use it on one event loop."""
 
-    def __init__(self, report: Callable[[agents_pb2.AgentEvent], None], network: DeviceNetwork) -> None:
-        """``report`` gets the answers; doors are where the device's workers would listen.
+    def __init__(
+        self,
+        report: Callable[[agents_pb2.AgentEvent], None],
+        network: DeviceNetwork,
+        is_revoked: IsRevoked = nobody_is_revoked,
+    ) -> None:
+        """``report`` gets the answers; doors are where the device's workers would listen, closed to the revoked.
 
         Raises:
             SecurityError: the device's identity cannot be read.
         """
         self._report = report
         self._network = network
+        self._is_revoked = is_revoked
         self._credentials = network.credentials()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -60,7 +68,12 @@ class Reachability:
 
     async def _keep_door(self, asked: agents_pb2.OpenDoor) -> None:
         try:
-            door = Door(self._network.listen_host, self._credentials, advertised_host=self._network.advertised_host)
+            door = Door(
+                self._network.listen_host,
+                self._credentials,
+                advertised_host=self._network.advertised_host,
+                is_revoked=self._is_revoked,
+            )
         except PlutinoError as error:
             self._tell_door(asked, error=str(error))
             return
@@ -74,6 +87,9 @@ class Reachability:
         timeout_s = min(asked.timeout_s or KNOCK_TIMEOUT_S, KNOCK_TIMEOUT_S)
         try:
             peer = PeerName(asked.node_id, Role.NODE) if asked.node_id else COORDINATOR
+            if asked.measure:
+                await self._measure(asked, peer)
+                return
             seconds = await asyncio.to_thread(
                 knock, asked.address, credentials=self._credentials, peer=peer, timeout_s=timeout_s
             )
@@ -81,6 +97,16 @@ class Reachability:
             self._tell_knock(asked, error=str(error))
             return
         self._tell_knock(asked, seconds=seconds)
+
+    async def _measure(self, asked: agents_pb2.Knock, peer: PeerName) -> None:
+        figures = await asyncio.to_thread(measure_link, asked.address, credentials=self._credentials, peer=peer)
+        knocked = agents_pb2.Knocked(
+            request_id=asked.request_id,
+            latency_s=figures.latency_s,
+            up_bytes_per_s=figures.up_bytes_per_s,
+            down_bytes_per_s=figures.down_bytes_per_s,
+        )
+        self._report(agents_pb2.AgentEvent(knocked=knocked))
 
     def _tell_door(self, asked: agents_pb2.OpenDoor, *, address: str = "", error: str = "") -> None:
         opened = agents_pb2.DoorOpened(request_id=asked.request_id, address=address, error=error)

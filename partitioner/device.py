@@ -74,6 +74,8 @@ class MeasuredLink(PlanValue):
 
     agent_ids: tuple[str, str]
     link: LinkProfile
+    age_s: float | None = None
+    """Seconds since it was measured; None for one that somebody gave."""
 
 
 class LinkTable(PlanValue):
@@ -87,6 +89,15 @@ class LinkTable(PlanValue):
     def between(self, one: DeviceProfile, other: DeviceProfile) -> LinkProfile:
         """The link between two devices."""
         return self.matrix((one, other))[0][1]
+
+    def how_known(self, one: DeviceProfile, other: DeviceProfile) -> str:
+        """Where the figures of the link between two devices come from."""
+        host = "one host, " if one.host_id == other.host_id else ""
+        pair = {one.agent_id, other.agent_id}
+        found = next((entry for entry in self.measured if set(entry.agent_ids) == pair), None)
+        if found is None:
+            return f"{host}assumed"
+        return f"{host}given" if found.age_s is None else f"{host}measured {found.age_s:.0f} s ago"
 
     def matrix(self, devices: Sequence[DeviceProfile]) -> list[list[LinkProfile]]:
         """The links between all devices; of two measurements of one pair the first counts."""

@@ -94,6 +94,10 @@ class LinkUse(PlanValue):
     """Their gradients."""
     busy_s: float
     """Seconds that it carries messages, in the busier direction."""
+    bandwidth_bytes_per_s: float = 0.0
+    latency_s: float = 0.0
+    how_known: str = ""
+    """Whether the two before were measured, and how long ago, or assumed."""
 
 
 class RejectedPlan(PlanValue):

@@ -157,6 +157,7 @@ def _link_uses(pricer: Pricer, best: Candidate) -> tuple[LinkUse, ...]:
         gets_gradient = here.replicas[0].gets_gradient
         for (i, j), count in sorted(Counter(zip(here.owners, there.owners, strict=True)).items()):
             num_bytes = count * pricer.message_bytes
+            pair = (group[i], below[j])
             uses.append(
                 LinkUse(
                     from_device=pricer.devices[group[i]].name,
@@ -164,6 +165,9 @@ def _link_uses(pricer: Pricer, best: Candidate) -> tuple[LinkUse, ...]:
                     down_bytes=num_bytes,
                     up_bytes=num_bytes if gets_gradient else 0,
                     busy_s=count * here.links[i][j][0],
+                    bandwidth_bytes_per_s=float(pricer.bandwidth[pair]),
+                    latency_s=float(pricer.latency_s[pair]),
+                    how_known=pricer.links.how_known(*(pricer.devices[i] for i in pair)),
                 )
             )
     return tuple(uses)

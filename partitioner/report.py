@@ -135,9 +135,15 @@ def report_text(figures: PlanReport) -> str:
     for link in figures.links:
         lines.append(
             f"  {link.from_device} to {link.to_device}: {link.down_bytes / MIB:.2f} MiB down, "
-            f"{link.up_bytes / MIB:.2f} MiB up, busy {link.busy_s:.3g} s each way"
+            f"{link.up_bytes / MIB:.2f} MiB up, busy {link.busy_s:.3g} s each way ({format_rate(link)})"
         )
     return "\n".join(lines) + "\n"
+
+
+def format_rate(link: LinkUse) -> str:
+    """A link's figures and where they come from: 941 Mbit/s, 0.31 ms, measured 12 s ago."""
+    parts = [f"{link.bandwidth_bytes_per_s * 8 / 1e6:.0f} Mbit/s", f"{link.latency_s * 1e3:.2f} ms", link.how_known]
+    return ", ".join(part for part in parts if part)
 
 
 def _duration(seconds: float) -> str:

@@ -131,6 +131,7 @@ class AgentHello(_message.Message):
     HARDWARE_FIELD_NUMBER: _builtins.int
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
     CACHE_ADDRESS_FIELD_NUMBER: _builtins.int
+    MEASURES_LINKS_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     name: _builtins.str
     host_id: _builtins.str
@@ -144,6 +145,8 @@ class AgentHello(_message.Message):
     """plutino.hardware.WIRE_VERSION; another number than the coordinator's is refused."""
     cache_address: _builtins.str
     """Where other devices of its jobs reach its weights cache, host:port; empty: not at all."""
+    measures_links: _builtins.bool
+    """It takes and makes bursts, so that links to it can be measured."""
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of python, torch, transformers, peft, grpcio, protobuf and plutino."""
@@ -173,10 +176,11 @@ class AgentHello(_message.Message):
         hardware: Global___Hardware | None = ...,
         wire_version: _builtins.int = ...,
         cache_address: _builtins.str = ...,
+        measures_links: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -580,11 +584,14 @@ class Knock(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     address: _builtins.str
     timeout_s: _builtins.float
     node_id: _builtins.str
     """Who must answer there: a node id; empty without TLS."""
+    measure: _builtins.bool
+    """Measure the way as well, with bursts; the time is then that of plutino.doctor.burst."""
     def __init__(
         self,
         *,
@@ -592,10 +599,11 @@ class Knock(_message.Message):
         address: _builtins.str = ...,
         timeout_s: _builtins.float = ...,
         node_id: _builtins.str = ...,
+        measure: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "node_id", b"node_id", "request_id", b"request_id", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "measure", b"measure", "node_id", b"node_id", "request_id", b"request_id", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -608,20 +616,30 @@ class Knocked(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    LATENCY_S_FIELD_NUMBER: _builtins.int
+    UP_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    DOWN_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     seconds: _builtins.float
     error: _builtins.str
     """Why nobody was reached; empty if somebody was."""
+    latency_s: _builtins.float
+    """Where it was asked for: half a round trip, and bytes a second to the door and from it."""
+    up_bytes_per_s: _builtins.float
+    down_bytes_per_s: _builtins.float
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         seconds: _builtins.float = ...,
         error: _builtins.str = ...,
+        latency_s: _builtins.float = ...,
+        up_bytes_per_s: _builtins.float = ...,
+        down_bytes_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "request_id", b"request_id", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down_bytes_per_s", b"down_bytes_per_s", "error", b"error", "latency_s", b"latency_s", "request_id", b"request_id", "seconds", b"seconds", "up_bytes_per_s", b"up_bytes_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coordinator.fleet.doors import knock, open_door
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from plutino.errors import AgentError, SecurityError
@@ -35,7 +36,7 @@ async def check_links(fleet: FleetRegistry, *, has_tls: bool) -> list[Dial]:
         if not others:
             continue
         try:
-            address = await fleet.open_door(to_device.agent_id)
+            address = await open_door(fleet, to_device.agent_id)
         except AgentError as error:
             dials += [_dial(other, to_device.name, to_device.host_id, error=str(error)) for other in others]
             continue
@@ -72,14 +73,14 @@ async def dial_back(fleet: FleetRegistry, address: str, *, node_id: str, host_id
 async def _knock_all(
     fleet: FleetRegistry, diallers: Sequence[Device], address: str, node_id: str, to_device: str, to_host_id: str
 ) -> list[Dial]:
-    async def knock(device: Device) -> Dial:
+    async def dialled(device: Device) -> Dial:
         try:
-            seconds = await fleet.knock(device.agent_id, address, node_id)
+            seconds = await knock(fleet, device.agent_id, address, node_id)
         except AgentError as error:
             return _dial(device, to_device, to_host_id, error=str(error))
         return _dial(device, to_device, to_host_id, seconds=seconds)
 
-    return list(await asyncio.gather(*(knock(device) for device in diallers)))
+    return list(await asyncio.gather(*(dialled(device) for device in diallers)))
 
 
 def _dial(device: Device, to_device: str, to_host_id: str, *, seconds: float = 0.0, error: str = "") -> Dial:

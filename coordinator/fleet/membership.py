@@ -41,6 +41,8 @@ class Device:
     dtypes: tuple[str, ...] = ("fp32",)
     """Compute dtypes that the device runs, fastest first."""
     hardware: Hardware = field(default_factory=Hardware)
+    measures_links: bool = False
+    """It takes and makes bursts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

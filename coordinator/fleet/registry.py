@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from coordinator.fleet.membership import Change, Device, DeviceState, Fleet
 from partitioner.device import BlockTimings, ProfileRequest
-from plutino.doctor.door import DOOR_S, KNOCK_TIMEOUT_S
+from plutino.doctor.burst import LinkFigures
 from plutino.errors import AgentError, AgentLostError, SecurityError
 from plutino.hardware import wire_refusal
 from plutino.types import AgentId, WorkerRef
@@ -27,7 +27,6 @@ from protos import agents_pb2 as pb
 logger = logging.getLogger(__name__)
 
 _PROFILE_TIMEOUT_S = 120.0
-_KNOCK_GRACE_S = 2.0
 _OUTGOING_BOUND = 1024
 _LOOK_AGAIN_S = 0.02
 
@@ -83,6 +82,7 @@ class AgentLink:
     profiles: dict[str, asyncio.Future[BlockTimings]] = field(default_factory=dict)
     doors: dict[str, asyncio.Future[str]] = field(default_factory=dict)
     knocks: dict[str, asyncio.Future[float]] = field(default_factory=dict)
+    bursts: dict[str, asyncio.Future[LinkFigures]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +212,8 @@ class FleetRegistry:
             reader.cancel()
             if self._links.get(link.agent_id) is link:
                 del self._links[link.agent_id]
-            waiting: list[asyncio.Future[Any]] = [*link.profiles.values(), *link.doors.values(), *link.knocks.values()]
-            for answer in waiting:
+            questions: list[dict[str, asyncio.Future[Any]]] = [link.profiles, link.doors, link.knocks, link.bursts]
+            for answer in (answer for answers in questions for answer in answers.values()):
                 if not answer.done():
                     answer.set_exception(AgentLostError(f"{self.name_of(link.agent_id)} left before it answered"))
             self._step(self.fleet.stream_lost(link.agent_id, link.stream, self._clock()))
@@ -261,7 +261,7 @@ class FleetRegistry:
             AgentError: it could not measure, or did not answer in time.
         """
         request_json = request.model_dump_json()
-        return await self._ask(
+        return await self.ask(
             agent_id,
             lambda link: link.profiles,
             lambda request_id: pb.AgentCommand(
@@ -270,44 +270,25 @@ class FleetRegistry:
             _PROFILE_TIMEOUT_S,
         )
 
-    async def open_door(self, agent_id: AgentId) -> str:
-        """Let a device listen for a moment where its workers would; the address that others would dial.
-
-        Raises:
-            AgentLostError: it left.
-            AgentError: it cannot listen, or did not answer in time.
-        """
-        return await self._ask(
-            agent_id,
-            lambda link: link.doors,
-            lambda request_id: pb.AgentCommand(open_door=pb.OpenDoor(request_id=request_id, seconds=DOOR_S)),
-            KNOCK_TIMEOUT_S + _KNOCK_GRACE_S,
-        )
-
-    async def knock(self, agent_id: AgentId, address: str, node_id: str) -> float:
-        """Let a device dial an address; seconds that it took. ``node_id`` must answer there; empty without TLS.
-
-        Raises:
-            AgentLostError: the device left.
-            AgentError: nobody answered it, or it did not answer in time.
-        """
-        return await self._ask(
-            agent_id,
-            lambda link: link.knocks,
-            lambda request_id: pb.AgentCommand(
-                knock=pb.Knock(request_id=request_id, address=address, timeout_s=KNOCK_TIMEOUT_S, node_id=node_id)
-            ),
-            KNOCK_TIMEOUT_S + _KNOCK_GRACE_S,
-        )
-
-    async def _ask(
+    async def ask(
         self,
         agent_id: AgentId,
         answers_of: Callable[[AgentLink], dict[str, asyncio.Future[_Answer]]],
         command: Callable[[str], pb.AgentCommand],
         timeout_s: float,
     ) -> _Answer:
-        """Send a command that has an answer, and wait for it."""
+        """Send a command that has an answer, and wait for it.
+
+        Args:
+            agent_id: whom to ask.
+            answers_of: where the link keeps the answers that are waited for.
+            command: the command with an id of the request.
+            timeout_s: longest wait.
+
+        Raises:
+            AgentLostError: the device is not attached, or left.
+            AgentError: it says why it cannot, or did not answer in time.
+        """
         link = self._links.get(agent_id)
         if link is None:
             raise AgentLostError(f"{self.name_of(agent_id)} is not attached")
@@ -359,7 +340,10 @@ class FleetRegistry:
                 self._settle(link, link.doors.get(door.request_id), door.error, lambda: door.address)
             case "knocked":
                 knocked = event.knocked
-                self._settle(link, link.knocks.get(knocked.request_id), knocked.error, lambda: knocked.seconds)
+                if knocked.request_id in link.bursts:
+                    self._settle(link, link.bursts[knocked.request_id], knocked.error, lambda: _figures(knocked))
+                else:
+                    self._settle(link, link.knocks.get(knocked.request_id), knocked.error, lambda: knocked.seconds)
             case "heartbeat":
                 link.agent_rss_bytes = event.heartbeat.agent_rss_bytes
                 for usage in event.heartbeat.workers:
@@ -389,6 +373,14 @@ def _timings(result: pb.ProfileResult) -> BlockTimings:
     return BlockTimings.model_validate_json(result.timings_json)
 
 
+def _figures(knocked: pb.Knocked) -> LinkFigures:
+    return LinkFigures(
+        latency_s=knocked.latency_s,
+        up_bytes_per_s=knocked.up_bytes_per_s,
+        down_bytes_per_s=knocked.down_bytes_per_s,
+    )
+
+
 def _device(hello: pb.AgentHello) -> Device:
     return Device(
         agent_id=AgentId(hello.agent_id),
@@ -400,4 +392,5 @@ def _device(hello: pb.AgentHello) -> Device:
         versions=dict(hello.versions),
         dtypes=tuple(hello.dtypes),
         hardware=hardware_from_proto(hello.hardware),
+        measures_links=hello.measures_links,
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coordinator.crash_points import crash_point
+from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.registry import WorkerExit
 from coordinator.jobs import commands, events
 from coordinator.jobs.commands import standing_commands
@@ -70,12 +71,14 @@ class JobDriver:
         *,
         queue: PlanningQueue,
         profiler: Profiler,
+        link_map: LinkMap,
         default_dir: Path,
         stop_runner: Callable[[JobId], None],
     ) -> None:
         self.context = context
         self._queue = queue
         self._profiler = profiler
+        self._link_map = link_map
         self._default_dir = default_dir
         self._stop_runner = stop_runner
         self._interrupts = Interrupts()
@@ -247,6 +250,7 @@ class JobDriver:
             numerics=context.numerics if is_fixed else None,
             excluded=context.excluded_devices,
             is_started=context.record.plan_epoch > 1,
+            links=self._link_map,
         )
 
     async def _carry_out(self, verdict: Verdict, problem: PlanningProblem, search_s: float) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from coordinator.artifacts.publish import check_output_dir
 from coordinator.artifacts.shadows import ShadowStore
 from coordinator.crash_points import crash_point
+from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Change, DeviceState
 from coordinator.fleet.registry import FleetRegistry, WorkerExit
 from coordinator.jobs.context import JobContext, state_event
@@ -69,6 +70,7 @@ class JobManager:
         *,
         store: Store,
         fleet: FleetRegistry,
+        link_map: LinkMap,
         engine: Engine,
         endpoints: Endpoints,
         incarnation: int,
@@ -76,6 +78,7 @@ class JobManager:
     ) -> None:
         self._store = store
         self._fleet = fleet
+        self._link_map = link_map
         self._engine = engine
         self._endpoints = endpoints
         self._incarnation = incarnation
@@ -154,7 +157,15 @@ class JobManager:
         try:
             prepared = await link.prepare()
             problem = await make_problem(
-                job_id, spec, prepared, self._fleet, self._profiler, numerics=None, excluded={}, is_started=False
+                job_id,
+                spec,
+                prepared,
+                self._fleet,
+                self._profiler,
+                numerics=None,
+                excluded={},
+                is_started=False,
+                links=self._link_map,
             )
             return problem, await asyncio.to_thread(problem.plan)
         finally:
@@ -294,6 +305,7 @@ class JobManager:
             context,
             queue=self.queue,
             profiler=self._profiler,
+            link_map=self._link_map,
             default_dir=self._state_dir / "adapters" / job_id,
             stop_runner=self._engine.stop_runner,
         )

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 
+from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
@@ -100,8 +101,9 @@ async def make_problem(
     numerics: NumericsRecord | None,
     excluded: dict[AgentId, str],
     is_started: bool,
+    links: LinkMap | None = None,
 ) -> PlanningProblem:
-    """Gather everything that decides a job's plan.
+    """Gather everything that decides a job's plan; ``links`` None assumes all of them.
 
     Raises:
         InfeasiblePlanError: no device may take part, or the job does not fit those that may.
@@ -131,6 +133,9 @@ async def make_problem(
     if not is_started:
         # Known without a second of measuring, which an absurd job would keep devices busy with.
         await asyncio.to_thread(_refuse_what_cannot_fit, table, shape, devices, is_micro_batch_free)
+    if links is not None:
+        # Before the devices measure themselves, which bursts would disturb.
+        await links.known_among(device.agent_id for device in devices)
     threads = spec.placement.threads if numerics is None else numerics.threads_per_worker
     profiles = await asyncio.gather(
         *(_profile(device, config_json, shape, spec, profiler, threads) for device in devices)
@@ -151,7 +156,7 @@ async def make_problem(
         packing_why=packing_why,
         label_tokens_per_row=prepared.label_tokens_per_row,
         devices=measured,
-        links=LinkTable(),
+        links=LinkTable() if links is None else links.table(devices),
         left_out=(*found.left_out, *unmeasured),
         is_started=is_started,
         codecs=open_codecs(spec, shape, numerics),

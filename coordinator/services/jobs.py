@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 
+from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.links import check_links
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
@@ -39,12 +40,14 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         manager: JobManager,
         store: Store,
         fleet: FleetRegistry,
+        link_map: LinkMap,
         members: Callable[[], tuple[MemberRecord, ...]] | None = None,
     ) -> None:
         self._members = members
         self._manager = manager
         self._store = store
         self._fleet = fleet
+        self._link_map = link_map
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
         """Store a job and begin it."""
@@ -118,6 +121,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         for row in self._store.reservations():
             held[row.agent_id] = held.get(row.agent_id, 0) + row.bytes
         links = self._manager.links_of()
+        measured = self._link_map.rows()
         devices = [
             {
                 "agent_id": agent_id,
@@ -134,6 +138,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
                 "versions": dict(member.device.versions),
                 "agent_rss_bytes": 0 if (link := self._fleet.link(agent_id)) is None else link.agent_rss_bytes,
                 "links": links.get(agent_id, []),
+                "measured_links": [row for row in measured if agent_id in row["agent_ids"]],
             }
             for agent_id, member in sorted(self._fleet.fleet.members.items())
         ]
@@ -174,6 +179,7 @@ def with_members(devices: list[dict[str, Any]], members: Sequence[MemberRecord])
                 "reserved_bytes": 0,
                 "agent_rss_bytes": 0,
                 "links": [],
+                "measured_links": [],
             }
             devices.append(device)
         if member.revoked_at_s is not None:

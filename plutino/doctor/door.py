@@ -1,6 +1,7 @@
-"""Whether one machine reaches another, tried as workers will do it: a gRPC server without services, and a dial.
+"""Whether one machine reaches another, tried as workers will do it: a gRPC server, and a dial.
 
-A door refuses every call, so what it gives away is that it is open. Entry points: :class:`Door`, :func:`knock`.
+A door gives away that it is open, and takes bursts of meaningless bytes (:mod:`plutino.doctor.burst`) from devices; it
+refuses every other call. Entry points: :class:`Door`, :func:`knock`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from types import TracebackType
 
 import grpc
 
+from plutino.doctor.burst import burst_service
 from plutino.errors import UnreachableError
 from plutino.security.identity import COORDINATOR, PeerName
+from plutino.security.interceptors import IsRevoked, SyncGate, nobody_is_revoked
 from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, bind, split_address, sync_channel, sync_server
 
 KNOCK_TIMEOUT_S = 3.0
 DOOR_S = 10.0
 """Longest time that a door is open."""
+_MAX_CALLS = 16
 _NOTHING = "/plutino.v1.DoctorService/Nothing"
 _NOBODY = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
@@ -27,7 +31,12 @@ class Door:
     """Listens until it is closed."""
 
     def __init__(
-        self, host: str = "127.0.0.1", credentials: Credentials | None = None, *, advertised_host: str | None = None
+        self,
+        host: str = "127.0.0.1",
+        credentials: Credentials | None = None,
+        *,
+        advertised_host: str | None = None,
+        is_revoked: IsRevoked = nobody_is_revoked,
     ) -> None:
         """Listen on a free port of ``host``.
 
@@ -35,13 +44,17 @@ class Door:
             host: an address of this machine.
             credentials: this device's; None for a plain door, on loopback only.
             advertised_host: where others dial; None where the host listened on says it.
+            is_revoked: whether a member that sends a burst has been shut out.
 
         Raises:
             ConfigError: the host is not an address of this machine.
             SecurityError: it is beyond loopback, and there are no credentials.
         """
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="door")
-        self._server = sync_server(Lane.DATA, self._executor)
+        # The coordinator lets one device at a time measure; a second thread is for one that goes on after its time.
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="door")
+        gates = [] if credentials is None else [SyncGate(is_revoked)]
+        self._server = sync_server(Lane.DATA, self._executor, max_concurrent_calls=_MAX_CALLS, interceptors=gates)
+        self._server.add_generic_rpc_handlers((burst_service(),))
         bound_host, port = split_address(bind(self._server, f"{host}:0", credentials))
         self.address = f"{advertised_host or bound_host}:{port}"
         self._server.start()

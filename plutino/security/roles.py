@@ -38,6 +38,9 @@ METHOD_ROLES: dict[str, frozenset[Role]] = {
     "/plutino.v1.SecurityService/Audit": _PEOPLE,
     # Not in a .proto file: frames are bytes (edge_node/transport/streams.py).
     "/plutino.v1.DataService/Exchange": _NODES,
+    # Likewise bytes (plutino/doctor/burst.py).
+    "/plutino.v1.BurstService/Take": _NODES,
+    "/plutino.v1.BurstService/Give": _NODES,
 }
 """Method to the roles that may call it."""
 

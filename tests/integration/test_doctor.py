@@ -160,6 +160,24 @@ def test_door_answers_a_knock_until_it_is_closed_and_listens_on_loopback_only():
         Door("0.0.0.0")
 
 
+def test_devices_measure_the_way_between_them_and_it_is_told_with_its_age_and_host(coordinator):
+    people = People(coordinator.endpoints.people_address)
+    try:
+        wait_until(lambda: all(device["measured_links"] for device in people.devices()), "both ends know the link")
+        devices = people.devices()
+    finally:
+        people.close()
+
+    (row,) = devices[0]["measured_links"]
+    assert devices[1]["measured_links"][0]["agent_ids"] == row["agent_ids"]
+    assert set(row["between"]) == {"desk", "pi"}
+    assert row["error"] == ""
+    assert row["is_same_host"]
+    assert row["bandwidth_bytes_per_s"] > 0
+    assert row["latency_s"] > 0
+    assert row["age_s"] >= 0
+
+
 def test_greeting_measures_no_skew_against_this_very_clock(coordinator):
     greeting = greet(coordinator.endpoints.devices_address)
 

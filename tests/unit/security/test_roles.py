@@ -7,6 +7,7 @@ import pytest
 
 import protos
 from edge_node.transport import streams
+from plutino.doctor import burst
 from plutino.errors import SecurityError
 from plutino.security.identity import PeerName, Role
 from plutino.security.interceptors import check_call, nobody_is_revoked
@@ -30,9 +31,9 @@ def context(caller: PeerName | None, version: bytes = b"TLSv1.3") -> dict[str, l
 
 
 def test_every_method_has_its_roles_and_every_entry_its_method():
-    data_method = f"/{streams._SERVICE}/{streams._METHOD}"
+    of_bytes = {f"/{streams._SERVICE}/{streams._METHOD}", f"/{burst.SERVICE}/Take", f"/{burst.SERVICE}/Give"}
 
-    assert METHOD_ROLES.keys() | OPEN_METHODS == described_methods() | {data_method}
+    assert METHOD_ROLES.keys() | OPEN_METHODS == described_methods() | of_bytes
     assert not METHOD_ROLES.keys() & OPEN_METHODS
     assert all(roles for roles in METHOD_ROLES.values())
 
