@@ -20,7 +20,7 @@ from edge_node.engine.executor import StageExecutor, StepOutcome
 from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.inbox import CommandTask, Inbox, UnitTask
-from edge_node.methods.registry import METHODS
+from edge_node.methods.score_head import attach_method
 from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.shadowing import ShadowWriter
@@ -37,7 +37,7 @@ from plutino.errors import OutOfMemoryError, PeerLostError
 from plutino.job.assignment import WorkerAssignment
 from plutino.types import JobId, Unit, UnitKind
 from plutino.wire.bulk import BulkClient
-from plutino.wire.convert import micro_batch_from_proto, unit_to_proto, worker_to_proto
+from plutino.wire.convert import micro_batch_from_proto, row_values_to_proto, unit_to_proto, worker_to_proto
 from plutino.wire.frames import Bounds
 from protos import workers_pb2 as pb
 
@@ -148,17 +148,18 @@ class WorkerSession:
             packing=assignment.numerics.packing,
             device=self._device.torch,
             cache=None if drawn else PackedBlobs(self._weights_config.cache(), assignment.base_hash),
+            has_lm_head=not spec.objective.has_score_head,
         )
         self._vocab_size = int(stage.config.vocab_size)
         self._transport = self._open_transport(stage)
-        method = METHODS[spec.method.type](stage, spec.method, seed=spec.training.seed)
+        method = attach_method(stage, spec)
         if spec.training.init_adapter is not None:
             method.load(load_safetensors((Path(spec.training.init_adapter) / "adapter_model.safetensors").read_bytes()))
         optimizer = StageOptimizer(method.parameters, spec.training, assignment.total_steps)
         self._executor = StageExecutor(
             stage=stage,
             method=method,
-            objective=OBJECTIVES[spec.objective.type](),
+            objective=OBJECTIVES[spec.objective.type](spec.objective),
             optimizer=optimizer,
             transport=self._transport,
             stages=assignment.stages,
@@ -240,7 +241,8 @@ class WorkerSession:
                 return
             done = pb.UnitDone(unit=unit_to_proto(unit))
             if unit.kind == UnitKind.EVALUATE:
-                done.loss_sum = self.executor.evaluate(task.work)
+                done.loss_sum, values = self.executor.evaluate_rows(task.work)
+                done.row_values.extend(row_values_to_proto(m, of_rows.numpy()) for m, of_rows in values.items())
             else:
                 done.rows.extend(self._generate(task))
         except UnitCancelledError:
@@ -390,8 +392,11 @@ class WorkerSession:
     # ---- bounds ----
 
     def _max_rows(self) -> int:
-        scoring = self._assignment.spec.scoring
-        return max(self._assignment.spec.training.batch_size, 0 if scoring is None else scoring.batch_rows)
+        spec = self._assignment.spec
+        scoring = spec.scoring
+        return max(
+            spec.training.batch_size * spec.objective.sequences_per_row, 0 if scoring is None else scoring.batch_rows
+        )
 
     def _max_tokens(self) -> int:
         scoring = self._assignment.spec.scoring

@@ -83,6 +83,8 @@ class Family:
     fix_sizes: Callable[[Mapping[str, Any], dict[str, int]], None] | None = None
     """What of the sizes follows from other settings."""
     is_tied_by_default: bool = False
+    has_score_class: bool = True
+    """transformers has the family's ``*ForSequenceClassification``."""
 
     # ---- what a block keeps for the backward pass ----
     norm: Literal["rms", "layer"] = "rms"
@@ -362,7 +364,7 @@ _ALL = (
     ),
     _BLOOM,
     replace(_LLAMA, model_type="olmo2", qk_norm="whole"),
-    replace(_LLAMA, model_type="granite", entry_factors=("model.embedding_multiplier",)),
+    replace(_LLAMA, model_type="granite", entry_factors=("model.embedding_multiplier",), has_score_class=False),
     replace(_LLAMA, model_type="smollm3", is_tied_by_default=True),
 )
 

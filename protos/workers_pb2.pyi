@@ -422,6 +422,7 @@ class UnitDone(_message.Message):
     LOSS_SUM_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
+    ROW_VALUES_FIELD_NUMBER: _builtins.int
     loss_sum: _builtins.float
     """Evaluation, last stage: sum of token losses."""
     cancelled: _builtins.bool
@@ -431,6 +432,10 @@ class UnitDone(_message.Message):
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenRow]:
         """Generation, last stage: the new tokens of each row."""
 
+    @_builtins.property
+    def row_values(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowValues]:
+        """Evaluation, last stage: what the objective says of the rows of each micro-batch that this worker ran."""
+
     def __init__(
         self,
         *,
@@ -438,14 +443,42 @@ class UnitDone(_message.Message):
         loss_sum: _builtins.float = ...,
         rows: _abc.Iterable[Global___TokenRow] | None = ...,
         cancelled: _builtins.bool = ...,
+        row_values: _abc.Iterable[Global___RowValues] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["unit", b"unit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "loss_sum", b"loss_sum", "rows", b"rows", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "loss_sum", b"loss_sum", "row_values", b"row_values", "rows", b"rows", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnitDone: _TypeAlias = UnitDone  # noqa: Y015
+
+@_typing.final
+class RowValues(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MICRO_BATCH_FIELD_NUMBER: _builtins.int
+    NUM_COLUMNS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    micro_batch: _builtins.int
+    num_columns: _builtins.int
+    """Numbers of one row."""
+    values: _builtins.bytes
+    """Little-endian fp32, row by row."""
+    def __init__(
+        self,
+        *,
+        micro_batch: _builtins.int = ...,
+        num_columns: _builtins.int = ...,
+        values: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["micro_batch", b"micro_batch", "num_columns", b"num_columns", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowValues: _TypeAlias = RowValues  # noqa: Y015
 
 @_typing.final
 class TokenRow(_message.Message):
@@ -735,6 +768,10 @@ class MicroBatch(_message.Message):
     INPUT_IDS_FIELD_NUMBER: _builtins.int
     LABEL_MASK_FIELD_NUMBER: _builtins.int
     PADDED_TOKENS_FIELD_NUMBER: _builtins.int
+    SEGMENT_LENGTHS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    PAIR_IDS_FIELD_NUMBER: _builtins.int
+    REFERENCE_LOGPS_FIELD_NUMBER: _builtins.int
     input_ids: _builtins.bytes
     """Little-endian int32, rows one after the other."""
     label_mask: _builtins.bytes
@@ -743,6 +780,22 @@ class MicroBatch(_message.Message):
     """Rows are padded to this many tokens."""
     @_builtins.property
     def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def segment_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of packed rows: tokens of each segment, row by row; empty: every row is one sequence."""
+
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Class index, number or rating of each row; empty: the objective has none."""
+
+    @_builtins.property
+    def pair_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The same number for both rows of a preference pair, the chosen one first; empty: no pairs."""
+
+    @_builtins.property
+    def reference_logps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Log-probability of each row under the reference, where the data set knows it; empty otherwise."""
+
     def __init__(
         self,
         *,
@@ -750,10 +803,14 @@ class MicroBatch(_message.Message):
         input_ids: _builtins.bytes = ...,
         label_mask: _builtins.bytes = ...,
         padded_tokens: _builtins.int = ...,
+        segment_lengths: _abc.Iterable[_builtins.int] | None = ...,
+        labels: _abc.Iterable[_builtins.float] | None = ...,
+        pair_ids: _abc.Iterable[_builtins.int] | None = ...,
+        reference_logps: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_ids", b"input_ids", "label_mask", b"label_mask", "lengths", b"lengths", "padded_tokens", b"padded_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_ids", b"input_ids", "label_mask", b"label_mask", "labels", b"labels", "lengths", b"lengths", "padded_tokens", b"padded_tokens", "pair_ids", b"pair_ids", "reference_logps", b"reference_logps", "segment_lengths", b"segment_lengths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -102,7 +102,7 @@ def run_reference(spec: JobSpec) -> ReferenceResult:
     torch.manual_seed(spec.training.seed)
     tokenizer = load_tokenizer(Path(spec.model.path))
     rows = read_rows(Path(spec.data.train), spec.data.format, spec.data.limit)
-    samples = tokenise(rows, tokenizer, max_tokens=spec.data.max_tokens, train_on=spec.objective.train_on)
+    samples = tokenise(rows, tokenizer, max_tokens=spec.data.max_tokens, train_on=spec.objective.labelled_tokens)
     model = _load_model(spec)
     before = after = None
     if spec.scoring is not None and spec.scoring.before:
@@ -202,7 +202,7 @@ def _train(spec: JobSpec, model: peft.PeftModel, samples: Samples) -> tuple[list
 def _score(spec: JobSpec, model: peft.PeftModel, tokenizer: ModelTokenizer, *, use_adapter: bool) -> Score:
     assert spec.scoring is not None and spec.data.eval is not None  # JobSpec validates this
     held_out = read_rows(Path(spec.data.eval), spec.data.format, spec.data.eval_limit)
-    samples = tokenise(held_out, tokenizer, max_tokens=spec.data.max_tokens, train_on=spec.objective.train_on)
+    samples = tokenise(held_out, tokenizer, max_tokens=spec.data.max_tokens, train_on=spec.objective.labelled_tokens)
     model.eval()
     with contextlib.nullcontext() if use_adapter else model.disable_adapter():
         answers = list(_generate(spec.scoring, model, tokenizer, samples))

@@ -205,8 +205,12 @@ class JobRunner:
 
     def _read(self, path: str, limit: int | None) -> _RowSet:
         data = self._spec.data
+        if self._spec.objective.row_use != "answers":
+            raise DataError(f"rows for objective.type: {self._spec.objective.type} cannot be read yet; use sft")
         rows = read_rows(Path(path), data.format, limit)
-        samples = tokenise(rows, self._tokenizer, max_tokens=data.max_tokens, train_on=self._spec.objective.train_on)
+        samples = tokenise(
+            rows, self._tokenizer, max_tokens=data.max_tokens, train_on=self._spec.objective.labelled_tokens
+        )
         return _RowSet(rows, samples)
 
 

@@ -111,6 +111,8 @@ class StageExecutor:
         self._contributions: dict[str, Contributions] = {}
         self._gradients: dict[str, Tensor] = {}
         self._cancelled: Unit | None = None
+        self._references: dict[int, Tensor] = {}
+        self._row_values: dict[int, Tensor] = {}
 
     @property
     def transport(self) -> Transport:
@@ -129,6 +131,7 @@ class StageExecutor:
         times = StepTimes()
         self.drop()
         self._contributions = {p.name: {} for p in self.method.parameters}
+        self._run_reference(work, times)
         actions = train_actions(
             self.stages,
             me=self.me,
@@ -159,10 +162,32 @@ class StageExecutor:
                 use.grad = None
 
     def evaluate(self, work: UnitInput) -> float:
-        """Sum of token losses over the unit's micro-batches; 0 on all stages but the last."""
+        """Sum of losses over the unit's micro-batches; 0 on all stages but the last."""
+        return self.evaluate_rows(work)[0]
+
+    def evaluate_rows(self, work: UnitInput) -> tuple[float, dict[int, Tensor]]:
+        """As :meth:`evaluate`, with what the objective says of the rows of each micro-batch that this worker ran."""
+        self._row_values = {}
+        self._run_reference(work, StepTimes())
         actions = forward_actions(self.stages, me=self.me, num_micro_batches=work.num_micro_batches)
         with torch.no_grad():
-            return self._run(work, actions, StepTimes(), is_training=False)
+            loss_sum = self._run(work, actions, StepTimes(), is_training=False)
+        values, self._row_values = self._row_values, {}
+        return loss_sum, values
+
+    def _run_reference(self, work: UnitInput, times: StepTimes) -> None:
+        """Let the last stage know what the base model says of every row, where the objective compares with it."""
+        self._references = {}
+        if not self._objective.runs_reference:
+            return
+        kind = MessageKind.REFERENCE
+        actions = forward_actions(self.stages, me=self.me, num_micro_batches=work.num_micro_batches, kind=kind)
+        self.method.set_enabled(False)
+        try:
+            with torch.no_grad():
+                self._run(work, actions, times, is_training=False, is_reference=True)
+        finally:
+            self.method.set_enabled(True)
 
     def cancel(self, unit: Unit) -> None:
         """Abandon the unit that is being run, from any thread: it ends before its next action.
@@ -180,7 +205,15 @@ class StageExecutor:
         if unit == self._cancelled:
             raise UnitCancelledError(f"{unit} was abandoned")
 
-    def _run(self, work: UnitInput, actions: Sequence[object], times: StepTimes, *, is_training: bool) -> float:
+    def _run(
+        self,
+        work: UnitInput,
+        actions: Sequence[object],
+        times: StepTimes,
+        *,
+        is_training: bool,
+        is_reference: bool = False,
+    ) -> float:
         runs_backward = is_training and self.me.stage_index >= self._first_trainable_stage
         in_flight: dict[int, _InFlight] = {}
         received: dict[int, dict[str, Tensor]] = {}
@@ -195,12 +228,12 @@ class StageExecutor:
                     times.wait_s += time.perf_counter() - started_s
                 case Forward(m):
                     with self._position(work, m, is_training=is_training):
-                        in_flight[m], loss = self._forward(work, m, received.pop(m, None))
+                        in_flight[m], loss = self._forward(work, m, received.pop(m, None), is_reference=is_reference)
                     loss_sum += loss
                     if self.stage.is_last and not runs_backward:
                         del in_flight[m]
                     times.compute_s += time.perf_counter() - started_s
-                case Send(m, MessageKind.FORWARD as kind, peer):
+                case Send(m, MessageKind.FORWARD | MessageKind.REFERENCE as kind, peer):
                     flight = in_flight[m] if runs_backward else in_flight.pop(m)
                     assert flight.output is not None
                     tensors = {"hidden": flight.output.detach(), **flight.metadata}
@@ -226,7 +259,9 @@ class StageExecutor:
             return nullcontext()
         return dropout_position(seed=self.seed, step=work.unit.serial, micro_batch=m)
 
-    def _forward(self, work: UnitInput, m: int, received: dict[str, Tensor] | None) -> tuple[_InFlight, float]:
+    def _forward(
+        self, work: UnitInput, m: int, received: dict[str, Tensor] | None, *, is_reference: bool
+    ) -> tuple[_InFlight, float]:
         rows = work.rows[m]
         if received is None:
             assert rows is not None, "the first stage reads tokens"
@@ -243,7 +278,12 @@ class StageExecutor:
         assert rows is not None, "the last stage reads labels"
         # Labels are counted over the rows' own tokens.
         own_BTD = output_BTD[:, self.method.num_prompt_tokens :]
-        loss = self._objective.loss(self.stage, own_BTD, rows, work.loss_weight)
+        if is_reference:
+            self._references[m] = self._objective.reference(self.stage, own_BTD, rows)
+            return _InFlight(None, None, {}), 0.0
+        loss = self._objective.loss(self.stage, own_BTD, rows, work.loss_weight, self._references.pop(m, None))
+        if loss.values_BK is not None and not torch.is_grad_enabled():
+            self._row_values[m] = loss.values_BK.cpu()
         return _InFlight(inputs.hidden, loss.scaled, metadata), loss.sum
 
     def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> Tensor | None:
@@ -315,17 +355,20 @@ def first_stage_input(
     """
     lengths = torch.as_tensor(np.asarray(rows.lengths, dtype=np.int32)) + num_prompt_tokens
     num_tokens = rows.padded_tokens + num_prompt_tokens
+    segment_ids_BT = padded_segments(rows)
     mask_BT = padding_mask(lengths, num_tokens, side="right")
     position_ids_BT = make_position_ids(
-        stage.family, attention_mask=mask_BT, segment_ids=None, shape=(len(rows.lengths), num_tokens)
+        stage.family, attention_mask=mask_BT, segment_ids=segment_ids_BT, shape=(len(rows.lengths), num_tokens)
     )
     inputs = StageInput(
         position_ids=position_ids_BT,
         input_ids=padded_ids(rows, side="right", pad_id=pad_token_id(stage)),
         attention_mask=mask_BT,
+        segment_ids=segment_ids_BT,
         num_prompt_tokens=num_prompt_tokens,
     )
-    return inputs, {"lengths": lengths, "position_ids": position_ids_BT}
+    metadata = {"lengths": lengths, "position_ids": position_ids_BT}
+    return inputs, metadata if segment_ids_BT is None else {**metadata, "segment_ids": segment_ids_BT}
 
 
 def later_stage_input(hidden_BTD: Tensor, metadata: dict[str, Tensor]) -> StageInput:
@@ -352,6 +395,23 @@ def padded_ids(rows: MicroBatchRows, *, side: str, pad_id: int) -> Tensor:
         at = 0 if side == "right" else rows.padded_tokens - length
         ids_BT[row, at : at + length] = rows.input_ids[start : start + length]
         start += length
+    return torch.from_numpy(ids_BT)
+
+
+def padded_segments(rows: MicroBatchRows) -> Tensor | None:
+    """Segment of each token [B, T] of packed rows, from 0 up in every row; None: every row is one sequence.
+
+    What pads a row belongs to its first segment here; masks tell it apart.
+    """
+    if rows.segment_lengths is None:
+        return None
+    ids_BT = np.zeros((len(rows.lengths), rows.padded_tokens), dtype=np.int64)
+    row = at = segment = 0
+    for length in rows.segment_lengths.tolist():
+        if at == rows.lengths[row]:
+            row, at, segment = row + 1, 0, 0
+        ids_BT[row, at : at + length] = segment
+        at, segment = at + length, segment + 1
     return torch.from_numpy(ids_BT)
 
 

@@ -17,7 +17,7 @@ from edge_node.engine.executor import StageExecutor, StepOutcome, UnitInput
 from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.methods.base import AttachedMethod
-from edge_node.methods.registry import METHODS
+from edge_node.methods.score_head import attach_method
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.stage.build import Stage, build_stage
 from edge_node.stage.weights import TensorSource
@@ -78,8 +78,9 @@ class InProcessPipeline:
                     checkpointing=checkpointing,
                     packing=packing,
                     device=device or torch.device("cpu"),
+                    has_lm_head=not spec.objective.has_score_head,
                 )
-                method = METHODS[spec.method.type](stage, spec.method, seed=spec.training.seed)
+                method = attach_method(stage, spec)
                 attached[Peer(stage_index, replica_index)] = stage, method
         first_trainable_stage = min(me.stage_index for me, (_, method) in attached.items() if method.parameters)
         self._transports: dict[Peer, InProcessTransport] = {me: hub.transport(me) for me in attached}
@@ -87,7 +88,7 @@ class InProcessPipeline:
             me: StageExecutor(
                 stage=stage,
                 method=method,
-                objective=OBJECTIVES[spec.objective.type](),
+                objective=OBJECTIVES[spec.objective.type](spec.objective),
                 optimizer=StageOptimizer(method.parameters, spec.training, total_steps),
                 transport=self._transports[me],
                 stages=stages,
@@ -125,6 +126,13 @@ class InProcessPipeline:
         """Sum of token losses."""
         work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows))
         return sum(self._run_unit(work, lambda executor: executor.evaluate(work)).values())
+
+    def evaluate_rows(self, serial: int, rows: Sequence[MicroBatchRows]) -> tuple[float, list[torch.Tensor]]:
+        """Sum of losses, and what the objective says of the rows of each micro-batch, [B, K] each."""
+        work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows))
+        results = self._run_unit(work, lambda executor: executor.evaluate_rows(work)).values()
+        values = {m: of_m for _, of_worker in results for m, of_m in of_worker.items()}
+        return sum(loss_sum for loss_sum, _ in results), [values[m] for m in sorted(values)]
 
     def generate(
         self, serial: int, groups: Sequence[MicroBatchRows], options: GenerateOptions

@@ -113,19 +113,21 @@ def train_actions(
     return actions
 
 
-def forward_actions(stages: Sequence[StageShape], *, me: Peer, num_micro_batches: int) -> list[Action]:
-    """The actions of one worker for an evaluation: forward passes only."""
+def forward_actions(
+    stages: Sequence[StageShape], *, me: Peer, num_micro_batches: int, kind: MessageKind = MessageKind.FORWARD
+) -> list[Action]:
+    """The actions of one worker for an evaluation, or for a reference: forward passes only."""
     mine = [m for m in range(num_micro_batches) if replica_of(stages[me.stage_index], m) == me.replica_index]
-    return [action for m in mine for action in _forward(stages, me, m)]
+    return [action for m in mine for action in _forward(stages, me, m, kind)]
 
 
-def _forward(stages: Sequence[StageShape], me: Peer, m: int) -> list[Action]:
+def _forward(stages: Sequence[StageShape], me: Peer, m: int, kind: MessageKind = MessageKind.FORWARD) -> list[Action]:
     actions: list[Action] = []
     if me.stage_index > 0:
-        actions.append(Receive(m, MessageKind.FORWARD, _neighbour(stages, me, m, -1)))
+        actions.append(Receive(m, kind, _neighbour(stages, me, m, -1)))
     actions.append(Forward(m))
     if me.stage_index < len(stages) - 1:
-        actions.append(Send(m, MessageKind.FORWARD, _neighbour(stages, me, m, +1)))
+        actions.append(Send(m, kind, _neighbour(stages, me, m, +1)))
     return actions
 
 

@@ -10,27 +10,57 @@ from torch import Tensor
 from edge_node.stage.build import Stage
 from plutino.data.batches import MicroBatchRows
 
+# Shape suffixes: B rows, T tokens, D hidden size, K values of a row.
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
     """The loss of one micro-batch."""
 
     scaled: Tensor | None
-    """Scalar to back-propagate: the sum of token losses over the step's global loss weight. None: nothing in the
-    micro-batch carries loss."""
+    """Scalar to back-propagate: the sum of losses over the step's global loss weight. None: nothing in the micro-batch
+    carries loss."""
     sum: float
-    """Sum of token losses, in nats."""
+    """Sum of losses: in nats over label tokens, or over rows (a pair is one row)."""
+    values_BK: Tensor | None = None
+    """What the objective says of each row, detached fp32, for scoring; None: nothing that a score is made of."""
+
+
+class NoReference:
+    """Part of an objective that compares with nothing."""
+
+    runs_reference = False
+
+    def reference(self, stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows) -> Tensor:
+        """Never asked for."""
+        raise AssertionError(f"{type(self).__name__} runs no reference")
 
 
 class Objective(Protocol):
     """Turns the last stage's hidden states into a loss."""
 
-    def loss(self, stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows, loss_weight: float) -> Loss:
+    @property
+    def runs_reference(self) -> bool:
+        """Whether :meth:`reference` is asked of every micro-batch before its loss, with the adapter switched off."""
+
+    def loss(
+        self,
+        stage: Stage,
+        hidden_BTD: Tensor,
+        rows: MicroBatchRows,
+        loss_weight: float,
+        reference_B: Tensor | None = None,
+    ) -> Loss:
         """Loss of one right-padded micro-batch.
 
         Args:
             stage: the last stage, for its head.
             hidden_BTD: hidden states after the final norm.
-            rows: the micro-batch's tokens and which of them carry loss.
-            loss_weight: the step's global weight N; the sum of ``scaled`` over the step's micro-batches is the mean.
+            rows: the micro-batch's tokens, which of them carry loss, and labels.
+            loss_weight: the step's global weight N: its label tokens, or its rows, as the objective's config counts.
+                The sum of ``scaled`` over the step's micro-batches is the mean.
+            reference_B: what :meth:`reference` gave; None where the objective runs no reference.
         """
+
+    def reference(self, stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows) -> Tensor:
+        """What the base model says of each row, [B] in fp32."""

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from edge_node.objectives.base import Objective
+from edge_node.objectives.classification import ClassificationObjective
+from edge_node.objectives.dapt import DaptObjective
+from edge_node.objectives.dpo import DpoObjective
+from edge_node.objectives.regression import RegressionObjective
+from edge_node.objectives.reward import RewardObjective
 from edge_node.objectives.sft import SftObjective
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {"sft": SftObjective}
+OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
+    "classification": ClassificationObjective,
+    "dapt": DaptObjective,
+    "dpo": DpoObjective,
+    "regression": RegressionObjective,
+    "reward": RewardObjective,
+    "sft": SftObjective,
+}
+"""Each is made from the config that has its ``type``."""

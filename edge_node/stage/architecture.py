@@ -64,7 +64,9 @@ def list_block_linears(model: PreTrainedModel, family: Family) -> tuple[str, ...
     )
 
 
-def cut_to_stage(model: PreTrainedModel, family: Family, start_block: int, end_block: int) -> None:
+def cut_to_stage(
+    model: PreTrainedModel, family: Family, start_block: int, end_block: int, *, has_lm_head: bool = True
+) -> None:
     """Take from a whole meta model everything that is not part of the stage ``[start_block, end_block)``, in place.
 
     Blocks keep their global index as name, parts that are left out become pass-through modules, so that no name of
@@ -97,6 +99,7 @@ def cut_to_stage(model: PreTrainedModel, family: Family, start_block: int, end_b
         for prefix in family.final:
             if prefix.rstrip(".") in modules:
                 model.set_submodule(prefix.rstrip("."), nn.Identity())
+    if end_block < num_blocks or not has_lm_head:
         model.set_submodule(family.head.removesuffix(".weight"), nn.Identity())
 
     # Blocks hold on to the whole model's configuration; the models around them read it for their loops and the cache.

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
@@ -125,6 +126,8 @@ class Stage:
         """Names, as stored, of the tensors that were read."""
         self.bytes_read = bytes_read
         """Stored bytes that were read."""
+        self.score_weight: nn.Parameter | None = None
+        """[outputs, width] in fp32, of a score head that an objective trains; on the last stage only."""
         self.prompt: Tensor | None = None
         """[tokens, D], embeddings that a method puts before each row's; on the first stage only."""
 
@@ -189,6 +192,11 @@ class Stage:
         logits = cast(Tensor, above_blocks(inputs_embeds=rows, use_cache=False).logits)
         return logits.squeeze(0) if hidden.dim() == 2 else logits
 
+    def score(self, hidden: Tensor) -> Tensor:
+        """Outputs [..., outputs] in fp32 of the score head for hidden states [..., D] of the last stage."""
+        assert self.score_weight is not None, "no score head is attached"
+        return functional.linear(hidden.float(), self.score_weight)
+
     def new_cache(self) -> Cache:
         """An empty KV cache for this stage's blocks."""
         return DynamicCache(config=self.model.config)
@@ -224,6 +232,7 @@ def build_stage(
     packing: Packing = PLAIN,
     device: torch.device = _CPU,
     cache: PackedCache | None = None,
+    has_lm_head: bool = True,
 ) -> Stage:
     """Load blocks ``[start_block, end_block)``, with the embedding if first, the final norm and the head if last.
 
@@ -240,6 +249,7 @@ def build_stage(
         packing: how frozen weights are held.
         device: where the stage computes.
         cache: packed tensors that earlier jobs left on this device.
+        has_lm_head: whether the last stage holds the model's own head.
 
     Raises:
         ModelError: unknown family, blocks that the model does not have, or tensors missing or of another shape.
@@ -253,7 +263,7 @@ def build_stage(
     attention = attention or family.attention
     model = build_meta_model(config, dtype=dtype, attention=attention)
     block_linears = list_block_linears(model, family)
-    cut_to_stage(model, family, start_block, end_block)
+    cut_to_stage(model, family, start_block, end_block, has_lm_head=has_lm_head)
     rebuild_buffers(model)
     bytes_before = source.bytes_read
     is_tied = bool(config.tie_word_embeddings)
@@ -268,7 +278,7 @@ def build_stage(
     packer.pack_outer(
         model,
         family.embedding[0].removesuffix(".weight") if start_block == 0 else None,
-        family.head.removesuffix(".weight") if end_block == num_blocks else None,
+        family.head.removesuffix(".weight") if end_block == num_blocks and has_lm_head else None,
     )
     names_read = (*packer.names_read, *_fill(model, source, stored_names, dtype=dtype, device=device))
     if is_tied:

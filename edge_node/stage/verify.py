@@ -31,7 +31,9 @@ def part_difference(stage: Stage, method: AttachedMethod, published: Mapping[str
 
 def _output(stage: Stage, num_prompt_tokens: int) -> Tensor:
     hidden = stage.forward(_probe(stage, num_prompt_tokens))
-    return stage.head(hidden) if stage.is_last else hidden
+    if not stage.is_last:
+        return hidden
+    return stage.head(hidden) if stage.score_weight is None else stage.score(hidden)
 
 
 def _probe(stage: Stage, num_prompt_tokens: int) -> StageInput:

@@ -25,6 +25,8 @@ class MessageKind(IntEnum):
     """A holder's share of shared parameters' gradients, to the first holder."""
     TOTAL_GRADIENT = 5
     """The summed gradients of shared parameters, first holder to the others."""
+    REFERENCE = 6
+    """As FORWARD, of the pass with the adapter switched off that comes before a unit's own."""
 
 
 @dataclass(frozen=True, slots=True)

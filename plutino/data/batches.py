@@ -35,7 +35,15 @@ class MicroBatchRows:
     padded_tokens: int
     """The stages pad every row to this many tokens: the longest row's length."""
     sample_indices: tuple[int, ...]
-    """[num_rows], positions in the data set."""
+    """Positions in the data set: [num_rows], or one for both rows of a pair."""
+    segment_lengths: NDArray[np.int32] | None = None
+    """Of packed rows: tokens of each segment, row by row. None: every row is one sequence."""
+    labels: NDArray[np.float32] | None = None
+    """[num_rows], class index, number or rating of each row; None where the objective has none."""
+    pair_ids: NDArray[np.int32] | None = None
+    """[num_rows], the same number for both rows of a preference pair, the chosen one first."""
+    reference_logps: NDArray[np.float32] | None = None
+    """[num_rows], log-probability of each row's label tokens under the reference, where the data set knows it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

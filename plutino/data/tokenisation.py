@@ -21,6 +21,9 @@ from plutino.data.samples import Samples
 from plutino.data.templates import ChatTemplate, RenderedRow, load_chat_template, render, special_tokens
 from plutino.errors import DataError, ModelError
 
+TrainOn = Literal["answers", "last", "all"]
+"""Which tokens of a conversation carry loss."""
+
 # Rows encoded in one call: enough to keep the tokenizer's threads busy, few enough to bound the encodings held at once
 # (an Encoding keeps strings and offsets, some 200 bytes a token).
 _ROWS_PER_CALL = 512
@@ -98,9 +101,7 @@ def load_tokenizer(model_dir: Path) -> ModelTokenizer:
     )
 
 
-def tokenise(
-    rows: Rows, tokenizer: ModelTokenizer, *, max_tokens: int, train_on: Literal["answers", "all"] = "answers"
-) -> Samples:
+def tokenise(rows: Rows, tokenizer: ModelTokenizer, *, max_tokens: int, train_on: TrainOn = "answers") -> Samples:
     """Tokenise rows and mark the tokens that carry loss.
 
     A row is encoded whole, exactly as it is at inference; a token carries loss if any of its characters belongs to an
@@ -110,7 +111,7 @@ def tokenise(
         rows: what :func:`plutino.data.readers.read_rows` gave.
         tokenizer: the base model's.
         max_tokens: longer rows are cut at the end, and counted.
-        train_on: "answers", or "all" to let every token carry loss.
+        train_on: all answers, only the last one that carries loss, or "all" to let every token carry loss.
 
     Raises:
         DataError: the chat template cannot be used, or rows have no label token left within max_tokens.
@@ -152,14 +153,14 @@ def tokenise(
 
 
 def _label(
-    row: RenderedRow, encoding: Encoding, tokenizer: ModelTokenizer, train_on: Literal["answers", "all"]
+    row: RenderedRow, encoding: Encoding, tokenizer: ModelTokenizer, train_on: TrainOn
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8], int]:
     """Token ids, label mask and number of prompt tokens of one row, uncut."""
     spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     # A token of no characters (a dummy prefix) belongs to the character that it stands before.
     begins, ends = spans[:, 0], np.maximum(spans[:, 1], spans[:, 0] + 1)
     mask = np.zeros(len(spans), bool)
-    for start_char, end_char in row.answers:
+    for start_char, end_char in row.answers[-1:] if train_on == "last" else row.answers:
         mask |= (begins < end_char) & (ends > start_char)
     num_prompt = int(np.count_nonzero(ends <= row.prompt_chars))
     ids = np.array(encoding.ids, np.int32)

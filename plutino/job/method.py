@@ -21,6 +21,8 @@ class MethodPart(SpecPart):
     """The setting that the number of trained parameters grows with."""
     has_peft_format: ClassVar[bool] = True
     """Whether stock peft loads the checkpoint; plutino.load_adapter loads the others."""
+    saves_score_head: ClassVar[bool] = False
+    """Whether the checkpoint has a place for a head that an objective trains."""
 
     @property
     def has_dropout(self) -> bool:
@@ -73,6 +75,7 @@ class LoraConfig(MethodPart):
     """LoRA (Hu et al. 2021, arXiv:2106.09685)."""
 
     size_setting: ClassVar[str] = "rank"
+    saves_score_head: ClassVar[bool] = True
 
     type: Literal["lora"] = "lora"
     rank: int = Field(8, ge=1, le=4096)

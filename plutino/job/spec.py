@@ -44,10 +44,13 @@ class JobSpec(SpecPart):
 
     @model_validator(mode="before")
     @classmethod
-    def _method_is_lora_by_default(cls, values: Any) -> Any:
-        method = values.get("method") if isinstance(values, Mapping) else None
-        if isinstance(method, Mapping) and "type" not in method:
-            return {**values, "method": {"type": LoraConfig().type, **method}}
+    def _method_is_lora_and_objective_sft_by_default(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        for part, default in (("method", LoraConfig().type), ("objective", SftConfig().type)):
+            given = values.get(part)
+            if isinstance(given, Mapping) and "type" not in given:
+                values = {**values, part: {"type": default, **given}}
         return values
 
     @model_validator(mode="after")
@@ -57,6 +60,15 @@ class JobSpec(SpecPart):
             raise ValueError(
                 f"method.{setting} takes the norm of every frozen weight, which model.quantization: "
                 f"{self.model.quantization} would have to unpack whole in each pass; set one of the two off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _score_head_is_saved(self) -> JobSpec:
+        if self.objective.has_score_head and not self.method.saves_score_head:
+            raise ValueError(
+                f"objective.type: {self.objective.type} trains a score head, which a checkpoint of method.type: "
+                f"{self.method.type} has no place for; set method.type: lora"
             )
         return self
 

@@ -6,8 +6,10 @@ What arrives is not trusted: sizes, lengths and token ids are checked against th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import FrameError
@@ -22,6 +24,10 @@ def micro_batch_to_proto(rows: MicroBatchRows) -> workers_pb2.MicroBatch:
         input_ids=rows.input_ids.astype("<i4", copy=False).tobytes(),
         label_mask=rows.label_mask.tobytes(),
         padded_tokens=rows.padded_tokens,
+        segment_lengths=_listed(rows.segment_lengths),
+        labels=_listed(rows.labels),
+        pair_ids=_listed(rows.pair_ids),
+        reference_logps=_listed(rows.reference_logps),
     )
 
 
@@ -58,6 +64,15 @@ def micro_batch_from_proto(
     _check(ids_bytes == 4 * num_tokens, f"{ids_bytes} bytes of token ids for {num_tokens} tokens of 4 bytes")
     _check(mask_bytes == num_tokens, f"{mask_bytes} bytes of label mask for {num_tokens} tokens of 1 byte")
     _check(len(sample_indices) in (0, num_rows), f"{len(sample_indices)} sample indices for {num_rows} rows")
+    _check_segments(message.segment_lengths, lengths)
+    for name, values in (("labels", message.labels), ("reference log-probabilities", message.reference_logps)):
+        _check(len(values) in (0, num_rows), f"{len(values)} {name} for {num_rows} rows")
+        _check(bool(np.isfinite(np.array(values, np.float32)).all()), f"{name} that are not finite")
+    pair_ids = np.array(message.pair_ids, np.int64)
+    if len(pair_ids):
+        counts = np.unique(pair_ids, return_counts=True)[1]
+        _check(len(pair_ids) == num_rows and bool((counts == 2).all()), "rows that are not in pairs")
+        _check(int(pair_ids.max()) < num_rows, f"pair {int(pair_ids.max())} among {num_rows} rows")
     input_ids = np.frombuffer(message.input_ids, "<i4").astype(np.int32)
     smallest_id, largest_id = int(input_ids.min()), int(input_ids.max())
     bad_id = smallest_id if smallest_id < 0 else largest_id
@@ -70,7 +85,43 @@ def micro_batch_from_proto(
         label_mask=label_mask,
         padded_tokens=padded_tokens,
         sample_indices=tuple(int(index) for index in sample_indices),
+        segment_lengths=np.array(message.segment_lengths, np.int32) if message.segment_lengths else None,
+        labels=np.array(message.labels, np.float32) if message.labels else None,
+        pair_ids=pair_ids.astype(np.int32) if len(pair_ids) else None,
+        reference_logps=np.array(message.reference_logps, np.float32) if message.reference_logps else None,
     )
+
+
+def _listed(values: NDArray[Any] | None) -> list[Any]:
+    return [] if values is None else values.tolist()
+
+
+def _check_segments(segment_lengths: Sequence[int], row_lengths: NDArray[np.int64]) -> None:
+    """Segments are not empty, and a row ends where one of them does."""
+    if not segment_lengths:
+        return
+    segments = np.array(segment_lengths, np.int64)
+    _check(int(segments.min()) >= 1, "a segment without tokens")
+    ends, row_ends = np.cumsum(segments), np.cumsum(row_lengths)
+    is_whole = int(ends[-1]) == int(row_ends[-1]) and bool(np.isin(row_ends, ends).all())
+    _check(is_whole, f"{len(segments)} segments that do not end with the rows")
+
+
+def row_values_to_proto(micro_batch: int, values_BK: NDArray[np.float32]) -> workers_pb2.RowValues:
+    """Encode what an objective says of the rows of a micro-batch, [rows, columns]."""
+    data = values_BK.astype("<f4", copy=False).tobytes()
+    return workers_pb2.RowValues(micro_batch=micro_batch, num_columns=values_BK.shape[1], values=data)
+
+
+def row_values_from_proto(message: workers_pb2.RowValues, *, num_rows: int) -> NDArray[np.float32]:
+    """Decode what an objective says of the rows of a micro-batch, [num_rows, columns].
+
+    Raises:
+        FrameError: there are not as many values as rows and columns ask for.
+    """
+    num_bytes = 4 * num_rows * message.num_columns
+    _check(len(message.values) == num_bytes, f"{len(message.values)} bytes of row values instead of {num_bytes}")
+    return np.frombuffer(message.values, "<f4").astype(np.float32).reshape(num_rows, message.num_columns)
 
 
 def _check(holds: bool, what: str) -> None:

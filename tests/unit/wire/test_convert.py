@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import FrameError
-from plutino.wire.convert import micro_batch_from_proto, micro_batch_to_proto
+from plutino.wire.convert import (
+    micro_batch_from_proto,
+    micro_batch_to_proto,
+    row_values_from_proto,
+    row_values_to_proto,
+)
 from protos import workers_pb2
 
 
@@ -18,6 +24,16 @@ def micro_batch() -> MicroBatchRows:
         label_mask=np.array([0, 1, 1, 0, 1], np.uint8),
         padded_tokens=4,
         sample_indices=(11, 3),
+    )
+
+
+def micro_batch_of_pairs() -> MicroBatchRows:
+    return replace(
+        micro_batch(),
+        segment_lengths=np.array([1, 2, 2], np.int32),
+        labels=np.array([2.0, 0.25], np.float32),
+        pair_ids=np.array([0, 0], np.int32),
+        reference_logps=np.array([-7.5, -3.25], np.float32),
     )
 
 
@@ -35,6 +51,57 @@ def test_micro_batch_survives_the_wire() -> None:
         assert getattr(received, name).tolist() == getattr(sent, name).tolist()
         assert getattr(received, name).dtype == getattr(sent, name).dtype
     assert (received.padded_tokens, received.sample_indices) == (4, (11, 3))
+
+
+def test_what_an_objective_needs_of_rows_survives_the_wire() -> None:
+    sent = micro_batch_of_pairs()
+    message = workers_pb2.MicroBatch.FromString(micro_batch_to_proto(sent).SerializeToString())
+
+    received = decode(message, sent.sample_indices)
+
+    for name in ("segment_lengths", "labels", "pair_ids", "reference_logps"):
+        assert getattr(received, name).tolist() == getattr(sent, name).tolist()
+        assert getattr(received, name).dtype == getattr(sent, name).dtype
+        assert getattr(decode(micro_batch_to_proto(micro_batch())), name) is None
+
+
+def test_row_values_survive_the_wire_and_a_wrong_number_of_them_is_refused() -> None:
+    values = np.array([[0.5, -2.0], [3.0, 4.25]], np.float32)
+    message = row_values_to_proto(3, values)
+
+    assert (message.micro_batch, row_values_from_proto(message, num_rows=2).tolist()) == (3, values.tolist())
+    with pytest.raises(FrameError, match="16 bytes of row values instead of 24"):
+        row_values_from_proto(message, num_rows=3)
+
+
+def _extend(name: str, *values: float) -> Callable[[workers_pb2.MicroBatch], None]:
+    def change(message: workers_pb2.MicroBatch) -> None:
+        getattr(message, name)[:] = values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_extend("segment_lengths", 3, 0, 2), "a segment without tokens"),
+        (_extend("segment_lengths", 3, 3), "2 segments that do not end with the rows"),
+        (_extend("segment_lengths", 2, 3), "2 segments that do not end with the rows"),
+        (_extend("labels", 1.0), "1 labels for 2 rows"),
+        (_extend("labels", 1.0, float("nan")), "labels that are not finite"),
+        (_extend("reference_logps", 1.0, 2.0, 3.0), "3 reference log-probabilities for 2 rows"),
+        (_extend("pair_ids", 0, 1), "rows that are not in pairs"),
+        (_extend("pair_ids", 2, 2), "pair 2 among 2 rows"),
+    ],
+)
+def test_what_an_objective_needs_of_rows_is_checked(
+    change: Callable[[workers_pb2.MicroBatch], None], told: str
+) -> None:
+    message = micro_batch_to_proto(micro_batch_of_pairs())
+    change(message)
+
+    with pytest.raises(FrameError, match=told):
+        decode(message)
 
 
 def test_micro_batch_token_ids_are_little_endian_int32() -> None:
