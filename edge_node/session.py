@@ -20,6 +20,7 @@ from edge_node.engine.executor import StageExecutor, StepOutcome
 from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.inbox import CommandTask, Inbox, UnitTask
+from edge_node.methods.base import AttachedMethod
 from edge_node.methods.score_head import attach_method
 from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
@@ -151,8 +152,8 @@ class WorkerSession:
             has_lm_head=not spec.objective.has_score_head,
         )
         self._vocab_size = int(stage.config.vocab_size)
-        self._transport = self._open_transport(stage)
         method = attach_method(stage, spec)
+        self._transport = self._open_transport(stage, method)
         if spec.training.init_adapter is not None:
             method.load(load_safetensors((Path(spec.training.init_adapter) / "adapter_model.safetensors").read_bytes()))
         optimizer = StageOptimizer(method.parameters, spec.training, assignment.total_steps)
@@ -201,13 +202,16 @@ class WorkerSession:
             )
         )
 
-    def _open_transport(self, stage: Stage) -> PeerTransport | None:
+    def _open_transport(self, stage: Stage, method: AttachedMethod) -> PeerTransport | None:
         assignment = self._assignment
         if len(assignment.stages) == 1 and assignment.shape.num_replicas == 1:
             return None
         hidden_size, vocab_size = int(stage.config.hidden_size), int(stage.config.vocab_size)
         # Hidden states with their metadata, or the gradient of a shared embedding.
-        largest_bytes = 4 * hidden_size * max(self._max_rows() * self._max_tokens(), vocab_size) + _METADATA_BYTES
+        largest_bytes = 4 * hidden_size * max(self._max_rows() * self._max_tokens(), vocab_size)
+        # What all blocks use has a gradient for each block.
+        shared = (p.uses[0][1].numel() * len(p.all_roles) for p in method.parameters if len(p.all_roles) > 1)
+        largest_bytes = max(largest_bytes, 4 * sum(shared)) + _METADATA_BYTES
         return PeerTransport(
             job_id=JobId(assignment.job_id),
             plan_epoch=assignment.plan_epoch,
@@ -271,7 +275,7 @@ class WorkerSession:
         self._control.forget("step_ready")
         self._finish_unit(task.work.unit)
         if isinstance(decision, pb.Commit) and decision.shadow:
-            self._shadows.write(self._next_step, self.executor.optimizer.snapshot())
+            self._shadows.write(self._next_step, self.executor.snapshot())
 
     def _vote(self, step: int, outcome: StepOutcome) -> pb.StepReady:
         transport = self._transport
@@ -321,7 +325,7 @@ class WorkerSession:
             case "link":
                 self._link(command.link)
             case "take_shadow":
-                self._shadows.write(self._next_step, self.executor.optimizer.snapshot())
+                self._shadows.write(self._next_step, self.executor.snapshot())
             case "restore":
                 self._restore(dict(command.restore.shadows))
                 self._send(pb.WorkerEvent(restored=pb.Restored(step=command.restore.step)), keep_as="restored")

@@ -51,8 +51,12 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     """
     if block < shape.first_trainable_block:
         return 0
-    saved_bytes = micro_batch_tokens(shape) * block_token_bytes(table, shape, block, shape.row_tokens)
+    seen_tokens = shape.row_tokens + shape.past_tokens
+    saved_bytes = micro_batch_tokens(shape) * block_token_bytes(table, shape, block, seen_tokens)
     family = family_of(table.family)
+    saved_bytes += _past_bytes(table, shape, family)
+    if shape.adapter_kept_numbers:
+        saved_bytes += _FP32_BYTES * shape.adapter_kept_numbers[block]
     if shape.dtype_bytes < _FP32_BYTES and shape.adapter_cast_params:
         saved_bytes += shape.dtype_bytes * shape.adapter_cast_params[block]
     if family.norm_adds_one:
@@ -65,11 +69,22 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     return saved_bytes
 
 
+def _past_bytes(table: ModelTable, shape: JobShape, family: Family) -> int:
+    """Keys and values of the virtual tokens, which attention keeps beside those of every row."""
+    if not shape.past_tokens:
+        return 0
+    kept_bytes = 2 * shape.dtype_bytes * table.num_heads * table.head_dim * shape.micro_batch_rows * shape.past_tokens
+    if family.has_conv1d:
+        # Queries stay a view of the fused projection's output; keys and values are copies behind the past.
+        kept_bytes += 2 * shape.dtype_bytes * table.hidden_size * micro_batch_tokens(shape)
+    return kept_bytes
+
+
 def block_token_bytes(table: ModelTable, shape: JobShape, block: int, row_tokens: int) -> int:
-    """Bytes a token that one block keeps in rows of ``row_tokens``; no pass without autograd holds more at once."""
+    """Bytes a token that one block keeps where rows see ``row_tokens``; no pass without autograd holds more at once."""
     family = family_of(table.family)
     token_bytes = _norm_token_bytes(table, family, shape.dtype_bytes)
-    token_bytes += _attention_token_bytes(table, family, shape.dtype_bytes, row_tokens)
+    token_bytes += _attention_token_bytes(table, family, shape.dtype_bytes, row_tokens, has_past=shape.past_tokens > 0)
     token_bytes += _mlp_token_bytes(table, family, shape.dtype_bytes, block)
     token_bytes += _lora_token_bytes(shape, family, adapted_linears(table, shape, block))
     if shape.adapter_params[block]:
@@ -89,10 +104,13 @@ def _norm_token_bytes(table: ModelTable, family: Family, compute_bytes: int) -> 
     return token_bytes
 
 
-def _attention_token_bytes(table: ModelTable, family: Family, compute_bytes: int, row_tokens: int) -> int:
+def _attention_token_bytes(
+    table: ModelTable, family: Family, compute_bytes: int, row_tokens: int, *, has_past: bool
+) -> int:
     query_size = table.num_heads * table.head_dim
     token_bytes = 4 * compute_bytes * query_size
-    if family.keeps_fused_qkv:
+    # Behind a past, keys and values are copies.
+    if family.keeps_fused_qkv and not has_past:
         token_bytes += compute_bytes * (query_size + 2 * table.num_kv_heads * table.head_dim)
     scores = table.num_heads * row_tokens
     if family.attention == "eager":
@@ -126,12 +144,13 @@ def boundary_bytes(table: ModelTable, shape: JobShape) -> int:
 def shared_bytes(table: ModelTable, shape: JobShape) -> int:
     """Bytes that all blocks of a stage keep together of one micro-batch: rotary angles, positions and masks."""
     rotary_bytes = 2 * table.head_dim * shape.dtype_bytes
-    mask_bytes = shape.row_tokens
+    seen_tokens = shape.row_tokens + shape.past_tokens
+    mask_bytes = seen_tokens
     if family_of(table.family).attention == "eager":
         # Additive, for full attention and for sliding windows.
-        mask_bytes += 2 * shape.row_tokens * shape.dtype_bytes
+        mask_bytes += 2 * seen_tokens * shape.dtype_bytes
     if table.adds_alibi:
-        mask_bytes += table.num_heads * shape.row_tokens * shape.dtype_bytes
+        mask_bytes += table.num_heads * seen_tokens * shape.dtype_bytes
     return micro_batch_tokens(shape) * (rotary_bytes + 2 * 8 + mask_bytes)
 
 
@@ -168,7 +187,7 @@ def workspace_bytes(table: ModelTable, shape: JobShape) -> int:
         token_bytes = max(3 * inner, 15 * hidden)
     if _keeps_scores(table):
         # Gradients of probabilities and of scores, in fp32.
-        token_bytes += 2 * _FP32_BYTES * table.num_heads * shape.row_tokens
+        token_bytes += 2 * _FP32_BYTES * table.num_heads * (shape.row_tokens + shape.past_tokens)
     total_bytes = token_bytes * micro_batch_tokens(shape)
     if shape.use_dora:
         # DoRA forms the whole update B @ A from an identity matrix, in fp32, to take the norm of its columns.

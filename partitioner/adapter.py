@@ -15,7 +15,15 @@ from partitioner.model import LinearShape, ModelTable
 from partitioner.values import PlanValue
 from plutino.errors import ConfigError
 from plutino.families import ATTENTION_OUTPUT, MLP_INNER, family_of
-from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig, PromptConfig
+from plutino.job.method import (
+    AdaptersConfig,
+    KeyValuesPart,
+    LoraConfig,
+    MethodConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningV2Config,
+)
 
 
 class BlockAdapter(PlanValue):
@@ -27,6 +35,8 @@ class BlockAdapter(PlanValue):
     """Numbers a token that the method's own layers keep for the backward pass: with LoRA the sum of the ranks."""
     cast_params: int = 0
     """Trained numbers of which the backward pass keeps a copy in a narrower compute dtype, a micro-batch each."""
+    kept_numbers: int = 0
+    """fp32 numbers that the method keeps for the backward pass, a micro-batch each, however long the rows are."""
     linears: tuple[str, ...]
     """Dotted names, inside the block, of the linears whose input is kept for the method's sake."""
 
@@ -39,6 +49,10 @@ class AdapterTable(PlanValue):
     """Trainable parameters of the embedding, or before it."""
     last_params: int
     """Trainable parameters of the head."""
+    stage_params: int = 0
+    """Trainable parameters that all blocks use: every stage holds them."""
+    past_tokens: int = 0
+    """Virtual tokens whose keys and values stand before each row in every block."""
     use_dora: bool = False
     size_setting: str
     """The setting that all of them grow with."""
@@ -46,7 +60,7 @@ class AdapterTable(PlanValue):
     @property
     def num_params(self) -> int:
         """All trainable parameters."""
-        return sum(block.params for block in self.blocks) + self.first_params + self.last_params
+        return sum(block.params for block in self.blocks) + self.first_params + self.last_params + self.stage_params
 
     @property
     def shape_fields(self) -> dict[str, Any]:
@@ -55,9 +69,12 @@ class AdapterTable(PlanValue):
             "adapter_params": tuple(block.params for block in self.blocks),
             "adapter_rank_out": tuple(block.rank_sum for block in self.blocks),
             "adapter_cast_params": tuple(block.cast_params for block in self.blocks),
+            "adapter_kept_numbers": tuple(block.kept_numbers for block in self.blocks),
+            "past_tokens": self.past_tokens,
             "adapted_linears": tuple(block.linears for block in self.blocks),
             "first_trainable_params": self.first_params,
             "last_trainable_params": self.last_params,
+            "stage_trainable_params": self.stage_params,
             "use_dora": self.use_dora,
             "size_setting": self.size_setting,
         }
@@ -135,9 +152,48 @@ def _prompt(table: ModelTable, method: PromptConfig) -> AdapterTable:
     )
 
 
+def _prefix(table: ModelTable, method: PrefixConfig) -> AdapterTable:
+    """Keys and values of every block, or the MLP that gives them (Li and Liang 2021, arXiv:2101.00190 4.3)."""
+    width, tokens, inner = table.num_kv_heads * table.head_dim, method.num_virtual_tokens, method.encoder_hidden_size
+    if not method.projection:
+        return _key_values(table, method, params=tokens * 2 * width, kept_numbers=0)
+    return _key_values(
+        table,
+        method,
+        params=2 * width * inner + 2 * width,
+        # What tanh gives, and the keys and values.
+        kept_numbers=tokens * (inner + 2 * width),
+        stage_params=tokens * width + width * inner + inner,
+    )
+
+
+def _p_tuning_v2(table: ModelTable, method: PTuningV2Config) -> AdapterTable:
+    """Keys and values of every block (Liu et al. 2021, arXiv:2110.07602)."""
+    params = method.num_virtual_tokens * 2 * table.num_kv_heads * table.head_dim
+    # Dropout's result, and its mask of a byte each.
+    return _key_values(table, method, params=params, kept_numbers=2 * params if method.dropout else 0)
+
+
+def _key_values(
+    table: ModelTable, method: KeyValuesPart, *, params: int, kept_numbers: int, stage_params: int = 0
+) -> AdapterTable:
+    cast = method.num_virtual_tokens * 2 * table.num_kv_heads * table.head_dim
+    block = BlockAdapter(params=params, rank_sum=0, cast_params=cast, kept_numbers=kept_numbers, linears=())
+    return AdapterTable(
+        blocks=(block,) * table.num_blocks,
+        first_params=0,
+        last_params=0,
+        stage_params=stage_params,
+        past_tokens=method.past_tokens,
+        size_setting=method.size_setting,
+    )
+
+
 _SIZES: Mapping[str, Callable[[ModelTable, Any], AdapterTable]] = {
     "adapters": _adapters,
     "lora": _lora,
+    "p_tuning_v2": _p_tuning_v2,
+    "prefix": _prefix,
     "prompt": _prompt,
 }
 

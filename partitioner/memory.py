@@ -33,6 +33,9 @@ _FP32_BYTES = 4
 _MESSAGES_PER_NEIGHBOUR = 6
 """Two queued and one in the works, in each of the two directions."""
 
+_GRADIENT_COPIES = 2
+"""Of gradients that all stages add up: those of every block, and what the first holder receives or others send."""
+
 _STREAM_BYTES = 8 << 20
 """gRPC's own buffers of one stream: chunks of up to 4 MiB in both directions."""
 
@@ -246,6 +249,9 @@ class MemoryModel:
             "unpacking": np.asarray(weights.workspace_bytes(is_last=place.is_last)),
             "adapter and optimiser": num_trainable * TRAINED_BYTES_PER_PARAM,
             "gradient of one micro-batch": num_trainable * (_FP32_BYTES * place.gradient_copies),
+            "shared gradients": np.asarray(
+                shape.stage_trainable_params * _FP32_BYTES * _GRADIENT_COPIES * self._table.num_blocks
+            ),
             "wire queues": np.asarray(
                 (not shape.is_on_cards)
                 * place.num_peers
@@ -281,6 +287,8 @@ class MemoryModel:
             "gradient of one micro-batch": "stands beside the step's sum until it is added"
             if place.gradient_copies <= 1
             else f"{place.gradient_copies} copies: replicas hand over each micro-batch's gradient apart",
+            "shared gradients": f"{shape.stage_trainable_params} parameters that all blocks use: a gradient for each "
+            "block, and once more on its way to the sum",
             "wire queues": f"{_MESSAGES_PER_NEIGHBOUR} messages for each of {place.num_peers} neighbours, and the "
             "streams' buffers",
             "shadow snapshot": "a copy of value and moments, being sent",
@@ -298,7 +306,9 @@ class MemoryModel:
         shape = self._shape
         outside = shape.first_trainable_params if place.is_first else 0
         outside += shape.last_trainable_params if place.is_last else 0
-        return self._sum_trainable[end_block] - self._sum_trainable[start_block] + outside
+        return (
+            self._sum_trainable[end_block] - self._sum_trainable[start_block] + outside + shape.stage_trainable_params
+        )
 
     def _num_kept(self, start_block: Ints, end_block: Ints) -> Ints:
         return end_block - np.maximum(start_block, np.minimum(self._shape.first_trainable_block, end_block))

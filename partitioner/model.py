@@ -92,6 +92,8 @@ class JobShape(PlanValue):
     """Trainable parameters of the first stage outside the blocks (embedding)."""
     last_trainable_params: int = 0
     """Trainable parameters of the last stage outside the blocks (head)."""
+    stage_trainable_params: int = 0
+    """Trainable parameters that every stage holds, because all blocks use them."""
     adapter_rank_out: tuple[int, ...] = ()
     """Per block: numbers a token that the method's own layers keep for the backward pass (LoRA: the ranks' sum)."""
     adapter_cast_params: tuple[int, ...] = ()
@@ -99,6 +101,10 @@ class JobShape(PlanValue):
     adapted_linears: tuple[tuple[str, ...], ...] = ()
     """Per block: names of its adapted linears, whose inputs are kept for the backward pass; empty means all linears
     of every block that has adapter parameters."""
+    adapter_kept_numbers: tuple[int, ...] = ()
+    """Per block: fp32 numbers that the method keeps for the backward pass, however long the rows are."""
+    past_tokens: int = 0
+    """Virtual tokens whose keys and values stand before each row in every block."""
     use_dora: bool = False
     size_setting: str = "rank"
     """The method's setting that all of its sizes grow with."""
@@ -197,6 +203,16 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
         experts_per_token=sizes.get("experts_per_token", 0),
         expert_inner=sizes.get("expert_inner", 0),
     )
+
+
+def key_value_shape(config: Mapping[str, Any], family: Family) -> tuple[int, int]:
+    """Heads and head size of the keys that a block's KV cache holds; values have the same.
+
+    Raises:
+        ModelError: a size is missing from the config.
+    """
+    sizes = _Sizes(config, family)
+    return sizes.get("cached_heads", sizes["kv_heads"]), sizes["head_dim"]
 
 
 class _Sizes:

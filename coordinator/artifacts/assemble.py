@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +16,21 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import save as save_safetensors
 
 from coordinator.artifacts.durable import sync_dir, write_durable
-from coordinator.artifacts.join import PARAMETER_PREFIX, Float32Array, PartJoiner, read_tensors, tensor_sha256
+from coordinator.artifacts.join import (
+    DERIVED_PREFIX,
+    PARAMETER_PREFIX,
+    Float32Array,
+    PartJoiner,
+    read_tensors,
+    tensor_sha256,
+)
 from coordinator.artifacts.publish import ADAPTER_CONFIG, ADAPTER_FILE, check_output_dir, staging_dir_of
 from coordinator.artifacts.shadows import file_sha256
 from coordinator.artifacts.verify_process import Check, Probe, VerifyReport, VerifyRequest, run_verify_process
 from plutino.errors import ExportError, FrameError, UnknownJobError
 from plutino.families import family_of
 from plutino.hub_id import model_folder, parse_hub_id
+from plutino.job.method import MethodConfig
 from plutino.job.spec import JobSpec
 from plutino.manifest import base_model_hash
 from plutino.sizes import MIB, format_size
@@ -102,16 +110,17 @@ def assemble_adapter(
     output_dir = Path(request.output_dir)
     check_output_dir(output_dir, request.job_id)
     checks = [_check_base(request, spec)]
-    tensors, sent_sha256 = _join(request, bulk)
-    tied = _tied_copies(spec, tensors)
     config = _adapter_config(request, spec)
+    parts, sent_sha256 = _join(request, spec.method.derived_names(config), bulk)
+    tensors = spec.method.checkpoint_of(parts)
+    tied = _tied_copies(spec, tensors)
     staging_dir = staging_dir_of(output_dir, request.job_id)
     try:
         # The bytes are those of peft's own save: same metadata, and the format orders the tensors by itself.
         data = save_safetensors({**tensors, **tied}, metadata={"format": "pt"})
-        _stage(staging_dir, data, config)
+        _stage(staging_dir, data, json.dumps(config, indent=2, sort_keys=True).encode())
         adapter_file = staging_dir / ADAPTER_FILE
-        checks.append(_check_staged(adapter_file, sent_sha256, len(request.shadows)))
+        checks.append(_check_staged(adapter_file, spec.method, sent_sha256, len(request.shadows)))
         report = verify(_verify_request(request, spec, staging_dir))
         adapter_sha256 = file_sha256(adapter_file)
         # The hash is in the id because a shadow is immutable, and a step that is undone and done again may differ.
@@ -139,8 +148,11 @@ def _check_base(request: AssembleRequest, spec: JobSpec) -> Check:
     return "base model", f"its files have the hash {found[:12]} that every device trained on"
 
 
-def _join(request: AssembleRequest, bulk: ShadowExchange) -> tuple[dict[str, Float32Array], dict[str, str]]:
-    joiner = PartJoiner(request.parameter_names)
+def _join(
+    request: AssembleRequest, derived_names: Sequence[str], bulk: ShadowExchange
+) -> tuple[dict[str, Float32Array], dict[str, str]]:
+    joiner = PartJoiner(derived_names or request.parameter_names)
+    prefix = DERIVED_PREFIX if derived_names else PARAMETER_PREFIX
     for shadow_id, sha256 in sorted(request.shadows.items()):
         try:
             data = bulk.get_shadow(request.job_id, shadow_id, sha256)
@@ -148,7 +160,7 @@ def _join(request: AssembleRequest, bulk: ShadowExchange) -> tuple[dict[str, Flo
             raise ExportError(
                 f"part {shadow_id} of job {request.job_id} cannot be used: {error}; nothing was published"
             ) from error
-        joiner.add(f"part {shadow_id}", read_tensors(data, f"part {shadow_id}", PARAMETER_PREFIX))
+        joiner.add(f"part {shadow_id}", read_tensors(data, f"part {shadow_id}", prefix))
     return joiner.joined()
 
 
@@ -161,8 +173,8 @@ def _tied_copies(spec: JobSpec, tensors: dict[str, Float32Array]) -> dict[str, F
     return {_KEY_PREFIX + family.head: tensors[_KEY_PREFIX + family.embedding[0]]}
 
 
-def _adapter_config(request: AssembleRequest, spec: JobSpec) -> bytes:
-    """adapter_config.json, formatted as peft does."""
+def _adapter_config(request: AssembleRequest, spec: JobSpec) -> dict[str, Any]:
+    """Content of adapter_config.json."""
     try:
         config: dict[str, Any] = dict(json.loads(request.adapter_config_json))
     except (ValueError, TypeError) as error:
@@ -174,7 +186,7 @@ def _adapter_config(request: AssembleRequest, spec: JobSpec) -> bytes:
         config["base_model_name_or_path"] = spec.model.path if hub_id is None else hub_id.repository
         if hub_id is not None:
             config["revision"] = hub_id.revision
-    return json.dumps(config, indent=2, sort_keys=True).encode()
+    return config
 
 
 def _stage(staging_dir: Path, data: bytes, config: bytes) -> None:
@@ -192,9 +204,9 @@ def _stage(staging_dir: Path, data: bytes, config: bytes) -> None:
         ) from error
 
 
-def _check_staged(path: Path, sent_sha256: dict[str, str], num_parts: int) -> Check:
+def _check_staged(path: Path, method: MethodConfig, sent_sha256: dict[str, str], num_parts: int) -> Check:
     """Read the file back and compare every tensor with what its stage sent."""
-    staged = read_tensors(path.read_bytes(), str(path))
+    staged = method.parts_of(read_tensors(path.read_bytes(), str(path)), sent_sha256.keys())
     for name, sha256 in sent_sha256.items():
         found = tensor_sha256(staged[name])
         if found != sha256:

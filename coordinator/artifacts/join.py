@@ -23,6 +23,9 @@ Float32Array = NDArray[np.float32]
 PARAMETER_PREFIX = "param/"
 """Before the global name of a parameter in a shadow; moments have other prefixes."""
 
+DERIVED_PREFIX = "derived/"
+"""Before the name of a tensor that a device computed for the checkpoint."""
+
 _LENGTH_BYTES = 8
 _SHOWN_NAMES = 3
 
@@ -67,7 +70,7 @@ class PartJoiner:
     """Collects parameters part by part; each part's file may be dropped after :meth:`add`."""
 
     def __init__(self, parameter_names: Iterable[str]) -> None:
-        """``parameter_names`` are the global names that the parts must hold together, no more and no fewer."""
+        """``parameter_names`` are the names that the parts must hold together, no more and no fewer."""
         self._expected = frozenset(parameter_names)
         self._tensors: dict[str, Float32Array] = {}
         self._sha256: dict[str, str] = {}

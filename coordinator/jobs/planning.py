@@ -111,7 +111,7 @@ async def make_problem(
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
     generated = 0 if spec.scoring is None else prepared.prompt_tokens + spec.scoring.max_new_tokens
-    longest = max(prepared.row_tokens, generated) + spec.method.prompt_tokens
+    longest = max(prepared.row_tokens, generated) + spec.method.prompt_tokens + spec.method.past_tokens
     if longest > table.max_positions:
         raise ConfigError(
             f"the longest row (or prompt with scoring.max_new_tokens) has {longest} tokens, the model has "
@@ -276,7 +276,7 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         generate_rows=0 if scoring is None else scoring.batch_rows,
         generate_tokens=0
         if scoring is None
-        else spec.method.prompt_tokens + prepared.prompt_tokens + scoring.max_new_tokens,
+        else spec.method.prompt_tokens + spec.method.past_tokens + prepared.prompt_tokens + scoring.max_new_tokens,
         exact_stages=spec.placement.stages,
     )
 

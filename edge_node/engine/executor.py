@@ -20,7 +20,7 @@ from torch import Tensor
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.schedule import Backward, Forward, Receive, Send, forward_actions, train_actions
 from edge_node.engine.shared_gradients import FOLDED, Contributions, fold, plan_groups, reduce_group
-from edge_node.methods.base import AttachedMethod, Role
+from edge_node.methods.base import AttachedMethod, Derives, Role
 from edge_node.methods.dropout import dropout_position
 from edge_node.objectives.base import Objective
 from edge_node.stage.architecture import make_position_ids
@@ -160,6 +160,11 @@ class StageExecutor:
         for parameter in self.method.parameters:
             for _, use in parameter.uses:
                 use.grad = None
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The training state by global name, as shadows hold it, with what the checkpoint has in its place."""
+        derived = self.method.derived() if isinstance(self.method, Derives) else {}
+        return self.optimizer.snapshot() | {f"derived/{name}": value.cpu() for name, value in derived.items()}
 
     def evaluate(self, work: UnitInput) -> float:
         """Sum of losses over the unit's micro-batches; 0 on all stages but the last."""

@@ -156,7 +156,7 @@ class InProcessPipeline:
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """The whole training state by global name, as the stages' shadows hold it together."""
-        parts = self._everywhere(lambda executor: executor.optimizer.snapshot())
+        parts = self._everywhere(lambda executor: executor.snapshot())
         return {name: value for part in parts.values() for name, value in part.items()}
 
     def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:

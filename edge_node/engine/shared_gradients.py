@@ -1,10 +1,10 @@
 """Summing the gradients of parameters that several workers hold, in an order that no partition changes.
 
-Two things make a parameter shared: a tied embedding is used by the first and by the last stage, and a stage with
-replicas splits its micro-batches among them. Floating-point sums depend on their order, so the order is fixed by what
-is summed and never by who holds it: over roles (embedding, then head), and within a role over micro-batches 0, 1, 2,
-... A replica therefore hands over its micro-batches' gradients one by one; a role that one worker runs alone hands
-over its sum, which is the same fold.
+Three things make a parameter shared: a tied embedding is used by the first and by the last stage, what several blocks
+use by all their stages, and a stage with replicas splits its micro-batches among them. Floating-point sums depend on
+their order, so the order is fixed by what is summed and never by who holds it: over roles (embedding, then head; block
+after block), and within a role over micro-batches 0, 1, 2, ... A replica therefore hands over its micro-batches'
+gradients one by one; a role that one worker runs alone hands over its sum, which is the same fold.
 
 The first holder adds up and sends the total to the others: :func:`plan_groups` says who, :func:`reduce_group` does it.
 """
@@ -42,9 +42,12 @@ class Group:
         return zlib.crc32(repr((self.holders, self.names)).encode())
 
 
-def stage_of_role(role: Role, own_stage_index: int, num_stages: int) -> int:
+def stage_of_role(role: Role, own_stage_index: int, stages: Sequence[StageShape]) -> int:
     """The stage that has a parameter's use."""
-    return {"embedding": 0, "head": num_stages - 1}.get(role, own_stage_index)
+    kind, _, block = role.partition(" ")
+    if block:
+        return next(i for i, stage in enumerate(stages) if stage.start_block <= int(block) < stage.end_block)
+    return {"embedding": 0, "head": len(stages) - 1}.get(kind, own_stage_index)
 
 
 def plan_groups(
@@ -53,7 +56,7 @@ def plan_groups(
     """Groups of this worker's shared parameters, and the names of all of them."""
     by_holders: dict[tuple[Peer, ...], list[str]] = {}
     for parameter in parameters:
-        held_by = sorted({stage_of_role(role, me.stage_index, len(stages)) for role in parameter.all_roles})
+        held_by = sorted({stage_of_role(role, me.stage_index, stages) for role in parameter.all_roles})
         holders = tuple(Peer(s, r) for s in held_by for r in range(stages[s].num_replicas))
         if len(holders) > 1:
             by_holders.setdefault(holders, []).append(parameter.name)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-Role = Literal["block", "embedding", "head"]
-"""Part of the model in which a trainable parameter is used."""
+Role = str
+"""Part of the model in which a trainable parameter is used: "embedding", "head", "block" for what one block alone
+has, and :func:`block_role` for each use of what several blocks share."""
+
+
+def block_role(block: int) -> Role:
+    """The role of a use in one block of a parameter that several blocks use.
+
+    Gradients are summed over roles. With a role a block their order is that of the blocks, whatever stages they are on.
+    """
+    return f"block {block}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +26,11 @@ class TrainableParameter:
     """One parameter of the job, which several stages may hold."""
 
     name: str
-    """Global name: exactly the key that peft's save_pretrained writes. A parameter that embedding and head share goes
-    by the embedding's key on every stage."""
+    """Global name: exactly the key that peft's save_pretrained writes, but for tensors that are cut over the stages
+    (``MethodPart.checkpoint_of`` joins them). A parameter that embedding and head share goes by the embedding's key on
+    every stage."""
     uses: tuple[tuple[Role, nn.Parameter], ...]
-    """This stage's fp32 parameters that are this global one, the embedding's before the head's. Two uses on one stage
+    """This stage's fp32 parameters that are this global one, in the order of ``all_roles``. Two uses on one stage
     are two Parameters on one storage, so that each accumulates its own gradient."""
     all_roles: tuple[Role, ...]
     """Roles over all stages of the model, in the same order: who must add up gradients with whom."""
@@ -50,9 +60,19 @@ class AttachedMethod(Protocol):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Copy values into the stage's parameters, in place; names of other stages are ignored.
 
+        ``state`` is what :meth:`state` gave, joined over stages, or a published checkpoint.
+
         Raises:
             ConfigError: a name of this stage is missing, or a tensor has another shape.
         """
 
     def peft_config(self) -> dict[str, Any]:
         """Content of adapter_config.json for the whole model, the same on every stage."""
+
+
+@runtime_checkable
+class Derives(Protocol):
+    """A method whose checkpoint is computed from what it trains, because stock peft stores the result."""
+
+    def derived(self) -> dict[str, Tensor]:
+        """fp32 tensors of this stage's blocks, by the names that ``MethodPart.checkpoint_of`` takes."""

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from edge_node.methods.adapters import attach_adapters
 from edge_node.methods.base import AttachedMethod
 from edge_node.methods.lora import attach_lora
+from edge_node.methods.p_tuning_v2 import attach_p_tuning_v2
+from edge_node.methods.prefix import attach_prefix
 from edge_node.methods.prompt import attach_prompt
 from edge_node.stage.build import Stage
 
@@ -28,5 +30,7 @@ class Attach(Protocol):
 METHODS: Mapping[str, Attach] = {
     "adapters": attach_adapters,
     "lora": attach_lora,
+    "p_tuning_v2": attach_p_tuning_v2,
+    "prefix": attach_prefix,
     "prompt": attach_prompt,
 }

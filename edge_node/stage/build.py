@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ from edge_node.stage.architecture import (
     rebuild_buffers,
 )
 from edge_node.stage.packing import PackedCache, StagePacker
+from edge_node.stage.past import FixedPast, Past, for_rows
 from edge_node.stage.stored_names import StoredNames
 from edge_node.stage.weights import ReadsAhead, TensorSource
 from plutino.errors import ModelError
@@ -130,6 +131,9 @@ class Stage:
         """[outputs, width] in fp32, of a score head that an objective trains; on the last stage only."""
         self.prompt: Tensor | None = None
         """[tokens, D], embeddings that a method puts before each row's; on the first stage only."""
+        self.past: Past | None = None
+        """Keys and values that a method puts before each row's. Inputs do not know of them: positions and masks of
+        :class:`StageInput` are those of the rows' own tokens."""
 
     @property
     def is_first(self) -> bool:
@@ -162,8 +166,14 @@ class Stage:
         return bool(self.config.tie_word_embeddings)
 
     def forward(self, inputs: StageInput) -> Tensor:
-        """Hidden states [B, T, D]: on the last stage after the final norm, before the head."""
+        """Hidden states [B, T, D]: on the last stage after the final norm, before the head.
+
+        Raises:
+            ModelError: packed rows where they cannot be packed.
+        """
         hidden_BTD = self._entry(inputs)
+        if self.past is not None and self.past.num_tokens:
+            inputs = self._behind(self.past, inputs, len(hidden_BTD))
         mask: Tensor | dict[str, Tensor] | None = inputs.attention_mask
         if inputs.segment_ids is not None:
             mask = make_packed_masks(
@@ -200,6 +210,22 @@ class Stage:
     def new_cache(self) -> Cache:
         """An empty KV cache for this stage's blocks."""
         return DynamicCache(config=self.model.config)
+
+    def _behind(self, past: Past, inputs: StageInput, num_rows: int) -> StageInput:
+        """The input with the past before every row, as its cache, in its mask and in its positions."""
+        if inputs.segment_ids is not None:
+            raise ModelError("packed rows have no place for virtual tokens; send one sequence a row")
+        cache = inputs.cache
+        if cache is None:
+            cache = FixedPast(for_rows(past, num_rows, self.dtype))
+        elif not cache.get_seq_length():
+            for index, (keys, values) in enumerate(for_rows(past, num_rows, self.dtype)):
+                cache.update(keys, values, index)
+        mask = inputs.attention_mask
+        if mask is not None:
+            # Before the padding, which positions pass over.
+            mask = torch.cat([mask.new_ones(num_rows, past.num_tokens), mask], dim=1)
+        return replace(inputs, cache=cache, attention_mask=mask, position_ids=inputs.position_ids + past.num_tokens)
 
     def _entry(self, inputs: StageInput) -> Tensor:
         if not self.is_first:
@@ -367,8 +393,11 @@ def _checkpoint_block(block: nn.Module) -> None:
     forward: Callable[..., Any] = block.forward
 
     def forward_with_checkpointing(*args: Any, **kwargs: Any) -> Any:
-        has_cache = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-        if has_cache or not torch.is_grad_enabled():
+        # One that grows would grow a second time.
+        has_growing_cache = any(
+            isinstance(value, Cache) and not isinstance(value, FixedPast) for value in (*args, *kwargs.values())
+        )
+        if has_growing_cache or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         position = current_dropout_position()
 

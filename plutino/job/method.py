@@ -6,12 +6,13 @@ does on a stage stands in ``edge_node/methods``, its sizes in ``partitioner/adap
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from plutino.job.base import SpecPart
+from plutino.key_value_layout import Float32Array, block_name, join_blocks, split_blocks
 
 
 class MethodPart(SpecPart):
@@ -48,6 +49,32 @@ class MethodPart(SpecPart):
     def prompt_tokens(self) -> int:
         """Virtual tokens before each row."""
         return 0
+
+    @property
+    def past_tokens(self) -> int:
+        """Virtual tokens that have keys and values before each row, and no place in it."""
+        return 0
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether training can start from a published checkpoint: it holds what is trained."""
+        return True
+
+    def derived_names(self, adapter_config: Mapping[str, Any]) -> tuple[str, ...]:
+        """What devices compute for the checkpoint, by name; empty: the checkpoint is what is trained.
+
+        Args:
+            adapter_config: content of adapter_config.json.
+        """
+        return ()
+
+    def checkpoint_of(self, parts: Mapping[str, Float32Array]) -> dict[str, Float32Array]:
+        """The checkpoint's tensors of what all stages hold."""
+        return dict(parts)
+
+    def parts_of(self, checkpoint: Mapping[str, Float32Array], parts: Collection[str]) -> dict[str, Float32Array]:
+        """The named parts of a checkpoint; the reverse of :meth:`checkpoint_of`."""
+        return {name: checkpoint[name] for name in parts}
 
     @property
     def text(self) -> str:
@@ -199,5 +226,67 @@ class PromptConfig(MethodPart):
         return PromptConfig(num_virtual_tokens=self.num_virtual_tokens, init="random")
 
 
-MethodConfig = Annotated[LoraConfig | AdaptersConfig | PromptConfig, Field(discriminator="type")]
+class KeyValuesPart(MethodPart):
+    """What deep prompts share: trained keys and values before each row, in every block."""
+
+    size_setting: ClassVar[str] = "num_virtual_tokens"
+
+    num_virtual_tokens: int = Field(20, ge=1, le=4096)
+    init: Literal["random", "zero"] = "random"
+    """Starting values, as in peft: standard normal (of an MLP: torch's own), or zero. Neither is the base model:
+    virtual tokens take their share of attention."""
+
+    @property
+    def past_tokens(self) -> int:
+        """See :class:`MethodPart`."""
+        return self.num_virtual_tokens
+
+    def checkpoint_of(self, parts: Mapping[str, Float32Array]) -> dict[str, Float32Array]:
+        """The one tensor that peft has for all blocks."""
+        return join_blocks(parts)
+
+    def parts_of(self, checkpoint: Mapping[str, Float32Array], parts: Collection[str]) -> dict[str, Float32Array]:
+        """See :class:`MethodPart`."""
+        return split_blocks(checkpoint, len(parts))
+
+
+class PrefixConfig(KeyValuesPart):
+    """Prefix tuning (Li and Liang 2021, arXiv:2101.00190)."""
+
+    type: Literal["prefix"] = "prefix"
+    projection: bool = False
+    """Whether keys and values come out of a trained MLP (the paper's reparametrisation), which is left behind when the
+    adapter is published."""
+    encoder_hidden_size: int = Field(512, ge=1, le=65536)
+    """Inner dimension of that MLP."""
+
+    @property
+    def can_continue(self) -> bool:
+        """Of a projected prefix keys and values are published, and not the MLP."""
+        return not self.projection
+
+    def derived_names(self, adapter_config: Mapping[str, Any]) -> tuple[str, ...]:
+        """See :class:`MethodPart`."""
+        return tuple(map(block_name, range(int(adapter_config["num_layers"])))) if self.projection else ()
+
+    def for_profile(self) -> PrefixConfig:
+        """The same prefix."""
+        return self
+
+
+class PTuningV2Config(KeyValuesPart):
+    """P-tuning v2 (Liu et al. 2021, arXiv:2110.07602)."""
+
+    type: Literal["p_tuning_v2"] = "p_tuning_v2"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on keys and values, drawn once a micro-batch from (seed, step, micro-batch, block)."""
+
+    def for_profile(self) -> PTuningV2Config:
+        """The same prompts."""
+        return self
+
+
+MethodConfig = Annotated[
+    LoraConfig | AdaptersConfig | PromptConfig | PrefixConfig | PTuningV2Config, Field(discriminator="type")
+]
 """Union of all methods' configs, told apart by ``type``."""

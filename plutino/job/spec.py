@@ -73,6 +73,15 @@ class JobSpec(SpecPart):
         return self
 
     @model_validator(mode="after")
+    def _first_adapter_holds_what_is_trained(self) -> JobSpec:
+        if self.training.init_adapter is not None and not self.method.can_continue:
+            raise ValueError(
+                "training.init_adapter: a published prefix holds keys and values, not the MLP they came from; "
+                "set method.projection: false to go on with these, or leave init_adapter out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_has_rows(self) -> JobSpec:
         if self.data.eval is None:
             wants = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig, PromptConfig
+from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig, PrefixConfig, PromptConfig, PTuningV2Config
 
 CONFIGS: dict[str, dict[str, MethodConfig]] = {
     "adapters": {
@@ -11,6 +11,11 @@ CONFIGS: dict[str, dict[str, MethodConfig]] = {
         "blocks": AdaptersConfig(bottleneck=4, activation="silu", layers_to_transform=(1, 3)),
     },
     "lora": {"all_linear": LoraConfig(rank=4)},
+    "p_tuning_v2": {"dropout": PTuningV2Config(num_virtual_tokens=4, dropout=0.2)},
+    "prefix": {
+        "projected": PrefixConfig(num_virtual_tokens=3, projection=True, encoder_hidden_size=7),
+        "plain": PrefixConfig(num_virtual_tokens=5),
+    },
     "prompt": {
         "vocabulary": PromptConfig(num_virtual_tokens=5),
         "text": PromptConfig(num_virtual_tokens=3, init="text", init_text="tag this", init_token_ids=(7, 9)),

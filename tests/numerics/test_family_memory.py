@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_node.methods.lora import attach_lora
+from edge_node.methods.registry import METHODS
 from edge_node.stage.build import Stage, StageInput, build_stage
 from edge_node.stage.random_source import RandomSource
 from partitioner.activations import micro_batch_tokens, saved_block_bytes, shared_bytes, workspace_bytes
 from partitioner.adapter import adapter_params_of
 from partitioner.model import JobShape, ModelTable, describe_model
 from plutino.families import family_of
-from plutino.job.method import LoraConfig
+from plutino.job.method import LoraConfig, MethodConfig
 from tests.numerics.test_planner_formulas import peak_bytes
 from tests.numerics.tiny_families import CONFIGS, make_config
 
@@ -38,9 +38,12 @@ LARGE: dict[str, dict[str, Any]] = {
 """50 to 100 million parameters, for every kind of MLP and of attention."""
 
 
-def make_stage(config: dict[str, Any], end_block: int, dtype: torch.dtype) -> Stage:
+LORA = LoraConfig(rank=4)
+
+
+def make_stage(config: dict[str, Any], end_block: int, dtype: torch.dtype, method: MethodConfig = LORA) -> Stage:
     stage = build_stage(RandomSource(config), 0, end_block, dtype=dtype)
-    attach_lora(stage, LoraConfig(rank=4), seed=0)
+    METHODS[method.type](stage, method, seed=0)
     return stage
 
 
@@ -51,14 +54,14 @@ def describe(config: dict[str, Any]) -> ModelTable:
     )
 
 
-def job_shape(table: ModelTable, dtype: str, row_tokens: int) -> JobShape:
+def job_shape(table: ModelTable, dtype: str, row_tokens: int, method: MethodConfig = LORA) -> JobShape:
     return JobShape(
         dtype=dtype,
         batch_rows=ROWS,
         micro_batch_rows=ROWS,
         row_tokens=row_tokens,
         label_tokens=1,
-        **adapter_params_of(table, LoraConfig(rank=4)).shape_fields,
+        **adapter_params_of(table, method).shape_fields,
     )
 
 
@@ -79,7 +82,8 @@ class Kept:
 
 def kept_bytes(stage: Stage, row_tokens: int) -> int:
     """Bytes of distinct storages that the graph of a forward pass holds, the stage's own parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in stage.model.parameters()}
+    trained = (use for parameter in stage.past.parameters for _, use in parameter.uses) if stage.past else ()
+    own = {parameter.untyped_storage().data_ptr() for parameter in (*stage.model.parameters(), *trained)}
     held = []
 
     def pack(tensor: Tensor) -> Kept:
@@ -94,11 +98,15 @@ def kept_bytes(stage: Stage, row_tokens: int) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in alive if storage.data_ptr() not in own}.values())
 
 
-def kept_ratio(config: dict[str, Any], dtype: str, row_tokens: int) -> float:
-    """Predicted over measured bytes of the second block; the lowest trainable one keeps a little less."""
-    one, two = (kept_bytes(make_stage(config, end, DTYPES[dtype]), row_tokens) for end in (1, 2))
+def kept_ratio(config: dict[str, Any], dtype: str, row_tokens: int, method: MethodConfig = LORA) -> float:
+    """Predicted over measured bytes of a block that is not the lowest trainable one, which keeps a little less.
+
+    A past has no gradient that goes through its lowest block, which leaves what all blocks share to the second.
+    """
+    block = 2 if method.past_tokens else 1
+    fewer, more = (kept_bytes(make_stage(config, end, DTYPES[dtype], method), row_tokens) for end in (block, block + 1))
     table = describe(config)
-    return saved_block_bytes(table, job_shape(table, dtype, row_tokens), 1) / (two - one)
+    return saved_block_bytes(table, job_shape(table, dtype, row_tokens, method), block) / (more - fewer)
 
 
 def peak_ratio(config: dict[str, Any], dtype: str, row_tokens: int) -> float:

@@ -139,7 +139,7 @@ def test_planner_knows_the_trained_parameters_of_every_block(model_dirs, model, 
     with pipeline_of(spec_of(folder, config), stages_of(4)) as pipeline:
         found = {me.stage_index: counted(executor.method) for me, executor in pipeline.executors.items()}
         lowest = min(stage for stage, num in found.items() if num)
-    expected = {stage: block.params for stage, block in enumerate(table.blocks)}
+    expected = {stage: block.params + table.stage_params for stage, block in enumerate(table.blocks)}
     expected[0] += table.first_params
     expected[3] += table.last_params
     assert found == expected
@@ -194,7 +194,7 @@ def export(pipeline, spec, output_dir, probe):
     """What the coordinator does with the stages' shadows, verification included."""
     bulk = MemoryBulk()
     for me, executor in pipeline.executors.items():
-        bulk.files[f"stage{me.stage_index}"] = save(executor.optimizer.snapshot())
+        bulk.files[f"stage{me.stage_index}"] = save(executor.snapshot())
     configs = {json.dumps(e.method.peft_config(), sort_keys=True) for e in pipeline.executors.values()}
     assert len(configs) == 1
     request = AssembleRequest(
