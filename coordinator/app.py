@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import grpc.aio
 
@@ -22,6 +22,7 @@ from coordinator.fleet.registry import FleetRegistry, Patience, WorkerExit
 from coordinator.jobs.manager import Endpoints, JobManager
 from coordinator.scheduling.engine import Engine
 from coordinator.security.addresses import advertised_hosts, beside, dialled_here, with_port_of
+from coordinator.security.placed import PlacedDevices
 from coordinator.security.warden import Warden
 from coordinator.services.agents import AgentServicer
 from coordinator.services.doctor import DoctorServicer
@@ -32,7 +33,7 @@ from coordinator.services.security import SecurityServicer
 from coordinator.services.workers import WorkerServicer
 from coordinator.storage.base import Store
 from coordinator.storage.sqlite import SqliteStore
-from plutino.errors import JobError, SecurityError, StoreError
+from plutino.errors import ConfigError, JobError, SecurityError, StoreError
 from plutino.security.certificates import LIFETIME_S
 from plutino.security.identity import COORDINATOR
 from plutino.security.tokens import DEFAULT_TTL_S
@@ -46,6 +47,9 @@ from protos import (
     security_pb2_grpc,
     workers_pb2_grpc,
 )
+
+if TYPE_CHECKING:
+    from coordinator.scheduling.ray_backend.fleet import RayFleet
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +79,8 @@ class CoordinatorConfig:
     engine: Literal["ray", "local"] = "ray"
     ray_address: str | None = None
     """An existing Ray cluster; None starts an embedded one."""
+    is_fleet_on_ray: bool = False
+    """Place an agent on each node of that cluster, beside the devices that join by themselves."""
     bulk_rate_bytes_per_s: int = 0
     """Cap on weights and shadows together; 0 means none."""
     patience: Patience = field(default_factory=Patience)
@@ -102,10 +108,11 @@ async def run_coordinator(
 
     Raises:
         StoreError: another coordinator runs with this state folder.
-        ConfigError: an address is taken.
+        ConfigError: an address is taken, or options contradict each other.
         SecurityError: an address is beyond loopback.
     """
     _refuse_plaintext_beyond_loopback(config)
+    _refuse_fleet_without_cluster(config)
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if stop is None:
         stop = asyncio.Event()
@@ -201,6 +208,12 @@ async def _serve(
     runners_pb2_grpc.add_RunnerServiceServicer_to_server(RunnerServicer(incarnation, manager.runner_of), people_server)
     await engine.start()
     stack.push_async_callback(engine.close)
+    placing = None
+    if config.is_fleet_on_ray:
+        assert warden is not None, "refused without TLS"
+        placing = _ray_fleet(PlacedDevices(warden, fleet, join_addresses), devices_address)
+        # After the servers and the jobs: a job whose agents end with the coordinator is not to recover from that.
+        stack.push_async_callback(placing.close)
     for server in servers:
         await server.start()
     stack.push_async_callback(_stop_servers, *servers)
@@ -216,6 +229,8 @@ async def _serve(
     ]
     if warden is not None:
         forever.append(asyncio.create_task(warden.renew_forever()))
+    if placing is not None:
+        forever.append(asyncio.create_task(placing.run()))
     stopping = asyncio.create_task(stop.wait())
     done, _ = await asyncio.wait({stopping, *forever}, return_when=asyncio.FIRST_COMPLETED)
     for task in (stopping, *forever):
@@ -231,6 +246,24 @@ def _refuse_plaintext_beyond_loopback(config: CoordinatorConfig) -> None:
                 f"{address} is not a loopback address, and without TLS what listens there is neither encrypted nor "
                 "authenticated; leave --insecure-loopback out, or listen on 127.0.0.1"
             )
+
+
+def _refuse_fleet_without_cluster(config: CoordinatorConfig) -> None:
+    if not config.is_fleet_on_ray:
+        return
+    if config.engine != "ray" or config.ray_address is None:
+        raise ConfigError(
+            "--fleet ray places an agent on each node of a Ray cluster that runs already; say which with "
+            "--ray-address HOST:PORT (or auto), or start agents yourself: plutino node join TOKEN"
+        )
+    if config.is_plaintext:
+        raise ConfigError("--fleet ray lets its agents join with tokens, over TLS; leave --insecure-loopback out")
+
+
+def _ray_fleet(admission: PlacedDevices, devices_address: str) -> RayFleet:
+    from coordinator.scheduling.ray_backend.fleet import RayFleet
+
+    return RayFleet(admission, is_loopback_only=is_loopback(split_address(devices_address)[0]))
 
 
 async def _bind_join(

@@ -70,6 +70,10 @@ def up(
     ray_address: Annotated[
         str | None, typer.Option(help="Join a running Ray cluster instead of starting one; trust all of it.")
     ] = None,
+    fleet: Annotated[
+        Literal["joined", "ray"],
+        typer.Option(help="Devices are those that join; with ray an agent is placed on each node of the cluster, too."),
+    ] = "joined",
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where devices dial.")] = "127.0.0.1:7420",
     api: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where people and programs dial.")] = "127.0.0.1:7421",
     lease: Annotated[
@@ -104,6 +108,7 @@ def up(
         people_address=api,
         engine=engine,
         ray_address=ray_address,
+        is_fleet_on_ray=fleet == "ray",
         patience=Patience(lease_s=lease, settle_s=settle),
         advertised_hosts=tuple(advertise or ()),
         is_plaintext=insecure_loopback,

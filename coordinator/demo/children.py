@@ -42,7 +42,7 @@ class Children:
     """Python processes of this installation; leaving the ``with`` block ends and reaps them all, the last one first.
 
     Where there is nobody left to leave the block, after SIGKILL, they end by themselves: see
-    :mod:`coordinator.demo.leash`.
+    :mod:`coordinator.leash`.
     """
 
     def __init__(self, log_dir: Path) -> None:
@@ -69,7 +69,7 @@ class Children:
         log_path = self._log_dir / f"{name}.log"
         with log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "coordinator.demo.leash", *arguments],
+                [sys.executable, "-m", "coordinator.leash", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -20,12 +20,15 @@ import pytest
 from coordinator.jobs.runner import PreparedData
 from coordinator.scheduling.problem import SchedulingAnswer, SchedulingRound
 from coordinator.scheduling.ray_backend import engine as engine_module
-from coordinator.scheduling.ray_backend.cluster import EmbeddedCluster, JoinedCluster
+from coordinator.scheduling.ray_backend.cluster import OBJECT_STORE_BYTES, EmbeddedCluster, JoinedCluster
 from coordinator.scheduling.ray_backend.engine import RayEngine, RoundLostError
+from coordinator.scheduling.ray_backend.fleet import RayFleet
+from coordinator.scheduling.ray_backend.placement import OVERHEAD_BYTES
 from coordinator.scheduling.ray_backend.reaping import ProcessRecord, is_running, read_record
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.errors import ConfigError, PlutinoError, UnreachableError
 from plutino.job.spec import parse_spec
+from plutino.sizes import MIB
 from plutino.types import JobId
 from plutino.wire.channel import Lane, aio_server, bind
 from protos import runners_pb2 as pb
@@ -41,6 +44,7 @@ pytestmark = [
 
 WAIT_S = 40.0
 INCARNATION = 7
+SECOND_NODE_BYTES = 900 * MIB
 EMPTY_ROUND = SchedulingRound(queue=(), held=(), budgets_bytes={}).model_dump_json()
 REPOSITORY_DIR = Path(__file__).resolve().parents[2]
 
@@ -289,13 +293,82 @@ def test_runner_that_ended_by_itself_starts_again_when_asked(site: Site) -> None
     assert site.run(scenario()).hello.job_id == "job-3"
 
 
+class PaperAdmission:
+    """Tokens that say where a stand-in for an agent reports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: list[str] = []
+        self.dismissed: list[str] = []
+
+    async def token(self, name: str) -> str:
+        self.names.append(name)
+        return str(self.folder / f"{len(self.names)}.json")
+
+    async def dismiss(self, name: str, reason: str) -> None:
+        self.dismissed.append(name)
+
+    def reports(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+
+
+@pytest.fixture
+def second_node(site: Site) -> Iterator[str]:
+    """A small node beside the embedded one; its id."""
+    import ray
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    params = RayParams(
+        gcs_address=ray.get_runtime_context().gcs_address,
+        num_cpus=1,
+        memory=SECOND_NODE_BYTES,
+        node_ip_address="127.0.0.1",
+        object_store_memory=OBJECT_STORE_BYTES,
+        temp_dir=str(record_of(site).session_dir / "r"),
+        include_log_monitor=False,
+        min_worker_port=0,
+        max_worker_port=0,
+    )
+    node = Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
+    try:
+        yield str(node.node_id)
+    finally:
+        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+
+
+def test_ray_fleet_keeps_one_agent_on_each_unequal_node(site: Site, second_node: str, tmp_path: Path) -> None:
+    admission = PaperAdmission(tmp_path)
+    fleet = RayFleet(admission, is_loopback_only=True, module="tests.integration.standin_agent", look_every_s=0.1)
+
+    async def scenario() -> list[dict[str, Any]]:
+        running = asyncio.create_task(fleet.run())
+        await until(lambda: len(admission.reports()) == 2)
+        placed = admission.reports()
+        (victim,) = (report for report in placed if report["--name"].endswith(second_node[:8]))
+        psutil.Process(victim["pid"]).parent().kill()  # the actor; its agent hangs on it
+        await until(lambda: len(admission.reports()) == 3 and not psutil.pid_exists(victim["pid"]))
+        running.cancel()
+        await fleet.close()
+        return placed
+
+    first, second = sorted(site.run(scenario()), key=lambda report: report["--name"].endswith(second_node[:8]))
+
+    assert (first["--threads"], second["--threads"]) == (str(os.cpu_count()), "1")
+    assert second["--memory"] == f"{(SECOND_NODE_BYTES - OVERHEAD_BYTES) // MIB}MiB"
+    assert first["rays_secrets"] == second["rays_secrets"] == []
+    assert admission.names[-1] == admission.dismissed[0] == second["--name"]
+    assert not any(psutil.pid_exists(report["pid"]) for report in admission.reports())
+    assert not any(Path(report["--state-dir"]).parent.exists() for report in admission.reports()[:-1])
+
+
 def test_engine_raylet_killed_starts_a_fresh_ray_with_its_runners(site: Site) -> None:
     old = record_of(site)
 
     async def scenario() -> tuple[RunnerStream, str]:
         site.engine.start_runner(JobId("job-4"))
         await site.next_stream()
-        (raylet,) = (process for process in old.processes if process.name == "raylet")
+        (raylet,) = (process for process in old.processes if process.name == "raylet" and is_running(process))
         os.kill(raylet.pid, signal.SIGKILL)
         stream = await site.next_stream()
         answer = await site.engine.solve(EMPTY_ROUND)

@@ -32,3 +32,26 @@ class RunnerActor:
 
         path = None if identity is None else Path(identity)
         run_job_runner(address, bulk_address, job_id, incarnation, identity=path)
+
+
+class AgentActor:
+    """Keeps an agent on the node where Ray has placed it, as a process of its own. Two of its methods run at a time."""
+
+    def __init__(self) -> None:
+        from coordinator.scheduling.ray_backend.agent_process import AgentProcess
+
+        self._process = AgentProcess()
+
+    def node_id(self) -> str:
+        """Where this is; answers only once Ray has placed the actor."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def run(self, token: str, arguments: list[str], module: str) -> str:
+        """See :meth:`coordinator.scheduling.ray_backend.agent_process.AgentProcess.run`."""
+        return self._process.run(token, arguments, module)
+
+    def end(self) -> None:
+        """See :meth:`coordinator.scheduling.ray_backend.agent_process.AgentProcess.end`."""
+        self._process.end()

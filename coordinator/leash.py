@@ -1,4 +1,4 @@
-"""Runs a Python program that ends when its starter does: ``python -m coordinator.demo.leash -m MODULE ARGUMENT...``.
+"""Runs a Python program that ends when its starter does: ``python -m coordinator.leash -m MODULE ARGUMENT...``.
 
 The starter holds the other end of this process's standard input. However the starter ends, SIGKILL included, the input
 ends with it; the program then gets SIGTERM, which the coordinator and the agents take as the wish to end in good order,
