@@ -30,9 +30,11 @@ from coordinator.services.jobs import JobServicer
 from coordinator.services.join import CertificateServicer, JoinServicer
 from coordinator.services.runners import RunnerServicer
 from coordinator.services.security import SecurityServicer
+from coordinator.services.sweeps import SweepServicer
 from coordinator.services.workers import WorkerServicer
 from coordinator.storage.base import Store
 from coordinator.storage.sqlite import SqliteStore
+from coordinator.sweeps.manager import SweepManager
 from plutino.errors import ConfigError, JobError, SecurityError, StoreError
 from plutino.security.certificates import LIFETIME_S
 from plutino.security.identity import COORDINATOR
@@ -45,6 +47,7 @@ from protos import (
     jobs_pb2_grpc,
     runners_pb2_grpc,
     security_pb2_grpc,
+    sweeps_pb2_grpc,
     workers_pb2_grpc,
 )
 
@@ -201,6 +204,8 @@ async def _serve(
     workers_pb2_grpc.add_WorkerServiceServicer_to_server(
         WorkerServicer(manager.workers_of, manager.owner_of), devices_server
     )
+    sweeps = SweepManager(store, manager)
+    sweeps_pb2_grpc.add_SweepServiceServicer_to_server(SweepServicer(sweeps), people_server)
     members = None if warden is None else warden.members
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet, link_map, members), people_server)
     security = SecurityServicer(warden, join_addresses, lambda node_id, reason: fleet.revoke(AgentId(node_id), reason))
@@ -219,6 +224,8 @@ async def _serve(
     stack.push_async_callback(_stop_servers, *servers)
     stack.push_async_callback(manager.close)
     manager.resume_all()
+    sweeps.resume_all()
+    stack.push_async_callback(sweeps.close)
     await _write_endpoints(config, store, warden, endpoints)
     on_ready(endpoints)
     forever = [

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from coordinator.member_commands import devices_app, token_app
 from coordinator.options import AsJson, StateDir
+from coordinator.sweep_command import sweep
 from plutino.errors import JobError, PlutinoError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(sweep)
 app.add_typer(token_app, name="token")
 app.add_typer(devices_app, name="devices")
 

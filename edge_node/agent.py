@@ -18,9 +18,10 @@ from edge_node.attachment import Attachment
 from edge_node.cache_server import CacheServer
 from edge_node.guard import limit_thread_stacks, read_usage
 from edge_node.joining import Renewal
+from edge_node.pool_reports import worker_id, worker_ref
 from edge_node.reachability import Reachability
 from edge_node.state_dir import StateDir, host_id
-from edge_node.worker_pool import PoolConfig, WorkerPool, worker_id, worker_ref
+from edge_node.worker_pool import PoolConfig, WorkerPool
 from plutino.hardware import WIRE_VERSION
 from plutino.security.identity import PeerName
 from plutino.wire.hardware import hardware_to_proto
@@ -123,9 +124,11 @@ class Agent:
             for task in done:
                 task.result()
         finally:
-            ended.cancel()
-            working.cancel()
-            await asyncio.wait({ended, working})
+            # Once is not enough: before Python 3.12, asyncio.wait_for swallows a cancellation that meets its result.
+            while not (ended.done() and working.done()):
+                ended.cancel()
+                working.cancel()
+                await asyncio.wait({ended, working}, timeout=0.2)
 
     def _is_revoked(self, caller: PeerName) -> bool:
         return caller.name in self._revoked_ids

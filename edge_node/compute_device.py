@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edge_node.guard import keep_heap, limit_data_segment, release_free_memory, resident_bytes
+from edge_node.guard import keep_heap, limit_data_segment, peak_resident_bytes, release_free_memory, resident_bytes
 from edge_node.hardware import describe_cpu, describe_cuda
 from plutino.errors import AgentError, OutOfMemoryError
 from plutino.sizes import format_size
@@ -31,6 +31,10 @@ class ComputeDevice:
     def held_bytes(self) -> int:
         """What this process holds of the memory that the budget bounds."""
         return torch.cuda.memory_reserved(self.torch) if self.is_cuda else resident_bytes()
+
+    def peak_bytes(self) -> int:
+        """The most it ever held of that."""
+        return torch.cuda.max_memory_reserved(self.torch) if self.is_cuda else peak_resident_bytes()
 
     def hold_to(self, budget_bytes: int, *, keeps_heap: bool) -> None:
         """Make an allocation beyond the budget fail, from now on.

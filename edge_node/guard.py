@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import resource
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from plutino.errors import OutOfMemoryError
 from plutino.sizes import KIB, MIB, format_size
+
+logger = logging.getLogger(__name__)
 
 THREAD_STACK_BYTES = 2 * MIB
 """Soft stack limit under which workers start: glibc maps that much for every thread of theirs."""
@@ -57,6 +60,21 @@ def resident_bytes() -> int:
     usage = read_usage(os.getpid())
     assert usage is not None, "the calling process runs"
     return usage.rss_bytes
+
+
+def reset_peak() -> None:
+    """Let this process's peak of resident memory count from now on, where the kernel can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError as error:
+        logger.info("the peak of resident memory goes on from the job before: %s", error.strerror)
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that the calling process had, since :func:`reset_peak` if that was called."""
+    usage = read_usage(os.getpid())
+    assert usage is not None, "the calling process runs"
+    return usage.peak_rss_bytes
 
 
 def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int) -> int:

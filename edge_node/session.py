@@ -29,6 +29,7 @@ from edge_node.sources.opening import drawn_source, open_weights
 from edge_node.sources.shared import Progress, SharedWeights
 from edge_node.stage.build import COMPUTE_DTYPES, Stage, build_stage
 from edge_node.stage.packed_cache import PackedBlobs
+from edge_node.stage.resident import ResidentStage
 from edge_node.stage.verify import part_difference
 from edge_node.transport.base import Peer, UnitCancelledError
 from edge_node.transport.peer import PeerTransport
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 _METADATA_BYTES = 1 << 20
 _PROGRESS_EVERY_S = 0.5
+HELD = "held here"
+"""Place of weights that the worker's job before left loaded."""
 
 
 class WorkerSession:
@@ -57,8 +60,12 @@ class WorkerSession:
         network: DeviceNetwork | None = None,
         weights: WeightsConfig | None = None,
         device: ComputeDevice = CPU,
+        resident: ResidentStage | None = None,
     ) -> None:
+        """``resident`` is a stage that an earlier job left here; one of another key is not used."""
         self._assignment = assignment
+        self._held = resident if resident is not None and resident.key == assignment.stage_key else None
+        self._resident: ResidentStage | None = None
         self._device = device
         self._network = network or DeviceNetwork()
         self._credentials = self._network.credentials()
@@ -127,30 +134,22 @@ class WorkerSession:
             if self._transport is not None:
                 self._transport.close()
 
+    def take_stage(self) -> ResidentStage | None:
+        """After :meth:`run`: the stage as it was loaded, if the job asks to keep it and nothing changed its weights."""
+        resident, self._resident, self._executor = self._resident, None, None
+        if resident is None or not self._assignment.keeps_stage_s or not resident.restore():
+            return None
+        return resident
+
     # ---- loading ----
 
     def _load(self) -> None:
         started_s = time.monotonic()
         assignment = self._assignment
         spec = assignment.spec
-        self._weights = open_weights(
-            assignment, self._weights_config, self._bulk, credentials=self._credentials, on_progress=self._tell_progress
-        )
-        if self._end_reason is not None:
-            self._weights.stop(self._end_reason)
-        drawn = drawn_source(self._weights.manifest, self._device.torch)
-        stage = build_stage(
-            drawn or self._weights,
-            assignment.shape.start_block,
-            assignment.shape.end_block,
-            dtype=COMPUTE_DTYPES[assignment.numerics.dtype],
-            attention=assignment.numerics.attention,
-            checkpointing=assignment.checkpointing,
-            packing=assignment.numerics.packing,
-            device=self._device.torch,
-            cache=None if drawn else PackedBlobs(self._weights_config.cache(), assignment.base_hash),
-            has_lm_head=not spec.objective.has_score_head,
-        )
+        held, self._held = self._held, None
+        stage = self._build_stage() if held is None else held.stage
+        self._resident = held or ResidentStage(stage, assignment.stage_key)
         self._vocab_size = int(stage.config.vocab_size)
         method = attach_method(stage, spec)
         self._transport = self._open_transport(stage, method)
@@ -174,17 +173,38 @@ class WorkerSession:
         self._check_memory()
         self._is_loaded = True
         loaded = pb.StageLoaded(
-            bytes_read=stage.bytes_read,
-            tensors_read=stage.tensors_read,
+            bytes_read=stage.bytes_read if held is None else 0,
+            tensors_read=stage.tensors_read if held is None else 0,
             seconds=time.monotonic() - started_s,
             rss_bytes=self._device.held_bytes(),
             parameter_names=[p.name for p in method.parameters],
             trainable_parameters=sum(p.uses[0][1].numel() for p in method.parameters),
             data_address="" if self._transport is None else self._transport.address,
             adapter_config_json=json.dumps(method.peft_config(), sort_keys=True),
-            bytes_by_place=self._weights.progress.by_place,
+            bytes_by_place={HELD: stage.bytes_read} if self._weights is None else self._weights.progress.by_place,
         )
         self._send(pb.WorkerEvent(loaded=loaded), keep_as="loaded")
+
+    def _build_stage(self) -> Stage:
+        assignment = self._assignment
+        self._weights = open_weights(
+            assignment, self._weights_config, self._bulk, credentials=self._credentials, on_progress=self._tell_progress
+        )
+        if self._end_reason is not None:
+            self._weights.stop(self._end_reason)
+        drawn = drawn_source(self._weights.manifest, self._device.torch)
+        return build_stage(
+            drawn or self._weights,
+            assignment.shape.start_block,
+            assignment.shape.end_block,
+            dtype=COMPUTE_DTYPES[assignment.numerics.dtype],
+            attention=assignment.numerics.attention,
+            checkpointing=assignment.checkpointing,
+            packing=assignment.numerics.packing,
+            device=self._device.torch,
+            cache=None if drawn else PackedBlobs(self._weights_config.cache(), assignment.base_hash),
+            has_lm_head=not assignment.spec.objective.has_score_head,
+        )
 
     def _tell_progress(self, progress: Progress) -> None:
         # From several threads: one event too many does no harm.
@@ -294,6 +314,7 @@ class WorkerSession:
                 commit_s=self._commit_s,
                 sent_bytes=0 if transport is None else transport.usage.sent_bytes,
                 rss_bytes=self._device.held_bytes(),
+                peak_rss_bytes=self._device.peak_bytes(),
             ),
         )
 

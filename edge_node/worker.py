@@ -2,7 +2,8 @@
 
 Its agent starts it before there is a job, because importing torch and transformers takes seconds. It speaks with the
 agent in JSON lines: commands on stdin, answers on a descriptor of their own (libraries print to stdout). When the
-agent ends, stdin ends, and so does the worker.
+agent ends, stdin ends, and so does the worker. Where the job asks for it, the worker says that it is idle instead of
+ending, keeps the stage as it was loaded, and runs the next job of the same stage; its agent bounds how long.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import queue
 import sys
 import threading
 from typing import IO, TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from plutino.versions import installed_versions
 
 if TYPE_CHECKING:
     from edge_node.compute_device import ComputeDevice
+    from edge_node.stage.resident import ResidentStage
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +59,57 @@ def main() -> int:
         events.send(exiting={"reason": f"cannot start: {error}", "out_of_memory": False, "error": "AgentError"})
         raise
     events.send(ready=ready)
-    for line in sys.stdin:
-        command = json.loads(line)
+    commands = _Commands()
+    resident: ResidentStage | None = None
+    while (command := commands.take()) is not None:
         if "profile" in command:
             events.send(profile=_profile(command["profile"], device))
         elif "assign" in command:
             network = DeviceNetwork.from_json(command.get("network", {}))
             weights = WeightsConfig.from_json(command.get("weights", {}))
-            return _run_job(WorkerAssignment.model_validate(command["assign"]), network, weights, device, events)
+            assignment = WorkerAssignment.model_validate(command["assign"])
+            commands.end_process_with_agent()
+            if resident is not None and resident.key != assignment.stage_key:
+                resident = None  # given back before this job's stage is loaded
+            code, resident = _run_job(assignment, network, weights, device, events, resident)
+            if resident is None:
+                return code
         else:
             raise AgentError(f"unknown command from the agent: {sorted(command)}")
     return 0
+
+
+class _Commands:
+    """JSON lines from the agent, read by a thread: while a job runs, their end is the end of the process."""
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._has_ended = False
+        self._ends_process = False
+        threading.Thread(target=self._read, name="agent-watch", daemon=True).start()
+
+    def take(self) -> dict[str, Any] | None:
+        """The next command; None once the agent has ended."""
+        line = self._lines.get()
+        return None if line is None else dict(json.loads(line))
+
+    def end_process_with_agent(self) -> None:
+        """From now on nobody takes commands soon enough: the agent's end ends the process."""
+        with self._lock:
+            self._ends_process = True
+            if self._has_ended:
+                os._exit(0)
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            self._lines.put(line)
+        with self._lock:
+            self._has_ended = True
+            if self._ends_process:
+                logger.info("the agent has ended")
+                os._exit(0)
+        self._lines.put(None)
 
 
 def _prepare(threads: int, device_name: str) -> tuple[ComputeDevice, dict[str, Any]]:
@@ -110,34 +153,38 @@ def _run_job(
     weights: WeightsConfig,
     device: ComputeDevice,
     events: _Events,
-) -> int:
+    resident: ResidentStage | None,
+) -> tuple[int, ResidentStage | None]:
+    """Run a job to its end; gives the exit code, and the stage if the worker shall wait with it for another job."""
     import torch
 
+    from edge_node.guard import reset_peak
     from edge_node.session import WorkerSession
 
-    threading.Thread(target=_end_with_agent, name="agent-watch", daemon=True).start()
     torch.set_num_threads(assignment.threads)
-    device.hold_to(assignment.memory_budget_bytes, keeps_heap=assignment.keeps_heap)
+    reset_peak()
     try:
-        reason = WorkerSession(assignment, network, weights, device).run()
+        device.hold_to(assignment.memory_budget_bytes, keeps_heap=assignment.keeps_heap)
+        session = WorkerSession(assignment, network, weights, device, resident)
+        reason = session.run()
     except PlutinoError as error:
         logger.error("%s", error)
         is_memory = isinstance(error, OutOfMemoryError)
         events.send(exiting={"reason": str(error), "out_of_memory": is_memory, "error": type(error).__name__})
-        return error.exit_code
+        return error.exit_code, None
     except Exception as error:
         logger.exception("the worker failed")
         reason = f"{type(error).__name__}: {error}"
         events.send(exiting={"reason": reason, "out_of_memory": False, "error": type(error).__name__})
-        return 1
-    events.send(exiting={"reason": reason, "out_of_memory": False, "error": ""})
-    return 0
-
-
-def _end_with_agent() -> None:
-    sys.stdin.read()
-    logger.info("the agent has ended")
-    os._exit(0)
+        return 1, None
+    kept = session.take_stage()
+    del session
+    if kept is None:
+        events.send(exiting={"reason": reason, "out_of_memory": False, "error": ""})
+        return 0, None
+    device.release()
+    events.send(idle={"stage_key": kept.key, "keeps_stage_s": assignment.keeps_stage_s, "reason": reason})
+    return 0, kept
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The worker processes of one device: the spare, those that work for jobs, and their memory.
 
 A spare is a worker whose imports are done and which waits for a job. It gives the device's measured baseline, runs
-profiles, and becomes the next job's worker at once. Every change is reported as an :class:`AgentEvent`.
+profiles, and becomes the next job's worker at once. A worker whose job ended well may stay with its stage loaded, for
+the next job of the same stage key; it gives way to whatever else needs memory. Every change is reported as an
+:class:`AgentEvent`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from edge_node.guard import read_usage
 from edge_node.network import DeviceNetwork
+from edge_node.pool_reports import PoolReports, worker_id
 from edge_node.state_dir import StateDir, log_tail, rotate_log
 from edge_node.supervision import (
     NOT_STARTED_EXIT_CODE,
@@ -33,7 +36,7 @@ from edge_node.worker_process import Event, WorkerProcess
 from plutino.errors import AgentError, ConfigError
 from plutino.hardware import Hardware
 from plutino.sizes import format_size
-from plutino.types import JobId, WorkerRef
+from plutino.types import WorkerRef
 from protos import agents_pb2
 
 logger = logging.getLogger(__name__)
@@ -86,12 +89,19 @@ class _Worker:
     ref: WorkerRef | None = None
     """Whom it works for; None while it is a spare."""
     budget_bytes: int = 0
+    held_key: str = ""
+    """Key of the stage that it holds while it waits for the next job of that key."""
+    held_until_s: float = 0.0
     profile_ids: deque[str] = field(default_factory=deque)
     """Requests it has not answered, in the order it got them."""
     exiting: Exiting | None = None
     over_budget: str | None = None
     stop_reason: str | None = None
     end_reason: str | None = None
+
+    @property
+    def is_spare(self) -> bool:
+        return self.ref is None and not self.held_key and not self.is_ending
 
     @property
     def is_ending(self) -> bool:
@@ -112,7 +122,7 @@ class WorkerPool:
         """Nothing is started before :meth:`warm_up`."""
         self._config = config
         self._state_dir = state_dir
-        self._report = report
+        self._reports = PoolReports(report)
         self._clock = clock
         self._workers: dict[_Worker, asyncio.Task[None]] = {}
         self._jobs_run: set[str] = set()
@@ -182,6 +192,8 @@ class WorkerPool:
             await self._wait_for_change(_WATCH_EVERY_S)
             for worker in list(self._workers):
                 self._enforce_budget(worker)
+                if worker.held_key and self._clock() >= worker.held_until_s:
+                    self._begin_stop(worker, "no further job came for the stage that it held")
                 rotate_log(worker.log_path)
             await self._keep_spare()
 
@@ -192,18 +204,19 @@ class WorkerPool:
         """
         worker = self._find(ref)
         if worker is not None and not worker.is_ending:
-            self._report_started(ref, worker)
+            self._reports.started(ref, worker.process.pid)
             return
         try:
-            budget_bytes = self._read_budget(assignment_json)
+            budget_bytes, stage_key = _read_assignment(assignment_json)
             self._refuse_stale(ref)
-            await self._clear_older(ref)
-            self._refuse_too_large(budget_bytes)
-            worker = self._spare() or await self._start_process()
+            holder = self._holder_of(stage_key)
+            await self._clear_for(ref, holder)
+            self._refuse_too_large(budget_bytes, holder)
+            worker = holder or self._spare() or await self._start_process()
         except (ConfigError, AgentError, OSError) as error:
-            self._report_exited(ref, NOT_STARTED_EXIT_CODE, f"not started: {error}", out_of_memory=False)
+            self._reports.exited(ref, NOT_STARTED_EXIT_CODE, f"not started: {error}", out_of_memory=False)
             return
-        worker.ref, worker.budget_bytes = ref, budget_bytes
+        worker.ref, worker.budget_bytes, worker.held_key = ref, budget_bytes, ""
         self._jobs_run.add(ref.job_id)
         self._last_start_s = self._clock()
         worker.process.send(
@@ -213,13 +226,13 @@ class WorkerPool:
                 "weights": self._config.weights.to_json(),
             }
         )
-        self._report_started(ref, worker)
+        self._reports.started(ref, worker.process.pid)
 
     def stop(self, ref: WorkerRef, reason: str) -> None:
         """Begin to end a job's worker; its exit is reported, at once if it is gone already."""
         worker = self._find(ref)
         if worker is None:
-            self._report_exited(ref, 0, "was not running", out_of_memory=False)
+            self._reports.exited(ref, 0, "was not running", out_of_memory=False)
         else:
             self._begin_stop(worker, reason)
 
@@ -227,9 +240,11 @@ class WorkerPool:
         """Let the spare measure; the result or the reason why there is none is reported."""
         try:
             request = json.loads(request_json)
-            spare = self._spare() or await self._start_spare_for_profile()
+            if (spare := self._spare()) is None:
+                await self._end_holders(f"memory is needed to measure {request_id}")
+                spare = await self._start_spare_for_profile()
         except (ValueError, AgentError, OSError) as error:
-            self._report_profile(request_id, error=f"not measured: {error}")
+            self._reports.profile(request_id, error=f"not measured: {error}")
             return
         spare.profile_ids.append(request_id)
         spare.process.send({"profile": request})
@@ -273,9 +288,9 @@ class WorkerPool:
         )
         worker.end_reason = reason
         for request_id in worker.profile_ids:
-            self._report_profile(request_id, error=reason)
+            self._reports.profile(request_id, error=reason)
         if worker.ref is not None:
-            self._report_exited(worker.ref, exit_code, reason, out_of_memory=is_out_of_memory)
+            self._reports.exited(worker.ref, exit_code, reason, out_of_memory=is_out_of_memory)
         elif worker.stop_reason is None:
             self._on_spare_lost(reason)
         self._changed.set()
@@ -302,7 +317,11 @@ class WorkerPool:
             case {"profile": dict(result)} if worker.profile_ids:
                 timings = json.dumps(result["timings"]) if "timings" in result else ""
                 error = "" if timings else str(result["error"])
-                self._report_profile(worker.profile_ids.popleft(), timings_json=timings, error=error)
+                self._reports.profile(worker.profile_ids.popleft(), timings_json=timings, error=error)
+            case {
+                "idle": {"stage_key": str(key), "keeps_stage_s": (int() | float()) as keeps_s, "reason": str(reason)}
+            }:
+                self._hold_stage(worker, key, float(keeps_s), reason)
             case {"exiting": dict(said)}:
                 worker.exiting = Exiting(
                     reason=str(said["reason"]),
@@ -311,6 +330,14 @@ class WorkerPool:
                 )
             case _:
                 raise ValueError(f"unexpected event {str(event)[:200]}")
+
+    def _hold_stage(self, worker: _Worker, key: str, keeps_s: float, reason: str) -> None:
+        if worker.ref is None or worker.is_ending:
+            return  # it was told to end meanwhile, and its exit is reported then
+        ref, worker.ref = worker.ref, None
+        worker.held_key, worker.held_until_s = key, self._clock() + keeps_s
+        self._reports.exited(ref, 0, f"{reason}; it holds its stage for {keeps_s:.0f} s", out_of_memory=False)
+        self._changed.set()
 
     def _on_spare_lost(self, reason: str) -> None:
         self._spare_failures += 1
@@ -340,7 +367,7 @@ class WorkerPool:
     # Private: memory.
 
     def _budgets_bytes(self) -> list[int]:
-        return [worker.budget_bytes for worker in self._workers if worker.ref is not None]
+        return [worker.budget_bytes for worker in self._workers if worker.ref is not None or worker.held_key]
 
     def _enforce_budget(self, worker: _Worker) -> None:
         if self._config.device != "cpu":
@@ -348,40 +375,41 @@ class WorkerPool:
         usage = read_usage(worker.process.pid)
         if usage is None or worker.over_budget is not None:
             return
-        if worker.ref is None:
+        if worker.ref is None and not worker.held_key:
             budget_bytes = self._config.memory_budget_bytes - sum(self._budgets_bytes())
             who = "the spare worker"
         else:
-            budget_bytes, who = worker.budget_bytes, str(worker.ref)
+            budget_bytes, who = worker.budget_bytes, str(worker.ref or "a worker that holds its stage")
         worker.over_budget = over_budget(usage.rss_bytes, budget_bytes, who)
         if worker.over_budget is not None:
             logger.warning("killed: %s", worker.over_budget)
             worker.process.kill()
-
-    def _read_budget(self, assignment_json: str) -> int:
-        try:
-            budget_bytes = json.loads(assignment_json)["memory_budget_bytes"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"the assignment is malformed ({error!r}); use the same version on all sides") from error
-        if not isinstance(budget_bytes, int):
-            raise ConfigError(f"the assignment's memory budget {budget_bytes!r} is not a number of bytes")
-        return budget_bytes
 
     def _refuse_stale(self, ref: WorkerRef) -> None:
         newest = max((known.plan_epoch for known in self.running() if known.job_id == ref.job_id), default=0)
         if newest > ref.plan_epoch:
             raise AgentError(f"{ref} belongs to an older plan; plan epoch {newest} of the job runs here")
 
-    def _refuse_too_large(self, budget_bytes: int) -> None:
-        reason = refusal(budget_bytes, self._budgets_bytes(), self._config.memory_budget_bytes)
+    def _refuse_too_large(self, budget_bytes: int, holder: _Worker | None) -> None:
+        running = self._budgets_bytes()
+        if holder is not None:
+            running.remove(holder.budget_bytes)
+        reason = refusal(budget_bytes, running, self._config.memory_budget_bytes)
         if reason is not None:
             raise AgentError(reason)
 
-    async def _clear_older(self, ref: WorkerRef) -> None:
-        """End what the job left of older plan epochs, and wait for all that is ending: its memory may be needed."""
+    async def _clear_for(self, ref: WorkerRef, holder: _Worker | None) -> None:
+        """End what the job left of older plan epochs and all held stages but the one that it takes."""
         for worker in list(self._workers):
             if worker.ref is not None and worker.ref.job_id == ref.job_id and worker.ref.plan_epoch < ref.plan_epoch:
                 self._begin_stop(worker, f"plan epoch {ref.plan_epoch} replaces it")
+        await self._end_holders(f"{ref} needs memory", but=holder)
+
+    async def _end_holders(self, reason: str, *, but: _Worker | None = None) -> None:
+        """End workers that wait with a stage, and wait for all that is ending: its memory may be needed."""
+        for worker in list(self._workers):
+            if worker.held_key and worker is not but:
+                self._begin_stop(worker, reason)
         ending = {following for worker, following in self._workers.items() if worker.is_ending}
         if ending:
             _, pending = await asyncio.wait(ending, timeout=self._config.stop_grace_s + _REAP_S)
@@ -394,7 +422,11 @@ class WorkerPool:
         return next((worker for worker in self._workers if worker.ref == ref), None)
 
     def _spare(self) -> _Worker | None:
-        return next((worker for worker in self._workers if worker.ref is None and not worker.is_ending), None)
+        return next((worker for worker in self._workers if worker.is_spare), None)
+
+    def _holder_of(self, stage_key: str) -> _Worker | None:
+        holders = (worker for worker in self._workers if worker.held_key == stage_key and not worker.is_ending)
+        return next(holders, None) if stage_key else None
 
     def _spare_is_due(self, settle_s: float) -> bool:
         return spare_is_due(
@@ -422,31 +454,18 @@ class WorkerPool:
             )
         return await self._start_process()
 
-    # Private: reports.
 
-    def _report_started(self, ref: WorkerRef, worker: _Worker) -> None:
-        started = agents_pb2.WorkerStarted(worker=worker_id(ref), pid=worker.process.pid)
-        self._report(agents_pb2.AgentEvent(worker_started=started))
+def _read_assignment(assignment_json: str) -> tuple[int, str]:
+    """An assignment's memory budget and the key of its stage; all else is the worker's business.
 
-    def _report_exited(self, ref: WorkerRef, exit_code: int, reason: str, *, out_of_memory: bool) -> None:
-        logger.info("%s ended with exit code %d: %s", ref, exit_code, reason)
-        exited = agents_pb2.WorkerExited(
-            worker=worker_id(ref), exit_code=exit_code, reason=reason, out_of_memory=out_of_memory
-        )
-        self._report(agents_pb2.AgentEvent(worker_exited=exited))
-
-    def _report_profile(self, request_id: str, *, timings_json: str = "", error: str = "") -> None:
-        result = agents_pb2.ProfileResult(request_id=request_id, timings_json=timings_json, error=error)
-        self._report(agents_pb2.AgentEvent(profile_result=result))
-
-
-def worker_id(ref: WorkerRef) -> agents_pb2.WorkerId:
-    """A worker's name on the wire."""
-    return agents_pb2.WorkerId(
-        job_id=ref.job_id, plan_epoch=ref.plan_epoch, stage_index=ref.stage_index, replica_index=ref.replica_index
-    )
-
-
-def worker_ref(message: agents_pb2.WorkerId) -> WorkerRef:
-    """A worker's name from the wire."""
-    return WorkerRef(JobId(message.job_id), message.plan_epoch, message.stage_index, message.replica_index)
+    Raises:
+        ConfigError: it is malformed.
+    """
+    try:
+        assignment = json.loads(assignment_json)
+        budget_bytes, stage_key = assignment["memory_budget_bytes"], assignment.get("stage_key", "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the assignment is malformed ({error!r}); use the same version on all sides") from error
+    if not isinstance(budget_bytes, int):
+        raise ConfigError(f"the assignment's memory budget {budget_bytes!r} is not a number of bytes")
+    return budget_bytes, str(stage_key)

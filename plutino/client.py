@@ -31,6 +31,7 @@ from plutino.events import JobEvent, parse_event
 from plutino.job.spec import JobSpec
 from plutino.members import Members
 from plutino.security.tls import Credentials
+from plutino.sweep_client import Sweeps
 from plutino.types import JobId
 from plutino.wire.channel import Lane, RenewedChannel
 from plutino.wire.status import error_from_rpc
@@ -136,6 +137,11 @@ class Client:
     def members(self) -> Members:
         """Join tokens, revocations and their audit."""
         return Members(self._channel.current, self._call)
+
+    @property
+    def sweeps(self) -> Sweeps:
+        """Jobs that are compared with each other."""
+        return Sweeps(self._channel.current, self._call)
 
     def __enter__(self) -> Client:
         return self

@@ -97,6 +97,7 @@ PART_BY_PATH = {
     "integration/test_pac": PAC,
     # Methods beside LoRA; objectives beside supervised tuning.
     "numerics/test_methods": METHODS,
+    "unit/sweeps/": METHODS,
     "integration/test_methods": METHODS,
     "numerics/test_objectives": OBJECTIVES,
     "unit/objectives/": OBJECTIVES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.artifacts.shadows import ShadowStore
@@ -16,6 +17,7 @@ from coordinator.jobs.recovery import Shadow, durable_steps
 from coordinator.jobs.runner_link import RunnerLink
 from coordinator.jobs.state import Transition, transition
 from coordinator.jobs.worker_link import JobWorkers
+from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.scheduler import Reservation
 from coordinator.storage.base import Change, Store
 from partitioner.plan import Plan
@@ -25,6 +27,18 @@ from plutino.job.spec import JobSpec
 from plutino.types import AgentId, JobId, Unit, UnitKind, WorkerRef
 
 _SERIALS_AT_ONCE = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class TrialTerms:
+    """What trials of one sweep that need the same stages share in the coordinator's process."""
+
+    specs: tuple[JobSpec, ...]
+    """Of all these trials: one plan must hold each of them."""
+    keeps_stage_s: float
+    problem: PlanningProblem | None = None
+    """What the first of them was planned from; None before, and after a restart."""
+    plan: Plan | None = None
 
 
 class JobContext:
@@ -42,6 +56,7 @@ class JobContext:
         coordinator_address: str,
         bulk_address: str,
         on_events: Callable[[JobId], None],
+        trial: TrialTerms | None = None,
     ) -> None:
         self.record = record
         self.spec = JobSpec.model_validate_json(record.spec_json)
@@ -53,6 +68,8 @@ class JobContext:
         self.coordinator_address = coordinator_address
         self.bulk_address = bulk_address
         self._on_events = on_events
+        self.trial = trial
+        """What the job shares with the other trials of its sweep; None: it is no trial."""
         self._serials: list[int] = []
         self._plan: tuple[str, Plan] | None = None
         self.slowest_upload_s: float | None = None
@@ -65,6 +82,11 @@ class JobContext:
     def job_id(self) -> JobId:
         """The job's id."""
         return self.record.job_id
+
+    @property
+    def keeps_stage_s(self) -> float:
+        """How long workers wait with their stages for another job after this one."""
+        return 0.0 if self.trial is None else self.trial.keeps_stage_s
 
     @property
     def job_dir(self) -> Path:

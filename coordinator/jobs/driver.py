@@ -241,7 +241,11 @@ class JobDriver:
     async def _problem(self, prepared: PreparedData) -> PlanningProblem:
         context = self.context
         is_fixed = context.record.numerics_json is not None and context.spec.placement.numerics == "fixed"
-        return await make_problem(
+        trial = context.trial if context.record.plan_epoch == 1 else None
+        if trial is not None and trial.problem is not None:
+            # The other trials' devices, seconds and plan: the queue looks whether they still fit.
+            return trial.problem.model_copy(update={"job_id": context.job_id, "known_plan": trial.plan})
+        problem = await make_problem(
             context.job_id,
             context.spec,
             prepared,
@@ -251,7 +255,11 @@ class JobDriver:
             excluded=context.excluded_devices,
             is_started=context.record.plan_epoch > 1,
             links=self._link_map,
+            together_with=() if trial is None else trial.specs,
         )
+        if trial is not None:
+            trial.problem = problem
+        return problem
 
     async def _carry_out(self, verdict: Verdict, problem: PlanningProblem, search_s: float) -> bool:
         context = self.context
@@ -270,6 +278,8 @@ class JobDriver:
             numerics = make_numerics(verdict.plan, family_of(problem.table.family), context.fleet.devices)
             numerics_json = numerics.model_dump_json()
         plan_json = verdict.plan.model_dump_json()
+        if context.trial is not None:
+            context.trial.plan = verdict.plan
         await context.apply(
             events.Planned(plan_json=plan_json, numerics_json=numerics_json),
             reservations=[
@@ -360,7 +370,12 @@ class JobDriver:
 
     async def _end(self) -> None:
         context = self.context
-        await stop_workers(context, before_epoch=context.record.plan_epoch + 1, reason=f"job {context.record.state}")
+        await stop_workers(
+            context,
+            before_epoch=context.record.plan_epoch + 1,
+            reason=f"job {context.record.state.value}",
+            keep_stages=bool(context.keeps_stage_s) and context.record.state is JobState.SUCCEEDED,
+        )
         await asyncio.wrap_future(context.store.release(context.job_id))
         context.runner.finish()
         self._stop_runner(context.job_id)

@@ -114,9 +114,9 @@ class TrainingDone(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported(Event):
-    """The adapter is verified and published."""
+    """The adapter is verified and published, or the job is done without one."""
 
-    adapter_dir: str
+    adapter_dir: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

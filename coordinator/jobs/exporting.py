@@ -34,7 +34,7 @@ _RELOAD_SHARE = 0.5
 
 
 async def export(context: JobContext, prepared: PreparedData, *, default_dir: Path) -> job_events.Exported:
-    """Publish the adapter, whole and verified.
+    """Publish the adapter, whole and verified, if the job wants one; without, only the state is chosen and scored.
 
     Raises:
         ExportError: a check failed; nothing was published.
@@ -42,6 +42,8 @@ async def export(context: JobContext, prepared: PreparedData, *, default_dir: Pa
     step = await _choose_state(context)
     if context.spec.scoring is not None:
         await score_once(context, prepared, "after")
+    if not context.spec.output.publish:
+        return job_events.Exported(adapter_dir=None)
     batch = await probe_batch(context, prepared)
     loss_sum, label_tokens = await evaluation_loss(
         context, num_rows=min(PROBE_ROWS, prepared.num_train), from_training=True
@@ -78,7 +80,7 @@ async def _choose_state(context: JobContext) -> int:
     """Let the workers hold the state that is published, durable; gives its step."""
     last, best = context.record.next_step, context.record.best_step
     if not context.spec.training.keep_best or best is None or best == last:
-        if last not in context.durable():
+        if context.spec.output.publish and last not in context.durable():
             context.workers.tell(pb.WorkerCommand(take_shadow=pb.TakeShadow(step=last)), key="take_shadow")
             await context.workers.wait(lambda: last in context.durable())
             context.workers.forget("take_shadow")

@@ -17,7 +17,7 @@ from coordinator.crash_points import crash_point
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Change, DeviceState
 from coordinator.fleet.registry import FleetRegistry, WorkerExit
-from coordinator.jobs.context import JobContext, state_event
+from coordinator.jobs.context import JobContext, TrialTerms, state_event
 from coordinator.jobs.driver import JobDriver
 from coordinator.jobs.interrupts import CancelWish, Interrupt, PauseWish, ResumeWish
 from coordinator.jobs.planning import Profiler, make_problem, read_model
@@ -114,8 +114,8 @@ class JobManager:
 
     # ---- what people ask ----
 
-    async def submit(self, spec: JobSpec, *, idempotency_key: str) -> JobRecord:
-        """Store a job and begin to drive it.
+    async def submit(self, spec: JobSpec, *, idempotency_key: str, trial: TrialTerms | None = None) -> JobRecord:
+        """Store a job and begin to drive it; ``trial`` is what it shares with others of its sweep.
 
         Raises:
             ModelError: the base model cannot be used.
@@ -141,8 +141,20 @@ class JobManager:
         )
         crash_point("job_stored")
         if stored.job_id == record.job_id:
-            self._drive(stored)
+            self._drive(stored, trial)
         return stored
+
+    async def ended(self, job_id: JobId) -> JobRecord:
+        """Wait until a job has ended, and its devices and runner are free; gives its record.
+
+        Raises:
+            UnknownJobError: no job has this id.
+        """
+        self._store.job(job_id)
+        while (task := self._tasks.get(job_id)) is not None:
+            await asyncio.wait({task})
+            await asyncio.sleep(0)  # its own callbacks take it out
+        return self._store.job(job_id)
 
     async def plan(self, spec: JobSpec) -> tuple[PlanningProblem, Plan]:
         """The plan that a job would get now if it were alone, and what it was made from; reserves nothing.
@@ -298,9 +310,9 @@ class JobManager:
 
     # ---- inside ----
 
-    def _drive(self, record: JobRecord) -> None:
+    def _drive(self, record: JobRecord, trial: TrialTerms | None = None) -> None:
         job_id = record.job_id
-        context = self._context(record)
+        context = self._context(record, trial)
         driver = JobDriver(
             context,
             queue=self.queue,
@@ -319,7 +331,7 @@ class JobManager:
             for agent_id, name in zip(stage.agent_ids, stage.device_names, strict=True):
                 self._fleet.expect(AgentId(agent_id), name)
 
-    def _context(self, record: JobRecord) -> JobContext:
+    def _context(self, record: JobRecord, trial: TrialTerms | None) -> JobContext:
         job_id = record.job_id
 
         def on_shadow(ref: WorkerRef, stored: pb.ShadowStored) -> None:
@@ -340,6 +352,7 @@ class JobManager:
             coordinator_address=self._endpoints.devices_address,
             bulk_address=self._endpoints.bulk_address,
             on_events=self._wake_watchers,
+            trial=trial,
         )
 
     async def _run_driver(self, driver: JobDriver) -> None:

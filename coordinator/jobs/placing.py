@@ -17,7 +17,7 @@ from coordinator.weights.hub_models import fetch_weights, origin_of
 from coordinator.weights.model_files import offer_model
 from plutino.errors import AgentError, AgentLostError, JobError
 from plutino.events import Notice, WorkerLoaded, WorkerLoading
-from plutino.job.assignment import DeviceCache, RestorePoint, StageShape, WorkerAssignment
+from plutino.job.assignment import DeviceCache, RestorePoint, StageShape, WorkerAssignment, stage_key
 from plutino.job.spec import JobSpec
 from plutino.manifest import Manifest
 from plutino.sizes import format_size
@@ -26,6 +26,8 @@ from protos import workers_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
+KEEP_TIMEOUT_S = 3.0
+"""A worker that shall keep its stage has so long to say that it does, before it is ended after all."""
 STOP_TIMEOUT_S = 4.0
 """An agent ends a worker within 2 s, by force if it must; the job's end waits this long for its word."""
 LOAD_STALLED_S = 600.0
@@ -129,8 +131,11 @@ def _progress_events(context: JobContext, told: dict[WorkerRef, int]) -> list[Wo
     return events
 
 
-async def stop_workers(context: JobContext, *, before_epoch: int, reason: str) -> None:
-    """No worker of the job with a plan epoch below this runs; waits within a bound for the devices' word."""
+async def stop_workers(context: JobContext, *, before_epoch: int, reason: str, keep_stages: bool = False) -> None:
+    """No worker of the job with a plan epoch below this runs; waits within a bound for the devices' word.
+
+    With ``keep_stages`` the workers may stay, with their stages loaded and without this job.
+    """
     context.workers.tell(pb.WorkerCommand(finish=pb.Finish(reason=reason)))
     context.workers.expect(())
 
@@ -143,16 +148,23 @@ async def stop_workers(context: JobContext, *, before_epoch: int, reason: str) -
                     found.append((device.agent_id, ref))
         return found
 
+    async def is_over(within_s: float) -> bool:
+        async def wait_until_stopped() -> None:
+            while running():
+                await asyncio.sleep(0.02)
+
+        try:
+            await asyncio.wait_for(wait_until_stopped(), within_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    # They were told to finish; ended by force, a worker would take its stage with it.
+    if keep_stages and await is_over(KEEP_TIMEOUT_S):
+        return
     for agent_id, ref in running():
         context.fleet.stop_worker(agent_id, ref, reason)
-
-    async def wait_until_stopped() -> None:
-        while running():
-            await asyncio.sleep(0.02)
-
-    try:
-        await asyncio.wait_for(wait_until_stopped(), STOP_TIMEOUT_S)
-    except asyncio.TimeoutError:
+    if not await is_over(STOP_TIMEOUT_S):
         logger.warning("%s: devices still report %s", context.job_id, running())
 
 
@@ -258,6 +270,14 @@ def _assignments(
             coordinator_address=context.coordinator_address,
             bulk_address=context.bulk_address,
             restore=restore,
+            stage_key=stage_key(
+                manifest.base_hash,
+                shapes[ref.stage_index],
+                context.numerics,
+                checkpointing=plan.stages[ref.stage_index].checkpointing,
+                has_lm_head=not spec.objective.has_score_head,
+            ),
+            keeps_stage_s=context.keeps_stage_s,
             caches=tuple(cache for cache in caches if cache.agent_id != agent_id),
         )
         for ref, agent_id in context.refs().items()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
 
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Device
@@ -102,8 +104,11 @@ async def make_problem(
     excluded: dict[AgentId, str],
     is_started: bool,
     links: LinkMap | None = None,
+    together_with: Sequence[JobSpec] = (),
 ) -> PlanningProblem:
     """Gather everything that decides a job's plan; ``links`` None assumes all of them.
+
+    With ``together_with``, jobs that differ in their method alone, the plan will hold whichever of them needs most.
 
     Raises:
         InfeasiblePlanError: no device may take part, or the job does not fit those that may.
@@ -111,7 +116,8 @@ async def make_problem(
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
     generated = 0 if spec.scoring is None else prepared.prompt_tokens + spec.scoring.max_new_tokens
-    longest = max(prepared.row_tokens, generated) + spec.method.prompt_tokens + spec.method.past_tokens
+    virtual_tokens = max(one.method.prompt_tokens + one.method.past_tokens for one in (spec, *together_with))
+    longest = max(prepared.row_tokens, generated) + virtual_tokens
     if longest > table.max_positions:
         raise ConfigError(
             f"the longest row (or prompt with scoring.max_new_tokens) has {longest} tokens, the model has "
@@ -126,6 +132,8 @@ async def make_problem(
     rows = measured_rows(spec, numerics)
     is_micro_batch_free = numerics is None and spec.training.micro_batch_size is None
     shape = shape_for(spec, prepared, table, dtype, rows)
+    for other in together_with:
+        shape = larger_shape(shape, shape_for(other, prepared, table, dtype, rows))
     offers = [_unmeasured(device) for device in devices]
     packing, packing_why = packing_for(spec, table, shape, offers, numerics, is_micro_batch_free=is_micro_batch_free)
     is_on_cards = all(device.hardware.kind != "cpu" for device in devices)
@@ -279,6 +287,24 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         else spec.method.prompt_tokens + spec.method.past_tokens + prepared.prompt_tokens + scoring.max_new_tokens,
         exact_stages=spec.placement.stages,
     )
+
+
+def larger_shape(one: JobShape, other: JobShape) -> JobShape:
+    """A shape that asks as much as either of two jobs on the same rows whose methods differ."""
+    fields = {name: _larger(getattr(one, name), getattr(other, name)) for name in JobShape.model_fields}
+    return one.model_copy(update=fields)
+
+
+def _larger(one: Any, other: Any) -> Any:
+    """The larger of two numbers, of two numbers a block, or all of two sets of names; else the first."""
+    if isinstance(one, int) and isinstance(other, int):
+        return max(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        if all(isinstance(name, str) for name in (*one, *other)):
+            return tuple(sorted({*one, *other}))
+        empty: Any = () if any(isinstance(value, tuple) for value in (*one, *other)) else 0
+        return tuple(_larger(*pair) for pair in zip_longest(one, other, fillvalue=empty))
+    return one
 
 
 async def _profile(

@@ -54,6 +54,8 @@ class PlanningProblem(PlanValue):
     """Codecs that the planner may choose from, the lossless one first; empty: the shape's."""
     num_train_rows: int = 0
     """Rows of an epoch."""
+    known_plan: Plan | None = None
+    """A plan for this very problem; taken where its devices still have the memory, so that nothing is searched."""
     allow_replicas: bool = False
     """A stage may run on several devices; workers do not do that over the wire yet."""
 
@@ -63,7 +65,10 @@ class PlanningProblem(PlanValue):
         Raises:
             InfeasiblePlanError: none fits.
         """
-        plan = self._search(self.devices if devices is None else devices)
+        usable = self.devices if devices is None else devices
+        if self.known_plan is not None and _holds(self.known_plan, usable):
+            return self.known_plan
+        plan = self._search(usable)
         return plan.model_copy(
             update={
                 "unused_devices": (*plan.unused_devices, *self.left_out),
@@ -85,6 +90,14 @@ class PlanningProblem(PlanValue):
             codecs=self.codecs,
             allow_replicas=self.allow_replicas,
         )
+
+
+def _holds(plan: Plan, devices: Sequence[DeviceProfile]) -> bool:
+    free_bytes = {device.agent_id: device.available_bytes for device in devices}
+    for stage in plan.stages:
+        for replica in stage.replicas:
+            free_bytes[replica.agent_id] = free_bytes.get(replica.agent_id, 0) - replica.peak_bytes
+    return min(free_bytes.values(), default=-1) >= 0
 
 
 class HeldMemory(PlanValue):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from pydantic import BaseModel, ConfigDict
 
 from plutino.job.numerics import NumericsRecord
@@ -69,6 +72,10 @@ class WorkerAssignment(_Part):
     coordinator_address: str
     bulk_address: str
     restore: RestorePoint | None = None
+    stage_key: str = ""
+    """What the loaded stage will be, see :func:`stage_key`."""
+    keeps_stage_s: float = 0.0
+    """After a good end the stage stays loaded for so many seconds, for the next job of the same stage key."""
     caches: tuple[DeviceCache, ...] = ()
     """Of the other devices of the plan."""
 
@@ -91,3 +98,20 @@ class WorkerAssignment(_Part):
     def is_last(self) -> bool:
         """Whether the stage computes the loss."""
         return self.stage_index == len(self.stages) - 1
+
+
+def stage_key(
+    base_hash: str, shape: StageShape, numerics: NumericsRecord, *, checkpointing: bool, has_lm_head: bool
+) -> str:
+    """Hash of all that decides what a worker has loaded before a method is attached: equal keys, equal bits."""
+    values = {
+        "base": base_hash,
+        "blocks": [shape.start_block, shape.end_block],
+        "dtype": numerics.dtype,
+        "attention": numerics.attention,
+        "packing": numerics.packing.model_dump(mode="json"),
+        "versions": dict(numerics.versions),
+        "checkpointing": checkpointing,
+        "has_lm_head": has_lm_head,
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -48,6 +48,9 @@ def main() -> None:
                     said = {"reason": "2 of 3 tensors missing", "out_of_memory": False, "error": "ModelError"}
                     events.write(json.dumps({"exiting": said}) + "\n")
                     sys.exit(3)
+                case {"assign": {"act": "hold", "stage_key": key, "keeps_stage_s": seconds}}:
+                    idle = {"stage_key": key, "keeps_stage_s": seconds, "reason": "the job succeeded"}
+                    events.write(json.dumps({"idle": idle}) + "\n")
                 case {"assign": {"act": "eat", "bytes": count}}:
                     held.append(b"x" * count)
                 case {"assign": {"act": "ignore-sigterm"}}:

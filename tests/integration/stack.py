@@ -30,6 +30,7 @@ from edge_node.cache_server import CacheServer
 from edge_node.joining import Membership
 from edge_node.network import DeviceNetwork
 from edge_node.session import WorkerSession
+from edge_node.stage.resident import ResidentStage
 from edge_node.weights_config import WeightsConfig
 from partitioner.device import BlockTimings
 from plutino.hardware import WIRE_VERSION, Hardware
@@ -193,6 +194,8 @@ class ThreadAgent:
         self._hardware = hardware
         self.sessions: dict[WorkerRef, WorkerSession] = {}
         self.assignments: list[WorkerAssignment] = []
+        self.residents: dict[tuple[int, str], ResidentStage] = {}
+        """Stages that workers have left loaded, by stage index and key."""
         self._worker_threads: list[threading.Thread] = []
         self._exited: list[agents_pb2.AgentEvent] = []
         self._lock = threading.Lock()
@@ -309,7 +312,8 @@ class ThreadAgent:
         if ref in self.sessions:
             return
         self.assignments.append(assignment)
-        session = WorkerSession(assignment, self._network, weights=self._weights)
+        resident = self.residents.pop((assignment.stage_index, assignment.stage_key), None)
+        session = WorkerSession(assignment, self._network, weights=self._weights, resident=resident)
         self.sessions[ref] = session
         self._send(agents_pb2.AgentEvent(worker_started=agents_pb2.WorkerStarted(worker=worker_to_proto(ref), pid=1)))
         thread = threading.Thread(target=self._work, args=(ref, session, assignment.threads), name=str(ref))
@@ -320,6 +324,8 @@ class ThreadAgent:
         torch.set_num_threads(threads)
         try:
             reason, code = session.run(), 0
+            if (kept := session.take_stage()) is not None:
+                self.residents[ref.stage_index, kept.key] = kept
         except Exception as error:
             reason, code = f"{type(error).__name__}: {error}", 1
         self._report(ref, code, reason, False)

@@ -513,3 +513,52 @@ run_agent(AgentConfig(coordinator_address=sys.argv[1], name="n", pool=pool), Sta
             pass
 
     run(test())
+
+
+HELD = {"act": "hold", "stage_key": "blocks 0-3", "keeps_stage_s": 60.0}
+
+
+def test_agent_gives_the_next_job_of_a_held_stage_to_the_worker_that_holds_it(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        async with attached(coordinator, tmp_path):
+            coordinator.start_worker(**HELD)
+            first = await coordinator.event("worker_started")
+            exited = await coordinator.event("worker_exited")
+            # With both budgets the device would be over its own: the holder's must not count twice.
+            coordinator.start_worker(stage=1, budget_bytes=350 * MIB, **HELD)
+            second = await coordinator.event("worker_started", stage=1)
+
+        assert (exited.exit_code, exited.worker) == (0, worker(0)) and "holds its stage for 60 s" in exited.reason
+        assert second.pid == first.pid
+
+    run(test())
+
+
+def test_agent_ends_a_held_stage_whose_memory_another_job_needs(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        async with attached(coordinator, tmp_path):
+            coordinator.start_worker(**HELD)
+            first = await coordinator.event("worker_started")
+            await coordinator.event("worker_exited")
+            coordinator.start_worker(stage=1, budget_bytes=350 * MIB, stage_key="blocks 3-6")
+            second = await coordinator.event("worker_started", stage=1)
+            assert not psutil.pid_exists(first.pid)
+
+        assert second.pid != first.pid
+
+    run(test())
+
+
+def test_agent_ends_a_held_stage_when_its_time_is_over(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        async with attached(coordinator, tmp_path):
+            coordinator.start_worker(**{**HELD, "keeps_stage_s": 0.0})
+            first = await coordinator.event("worker_started")
+            await coordinator.event("worker_exited")
+            while psutil.pid_exists(first.pid):  # within the bound of run()
+                await asyncio.sleep(0.02)
+
+    run(test())

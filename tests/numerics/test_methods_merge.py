@@ -71,7 +71,10 @@ def bases(model_dirs, tmp_path_factory):
     return {(name, torch.float32): path for name, path in model_dirs.items()} | {("llama", torch.bfloat16): folder}
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("dora in bf16", "tied, nothing saved", "dora on conv1d", "dora", "bf16")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def test_merged_weights_are_those_of_pefts_merge_to_the_bit_and_load_as_a_plain_model(case, bases, tmp_path):
     name, dtype, settings = CASES[case]
     base_dir = bases[name, dtype]
