@@ -76,11 +76,15 @@ def _measure_block(source: RandomSource, request: ProfileRequest, device: Comput
     middle = _adapted_stage(source, 1, request, device)
     rows, tokens = request.micro_batch_rows, request.row_tokens
     shape = (rows, tokens, int(middle.config.hidden_size))
-    hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=device.torch).requires_grad_(True)
+    hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=device.torch)
+    side = None
+    if middle.side is not None:
+        side = torch.randn(rows, tokens, middle.side.layout.side_width, device=device.torch)
+    trained = (hidden if side is None else side).requires_grad_(True)
     position_ids = torch.arange(tokens, device=device.torch).expand(rows, tokens)
-    inputs = StageInput(position_ids=position_ids, hidden=hidden)
-    gradient = torch.ones_like(hidden)
-    return _fastest_passes_s(device, lambda: middle.forward(inputs), lambda output: output.backward(gradient))
+    inputs = StageInput(position_ids=position_ids, hidden=hidden, side=side)
+    gradient = torch.ones_like(trained)
+    return _fastest_passes_s(device, lambda: middle.run(inputs).trained, lambda output: output.backward(gradient))
 
 
 def _measure_head(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:

@@ -226,9 +226,9 @@ class WorkerSession:
         assignment = self._assignment
         if len(assignment.stages) == 1 and assignment.shape.num_replicas == 1:
             return None
-        hidden_size, vocab_size = int(stage.config.hidden_size), int(stage.config.vocab_size)
+        width, vocab_size = stage.boundary_width, int(stage.config.vocab_size)
         # Hidden states with their metadata, or the gradient of a shared embedding.
-        largest_bytes = 4 * hidden_size * max(self._max_rows() * self._max_tokens(), vocab_size)
+        largest_bytes = 4 * width * max(self._max_rows() * self._max_tokens(), vocab_size)
         # What all blocks use has a gradient for each block.
         shared = (p.uses[0][1].numel() * len(p.all_roles) for p in method.parameters if len(p.all_roles) > 1)
         largest_bytes = max(largest_bytes, 4 * sum(shared)) + _METADATA_BYTES

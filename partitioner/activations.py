@@ -51,6 +51,8 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     """
     if block < shape.first_trainable_block:
         return 0
+    if shape.side_reduction:
+        return _side_block_bytes(table, shape, block) if shape.adapter_params[block] else 0
     seen_tokens = shape.row_tokens + shape.past_tokens
     saved_bytes = micro_batch_tokens(shape) * block_token_bytes(table, shape, block, seen_tokens)
     family = family_of(table.family)
@@ -78,6 +80,53 @@ def _past_bytes(table: ModelTable, shape: JobShape, family: Family) -> int:
         # Queries stay a view of the fused projection's output; keys and values are copies behind the past.
         kept_bytes += 2 * shape.dtype_bytes * table.hidden_size * micro_batch_tokens(shape)
     return kept_bytes
+
+
+def _side_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
+    """What a side block keeps, and what it reads of the backbone; the backbone's block itself keeps nothing."""
+    narrow, side_shape = narrow_table(table, shape.side_reduction), _side_shape(shape)
+    width, side_width = table.hidden_size, narrow.hidden_size
+    family = family_of(table.family)
+    # The block's output, which the projection multiplies; the state that is mixed with it, and both factors.
+    token_bytes = shape.dtype_bytes * width + 3 * _FP32_BYTES * side_width
+    if block == shape.first_trainable_block:
+        token_bytes += shape.dtype_bytes * width + _FP32_BYTES * side_width
+    if family.norm == "rms":
+        # A trained norm keeps what its weight multiplies.
+        token_bytes += _FP32_BYTES * family.num_norms * side_width
+        if family.qk_norm != "none":
+            token_bytes += _FP32_BYTES * (narrow.num_heads + narrow.num_kv_heads) * narrow.head_dim
+    cast_bytes = 2 * shape.dtype_bytes * width * side_width if shape.dtype_bytes < _FP32_BYTES else 0
+    return micro_batch_tokens(shape) * token_bytes + cast_bytes + saved_block_bytes(narrow, side_shape, block)
+
+
+def narrow_table(table: ModelTable, reduction: int) -> ModelTable:
+    """The model with all widths divided, as a side network's blocks have them."""
+    return table.model_copy(
+        update={
+            "hidden_size": table.hidden_size // reduction,
+            "intermediate_size": table.intermediate_size // reduction,
+            "head_dim": table.head_dim // reduction,
+            "block_linears": tuple(
+                tuple(
+                    LinearShape(
+                        name=linear.name,
+                        in_features=linear.in_features // reduction,
+                        out_features=linear.out_features // reduction,
+                    )
+                    for linear in linears
+                )
+                for linears in table.block_linears
+            ),
+        }
+    )
+
+
+def _side_shape(shape: JobShape) -> JobShape:
+    """The job as a side block sees it: in fp32, and every linear layer keeps its input as an adapted one does."""
+    return shape.model_copy(
+        update={"dtype": "fp32", "side_reduction": 0, "adapted_linears": (), "adapter_cast_params": ()}
+    )
 
 
 def block_token_bytes(table: ModelTable, shape: JobShape, block: int, row_tokens: int) -> int:
@@ -137,8 +186,9 @@ def _mlp_token_bytes(table: ModelTable, family: Family, compute_bytes: int, bloc
 
 
 def boundary_bytes(table: ModelTable, shape: JobShape) -> int:
-    """Bytes of the hidden states of one micro-batch in the compute dtype."""
-    return micro_batch_tokens(shape) * table.hidden_size * shape.dtype_bytes
+    """Bytes of the hidden states of one micro-batch in the compute dtype, with the side state where there is one."""
+    side_bytes = _FP32_BYTES * (table.hidden_size // shape.side_reduction) if shape.side_reduction else 0
+    return micro_batch_tokens(shape) * (table.hidden_size * shape.dtype_bytes + side_bytes)
 
 
 def shared_bytes(table: ModelTable, shape: JobShape) -> int:
@@ -160,6 +210,10 @@ def head_bytes(table: ModelTable, shape: JobShape) -> int:
     Log-softmax, its incoming and its outgoing gradient stand side by side in fp32; logits exist for label tokens only.
     """
     norm_bytes = micro_batch_tokens(shape) * _FP32_BYTES * (table.hidden_size + 1)
+    if shape.side_reduction:
+        # The side state's norm and its part of the hidden states, before and after they are added.
+        side_width = table.hidden_size // shape.side_reduction
+        norm_bytes += micro_batch_tokens(shape) * _FP32_BYTES * (4 * side_width + 2 * table.hidden_size)
     logit_bytes = shape.label_tokens * table.vocab_size * 3 * _FP32_BYTES
     if family_of(table.family).has_soft_caps:
         logit_bytes += shape.label_tokens * table.vocab_size * shape.dtype_bytes

@@ -20,10 +20,12 @@ from plutino.job.method import (
     KeyValuesPart,
     LoraConfig,
     MethodConfig,
+    ParallelAdaptersConfig,
     PrefixConfig,
     PromptConfig,
     PTuningV2Config,
 )
+from plutino.side_layout import check_reduction, chosen_blocks
 
 
 class BlockAdapter(PlanValue):
@@ -56,6 +58,8 @@ class AdapterTable(PlanValue):
     use_dora: bool = False
     size_setting: str
     """The setting that all of them grow with."""
+    side_reduction: int = 0
+    """See :attr:`partitioner.model.JobShape.side_reduction`."""
 
     @property
     def num_params(self) -> int:
@@ -77,6 +81,7 @@ class AdapterTable(PlanValue):
             "stage_trainable_params": self.stage_params,
             "use_dora": self.use_dora,
             "size_setting": self.size_setting,
+            "side_reduction": self.side_reduction,
         }
 
 
@@ -141,6 +146,35 @@ def _adapters(table: ModelTable, method: AdaptersConfig) -> AdapterTable:
     )
 
 
+def _parallel_adapters(table: ModelTable, method: ParallelAdaptersConfig) -> AdapterTable:
+    """Side blocks have 1 / k^2 of a block's matrices and 1 / k of its vectors, k = ``reduction``.
+
+    Beside each stand a projection D -> D / k with bias and a gate, below the first one another projection, behind the
+    last one the final norm and the projection to what the head reads.
+    """
+    reduction, hidden = method.reduction, table.hidden_size
+    sizes = {"hidden": hidden, "head_dim": table.head_dim, "inner": table.intermediate_size}
+    check_reduction(family_of(table.family), reduction, sizes)
+    chosen = chosen_blocks(method.blocks, table.num_blocks)
+    projection = hidden // reduction * (hidden + 1)
+    blocks = []
+    for index in range(table.num_blocks):
+        matrices = sum(linear.in_features * linear.out_features for linear in table.block_linears[index])
+        side_block = matrices // reduction**2 + (table.block_params[index] - matrices) // reduction
+        params = side_block + projection + 1 + (projection if index == chosen[0] else 0)
+        blocks.append(BlockAdapter(params=params if index in chosen else 0, rank_sum=0, linears=()))
+    out_width = table.head_params // table.vocab_size
+    # Where the head reads another width, what stands before it is a projection and no norm.
+    norm_params = table.final_params // reduction if out_width == hidden else 0
+    return AdapterTable(
+        blocks=tuple(blocks),
+        first_params=0,
+        last_params=norm_params + out_width * (hidden // reduction + 1),
+        size_setting=method.size_setting,
+        side_reduction=reduction,
+    )
+
+
 def _prompt(table: ModelTable, method: PromptConfig) -> AdapterTable:
     """One embedding a virtual token (Lester et al. 2021, arXiv:2104.08691); the first stage holds them."""
     nothing = BlockAdapter(params=0, rank_sum=0, linears=())
@@ -194,6 +228,7 @@ _SIZES: Mapping[str, Callable[[ModelTable, Any], AdapterTable]] = {
     "lora": _lora,
     "p_tuning_v2": _p_tuning_v2,
     "prefix": _prefix,
+    "parallel_adapters": _parallel_adapters,
     "prompt": _prompt,
 }
 

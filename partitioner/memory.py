@@ -273,6 +273,8 @@ class MemoryModel:
         rows = f"{place.in_flight} micro-batches of {shape.micro_batch_rows} x {shape.row_tokens} tokens in flight"
         if not self._keeps_activations(start, end, place):
             rows = "a stage without backward pass keeps nothing"
+        elif shape.side_reduction:
+            rows += ": what the side network reads and keeps"
         elif checkpointing:
             rows += ": the blocks' inputs, and all of one block while it is recomputed"
         weights, ends = self._weights, {"is_first": place.is_first, "is_last": place.is_last}
@@ -320,7 +322,8 @@ class MemoryModel:
     def _activations(self, start_block: Ints, end_block: Ints, place: Place, checkpointing: bool) -> Ints:
         # Incoming and outgoing hidden states are held by the executor; on the wire they come and go with gradients.
         fixed_bytes = 2 * self._boundary_bytes + self._shared_bytes
-        if checkpointing:
+        # A side network is not recomputed, and the blocks beside it keep nothing.
+        if checkpointing and not self._shape.side_reduction:
             num_kept = self._num_kept(start_block, end_block)
             kept_bytes = place.in_flight * (fixed_bytes + num_kept * self._boundary_bytes)
         else:
@@ -342,6 +345,8 @@ class MemoryModel:
         if not shape.generate_rows:
             return np.zeros((), dtype=np.int64)
         kv_token_bytes = 2 * table.num_kv_heads * table.head_dim * shape.dtype_bytes
+        if shape.side_reduction:
+            kv_token_bytes += 2 * table.num_kv_heads * table.head_dim // shape.side_reduction * _FP32_BYTES
         # As many groups of rows as stages are in flight; a cache grows by copying one block's part of one group.
         group_rows = -(-shape.generate_rows // place.num_stages)
         tokens, group_tokens = shape.generate_rows * shape.generate_tokens, group_rows * shape.generate_tokens

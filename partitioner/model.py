@@ -108,6 +108,9 @@ class JobShape(PlanValue):
     use_dora: bool = False
     size_setting: str = "rank"
     """The method's setting that all of its sizes grow with."""
+    side_reduction: int = 0
+    """A side network of the blocks' own kind, this much narrower, is trained beside the blocks, which keep nothing for
+    a backward pass then; 0: there is none."""
     has_dropout: bool = False
     checkpointing: Literal["auto", "on", "off"] = "auto"
     codec: Literal["raw", "bf16"] = "raw"
@@ -213,6 +216,16 @@ def key_value_shape(config: Mapping[str, Any], family: Family) -> tuple[int, int
     """
     sizes = _Sizes(config, family)
     return sizes.get("cached_heads", sizes["kv_heads"]), sizes["head_dim"]
+
+
+def model_sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
+    """Blocks, hidden, head_dim and inner of a model, by these names.
+
+    Raises:
+        ModelError: config.json gives no such size.
+    """
+    sizes = _Sizes(config, family)
+    return {name: sizes[name] for name in ("blocks", "hidden", "head_dim", "inner")}
 
 
 class _Sizes:

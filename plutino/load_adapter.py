@@ -1,6 +1,7 @@
 """Bottleneck adapters: their layout on disk, their arithmetic, and :func:`load_adapter` for whoever uses one.
 
-peft has no such adapters. The layout follows its habits: ``adapter_config.json`` names the adapted layers in full
+:func:`load_adapter` loads side networks too, see :mod:`plutino.side_network`. peft has no such adapters. The layout of
+bottleneck adapters follows its habits: ``adapter_config.json`` names the adapted layers in full
 (:class:`BottleneckLayout`), ``adapter_model.safetensors`` holds, in fp32, for each of them
 
     base_model.model.<layer>.adapter_down.weight  [bottleneck, width]     .bias  [bottleneck]
@@ -15,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plutino.errors import ConfigError
+from plutino.side_layout import SIDE_TYPE
+
+if TYPE_CHECKING:
+    from plutino.side_loader import LoadedSideNetwork
 
 ADAPTER_TYPE = "PLUTINO_BOTTLENECK"
 """What stands in adapter_config.json where peft's adapters name their ``peft_type``."""
@@ -152,9 +157,31 @@ class LoadedAdapter:
                 bottleneck.is_enabled = True
 
 
-def is_bottleneck_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of this layout rather than one of peft's."""
-    return bool(json.loads((folder / "adapter_config.json").read_bytes()).get("peft_type") == ADAPTER_TYPE)
+def has_own_layout(folder: Path) -> bool:
+    """Whether a folder holds an adapter that :func:`load_adapter` loads rather than one of peft's."""
+    return _type_in(folder) in (ADAPTER_TYPE, SIDE_TYPE)
+
+
+def _type_in(folder: Path) -> object:
+    try:
+        return json.loads((folder / "adapter_config.json").read_bytes()).get("peft_type")
+    except OSError as error:
+        raise ConfigError(f"cannot read {folder / 'adapter_config.json'}: {error.strerror}") from error
+
+
+def expected_shapes(model: nn.Module, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor that an adapter's folder must hold, with its shape; the model needs no weights.
+
+    Raises:
+        ConfigError: the folder holds something else, or the adapter belongs to another model.
+    """
+    if _type_in(folder) == SIDE_TYPE:
+        from plutino.side_loader import expected_side_shapes
+
+        return expected_side_shapes(model, folder)
+    layout = read_layout(folder)
+    layout.check_model(model)
+    return layout.shapes()
 
 
 def read_layout(folder: Path) -> BottleneckLayout:
@@ -174,8 +201,8 @@ def read_layout(folder: Path) -> BottleneckLayout:
         ) from error
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> LoadedAdapter:
-    """Put a published bottleneck adapter on its base model, in place.
+def load_adapter(model: nn.Module, folder: str | Path) -> LoadedAdapter | LoadedSideNetwork:
+    """Put a published bottleneck adapter on its base model, or a side network beside it, in place.
 
     Args:
         model: the base model, as transformers loads it; in any dtype, on one device.
@@ -185,6 +212,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoadedAdapter:
         ConfigError: the folder holds something else, or the model lacks a layer that it adapts.
     """
     folder = Path(folder)
+    if _type_in(folder) == SIDE_TYPE:
+        # Heavy: transformers is needed for side networks alone.
+        from plutino.side_loader import load_side_network
+
+        return load_side_network(model, folder)
     layout = read_layout(folder)
     layout.check_model(model)
     modules = dict(model.named_modules())

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coordinator.artifacts.verify_process import Check, Probe, ProbeRows, VerifyReport, VerifyRequest
 from plutino.errors import ExportError, PlutinoError
-from plutino.load_adapter import is_bottleneck_adapter, load_adapter, read_layout
+from plutino.load_adapter import expected_shapes, has_own_layout, load_adapter
 from plutino.safetensors_index import read_safetensors_headers
 from plutino.sizes import format_size
 
@@ -100,10 +100,9 @@ def check_tensors(base_dir: Path, adapter_dir: Path) -> Check:
     found = _kinds_in_file(adapter_dir / "adapter_model.safetensors")
     num_parameters = sum(math.prod(shape) for shape, _ in found.values())
     same = f"expects the same {len(found)} tensors with the same shapes and dtypes, {num_parameters} parameters"
-    if is_bottleneck_adapter(adapter_dir):
-        layout = read_layout(adapter_dir)
-        layout.check_model(base)
-        _require_equal_kinds({name: (shape, "F32") for name, shape in layout.shapes().items()}, found, "load_adapter")
+    if has_own_layout(adapter_dir):
+        expected_own = {name: (shape, "F32") for name, shape in expected_shapes(base, adapter_dir).items()}
+        _require_equal_kinds(expected_own, found, "load_adapter")
         return "layout", f"plutino.load_adapter, on the base without its weights, {same}"
     adapter_config = peft.PeftConfig.from_pretrained(str(adapter_dir))
     # It may name the model on the hub that lies in the folder; peft would look there for the vocabulary's size.
@@ -165,7 +164,7 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
 
 def _with_adapter(base: Any, adapter_dir: Path) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:
     """The base with the adapter, as its users load it, and what switches the adapter off for a while."""
-    if is_bottleneck_adapter(adapter_dir):
+    if has_own_layout(adapter_dir):
         return base.eval(), load_adapter(base, adapter_dir).disable_adapter
     model = peft.PeftModel.from_pretrained(base, str(adapter_dir)).eval()
     return model, model.disable_adapter

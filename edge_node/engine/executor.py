@@ -72,11 +72,12 @@ class StepOutcome:
 class _InFlight:
     """A micro-batch between its forward and its backward pass."""
 
-    hidden_in_BTD: Tensor | None
-    output: Tensor | None
-    """Hidden states for the next stage, or the scaled loss on the last."""
-    metadata: dict[str, Tensor]
-    """What travels with the hidden states: lengths, position_ids, segment_ids."""
+    trained_in: Tensor | None
+    """What came from below and wants a gradient back: hidden states, or the side state where a side network runs."""
+    trained_out: Tensor | None
+    """What the next stage sends a gradient for, or the scaled loss on the last."""
+    message: dict[str, Tensor]
+    """For the next stage: hidden states, and what travels with them (lengths, position_ids, segment_ids)."""
 
 
 class StageExecutor:
@@ -240,9 +241,7 @@ class StageExecutor:
                     times.compute_s += time.perf_counter() - started_s
                 case Send(m, MessageKind.FORWARD | MessageKind.REFERENCE as kind, peer):
                     flight = in_flight[m] if runs_backward else in_flight.pop(m)
-                    assert flight.output is not None
-                    tensors = {"hidden": flight.output.detach(), **flight.metadata}
-                    self.transport.send(peer, MessageKey(kind, work.unit, m), tensors, codec=self.codec)
+                    self.transport.send(peer, MessageKey(kind, work.unit, m), flight.message, codec=self.codec)
                     times.send_s += time.perf_counter() - started_s
                 case Backward(m):
                     with self._position(work, m, is_training=is_training):
@@ -273,34 +272,36 @@ class StageExecutor:
             inputs, metadata = first_stage_input(self.stage, rows, self.method.num_prompt_tokens)
         else:
             metadata = received
-            hidden_BTD = metadata.pop("hidden")
+            hidden_BTD, side_BTR = metadata.pop("hidden"), metadata.pop("side", None)
             if torch.is_grad_enabled() and self.me.stage_index > self._first_trainable_stage:
-                hidden_BTD.requires_grad_(True)
-            inputs = later_stage_input(hidden_BTD, metadata)
-        output_BTD = self.stage.forward(inputs)
+                (hidden_BTD if side_BTR is None else side_BTR).requires_grad_(True)
+            inputs = later_stage_input(hidden_BTD, metadata, side_BTR)
+        output = self.stage.run(inputs)
+        trained_in = inputs.hidden if inputs.side is None else inputs.side
         if not self.stage.is_last:
-            return _InFlight(inputs.hidden, output_BTD, metadata), 0.0
+            return _InFlight(trained_in, output.trained, output.tensors | metadata), 0.0
         assert rows is not None, "the last stage reads labels"
         # Labels are counted over the rows' own tokens.
-        own_BTD = output_BTD[:, self.method.num_prompt_tokens :]
+        own_BTD = output.hidden[:, self.method.num_prompt_tokens :]
         if is_reference:
             self._references[m] = self._objective.reference(self.stage, own_BTD, rows)
             return _InFlight(None, None, {}), 0.0
         loss = self._objective.loss(self.stage, own_BTD, rows, work.loss_weight, self._references.pop(m, None))
         if loss.values_BK is not None and not torch.is_grad_enabled():
             self._row_values[m] = loss.values_BK.cpu()
-        return _InFlight(inputs.hidden, loss.scaled, metadata), loss.sum
+        return _InFlight(trained_in, loss.scaled, {}), loss.sum
 
     def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> Tensor | None:
-        """Back-propagate one micro-batch; gives the gradient of its incoming hidden states, if a stage wants it."""
-        if flight.output is not None and flight.output.requires_grad:
-            gradient = None if received is None else received["gradient"].to(flight.output.device)
-            torch.autograd.backward(flight.output, gradient)
-        hidden_BTD = flight.hidden_in_BTD
-        if hidden_BTD is None or not hidden_BTD.requires_grad:
+        """Back-propagate one micro-batch; gives the gradient of what came in, if a stage wants it."""
+        output = flight.trained_out
+        if output is not None and output.requires_grad:
+            gradient = None if received is None else received["gradient"].to(output.device)
+            torch.autograd.backward(output, gradient)
+        trained_in = flight.trained_in
+        if trained_in is None or not trained_in.requires_grad:
             return None
         # A micro-batch without label tokens has no gradient; the stages below still wait for one.
-        return torch.zeros_like(hidden_BTD) if hidden_BTD.grad is None else hidden_BTD.grad
+        return torch.zeros_like(trained_in) if trained_in.grad is None else trained_in.grad
 
     def _take_gradients(self, m: int) -> None:
         """Move .grad of every use into the step's contributions, separately only where replicas will need it."""
@@ -376,11 +377,12 @@ def first_stage_input(
     return inputs, metadata if segment_ids_BT is None else {**metadata, "segment_ids": segment_ids_BT}
 
 
-def later_stage_input(hidden_BTD: Tensor, metadata: dict[str, Tensor]) -> StageInput:
+def later_stage_input(hidden_BTD: Tensor, metadata: dict[str, Tensor], side_BTR: Tensor | None = None) -> StageInput:
     """Input of a stage that gets hidden states of a right-padded micro-batch from a peer."""
     return StageInput(
         position_ids=metadata["position_ids"],
         hidden=hidden_BTD,
+        side=side_BTR,
         attention_mask=padding_mask(metadata["lengths"], hidden_BTD.shape[1], side="right"),
         segment_ids=metadata.get("segment_ids"),
     )

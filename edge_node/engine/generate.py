@@ -114,14 +114,14 @@ class _Generation:
             if self._next is not None and self._next != self._last_peer:
                 self._send_forward(g, position, {"done": torch.ones(1, dtype=torch.uint8)})
             return
-        hidden_BTD = self._stage.forward(inputs)
+        output = self._stage.run(inputs)
         if self._next is not None:
-            tensors = {"hidden": hidden_BTD, "position_ids": inputs.position_ids}
+            tensors = {**output.tensors, "position_ids": inputs.position_ids}
             if position == 0:
                 tensors["mask"] = self._groups[g].attention_mask_BS.to(torch.uint8)
             self._send_forward(g, position, tensors)
             return
-        self._sample(g, position, self._stage.head(hidden_BTD[:, -1]).float().cpu())
+        self._sample(g, position, self._stage.head(output.hidden[:, -1]).float().cpu())
 
     def _input(self, g: int, position: int) -> StageInput | None:
         if self._stage.is_first:
@@ -134,7 +134,7 @@ class _Generation:
             self._groups[g] = _Group(received["mask"].long(), self._stage.new_cache())
         else:
             self._grow(g)
-        return self._stage_input(g, received["position_ids"], hidden=received["hidden"])
+        return self._stage_input(g, received["position_ids"], hidden=received["hidden"], side=received.get("side"))
 
     def _first_input(self, g: int, position: int) -> StageInput | None:
         if position == 0:
@@ -174,6 +174,7 @@ class _Generation:
         *,
         input_ids: Tensor | None = None,
         hidden: Tensor | None = None,
+        side: Tensor | None = None,
         num_prompt_tokens: int = 0,
     ) -> StageInput:
         group = self._groups[g]
@@ -181,6 +182,7 @@ class _Generation:
             position_ids=position_ids,
             input_ids=input_ids,
             hidden=hidden,
+            side=side,
             attention_mask=group.attention_mask_BS,
             num_prompt_tokens=num_prompt_tokens,
             cache=group.cache,

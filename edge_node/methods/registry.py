@@ -9,6 +9,7 @@ from edge_node.methods.adapters import attach_adapters
 from edge_node.methods.base import AttachedMethod
 from edge_node.methods.lora import attach_lora
 from edge_node.methods.p_tuning_v2 import attach_p_tuning_v2
+from edge_node.methods.parallel_adapters import attach_parallel_adapters
 from edge_node.methods.prefix import attach_prefix
 from edge_node.methods.prompt import attach_prompt
 from edge_node.stage.build import Stage
@@ -32,5 +33,6 @@ METHODS: Mapping[str, Attach] = {
     "lora": attach_lora,
     "p_tuning_v2": attach_p_tuning_v2,
     "prefix": attach_prefix,
+    "parallel_adapters": attach_parallel_adapters,
     "prompt": attach_prompt,
 }

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
+from plutino.side_network import AddsNothing
 
 # Shape suffixes: B rows, T tokens of this pass, S tokens seen so far with this pass, D hidden size.
 
@@ -130,18 +131,6 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
         left = [key for key in computed if bool(module.get_buffer(key).isnan().any())]
         if left:
             raise ModelError(f"cannot compute the buffers {', '.join(left)} of {name}; this family needs own code")
-
-
-class AddsNothing(nn.Module):
-    """Stands where ``forward`` adds position embeddings that the first stage has added already.
-
-    Its output is negative zero, the one number whose sum with any other leaves every bit as it was: 0.0 would turn
-    -0.0 into 0.0.
-    """
-
-    def forward(self, *_: object, **__: object) -> Tensor:
-        """Give a scalar, which takes part in no dtype promotion."""
-        return torch.tensor(-0.0)
 
 
 def make_position_ids(

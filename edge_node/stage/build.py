@@ -34,6 +34,7 @@ from edge_node.stage.weights import ReadsAhead, TensorSource
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
 from plutino.job.model import PLAIN, Packing
+from plutino.side_network import BackboneTap, SideNetwork
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes of weights and computation, by their names in job specs."""
@@ -52,6 +53,8 @@ class StageInput:
     """int64 [B, T] on the first stage, None on the others."""
     hidden: Tensor | None = None
     """[B, T, D], the previous stage's output; None on the first stage."""
+    side: Tensor | None = None
+    """fp32 [B, T, R], the previous stage's side state; None where no side network runs below."""
     attention_mask: Tensor | None = None
     """[B, tokens seen so far with this pass]: 1 for tokens, 0 for padding. None: no padding."""
     segment_ids: Tensor | None = None
@@ -60,6 +63,27 @@ class StageInput:
     """Virtual tokens that come before the rows' own in this pass: counted in the other fields' T, but for input_ids."""
     cache: Cache | None = None
     """KV cache of this stage, extended in place; None in training."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """What a stage makes of one micro-batch."""
+
+    hidden: Tensor
+    """[B, T, D]: on the last stage what the head reads."""
+    side: Tensor | None = None
+    """fp32 [B, T, R], the side state; None where no side network runs, and on the last stage, which mixes it in."""
+
+    @property
+    def trained(self) -> Tensor:
+        """The part that a gradient comes back for."""
+        return self.hidden if self.side is None else self.side
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What the next stage gets, by name."""
+        own = {"hidden": self.hidden.detach()}
+        return own if self.side is None else own | {"side": self.side.detach()}
 
 
 class _KnownOutput:
@@ -134,6 +158,9 @@ class Stage:
         self.past: Past | None = None
         """Keys and values that a method puts before each row's. Inputs do not know of them: positions and masks of
         :class:`StageInput` are those of the rows' own tokens."""
+        self.side: SideNetwork | None = None
+        """A method's network beside these blocks, see :meth:`put_beside`."""
+        self._tap: BackboneTap | None = None
 
     @property
     def is_first(self) -> bool:
@@ -165,8 +192,39 @@ class Stage:
         """Whether head and token embedding are one parameter of the model."""
         return bool(self.config.tie_word_embeddings)
 
+    @property
+    def boundary_width(self) -> int:
+        """Numbers a token that cross a border of the stage, at most."""
+        return int(self.config.hidden_size) + (0 if self.side is None else self.side.layout.side_width)
+
+    def put_beside(self, side: SideNetwork) -> None:
+        """Run a side network with every pass from now on."""
+        self.side = side
+        self._tap = BackboneTap(self.model, self.family, side)
+
+    def run(self, inputs: StageInput) -> StageOutput:
+        """The stage's whole pass: blocks, and the side network where one was put beside them.
+
+        Blocks with a side network run without autograd: no gradient ever enters them.
+        """
+        if self.side is None or not self.side.is_enabled:
+            return StageOutput(self.forward(inputs))
+        assert self._tap is not None
+        with torch.no_grad(), self._tap.recording() as states:
+            hidden_BTD = self.forward(inputs)
+        side_BTR = self.side(
+            states,
+            None if inputs.side is None else inputs.side.to(self.device),
+            attention_mask=_move(self._mask(inputs, torch.float32), self.device),
+            position_ids=inputs.position_ids.to(self.device),
+            cache=inputs.cache,
+        )
+        if self.is_last:
+            return StageOutput(self.side.mix(hidden_BTD, side_BTR))
+        return StageOutput(hidden_BTD, side_BTR)
+
     def forward(self, inputs: StageInput) -> Tensor:
-        """Hidden states [B, T, D]: on the last stage after the final norm, before the head.
+        """Hidden states [B, T, D] of the blocks alone: on the last stage after the final norm, before the head.
 
         Raises:
             ModelError: packed rows where they cannot be packed.
@@ -174,11 +232,7 @@ class Stage:
         hidden_BTD = self._entry(inputs)
         if self.past is not None and self.past.num_tokens:
             inputs = self._behind(self.past, inputs, len(hidden_BTD))
-        mask: Tensor | dict[str, Tensor] | None = inputs.attention_mask
-        if inputs.segment_ids is not None:
-            mask = make_packed_masks(
-                self.config, inputs.segment_ids, inputs.attention_mask, dtype=hidden_BTD.dtype, attention=self.attention
-            )
+        mask = self._mask(inputs, hidden_BTD.dtype)
         output = self.model.base_model(
             inputs_embeds=hidden_BTD,
             attention_mask=_move(mask, self.device),
@@ -206,6 +260,13 @@ class Stage:
         """Outputs [..., outputs] in fp32 of the score head for hidden states [..., D] of the last stage."""
         assert self.score_weight is not None, "no score head is attached"
         return functional.linear(hidden.float(), self.score_weight)
+
+    def _mask(self, inputs: StageInput, dtype: torch.dtype) -> Tensor | dict[str, Tensor] | None:
+        if inputs.segment_ids is None:
+            return inputs.attention_mask
+        return make_packed_masks(
+            self.config, inputs.segment_ids, inputs.attention_mask, dtype=dtype, attention=self.attention
+        )
 
     def new_cache(self) -> Cache:
         """An empty KV cache for this stage's blocks."""

@@ -26,14 +26,15 @@ def part_difference(stage: Stage, method: AttachedMethod, published: Mapping[str
             with_published = _output(stage, method.num_prompt_tokens)
         finally:
             method.load(live)
-    return float((with_live - with_published).abs().max())
+    differences = [(one - other).abs().max() for one, other in zip(with_live, with_published, strict=True)]
+    return float(torch.stack(differences).max())  # torch's maximum keeps what is not a number
 
 
-def _output(stage: Stage, num_prompt_tokens: int) -> Tensor:
-    hidden = stage.forward(_probe(stage, num_prompt_tokens))
+def _output(stage: Stage, num_prompt_tokens: int) -> tuple[Tensor, ...]:
+    output = stage.run(_probe(stage, num_prompt_tokens))
     if not stage.is_last:
-        return hidden
-    return stage.head(hidden) if stage.score_weight is None else stage.score(hidden)
+        return tuple(output.tensors.values())
+    return (stage.head(output.hidden) if stage.score_weight is None else stage.score(output.hidden),)
 
 
 def _probe(stage: Stage, num_prompt_tokens: int) -> StageInput:
@@ -44,4 +45,7 @@ def _probe(stage: Stage, num_prompt_tokens: int) -> StageInput:
         ids = torch.randint(0, int(stage.config.vocab_size), (_ROWS, _TOKENS), generator=generator)
         return StageInput(position_ids=position_ids, input_ids=ids, num_prompt_tokens=num_prompt_tokens)
     hidden = torch.randn(_ROWS, num_tokens, int(stage.config.hidden_size), generator=generator).to(stage.dtype)
-    return StageInput(position_ids=position_ids, hidden=hidden)
+    side = None
+    if stage.side is not None and stage.side.reads_side:
+        side = torch.randn(_ROWS, num_tokens, stage.side.layout.side_width, generator=generator)
+    return StageInput(position_ids=position_ids, hidden=hidden, side=side)

@@ -187,6 +187,32 @@ class AdaptersConfig(MethodPart):
         return self.model_copy(update={"layers_to_transform": None})
 
 
+class ParallelAdaptersConfig(MethodPart):
+    """PAC's parallel adapters (Ouyang et al. 2024, arXiv:2408.10746): a narrow network beside the frozen model.
+
+    It reads what the model's blocks give and no gradient of it enters them.
+    """
+
+    size_setting: ClassVar[str] = "reduction"
+    has_peft_format: ClassVar[bool] = False
+
+    type: Literal["parallel_adapters"] = "parallel_adapters"
+    reduction: int = Field(8, ge=2, le=1024)
+    """Every width of the side network is the model's divided by it; the number of heads stays."""
+    blocks: tuple[int, ...] | None = None
+    """Blocks that a side block follows; None means all. The lowest one decides how far down gradients go."""
+    init: Literal["pruning", "random"] = "pruning"
+    """Where side blocks start: from the largest weights of the blocks that they follow, or from random numbers."""
+
+    def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
+        """See :class:`MethodPart`."""
+        return 0 if self.blocks is None else min(self.blocks, default=None)
+
+    def for_profile(self) -> ParallelAdaptersConfig:
+        """A side network beside all blocks."""
+        return self.model_copy(update={"blocks": None})
+
+
 class PromptConfig(MethodPart):
     """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained embeddings before each row's own."""
 
@@ -287,6 +313,7 @@ class PTuningV2Config(KeyValuesPart):
 
 
 MethodConfig = Annotated[
-    LoraConfig | AdaptersConfig | PromptConfig | PrefixConfig | PTuningV2Config, Field(discriminator="type")
+    LoraConfig | AdaptersConfig | ParallelAdaptersConfig | PrefixConfig | PromptConfig | PTuningV2Config,
+    Field(discriminator="type"),
 ]
 """Union of all methods' configs, told apart by ``type``."""

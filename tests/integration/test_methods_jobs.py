@@ -13,6 +13,7 @@ METHODS = {
     "adapters": {"type": "adapters", "bottleneck": 8},
     # All workers hold the MLP's trunk, and what is published is computed on them.
     "prefix": {"type": "prefix", "num_virtual_tokens": 4, "projection": True, "encoder_hidden_size": 16},
+    "parallel_adapters": {"type": "parallel_adapters", "reduction": 4},
     # Devices have no tokenizer: the text's ids must reach them through the coordinator.
     "prompt": {"type": "prompt", "num_virtual_tokens": 4, "init": "text", "init_text": "Name the intent:"},
 }

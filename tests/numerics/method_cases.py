@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from plutino.job.method import AdaptersConfig, LoraConfig, MethodConfig, PrefixConfig, PromptConfig, PTuningV2Config
+from plutino.job.method import (
+    AdaptersConfig,
+    LoraConfig,
+    MethodConfig,
+    ParallelAdaptersConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningV2Config,
+)
 
 CONFIGS: dict[str, dict[str, MethodConfig]] = {
     "adapters": {
@@ -16,6 +24,11 @@ CONFIGS: dict[str, dict[str, MethodConfig]] = {
         "projected": PrefixConfig(num_virtual_tokens=3, projection=True, encoder_hidden_size=7),
         "plain": PrefixConfig(num_virtual_tokens=5),
     },
+    "parallel_adapters": {
+        "pruned": ParallelAdaptersConfig(reduction=2),
+        "random": ParallelAdaptersConfig(reduction=4, init="random"),
+        "blocks": ParallelAdaptersConfig(reduction=2, blocks=(1, 3)),
+    },
     "prompt": {
         "vocabulary": PromptConfig(num_virtual_tokens=5),
         "text": PromptConfig(num_virtual_tokens=3, init="text", init_text="tag this", init_token_ids=(7, 9)),
@@ -23,7 +36,7 @@ CONFIGS: dict[str, dict[str, MethodConfig]] = {
 }
 """By the registry's key: cases by name. A new method gets its line here."""
 
-STARTS_AS_BASE = frozenset({"adapters", "lora"})
+STARTS_AS_BASE = frozenset({"adapters", "lora", "parallel_adapters"})
 """Methods that promise to change nothing before the first step."""
 
 CASES = [(method, name) for method, cases in CONFIGS.items() for name in cases]

@@ -1,0 +1,141 @@
+"""Parallel adapters on one stage: PAC's side network (Ouyang et al. 2024, arXiv:2408.10746 sec. 4.1).
+
+The module, its arithmetic and its layout on disk are :mod:`plutino.side_network`'s. Here it gets its first values: each
+side block is a pruned copy of the block that it follows, or random numbers; either way the part that reaches the head
+starts at zero, so that step 0 is the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_node.methods.base import TrainableParameter
+from edge_node.methods.checkpoint import load_values, parameter_state
+from edge_node.methods.pruning import Axes, choose_places, pruned_parameters
+from edge_node.methods.seeding import seeded_generator
+from edge_node.stage.build import Stage
+from partitioner.model import model_sizes
+from plutino.job.method import ParallelAdaptersConfig
+from plutino.side_layout import SideLayout, side_layout
+from plutino.side_network import SideNetwork, copy_values
+
+_RANDOM_SPREAD = 0.02
+"""Standard deviation of weights that are drawn, as transformers draws them."""
+
+
+class AttachedParallelAdapters:
+    """A side network on one stage; see :class:`edge_node.methods.base.AttachedMethod`."""
+
+    num_prompt_tokens = 0
+
+    def __init__(self, side: SideNetwork | None, layout: SideLayout) -> None:
+        self._side = side
+        self._layout = layout
+        own = {} if side is None else side.by_key()
+        self.parameters: tuple[TrainableParameter, ...] = tuple(
+            TrainableParameter(name, (("block", parameter),), ("block",)) for name, parameter in sorted(own.items())
+        )
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch between the adapted model and exactly the base model."""
+        if self._side is not None:
+            self._side.is_enabled = enabled
+
+    def state(self) -> dict[str, Tensor]:
+        """This stage's part of the checkpoint: fp32 copies by its keys."""
+        return parameter_state(self.parameters)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values into the stage's parameters, in place; names of other stages are ignored.
+
+        Raises:
+            ConfigError: a name of this stage is missing, or a tensor has another shape; nothing was changed.
+        """
+        load_values(
+            {p.name: p.uses[0][1] for p in self.parameters},
+            {p.name: (p.name,) for p in self.parameters},
+            state,
+            advice="Set reduction and blocks as they were when it was trained",
+        )
+
+    def peft_config(self) -> dict[str, Any]:
+        """Content of adapter_config.json for the whole model, the same on every stage."""
+        return self._layout.model_dump(mode="json")
+
+
+def attach_parallel_adapters(stage: Stage, config: ParallelAdaptersConfig, *, seed: int) -> AttachedParallelAdapters:
+    """Put a side network beside a stage's blocks, in place; below the first block that it follows there is none.
+
+    Args:
+        stage: a stage without an adapter.
+        config: the method's config, the same for every stage.
+        seed: the job's seed; drawn values depend on it and on global names alone.
+
+    Raises:
+        ConfigError: the model has no such blocks, or they cannot be narrowed so.
+    """
+    layout = _layout(stage, config)
+    if stage.end_block <= layout.blocks[0]:
+        return AttachedParallelAdapters(None, layout)
+    side = SideNetwork(
+        layout,
+        stage.family.model_type,
+        stage.start_block,
+        stage.end_block,
+        attention=stage.attention,
+        device=stage.device,
+    )
+    copy_values(side, _first_values(side, stage, config, seed))
+    stage.put_beside(side)
+    return AttachedParallelAdapters(side, layout)
+
+
+def _layout(stage: Stage, config: ParallelAdaptersConfig) -> SideLayout:
+    values = stage.config.to_dict()
+    return side_layout(
+        values,
+        stage.family,
+        reduction=config.reduction,
+        blocks=config.blocks,
+        sizes=model_sizes(values, stage.family),
+        # OPT's smallest models project to a narrower width before the head.
+        out_width=int(getattr(stage.config, "word_embed_proj_dim", stage.config.hidden_size)),
+    )
+
+
+@torch.no_grad()
+def _first_values(side: SideNetwork, stage: Stage, config: ParallelAdaptersConfig, seed: int) -> dict[str, Tensor]:
+    """What every parameter starts with, by its key; norms and biases keep what transformers gives new ones."""
+    values = {
+        key: parameter.detach().clone() if parameter.dim() < 2 else _drawn(key, parameter, seed)
+        for key, parameter in side.by_key().items()
+    }
+    values |= {key: torch.zeros_like(value) for key, value in values.items() if key.startswith("side.up.")}
+    values |= {key: torch.zeros_like(value) for key, value in values.items() if _is_border_bias(key)}
+    if config.init == "random":
+        return values
+    sizes = model_sizes(stage.config.to_dict(), stage.family)
+    axes = Axes(hidden=sizes["hidden"], head=sizes["head_dim"], inner=sizes["inner"])
+    for index in side.own_blocks:
+        block = stage.model.get_submodule(f"{stage.family.block_prefix}{index}")
+        places = choose_places(block, stage.family, axes, config.reduction)
+        pruned = pruned_parameters(block, stage.family, axes, places)
+        values |= {f"side.blocks.{index}.{name}": value for name, value in pruned.items()}
+        # What a side block reads of the backbone are the very places that its weights were kept for.
+        selection = nn.functional.one_hot(places["hidden"], axes.hidden).float()
+        values[f"side.down.{index}.weight"] = selection
+        if side.has_entry and index == side.layout.blocks[0]:
+            values["side.entry.weight"] = selection
+    return values
+
+
+def _is_border_bias(key: str) -> bool:
+    return key.endswith(".bias") and key.startswith(("side.down.", "side.entry."))
+
+
+def _drawn(key: str, parameter: Tensor, seed: int) -> Tensor:
+    return _RANDOM_SPREAD * torch.randn(parameter.shape, generator=seeded_generator(seed, key))

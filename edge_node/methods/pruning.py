@@ -1,0 +1,104 @@
+"""Structural pruning: which rows and columns of a block a narrow copy of it keeps, by the size of its weights.
+
+As Ladder Side-Tuning starts its side network (Sung et al. 2022, arXiv:2206.06522 sec. 3.3), with magnitudes as
+importance: numbers of the hidden states, of every head and of the MLP's inner tensor are kept whole or not at all, so
+that what one layer gives is what the next one reads. All heads keep the same places: queries meet keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edge_node.quantize.linear import QuantLinear
+from plutino.families import ATTENTION_OUTPUT, MLP_INNER, Family
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Sizes of the kinds of axes that a block's weights have; an axis may hold several runs of one kind."""
+
+    hidden: int
+    head: int
+    """One head."""
+    inner: int
+
+    def of(self, kind: str) -> int:
+        """Size of a run of this kind."""
+        return {"hidden": self.hidden, "head": self.head, "inner": self.inner}[kind]
+
+
+def choose_places(block: nn.Module, family: Family, axes: Axes, reduction: int) -> dict[str, Tensor]:
+    """Kind of axis -> the places in a run whose weights are largest, summed over all linear layers of a block.
+
+    Heads keep places in pairs (j, j + head / 2), as rotation takes them, wherever the number allows.
+    """
+    scores = {kind: torch.zeros(axes.of(kind), dtype=torch.float64) for kind in ("hidden", "head", "inner")}
+    for name in family.linears:
+        weight = _weight(block.get_submodule(name)).abs()
+        for dim, kind in enumerate(_kinds(family, name)):
+            sums = weight.sum(dim=1 - dim, dtype=torch.float64).cpu()
+            scores[kind] += sums.view(-1, axes.of(kind)).sum(dim=0)
+    num_head = axes.head // reduction
+    if num_head % 2 == 0 and axes.head % 2 == 0:
+        pairs = _largest(scores["head"].view(2, -1).sum(dim=0), num_head // 2)
+        head = torch.cat([pairs, pairs + axes.head // 2])
+    else:
+        head = _largest(scores["head"], num_head)
+    return {
+        "hidden": _largest(scores["hidden"], axes.hidden // reduction),
+        "head": head,
+        "inner": _largest(scores["inner"], axes.inner // reduction),
+    }
+
+
+def pruned_parameters(block: nn.Module, family: Family, axes: Axes, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of a narrow copy of a block, by the names of its parameters, in fp32 on the CPU."""
+    kept: dict[str, Tensor] = {}
+
+    def indices(kind: str, size: int) -> Tensor:
+        return torch.cat([places[kind] + start for start in range(0, size, axes.of(kind))])
+
+    for name, module in block.named_modules():
+        if name not in family.linears:
+            for key, parameter in module.named_parameters(recurse=False):
+                value = parameter.detach().float().cpu()
+                kind = "head" if name.endswith(("q_norm", "k_norm")) else "hidden"
+                kept[f"{name}.{key}"] = value[indices(kind, len(value))]
+            continue
+        weight = _weight(module).cpu()
+        rows, columns = (indices(kind, size) for kind, size in zip(_kinds(family, name), weight.shape, strict=True))
+        narrow = weight[rows][:, columns]
+        kept[f"{name}.weight"] = narrow.T if family.has_conv1d else narrow
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            kept[f"{name}.bias"] = bias.detach().float().cpu()[rows]
+    return {name: value.contiguous() for name, value in kept.items()}
+
+
+def _kinds(family: Family, linear: str) -> tuple[str, str]:
+    """What the outputs and the inputs of a linear layer are places of."""
+    kinds: Mapping[str, tuple[str, str]] = {
+        "attention input": ("head", "hidden"),
+        ATTENTION_OUTPUT: ("hidden", "head"),
+        "mlp input": ("inner", "hidden"),
+        MLP_INNER: ("hidden", "inner"),
+    }
+    return kinds[family.linears[linear].reads]
+
+
+def _largest(scores: Tensor, num: int) -> Tensor:
+    """Places of the largest scores, ascending; of equal ones the lower place."""
+    # In fp32: what differs in the last bits of fp64, with the number of threads, is equal.
+    return torch.argsort(scores.float(), descending=True, stable=True)[:num].sort().values
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """fp32 [out_features, in_features]."""
+    if isinstance(linear, QuantLinear):
+        return linear.dequantize()
+    weight = linear.get_parameter("weight").detach().float()
+    return weight if isinstance(linear, nn.Linear) else weight.T

@@ -1,0 +1,184 @@
+"""Side networks as values: which blocks they follow, how narrow they are, and the configuration of their own blocks.
+
+Torch-free: planner, job specs and the module of :mod:`plutino.side_network` read the same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from plutino.errors import ConfigError
+from plutino.families import Family
+
+SIDE_TYPE = "PLUTINO_SIDE_NETWORK"
+"""What stands in adapter_config.json where peft's adapters name their ``peft_type``."""
+
+_ONE_VALUE_A_BLOCK = ("no_rope_layers",)
+"""Config fields with a value a block that constructors read, beside those of Family.per_block_config."""
+
+
+class SideLayout(BaseModel):
+    """Content of adapter_config.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    peft_type: Literal["PLUTINO_SIDE_NETWORK"] = "PLUTINO_SIDE_NETWORK"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    base_model_name_or_path: str | None = None
+    reduction: int
+    """Every width of the side network is the backbone's divided by it."""
+    blocks: tuple[int, ...]
+    """Blocks of the backbone that a side block follows, ascending."""
+    num_blocks: int
+    """Blocks of the backbone."""
+    width: int
+    """Width D of the backbone's hidden states."""
+    out_width: int
+    """Width of what the backbone's head reads."""
+    config: dict[str, Any]
+    """config.json of a model of the side blocks alone."""
+
+    @property
+    def side_width(self) -> int:
+        """Width R of the side state."""
+        return self.width // self.reduction
+
+    def own_blocks(self, start_block: int, end_block: int) -> tuple[int, ...]:
+        """Blocks of ``[start_block, end_block)`` that a side block follows."""
+        return tuple(block for block in self.blocks if start_block <= block < end_block)
+
+    def stage_config(self, own_blocks: Sequence[int], family: Family) -> dict[str, Any]:
+        """Configuration of these side blocks alone; of the first one where there are none."""
+        places = [self.blocks.index(block) for block in own_blocks] or [0]
+        return _with_blocks(self.config, family, places)
+
+
+def side_layout(
+    values: Mapping[str, Any],
+    family: Family,
+    *,
+    reduction: int,
+    blocks: Sequence[int] | None,
+    sizes: Mapping[str, int],
+    out_width: int,
+) -> SideLayout:
+    """The side network of a model.
+
+    Args:
+        values: the model's config.json, as transformers completes it.
+        family: the model's family.
+        reduction: what the widths are divided by.
+        blocks: blocks that a side block follows; None: all.
+        sizes: blocks, hidden, head_dim and inner of the model.
+        out_width: width of what the head reads.
+
+    Raises:
+        ConfigError: the family's blocks cannot be narrowed, by no number or not by this one, or a block does not exist.
+    """
+    num_blocks = sizes["blocks"]
+    chosen = chosen_blocks(blocks, num_blocks)
+    check_reduction(family, reduction, sizes)
+    narrow = _narrowed(values, family, reduction, sizes)
+    head_dim = sizes["head_dim"] // reduction
+    for rotated in _rotated_sizes(narrow, head_dim):
+        if rotated < 2 or rotated % 2:
+            raise ConfigError(
+                f"method.reduction: {reduction} leaves heads of {head_dim} numbers, of which {rotated} would be "
+                f"rotated by their position; rotation takes pairs: choose a smaller reduction than {reduction}"
+            )
+    return SideLayout(
+        reduction=reduction,
+        blocks=chosen,
+        num_blocks=num_blocks,
+        width=sizes["hidden"],
+        out_width=out_width,
+        config=_with_blocks(narrow, family, chosen),
+    )
+
+
+def chosen_blocks(blocks: Sequence[int] | None, num_blocks: int) -> tuple[int, ...]:
+    """Blocks that a side block follows, ascending.
+
+    Raises:
+        ConfigError: a block does not exist, or none was named.
+    """
+    if blocks is None:
+        return tuple(range(num_blocks))
+    if not blocks or not all(0 <= block < num_blocks for block in blocks):
+        raise ConfigError(
+            f"method.blocks is {list(blocks)} but the blocks are 0 to {num_blocks - 1}; leave it out to follow all"
+        )
+    return tuple(sorted(set(blocks)))
+
+
+def check_reduction(family: Family, reduction: int, sizes: Mapping[str, int]) -> None:
+    """See whether a family's blocks can be narrowed so.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if family.merged:
+        raise ConfigError(
+            f"method.type: parallel_adapters: {family.model_type} has mixtures of experts, and a narrow copy of its "
+            "router would choose others; use method.type: lora"
+        )
+    parts = {name: sizes[name] for name in ("hidden", "head_dim", "inner")}
+    if any(size % reduction for size in parts.values()):
+        fitting = [k for k in range(2, parts["head_dim"] + 1) if not any(size % k for size in parts.values())]
+        advice = f"choose one of {', '.join(map(str, fitting))}" if fitting else "use method.type: lora"
+        raise ConfigError(
+            f"method.reduction: {reduction} does not divide hidden size {parts['hidden']}, head size "
+            f"{parts['head_dim']} and inner size {parts['inner']} of this model; {advice}"
+        )
+
+
+def _narrowed(values: Mapping[str, Any], family: Family, reduction: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The model's configuration with all widths divided; as many heads, of which each is narrower."""
+    narrow = {key: value for key, value in values.items() if key not in ("architectures", "transformers_version")}
+    for size in ("hidden", "inner", "head_dim", "embedding"):
+        for key in family.config_keys.get(size, ()):
+            if narrow.get(key) is not None:
+                narrow[key] = sizes["hidden" if size == "embedding" else size] // reduction
+    if narrow.get("query_pre_attn_scalar") is not None:
+        narrow["query_pre_attn_scalar"] = max(1, round(narrow["query_pre_attn_scalar"] / reduction))
+    if narrow.get("attention_multiplier") is not None:
+        narrow["attention_multiplier"] = narrow["attention_multiplier"] * reduction**0.5
+    if narrow.get("scale_attn_by_inverse_layer_idx"):
+        # Side blocks are numbered per stage: a scale by that number would depend on the partition.
+        narrow["scale_attn_by_inverse_layer_idx"] = False
+    if narrow.get("rope_parameters"):
+        narrow["rope_parameters"] = _without_long_rope(narrow["rope_parameters"])
+    # No embedding and no head are made of it, and nothing looks at special tokens.
+    narrow |= {"vocab_size": 1, "tie_word_embeddings": False, "dtype": "float32"}
+    return narrow | dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+
+
+def _without_long_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings that hold for heads of any size: factors for each of the model's frequencies do not."""
+    if "rope_type" not in rope:
+        return {kind: _without_long_rope(each) if isinstance(each, Mapping) else each for kind, each in rope.items()}
+    if rope["rope_type"] != "longrope":
+        return dict(rope)
+    return {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope} | {"rope_type": "default"}
+
+
+def _rotated_sizes(values: Mapping[str, Any], head_dim: int) -> Iterator[int]:
+    rope = values.get("rope_parameters") or {}
+    for each in [rope] if "rope_type" in rope else rope.values():
+        if isinstance(each, Mapping):
+            yield int(head_dim * each.get("partial_rotary_factor", 1.0))
+
+
+def _with_blocks(values: Mapping[str, Any], family: Family, places: Sequence[int]) -> dict[str, Any]:
+    """The configuration of some of its blocks."""
+    chosen = dict(values)
+    for key in family.config_keys["blocks"]:
+        if key in chosen:
+            chosen[key] = len(places)
+    for key in (*family.per_block_config, *_ONE_VALUE_A_BLOCK):
+        if chosen.get(key) is not None:
+            chosen[key] = [chosen[key][place] for place in places]
+    return chosen

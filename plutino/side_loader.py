@@ -1,0 +1,154 @@
+"""Puts a trained side network beside a plain transformers model; :func:`plutino.load_adapter.load_adapter` calls it.
+
+The model's own code runs as ever: hooks record what its blocks give and add the side network's part to what the head
+reads. Generation works, with a KV cache too: the side blocks' layers stand behind the model's own in the same cache.
+Needs torch and transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from plutino.errors import ConfigError
+from plutino.families import FAMILIES, family_of
+from plutino.side_layout import SideLayout
+from plutino.side_network import BackboneStates, BackboneTap, SideNetwork, copy_values, side_shapes
+
+
+class LoadedSideNetwork:
+    """The side network beside a model, as :func:`load_side_network` put it there."""
+
+    def __init__(self, layout: SideLayout, side: SideNetwork) -> None:
+        self.layout = layout
+        self.side = side
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Exactly the base model, for a while."""
+        self.side.is_enabled = False
+        try:
+            yield
+        finally:
+            self.side.is_enabled = True
+
+
+class _Beside:
+    """Hooks on a model's base: record before and in it, mix behind it."""
+
+    def __init__(self, base: nn.Module, tap: BackboneTap, side: SideNetwork) -> None:
+        self._tap, self._side = tap, side
+        self._signature = inspect.signature(base.forward)
+        self._recording: AbstractContextManager[BackboneStates] | None = None
+        self._states = BackboneStates()
+
+    def before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._recording = None
+        if self._side.is_enabled:
+            self._recording = self._tap.recording()
+            self._states = self._recording.__enter__()
+
+    def after(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._recording is None:
+            return output
+        self._recording.__exit__(None, None, None)
+        states, self._states = self._states, BackboneStates()
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given = given | given.get("kwargs", {})
+        if isinstance(output, tuple):
+            raise ConfigError("a side network needs return_dict=True, which is transformers' default")
+        side = self._side(
+            states,
+            None,
+            attention_mask=given.get("attention_mask"),
+            position_ids=given.get("position_ids"),
+            cache=output.past_key_values,
+        )
+        output.last_hidden_state = self._side.mix(output.last_hidden_state, side)
+        return output
+
+
+def read_side_layout(folder: Path) -> SideLayout:
+    """The layout that an adapter's folder describes.
+
+    Raises:
+        ConfigError: the folder is none of this layout.
+    """
+    try:
+        return SideLayout.model_validate_json((folder / "adapter_config.json").read_bytes())
+    except ValidationError as error:
+        raise ConfigError(
+            f"{folder} holds no side network of plutino: {error.error_count()} of its settings do not fit; copy it anew"
+        ) from error
+
+
+def expected_side_shapes(model: nn.Module, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the checkpoint must hold.
+
+    Raises:
+        ConfigError: the side network belongs to another model.
+    """
+    layout = read_side_layout(folder)
+    return side_shapes(layout, _checked(model, layout).config.model_type)
+
+
+def load_side_network(model: nn.Module, folder: Path) -> LoadedSideNetwork:
+    """Put a published side network beside its base model, in place.
+
+    Args:
+        model: the base model, as transformers loads it; in any dtype, on one device.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ConfigError: the folder holds something else, or the side network belongs to another model.
+    """
+    layout = read_side_layout(folder)
+    base_model = _checked(model, layout)
+    config = base_model.config
+    side = SideNetwork(
+        layout,
+        config.model_type,
+        0,
+        layout.num_blocks,
+        attention=config._attn_implementation,
+        device=base_model.device,
+    )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    expected = {name: tuple(parameter.shape) for name, parameter in side.by_key().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))
+        raise ConfigError(
+            f"{folder}: tensors and adapter_config.json disagree, first about {wrong[0][0]}; copy it anew"
+        )
+    copy_values(side, tensors)
+    side.requires_grad_(False)
+    tap = BackboneTap(base_model, family_of(config.model_type), side)
+    # OPT's head calls the decoder inside the base model.
+    blocks_owner = getattr(base_model.base_model, "decoder", base_model.base_model)
+    beside = _Beside(blocks_owner, tap, side)
+    blocks_owner.register_forward_pre_hook(beside.before, with_kwargs=True)
+    blocks_owner.register_forward_hook(beside.after, with_kwargs=True)
+    return LoadedSideNetwork(layout, side)
+
+
+def _checked(model: nn.Module, layout: SideLayout) -> PreTrainedModel:
+    config = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or getattr(config, "model_type", None) not in FAMILIES:
+        raise ConfigError("a side network stands beside a causal language model of transformers; load one with it")
+    found = (int(model.config.num_hidden_layers), int(model.config.hidden_size))
+    if found != (layout.num_blocks, layout.width):
+        raise ConfigError(
+            f"the model has {found[0]} blocks of hidden size {found[1]}, the side network belongs to one with "
+            f"{layout.num_blocks} of {layout.width}; load the base model that it was trained on: "
+            f"{layout.base_model_name_or_path}"
+        )
+    return model

@@ -1,0 +1,253 @@
+"""A side network beside a frozen model: the module that devices train and that others load.
+
+PAC's parallel adapters (Ouyang et al. 2024, arXiv:2408.10746 sec. 4.1), a gated ladder after Sung et al. 2022
+(arXiv:2206.06522). Behind chosen blocks i of the backbone, with outputs b_i [.., D], stand side blocks: the model's own
+kind of block with every width divided by k and as many heads. The side state a [.., R], R = D / k, goes from one to the
+next and nothing of it ever enters the backbone:
+
+    a      = entry(b_before)                                  before the first side block: what that block gets
+    a      = side_block_i(g_i * a + (1 - g_i) * down_i(b_i))  g_i = sigmoid(gate_i / 0.1), one number a block
+    output = b_final + up(norm(a))                            what the backbone's head reads
+
+With ``up`` at zero the output is the backbone's. Side blocks compute in fp32, ``entry`` and ``down`` take their product
+in the backbone's dtype. On disk (fp32, beside an adapter_config.json that is :class:`plutino.side_layout.SideLayout`):
+
+    side.entry.weight       [R, D]      side.entry.bias   [R]
+    side.down.<i>.weight    [R, D]      side.down.<i>.bias  [R]      side.gate.<i>   [1]
+    side.blocks.<i>.<name in a block of the model's class>
+    side.norm.<name in the model's final norm>
+    side.up.weight          [out, R]    side.up.bias      [out]
+
+Needs torch and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+
+from plutino.families import Family, family_of
+from plutino.side_layout import SideLayout
+
+GATE_TEMPERATURE = 0.1
+
+# Shape suffixes: B rows, T tokens, D hidden size, R side width.
+
+
+class AddsNothing(nn.Module):
+    """Stands where ``forward`` adds position embeddings that are in the hidden states already.
+
+    Its output is negative zero, the one number whose sum with any other leaves every bit as it was: 0.0 would turn
+    -0.0 into 0.0.
+    """
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Give a scalar, which takes part in no dtype promotion."""
+        return torch.tensor(-0.0)
+
+
+@dataclass(slots=True)
+class BackboneStates:
+    """What a side network reads of one pass of the backbone."""
+
+    entry: Tensor | None = None
+    """[B, T, D], what the first chosen block got; None where that block is elsewhere."""
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    """Chosen block -> its output [B, T, D]."""
+
+
+class SideNetwork(nn.Module):
+    """The side blocks that follow blocks ``[start_block, end_block)`` of a model.
+
+    Args:
+        layout: the whole side network.
+        model_type: the backbone's family.
+        start_block: the backbone's first block here.
+        end_block: one past its last block here.
+        attention: transformers' attention backend.
+        device: where it computes.
+    """
+
+    def __init__(
+        self, layout: SideLayout, model_type: str, start_block: int, end_block: int, *, attention: str, device: Any
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.is_enabled = True
+        family = family_of(model_type)
+        self.own_blocks = layout.own_blocks(start_block, end_block)
+        """Blocks of the backbone here that a side block follows."""
+        self.reads_side = layout.blocks[0] < start_block
+        """Whether a side state comes from below."""
+        self.has_entry = layout.blocks[0] in self.own_blocks
+        """Whether the side state starts here."""
+        self.is_last = end_block == layout.num_blocks
+        self._num_backbone_blocks = end_block - start_block
+        width, side_width = layout.width, layout.side_width
+        model, norm = _side_model(layout, family, self.own_blocks, attention)
+        blocks = list(model.get_submodule(family.block_prefix.rstrip(".")).children())
+        self.blocks = nn.ModuleDict({str(index): block for index, block in zip(self.own_blocks, blocks, strict=False)})
+        self.down = nn.ModuleDict({str(index): nn.Linear(width, side_width) for index in self.own_blocks})
+        self.gate = nn.ParameterDict({str(index): nn.Parameter(torch.zeros(1)) for index in self.own_blocks})
+        self.entry = nn.Linear(width, side_width) if self.has_entry else None
+        self.norm: nn.Module | None = norm if self.is_last else None
+        self.up = nn.Linear(side_width, layout.out_width) if self.is_last else None
+        if self.up is not None:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+        # The model around the blocks makes masks and rotary angles; a second owner of the blocks would name them twice.
+        object.__setattr__(self, "_around", model.base_model.to(device).eval())
+        object.__setattr__(self, "_states", BackboneStates())
+        for index, block in self.blocks.items():
+            block.register_forward_pre_hook(self._rung(index), with_kwargs=True)
+        self.to(device)
+        self.eval()
+
+    def by_key(self) -> dict[str, nn.Parameter]:
+        """Parameters by the keys of the checkpoint."""
+        return {f"side.{name}": parameter for name, parameter in self.named_parameters()}
+
+    def forward(
+        self,
+        states: BackboneStates,
+        side_BTR: Tensor | None,
+        *,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The side state behind the last of these blocks, [B, T, R] in fp32.
+
+        Args:
+            states: what the backbone's blocks gave.
+            side_BTR: the side state from below; None where it starts here.
+            attention_mask: as the backbone got it, additive ones in fp32.
+            position_ids: as the backbone got them.
+            cache: the backbone's KV cache after this pass; the side blocks' layers stand behind its own.
+        """
+        if self.entry is not None:
+            assert states.entry is not None, "the first chosen block is here"
+            side_BTR = _product(states.entry, self.entry)
+        assert side_BTR is not None, "the side state comes from below"
+        if not self.own_blocks:
+            return side_BTR
+        object.__setattr__(self, "_states", states)
+        try:
+            output = cast(Any, self)._around(
+                inputs_embeds=side_BTR,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=None if cache is None else self._layers_behind(cache),
+                use_cache=cache is not None,
+            )
+        finally:
+            object.__setattr__(self, "_states", BackboneStates())
+        return cast(Tensor, output.last_hidden_state)
+
+    def mix(self, hidden: Tensor, side: Tensor) -> Tensor:
+        """What the head reads: the backbone's final hidden states [..., out] with the side state's part."""
+        assert self.norm is not None and self.up is not None, "only the last stage has them"
+        return hidden + cast(Tensor, self.up(self.norm(side))).to(hidden.dtype)
+
+    def _rung(self, index: str) -> Any:
+        def mix_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            side = args[0] if args else kwargs["hidden_states"]
+            below = _product(cast(Any, self)._states.outputs[int(index)], cast(nn.Linear, self.down[index]))
+            share = torch.sigmoid(self.gate[index] / GATE_TEMPERATURE)
+            mixed = share * side + (1 - share) * below
+            if args:
+                return (mixed, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": mixed}
+
+        return mix_in
+
+    def _layers_behind(self, cache: Cache) -> Cache:
+        """The side blocks' part of a KV cache, as a cache: what reorders or crops the whole moves them too."""
+        if len(cache.layers) <= self._num_backbone_blocks:
+            cache.layers.extend(DynamicCache(config=cast(Any, self)._around.config).layers)
+        part = DynamicCache()
+        part.layers = cache.layers[self._num_backbone_blocks :]
+        # Layers are there already; a cache that makes its own would make them anew.
+        part.layer_class_to_replicate = None
+        return part
+
+
+class BackboneTap:
+    """Records what a side network reads, while asked to; the hooks stay on the blocks."""
+
+    def __init__(self, model: nn.Module, family: Family, side: SideNetwork) -> None:
+        self._states: BackboneStates | None = None
+        for index in side.own_blocks:
+            block = model.get_submodule(f"{family.block_prefix}{index}")
+            block.register_forward_hook(self._output_hook(index))
+            if side.has_entry and index == side.layout.blocks[0]:
+                block.register_forward_pre_hook(self._entry_hook, with_kwargs=True)
+
+    @contextmanager
+    def recording(self) -> Iterator[BackboneStates]:
+        """Record one pass."""
+        self._states = states = BackboneStates()
+        try:
+            yield states
+        finally:
+            self._states = None
+
+    def _entry_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._states is not None:
+            self._states.entry = args[0] if args else kwargs["hidden_states"]
+
+    def _output_hook(self, index: int) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            if self._states is not None:
+                self._states.outputs[index] = output[0] if isinstance(output, tuple) else output
+
+        return record
+
+
+def side_shapes(layout: SideLayout, model_type: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint with its shape."""
+    side = SideNetwork(layout, model_type, 0, layout.num_blocks, attention="eager", device="cpu")
+    return {name: tuple(parameter.shape) for name, parameter in side.by_key().items()}
+
+
+def copy_values(side: SideNetwork, values: Mapping[str, Tensor]) -> None:
+    """Fill a side network from a checkpoint's tensors."""
+    with torch.no_grad():
+        for key, parameter in side.by_key().items():
+            parameter.copy_(values[key])
+
+
+def _product(hidden: Tensor, linear: nn.Linear) -> Tensor:
+    """[..., D] to fp32 [..., R], multiplied in the backbone's dtype."""
+    return functional.linear(hidden, linear.weight.to(hidden.dtype), linear.bias.to(hidden.dtype)).float()
+
+
+def _side_model(
+    layout: SideLayout, family: Family, own_blocks: tuple[int, ...], attention: str
+) -> tuple[PreTrainedModel, nn.Module]:
+    """A model of these side blocks without what stands before and behind them, and its final norm."""
+    config = CONFIG_MAPPING[family.model_type].from_dict(layout.stage_config(own_blocks, family))
+    # Whatever transformers draws is drawn aside: nobody's generator moves.
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    modules = dict(model.named_modules())
+    for tensor in (*family.embedding, *family.optional_embedding):
+        name = tensor.rpartition(".")[0]
+        if name in modules:
+            model.set_submodule(name, AddsNothing() if name in family.entry_sums else nn.Identity())
+    for name in family.entry_factors:
+        owner, _, attribute = name.rpartition(".")
+        setattr(modules[owner], attribute, 1.0)
+    norm_name = family.final[0].rstrip(".")
+    norm = modules.get(norm_name, nn.Identity())
+    if norm_name in modules:
+        model.set_submodule(norm_name, nn.Identity())
+    return model, norm
