@@ -146,20 +146,28 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show how a job would be split over the devices that are in, or over those of a file; reserves nothing."""
-    from coordinator.plan_command import consider, plan_text, plan_values, write_gantt
+    from coordinator.plan_command import consider, plan_text, plan_values, refused_text, try_changes, write_gantt
     from coordinator.scheduling.problem import PlanningProblem
     from partitioner.plan import Plan
+    from plutino.errors import InfeasiblePlanError
 
     spec = _load_spec(job_file, overrides)
     if fleet is not None:
         from coordinator.jobs.offline_planning import load_fleet, offline_problem
 
         problem = offline_problem(spec, load_fleet(fleet))
-        found = problem.plan()
+        found = problem.plan_or_refusal()
     else:
         with _client(state_dir) as client:
-            values, problem_values = client.plan_with_problem(spec)
-        found, problem = Plan.model_validate(values), PlanningProblem.model_validate(problem_values)
+            values, problem_values = client.plan_with_problem(spec, even_if_refused=bool(what_if))
+        found = values if isinstance(values, str) else Plan.model_validate(values)
+        problem = PlanningProblem.model_validate(problem_values)
+    if isinstance(found, str):
+        # What a change would give is what a person wants to know who has just been refused.
+        if what_if:
+            tried = try_changes(problem, what_if)
+            print(refused_text(found, tried, as_json=as_json), end="", flush=True)
+        raise InfeasiblePlanError(found)
     planned = consider(problem, found, what_if or ())
     if gantt is not None:
         write_gantt(planned, gantt)

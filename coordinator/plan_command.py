@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordinator.json_output import to_json
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.explain import explain
 from partitioner.fleet_file import changed
@@ -14,7 +15,7 @@ from partitioner.gantt import gantt_svg, gantt_text
 from partitioner.plan import Plan, StagePlan
 from partitioner.pricing import Candidate
 from partitioner.report import PlanReport, play, replayed, report, report_text
-from plutino.errors import ConfigError, InfeasiblePlanError
+from plutino.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,16 @@ def consider(problem: PlanningProblem, plan: Plan, changes: Sequence[str]) -> Pl
     """
     candidate = replayed(plan, problem.table, problem.shape, problem.devices, problem.links)
     figures = report(plan, candidate, num_rows=problem.num_train_rows, batch_rows=problem.shape.batch_rows)
-    return Planned(problem, plan, candidate, figures, tuple(try_change(problem, change) for change in changes))
+    return Planned(problem, plan, candidate, figures, try_changes(problem, changes))
+
+
+def try_changes(problem: PlanningProblem, changes: Sequence[str]) -> tuple[WhatIf, ...]:
+    """What each change of the fleet would give.
+
+    Raises:
+        ConfigError: a change is not understood.
+    """
+    return tuple(try_change(problem, change) for change in changes)
 
 
 def try_change(problem: PlanningProblem, change: str) -> WhatIf:
@@ -56,11 +66,8 @@ def try_change(problem: PlanningProblem, change: str) -> WhatIf:
         ConfigError: the change is not understood.
     """
     devices, links = changed(problem.devices, problem.links, change)
-    try:
-        other = problem.model_copy(update={"devices": devices, "links": links}).plan()
-    except InfeasiblePlanError as error:
-        return WhatIf(change, None, str(error))
-    return WhatIf(change, other, "")
+    found = problem.model_copy(update={"devices": devices, "links": links}).plan_or_refusal()
+    return WhatIf(change, None, found) if isinstance(found, str) else WhatIf(change, found, "")
 
 
 def plan_text(planned: Planned) -> str:
@@ -72,20 +79,31 @@ def plan_text(planned: Planned) -> str:
     return "\n".join(parts)
 
 
+def refused_text(refusal: str, what_ifs: Sequence[WhatIf], *, as_json: bool) -> str:
+    """What changes would give to a job that does not fit as things are."""
+    if as_json:
+        return to_json({"refusal": refusal, "what_if": _what_if_values(what_ifs)}) + "\n"
+    return "what if:\n" + "".join(f"  {_what_if_line(what_if, None)}\n" for what_if in what_ifs)
+
+
 def plan_values(planned: Planned) -> dict[str, Any]:
     """Everything, for a program."""
     return planned.plan.model_dump(mode="json") | {
         "figures": planned.figures.model_dump(mode="json"),
-        "what_if": [
-            {
-                "change": what_if.change,
-                "step_s": None if what_if.plan is None else what_if.plan.step_s,
-                "devices": [] if what_if.plan is None else [_stage_name(stage) for stage in what_if.plan.stages],
-                "reason": what_if.reason,
-            }
-            for what_if in planned.what_ifs
-        ],
+        "what_if": _what_if_values(planned.what_ifs),
     }
+
+
+def _what_if_values(what_ifs: Sequence[WhatIf]) -> list[dict[str, Any]]:
+    return [
+        {
+            "change": what_if.change,
+            "step_s": None if what_if.plan is None else what_if.plan.step_s,
+            "devices": [] if what_if.plan is None else [_stage_name(stage) for stage in what_if.plan.stages],
+            "reason": what_if.reason,
+        }
+        for what_if in what_ifs
+    ]
 
 
 def write_gantt(planned: Planned, path: Path) -> None:
@@ -102,12 +120,12 @@ def write_gantt(planned: Planned, path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file for --gantt") from error
 
 
-def _what_if_line(what_if: WhatIf, plan: Plan) -> str:
+def _what_if_line(what_if: WhatIf, plan: Plan | None) -> str:
     if what_if.plan is None:
         return f"{what_if.change}: {what_if.reason}"
-    ratio = plan.step_s / what_if.plan.step_s
     stages = ", ".join(_stage_name(stage) for stage in what_if.plan.stages)
-    return f"{what_if.change}: {what_if.plan.step_s:.3g} s a step, {ratio:.2f} x as fast, on {stages}"
+    gain = "it fits" if plan is None else f"{plan.step_s / what_if.plan.step_s:.2f} x as fast"
+    return f"{what_if.change}: {what_if.plan.step_s:.3g} s a step, {gain}, on {stages}"
 
 
 def _stage_name(stage: StagePlan) -> str:

@@ -183,13 +183,22 @@ class Client:
             ModelError, DataError: the base model or the rows cannot be used.
         """
         plan, _ = self.plan_with_problem(spec)
+        assert not isinstance(plan, str), "a refusal was not asked for"
         return plan
 
-    def plan_with_problem(self, spec: JobSpec) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """The same, and values of ``coordinator.scheduling.problem.PlanningProblem``: what the plan was made from."""
-        request = pb.PlanRequest(spec_json=spec.model_dump_json())
+    def plan_with_problem(
+        self, spec: JobSpec, *, even_if_refused: bool = False
+    ) -> tuple[Mapping[str, Any] | str, Mapping[str, Any]]:
+        """The same, and values of ``coordinator.scheduling.problem.PlanningProblem``: what the plan was made from.
+
+        Args:
+            spec: the job.
+            even_if_refused: give the reason instead of a plan where nothing fits, and the problem with it.
+        """
+        request = pb.PlanRequest(spec_json=spec.model_dump_json(), even_if_refused=even_if_refused)
         response: pb.PlanResponse = self._call(self._stub.Plan, request, timeout_s=_PLAN_TIMEOUT_S)
-        return json.loads(response.plan_json), json.loads(response.problem_json or "{}")
+        plan = response.refusal or json.loads(response.plan_json)
+        return plan, json.loads(response.problem_json or "{}")
 
     def jobs(self) -> list[JobSummary]:
         """All jobs, oldest first."""

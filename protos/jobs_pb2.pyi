@@ -66,15 +66,19 @@ class PlanRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_JSON_FIELD_NUMBER: _builtins.int
+    EVEN_IF_REFUSED_FIELD_NUMBER: _builtins.int
     spec_json: _builtins.str
+    even_if_refused: _builtins.bool
+    """Answer with the problem and the refusal where nothing fits, so that changes of the fleet can be tried."""
     def __init__(
         self,
         *,
         spec_json: _builtins.str = ...,
+        even_if_refused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec_json", b"spec_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["even_if_refused", b"even_if_refused", "spec_json", b"spec_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -86,19 +90,23 @@ class PlanResponse(_message.Message):
 
     PLAN_JSON_FIELD_NUMBER: _builtins.int
     PROBLEM_JSON_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
     plan_json: _builtins.str
     """JSON of partitioner.plan.Plan."""
     problem_json: _builtins.str
     """JSON of coordinator.scheduling.problem.PlanningProblem: what the plan was made from."""
+    refusal: _builtins.str
+    """Why nothing fits; plan_json is empty then."""
     def __init__(
         self,
         *,
         plan_json: _builtins.str = ...,
         problem_json: _builtins.str = ...,
+        refusal: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_json", b"plan_json", "problem_json", b"problem_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_json", b"plan_json", "problem_json", b"problem_json", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,7 +31,7 @@ from coordinator.scheduling.queue import PlanningQueue
 from coordinator.storage.base import NumberedEvent, Store
 from coordinator.weights.hub_models import pin_model
 from partitioner.plan import Plan
-from plutino.errors import DataError, InvalidTransitionError, PlutinoError, UnknownJobError
+from plutino.errors import DataError, InfeasiblePlanError, InvalidTransitionError, PlutinoError, UnknownJobError
 from plutino.events import Usage, WorkerUsage
 from plutino.job.spec import JobSpec
 from plutino.types import AgentId, JobId, WorkerRef
@@ -156,8 +156,11 @@ class JobManager:
             await asyncio.sleep(0)  # its own callbacks take it out
         return self._store.job(job_id)
 
-    async def plan(self, spec: JobSpec) -> tuple[PlanningProblem, Plan]:
+    async def plan(self, spec: JobSpec, *, must_fit: bool = True) -> tuple[PlanningProblem, Plan | str]:
         """The plan that a job would get now if it were alone, and what it was made from; reserves nothing.
+
+        Returns:
+            The problem, and its plan, or where it need not fit and does not, the reason.
 
         Raises:
             InfeasiblePlanError: it does not fit.
@@ -178,8 +181,14 @@ class JobManager:
                 excluded={},
                 is_started=False,
                 links=self._link_map,
+                must_fit=must_fit,
             )
-            return problem, await asyncio.to_thread(problem.plan)
+            try:
+                return problem, await asyncio.to_thread(problem.plan)
+            except InfeasiblePlanError as error:
+                if must_fit:
+                    raise
+                return problem, str(error)
         finally:
             link.finish()
             self._engine.stop_runner(job_id)

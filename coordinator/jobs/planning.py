@@ -105,10 +105,22 @@ async def make_problem(
     is_started: bool,
     links: LinkMap | None = None,
     together_with: Sequence[JobSpec] = (),
+    must_fit: bool = True,
 ) -> PlanningProblem:
-    """Gather everything that decides a job's plan; ``links`` None assumes all of them.
+    """Gather everything that decides a job's plan.
 
-    With ``together_with``, jobs that differ in their method alone, the plan will hold whichever of them needs most.
+    Args:
+        job_id: the job.
+        spec: what it asks.
+        prepared: its rows.
+        fleet: the devices.
+        profiler: their measured seconds.
+        numerics: what its first plan fixed; None before.
+        excluded: devices that may not take part, with the reason.
+        is_started: it has run already.
+        links: the ways between devices; None assumes them.
+        together_with: jobs that differ in their method alone; the plan will hold whichever of them needs most.
+        must_fit: a job that cannot fit is refused before devices measure themselves.
 
     Raises:
         InfeasiblePlanError: no device may take part, or the job does not fit those that may.
@@ -138,7 +150,7 @@ async def make_problem(
     packing, packing_why = packing_for(spec, table, shape, offers, numerics, is_micro_batch_free=is_micro_batch_free)
     is_on_cards = all(device.hardware.kind != "cpu" for device in devices)
     shape = shape.model_copy(update={"packing": packing, "is_on_cards": is_on_cards})
-    if not is_started:
+    if must_fit and not is_started:
         # Known without a second of measuring, which an absurd job would keep devices busy with.
         await asyncio.to_thread(_refuse_what_cannot_fit, table, shape, devices, is_micro_batch_free)
     if links is not None:

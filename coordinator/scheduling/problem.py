@@ -26,6 +26,7 @@ from partitioner.packed import WeightSizes
 from partitioner.plan import Plan, RejectedPlan
 from partitioner.search import choose_micro_batch, search
 from partitioner.values import PlanValue
+from plutino.errors import InfeasiblePlanError
 from plutino.families import FAMILIES
 from plutino.job.assignment import StageShape
 from plutino.job.spec import JobSpec
@@ -77,6 +78,13 @@ class PlanningProblem(PlanValue):
                 "unpacked_share": WeightSizes(self.table, self.shape).unpacked_share,
             }
         )
+
+    def plan_or_refusal(self) -> Plan | str:
+        """The best plan over all devices, or why there is none."""
+        try:
+            return self.plan()
+        except InfeasiblePlanError as error:
+            return str(error)
 
     def _search(self, devices: tuple[DeviceProfile, ...]) -> Plan:
         if not self.is_micro_batch_free:

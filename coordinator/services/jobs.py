@@ -60,10 +60,14 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         """The plan that a job would get now."""
         try:
-            problem, plan = await self._manager.plan(_spec(request.spec_json))
+            problem, plan = await self._manager.plan(_spec(request.spec_json), must_fit=not request.even_if_refused)
         except PlutinoError as error:
             await abort_with_aio(context, error)
-        return pb.PlanResponse(plan_json=plan.model_dump_json(), problem_json=problem.model_dump_json())
+        return pb.PlanResponse(
+            plan_json="" if isinstance(plan, str) else plan.model_dump_json(),
+            problem_json=problem.model_dump_json(),
+            refusal=plan if isinstance(plan, str) else "",
+        )
 
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         """All jobs, oldest first."""

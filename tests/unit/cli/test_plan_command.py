@@ -85,6 +85,28 @@ def test_plan_text_tells_range_margin_links_and_changes():
     assert "remove b: " in text and "rate 1Mbit: " in text and "backward: #" in text
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_plan_that_is_refused_still_answers_what_a_change_would_give(fleet_file, tmp_path, as_json):
+    small = {"devices": [{"name": "board", "memory": "360MiB", "flops": 1e10, "host": "h"}]}
+    fleet_file.write_text(yaml.safe_dump(small))
+
+    result = plutino(
+        "plan", JOB, "--fleet", fleet_file, "--what-if", "add 8GiB 2x", "--what-if", "add 352MiB",
+        *(["--json"] if as_json else []), "--state-dir", tmp_path / "none",
+    )  # fmt: skip
+
+    assert result.exit_code == 4
+    assert "does not fit" in result.stderr
+    if as_json:
+        found = json.loads(result.stdout)
+        assert "does not fit" in found["refusal"]
+        assert [what_if["step_s"] is None for what_if in found["what_if"]] == [False, True]
+    else:
+        fits, lacks = result.stdout.splitlines()[1:3]
+        assert "add 8GiB 2x: " in fits and "it fits, on added 1" in fits
+        assert "add 352MiB: the job does not fit" in lacks
+
+
 def test_plan_what_if_that_does_not_fit_says_why():
     alone = problem(devices=(device("a"),))
 
