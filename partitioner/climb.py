@@ -23,6 +23,7 @@ _NUM_KEPT = 3
 _MAX_NEIGHBOURS = 130
 _NUM_RANKED = 8
 _NUM_TOP = 2
+_FEW_DEVICES = 8
 _SHIFTS = (1, 2, 4)
 """Blocks by which a cut is moved while cuts are improved."""
 
@@ -45,13 +46,19 @@ class Limits:
 
 
 class Guesses:
-    """All guesses made so far for one job on one fleet, the best first."""
+    """All guesses made so far for one job on one fleet, the best first.
+
+    Those that seem not to fit are ranked by the blocks that lack, so that a search that starts among them finds out.
+    """
 
     def __init__(self, pricer: Pricer, limits: Limits) -> None:
         self._estimator = Estimator(pricer)
         self._limits = limits
+        # A layout of few devices has few neighbours: more of them can be opened.
+        self._num_top = _NUM_RANKED if len(pricer.devices) <= _FEW_DEVICES else _NUM_TOP
         self._found: dict[Layout, Guess] = {}
         self._ranked: dict[int, list[tuple[Layout, Guess]]] = {}
+        self._nearest: list[tuple[Layout, Guess]] = []
 
     def add(self, layouts: Iterable[Layout]) -> None:
         """Guess the layouts that are allowed and new."""
@@ -62,9 +69,14 @@ class Guesses:
         guesses = list(zip(new, self._estimator.guesses(new), strict=True))
         found.update(guesses)
         by_length: dict[int, list[tuple[Layout, Guess]]] = {}
+        lacking = []
         for item in guesses:
             if item[1].step_s < math.inf:
                 by_length.setdefault(len(item[0]), []).append(item)
+            else:
+                lacking.append(item)
+        if not self._ranked and not by_length:
+            self._nearest = sorted([*self._nearest, *lacking], key=lambda item: item[1].lacking_blocks)[:_NUM_RANKED]
         for length, items in by_length.items():
             ranked = sorted([*self._ranked.get(length, ()), *items], key=lambda item: item[1].step_s)
             self._ranked[length] = ranked[:_NUM_RANKED]
@@ -80,10 +92,12 @@ class Guesses:
 
     def next_to_open(self, opened: set[Layout], number: int) -> list[Layout]:
         """The shortest guess that is not opened yet of each length, the best lengths first."""
+        if not self._ranked:
+            return [layout for layout, _ in self._nearest if layout not in opened][:number]
         found: list[tuple[float, Layout]] = []
         for items in self._ranked.values():
             # A length whose best layouts have all been opened has been climbed to its top.
-            fresh = next(((g.step_s, layout) for layout, g in items[:_NUM_TOP] if layout not in opened), None)
+            fresh = next(((g.step_s, layout) for layout, g in items[: self._num_top] if layout not in opened), None)
             if fresh is not None:
                 found.append(fresh)
         found.sort(key=lambda item: item[0])
@@ -122,7 +136,7 @@ def improve(pricer: Pricer, guesses: Guesses, limits: Limits, *, rounds: int = _
     """Change the best layouts one thing at a time as long as a guess gets shorter; pipelines first, then replicas."""
     if limits.allow_replicas:
         improve(pricer, guesses, replace(limits, allow_replicas=False), rounds=rounds)
-        rounds = -(-rounds // 3)
+        rounds = rounds if len(pricer.devices) <= _FEW_DEVICES else -(-rounds // 3)
     opened: set[Layout] = set()
     for turn in range(rounds):
         fresh = guesses.next_to_open(opened, _NUM_KEPT)
@@ -134,7 +148,7 @@ def improve(pricer: Pricer, guesses: Guesses, limits: Limits, *, rounds: int = _
 
 def neighbours(pricer: Pricer, layout: Layout, limits: Limits, turn: int) -> list[Layout]:
     """Layouts that differ from this one in one thing; where there are very many, every n-th from the turn's on."""
-    found = list(dict.fromkeys(_neighbours(pricer, layout, limits)))
+    found = list(_neighbours(pricer, layout, limits))
     stride = -(-len(found) // _MAX_NEIGHBOURS)
     return found[turn % stride :: stride] if found else []
 

@@ -44,13 +44,22 @@ class _GroupNumbers:
     size: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Guess:
     """The best guess for one layout."""
 
     step_s: float
-    cuts: Cuts
-    """Wanted, not checked against any budget."""
+    """Infinite where memory seems too small."""
+    lacking_blocks: float
+    """Blocks that seem to fit nowhere."""
+    borders: Floats
+    """Of the blocks; behind the layout's own they repeat. Few guesses are ever cut, so they stay an array."""
+    num_stages: int
+
+    @property
+    def cuts(self) -> Cuts:
+        """Wanted, not checked against any budget."""
+        return tuple(int(border) for border in self.borders[: self.num_stages + 1])
 
 
 class Estimator:
@@ -130,7 +139,7 @@ class Estimator:
         for replica, device in enumerate(group):
             # A replica's share of any window, but for the luck of where the window begins.
             count = owners.count(replica)
-            held = np.minimum(count, -(-windows * count // len(owners))).clip(1, self._max_window)
+            held = np.minimum(np.maximum(np.minimum(count, -(-windows * count // len(owners))), 1), self._max_window)
             of_one = self._device_caps[device, held]
             caps = of_one if caps is None else np.minimum(caps, of_one)
         assert caps is not None, "a group has a device"
@@ -153,19 +162,21 @@ class Estimator:
                 if group not in index:
                     self._register(group)
         self._refresh()
-        width = max(map(len, layouts))
-        order = np.array([[index[group] for group in layout] + [0] * (width - len(layout)) for layout in layouts])
-        num_stages = np.array([len(layout) for layout in layouts])
-        step_s, cuts = self._evaluate(order, num_stages)
+        lengths = [len(layout) for layout in layouts]
+        num_stages = np.array(lengths)
+        order = np.zeros((len(layouts), max(lengths)), dtype=np.int64)
+        order[np.arange(order.shape[1]) < num_stages[:, None]] = [index[g] for layout in layouts for g in layout]
+        step_s, lacking, cuts = self._evaluate(order, num_stages)
         best = step_s.argmin(axis=1)
         rows = np.arange(len(layouts))
-        chosen_s, chosen = step_s[rows, best].tolist(), cuts[rows, best].astype(np.int64).tolist()
-        return [
-            Guess(step, tuple(row[: n + 1])) for step, row, n in zip(chosen_s, chosen, num_stages.tolist(), strict=True)
-        ]
+        chosen = zip(step_s[rows, best].tolist(), lacking.tolist(), cuts[rows, best], lengths, strict=True)
+        return [Guess(*values) for values in chosen]
 
-    def _evaluate(self, order: Ints, num_stages: Ints) -> tuple[Floats, Ints]:
-        """Step seconds (N, paces) and cuts (N, paces, stages + 1) of layouts padded to one number of stages."""
+    def _evaluate(self, order: Ints, num_stages: Ints) -> tuple[Floats, Floats, Floats]:
+        """Step seconds (N, paces), lacking blocks (N) and cuts (N, paces, stages + 1), padded to one number of stages.
+
+        Where something is lacking all seconds are infinite.
+        """
         num_blocks, width = self._pricer.table.num_blocks, order.shape[1]
         stages = np.arange(width)
         is_stage = stages < num_stages[:, None]
@@ -191,7 +202,10 @@ class Estimator:
         np.cumsum(counts, axis=2, out=cuts[:, :, 1:])
         np.minimum(cuts, num_blocks, out=cuts)
         step_s = self._step_s(order, num_stages, a, cuts, caps, window, is_stage, is_first, is_last)
-        return np.where(fits, step_s, np.inf), cuts
+        # The last pace is infinite: what memory alone allows.
+        held = most[:, -1]
+        lacking = np.maximum(0, num_blocks - held.sum(axis=1)) + (is_stage & (held < 1)).sum(axis=1)
+        return np.where(fits, step_s, np.inf), lacking, cuts
 
     @staticmethod
     def _most_blocks(pace_s: Floats, fixed_s: Floats, block_s: Floats, slow_block_s: Floats, caps: Ints) -> Floats:

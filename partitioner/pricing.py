@@ -126,6 +126,12 @@ class Pricer:
         rows = zip(self.busy_s.tolist(), self.latency_s.tolist(), strict=True)
         return [list(zip(*row, strict=True)) for row in rows]
 
+    @cached_property
+    def _params_before(self) -> Floats:
+        """Adapter parameters of the blocks before each block, and of all at the end."""
+        found: Floats = np.concatenate([[0.0], np.cumsum(self.shape.adapter_params)])
+        return found
+
     def owners(self, group: Group) -> tuple[int, ...]:
         """Replica that runs each micro-batch: shares follow the devices' seconds for one block."""
         if group not in self._owners:
@@ -340,8 +346,7 @@ class Pricer:
                 (owners.count(r) + 1) / float(self.bandwidth[device, root]) for r, device in enumerate(group) if r > 0
             )
             self._sum_s_per_byte[group] = per_byte
-        params = np.zeros(self.table.num_blocks + 1)
-        params[1:] = np.cumsum(self.shape.adapter_params)
+        params = self._params_before.copy()
         if k == 0:
             params[1:] += self.shape.first_trainable_params
         if k == len(layout) - 1:
@@ -364,18 +369,38 @@ class Pricer:
 
     def step_seconds(self, layout: Layout, many: Sequence[Cuts]) -> Floats:
         """Seconds of a step for many cuts of one layout, shape (N,); infinite where one does not fit."""
+        borders = np.array(many)
+        wide = self.table.num_blocks + 1
+        keys = borders[:, :-1] * wide + borders[:, 1:]
+        # Many cuts share most of their stages: each distinct stage is priced once, and looked up by its number.
+        options: list[list[StageOption | None]] = []
+        chosen: list[Ints] = []
+        for k in range(len(layout)):
+            distinct, numbers = np.unique(keys[:, k], return_inverse=True)
+            options.append([self.option(layout, k, *divmod(key, wide)) for key in distinct.tolist()])
+            chosen.append(numbers)
         found = np.full(len(many), np.inf)
-        alike: dict[tuple[bool, ...], list[tuple[int, list[StageOption]]]] = {}
-        for i, cuts in enumerate(many):
-            options = self._stage_options(layout, cuts)
-            if options is not None:
-                trained = tuple([option.group.replicas[0].has_backward for option in options])
-                alike.setdefault(trained, []).append((i, options))
-        for members in alike.values():
-            groups = [option.group for option in members[0][1]]
-            columns = [[options[k] for _, options in members] for k in range(len(layout))]
-            forward_s = [np.array([option.forward_s for option in column]) for column in columns]
-            backward_s = [np.array([option.backward_s for option in column]) for column in columns]
-            sum_s = np.array([[option.group.sum_s for option in column] for column in columns]).T
-            found[[i for i, _ in members]] = replay_many(groups, forward_s, backward_s, sum_s, self.num_micro_batches)
+        fits = np.ones(len(many), dtype=bool)
+        trained = np.zeros((len(many), len(layout)), dtype=bool)
+        for k, of_stage in enumerate(options):
+            fits &= np.array([option is not None for option in of_stage])[chosen[k]]
+            has_backward = [option is not None and option.group.replicas[0].has_backward for option in of_stage]
+            trained[:, k] = np.array(has_backward)[chosen[k]]
+        for alike in np.unique(trained[fits], axis=0):
+            rows = np.flatnonzero(fits & (trained == alike).all(axis=1))
+            found[rows] = self._replayed(options, [numbers[rows] for numbers in chosen])
         return found
+
+    def _replayed(self, options: Sequence[Sequence[StageOption | None]], chosen: Sequence[Ints]) -> Floats:
+        """Seconds of cuts whose stages are named by number; all fit, and train in the same stages."""
+        groups: list[StageGroup] = []
+        forward_s, backward_s, sum_s = [], [], []
+        for of_stage, numbers in zip(options, chosen, strict=True):
+            first = of_stage[int(numbers[0])]
+            assert first is not None, "only asked of cuts that fit"
+            groups.append(first.group)
+            idle = (0.0,) * len(first.forward_s)
+            forward_s.append(np.array([idle if o is None else o.forward_s for o in of_stage])[numbers])
+            backward_s.append(np.array([idle if o is None else o.backward_s for o in of_stage])[numbers])
+            sum_s.append(np.array([0.0 if o is None else o.group.sum_s for o in of_stage])[numbers])
+        return replay_many(groups, forward_s, backward_s, np.array(sum_s).T, self.num_micro_batches)

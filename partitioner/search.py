@@ -39,8 +39,10 @@ _NUM_DEEP = 3
 """So many have the cuts of their best layouts improved."""
 _NUM_SETTLED = 6
 _NUM_POLISHED = 2
+_FEW_CUTS = 200
+"""Layouts of at most so many stages times blocks are all improved: it takes no time."""
 _HOPE = 1.1
-"""A candidate this much slower than the best is not worth improving."""
+"""A candidate this much slower than the best is not worth improving; of few cuts one twice as slow is."""
 
 Codec = Literal["raw", "bf16"]
 
@@ -201,7 +203,13 @@ def _settle_best(variant: _Variant, outcome: Outcome, *, is_promising: bool) -> 
     settled.sort(key=lambda candidate: candidate.step_s)
     for place, candidate in enumerate(settled):
         outcome.take(candidate, variant.pricer)
-        if is_promising and place < _NUM_POLISHED and candidate.step_s < outcome.limit_s(variant.pricer) * _HOPE:
+        is_small = len(candidate.layout) * candidate.cuts[-1] <= _FEW_CUTS
+        hope = 2 * _HOPE if is_small else _HOPE
+        if (
+            is_promising
+            and (is_small or place < _NUM_POLISHED)
+            and candidate.step_s < outcome.limit_s(variant.pricer) * hope
+        ):
             outcome.take(polish(variant.pricer, candidate), variant.pricer)
     if not settled:
         outcome.take(None, variant.pricer)
