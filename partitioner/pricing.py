@@ -346,7 +346,7 @@ class Pricer:
                 (owners.count(r) + 1) / float(self.bandwidth[device, root]) for r, device in enumerate(group) if r > 0
             )
             self._sum_s_per_byte[group] = per_byte
-        params = self._params_before.copy()
+        params: Floats = self._params_before.copy()
         if k == 0:
             params[1:] += self.shape.first_trainable_params
         if k == len(layout) - 1:
