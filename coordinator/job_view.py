@@ -21,9 +21,11 @@ _NUM_NOTES = 4
 
 
 @dataclass(slots=True)
-class StageView:
+class WorkerView:
     """One worker, as far as its events have told."""
 
+    name: str
+    """The stage's number; with replicas also the replica's: 1.0."""
     stage_index: int
     device_name: str
     start_block: int
@@ -65,7 +67,8 @@ class JobView:
     num_eval_rows: int = 0
     num_cut_rows: int = 0
     plan: Plan | None = None
-    stages: dict[int, StageView] = field(default_factory=dict)
+    workers: dict[tuple[int, int], WorkerView] = field(default_factory=dict)
+    """By stage and replica."""
     losses: dict[int, float] = field(default_factory=dict)
     """Loss by step, of the steps that stand."""
     lr: float | None = None
@@ -112,7 +115,7 @@ class JobView:
     @property
     def bubble_share(self) -> float | None:
         """Share of a step in which the busiest worker does not compute; None before the first step."""
-        busy = [stage.busy_share for stage in self.stages.values() if stage.busy_share is not None]
+        busy = [worker.busy_share for worker in self.workers.values() if worker.busy_share is not None]
         return 1.0 - max(busy) if busy else None
 
     def metrics(self, moment: str) -> Mapping[str, float]:
@@ -142,12 +145,12 @@ class JobView:
                 self.durable_step = event.step
             case events.Usage():
                 for usage in event.workers:
-                    self._use(usage.worker.stage_index, usage.rss_bytes, usage.peak_rss_bytes)
+                    self._use(usage.worker, usage.rss_bytes, usage.peak_rss_bytes)
             case events.WorkerLoading():
-                self._load(event.worker.stage_index, told(event))
+                self._load(event.worker, told(event))
             case events.WorkerLoaded():
-                self._load(event.worker.stage_index, None)
-                self._use(event.worker.stage_index, event.rss_bytes, event.rss_bytes)
+                self._load(event.worker, None)
+                self._use(event.worker, event.rss_bytes, event.rss_bytes)
             case events.Exported():
                 self.exported = event
             case _:
@@ -166,18 +169,20 @@ class JobView:
     def _begin_plan(self, plan: Plan) -> None:
         self.plan = plan
         self._recent.clear()
-        self.stages = {
-            stage.stage_index: StageView(
+        self.workers = {
+            (stage.stage_index, index): WorkerView(
+                name=f"{stage.stage_index}.{index}" if stage.further_replicas else str(stage.stage_index),
                 stage_index=stage.stage_index,
-                device_name=", ".join(stage.device_names),
+                device_name=replica.device_name,
                 start_block=stage.start_block,
                 end_block=stage.end_block,
-                threads=stage.threads,
-                budget_bytes=stage.budget_bytes,
-                predicted_peak_bytes=stage.peak_bytes,
-                baseline_bytes=stage.baseline_bytes,
+                threads=replica.threads,
+                budget_bytes=replica.budget_bytes,
+                predicted_peak_bytes=replica.peak_bytes,
+                baseline_bytes=replica.baseline_bytes,
             )
             for stage in plan.stages
+            for index, replica in enumerate(stage.replicas)
         }
 
     def _commit(self, event: events.StepCommitted) -> None:
@@ -188,19 +193,21 @@ class JobView:
         self.train_tokens += event.tokens
         self._recent.append((event.tokens, event.seconds))
         for times in event.workers:
-            self._use(times.worker.stage_index, times.rss_bytes, times.peak_rss_bytes)
-            if (stage := self.stages.get(times.worker.stage_index)) is not None:
-                stage.shares.append((times.compute_s, times.total_s))
+            self._use(times.worker, times.rss_bytes, times.peak_rss_bytes)
+            if (worker := self._worker(times.worker)) is not None:
+                worker.shares.append((times.compute_s, times.total_s))
 
-    def _load(self, stage_index: int, loading: str | None) -> None:
-        if stage_index in self.stages:
-            self.stages[stage_index].loading = loading
+    def _worker(self, name: events.WorkerName) -> WorkerView | None:
+        return self.workers.get((name.stage_index, name.replica_index))
 
-    def _use(self, stage_index: int, rss_bytes: int, peak_rss_bytes: int) -> None:
-        stage = self.stages.get(stage_index)
-        if stage is not None:
-            stage.rss_bytes = rss_bytes
-            stage.peak_rss_bytes = max(stage.peak_rss_bytes, peak_rss_bytes)
+    def _load(self, name: events.WorkerName, loading: str | None) -> None:
+        if (worker := self._worker(name)) is not None:
+            worker.loading = loading
+
+    def _use(self, name: events.WorkerName, rss_bytes: int, peak_rss_bytes: int) -> None:
+        if (worker := self._worker(name)) is not None:
+            worker.rss_bytes = rss_bytes
+            worker.peak_rss_bytes = max(worker.peak_rss_bytes, peak_rss_bytes)
 
 
 _NOTED = (events.StepSkipped, events.WorkerLost, events.Recovering, events.Recovered, events.Notice)

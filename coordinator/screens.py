@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.job_view import JobView, StageView, told
+from coordinator.job_view import JobView, WorkerView, told
 from partitioner.plan import Plan, StagePlan
 from plutino import events
 from plutino.client import JobDetail, JobSummary, NumberedEvent
@@ -48,18 +48,22 @@ def make_console() -> Console:
 
 def plan_table(plan: Plan) -> RenderableType:
     """Which device runs which blocks, and what that is predicted to take; the reasons are partitioner.explain's."""
-    table = _table("stage", "device", "blocks", ">threads", ">forward ms", ">backward ms", ">peak MiB", ">budget MiB")
-    for stage in plan.stages:
-        table.add_row(
-            str(stage.stage_index),
-            escape(", ".join(stage.device_names)),
-            escape(_blocks(stage)),
-            str(stage.threads),
-            f"{stage.forward_s * 1e3:.1f}",
-            f"{stage.backward_s * 1e3:.1f}",
-            _mib(stage.peak_bytes),
-            _mib(stage.budget_bytes),
-        )
+    shares = (">micro-batches",) if plan.has_replicas else ()
+    names = ("stage", "device", "blocks", *shares, ">threads", ">forward ms", ">backward ms", ">peak MiB")
+    table = _table(*names, ">budget MiB")
+    for stage, owners in zip(plan.stages, plan.micro_batch_owners, strict=True):
+        for index, replica in enumerate(stage.replicas):
+            table.add_row(
+                f"{stage.stage_index}.{index}" if stage.further_replicas else str(stage.stage_index),
+                escape(replica.device_name),
+                escape(_blocks(stage)),
+                *((f"{owners.count(index)} of {plan.num_micro_batches}",) if plan.has_replicas else ()),
+                str(replica.threads),
+                f"{replica.forward_s * 1e3:.1f}",
+                f"{replica.backward_s * 1e3:.1f}",
+                _mib(replica.peak_bytes),
+                _mib(replica.budget_bytes),
+            )
     step = (
         f"predicted: {plan.step_s:.3g} s a step, bubble {plan.bubble_share:.0%}; {plan.num_micro_batches} x "
         f"{plan.micro_batch_rows} rows, {plan.dtype}, checkpointing {'on' if plan.checkpointing else 'off'}"
@@ -175,9 +179,9 @@ def job_panel(view: JobView) -> RenderableType:
     parts: list[RenderableType] = [head]
     if view.total_steps:
         parts.append(_progress(view))
-    if view.stages:
-        parts.append(_stage_table(view))
-    parts += [Text(stage.loading) for stage in view.stages.values() if stage.loading is not None]
+    if view.workers:
+        parts.append(_worker_table(view))
+    parts += [Text(worker.loading) for worker in view.workers.values() if worker.loading is not None]
     parts += [Text(told(score) or "") for score in view.scores.values()]
     if view.evaluations:
         steps = max(view.evaluations)
@@ -292,19 +296,19 @@ def _progress_line(view: JobView) -> str:
     return "  ".join(parts)
 
 
-def _stage_table(view: JobView) -> Table:
+def _worker_table(view: JobView) -> Table:
     table = _table("stage", "device", "blocks", ">threads", ">RSS MiB", ">peak", ">predicted", ">budget", ">busy")
-    for stage in view.stages.values():
+    for worker in view.workers.values():
         table.add_row(
-            str(stage.stage_index),
-            escape(stage.device_name),
-            escape(_blocks(stage)),
-            str(stage.threads),
-            _mib(stage.rss_bytes) if stage.rss_bytes else "",
-            _mib(stage.peak_rss_bytes) if stage.peak_rss_bytes else "",
-            _mib(stage.predicted_peak_bytes),
-            _mib(stage.budget_bytes),
-            "" if stage.busy_share is None else f"{stage.busy_share:.0%}",
+            worker.name,
+            escape(worker.device_name),
+            escape(_blocks(worker)),
+            str(worker.threads),
+            _mib(worker.rss_bytes) if worker.rss_bytes else "",
+            _mib(worker.peak_rss_bytes) if worker.peak_rss_bytes else "",
+            _mib(worker.predicted_peak_bytes),
+            _mib(worker.budget_bytes),
+            "" if worker.busy_share is None else f"{worker.busy_share:.0%}",
         )
     return table
 
@@ -340,7 +344,7 @@ def _metrics(score: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.1%}" for name, value in score.items() if isinstance(value, float))
 
 
-def _blocks(stage: StagePlan | StageView) -> str:
+def _blocks(stage: StagePlan | WorkerView) -> str:
     return f"[{stage.start_block}, {stage.end_block})"
 
 

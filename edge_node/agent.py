@@ -19,6 +19,7 @@ from edge_node.cache_server import CacheServer
 from edge_node.guard import limit_thread_stacks, read_usage
 from edge_node.joining import Renewal
 from edge_node.pool_reports import worker_id, worker_ref
+from edge_node.processors import processors_of
 from edge_node.reachability import Reachability
 from edge_node.state_dir import StateDir, host_id
 from edge_node.worker_pool import PoolConfig, WorkerPool
@@ -147,6 +148,7 @@ class Agent:
             workers=[worker_id(ref) for ref in self._pool.running()],
             hardware=hardware_to_proto(readiness.hardware),
             wire_version=WIRE_VERSION,
+            processors=processors_of(self._config.pool.device),
             cache_address="" if self._cache_server is None else self._cache_server.address,
             measures_links=True,
         )

@@ -47,20 +47,28 @@ class _Gathering:
     unit: Unit
     num_micro_batches: int
     loss_weight: float
-    needs_rows: bool
+    needed: frozenset[int]
+    """Micro-batches whose rows this worker reads."""
     rows: dict[int, MicroBatchRows] = field(default_factory=dict)
     generate: dict[int, pb.GenerateOptions] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
-        return not self.needs_rows or len(self.rows) == self.num_micro_batches
+        return self.needed <= self.rows.keys()
 
 
 class Inbox:
-    """Tasks and decisions of one worker."""
+    """Tasks and decisions of one worker.
 
-    def __init__(self, *, reads_tokens: bool, decode_rows: Callable[[pb.Feed], MicroBatchRows]) -> None:
-        self._reads_tokens = reads_tokens
+    Args:
+        reads_rows: whether this worker reads the rows of a micro-batch of a unit of some kind.
+        decode_rows: reads and checks them.
+    """
+
+    def __init__(
+        self, *, reads_rows: Callable[[UnitKind, int], bool], decode_rows: Callable[[pb.Feed], MicroBatchRows]
+    ) -> None:
+        self._reads_rows = reads_rows
         self._decode_rows = decode_rows
         self._changed = threading.Condition()
         self._order: list[Unit | CommandTask] = []
@@ -158,9 +166,8 @@ class Inbox:
             return
         gathering = self._gathering.get(unit)
         if gathering is None:
-            gathering = _Gathering(unit, feed.num_micro_batches, feed.loss_weight, self._reads_tokens)
-            if unit.kind == UnitKind.GENERATE:
-                gathering.needs_rows = True  # every stage needs the options, which come with the rows
+            needed = frozenset(m for m in range(feed.num_micro_batches) if self._reads_rows(unit.kind, m))
+            gathering = _Gathering(unit, feed.num_micro_batches, feed.loss_weight, needed)
             self._gathering[unit] = gathering
             self._order.append(unit)
         if feed.micro_batch < feed.num_micro_batches:

@@ -20,7 +20,6 @@ from edge_node.engine.executor import StageExecutor, StepOutcome
 from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.inbox import CommandTask, Inbox, UnitTask
-from edge_node.methods.base import AttachedMethod
 from edge_node.methods.score_head import attach_method
 from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
@@ -80,7 +79,7 @@ class WorkerSession:
         self._commit_s = 0.0
         self._finish_reason = "the coordinator did not come back"
         self._vocab_size = 0
-        self._inbox = Inbox(reads_tokens=assignment.is_first or assignment.is_last, decode_rows=self._decode_rows)
+        self._inbox = Inbox(reads_rows=self._reads_rows, decode_rows=self._decode_rows)
         self._inbox.start_at(self._next_step)
         self._transport: PeerTransport | None = None
         self._control = ControlStream(
@@ -152,7 +151,6 @@ class WorkerSession:
         self._resident = held or ResidentStage(stage, assignment.stage_key)
         self._vocab_size = int(stage.config.vocab_size)
         method = attach_method(stage, spec)
-        self._transport = self._open_transport(stage, method)
         if spec.training.init_adapter is not None:
             method.load(load_safetensors((Path(spec.training.init_adapter) / "adapter_model.safetensors").read_bytes()))
         optimizer = StageOptimizer(method.parameters, spec.training, assignment.total_steps)
@@ -161,13 +159,16 @@ class WorkerSession:
             method=method,
             objective=OBJECTIVES[spec.objective.type](spec.objective),
             optimizer=optimizer,
-            transport=self._transport,
+            transport=None,
             stages=assignment.stages,
             me=self._me,
             seed=spec.training.seed,
             codec=assignment.numerics.codecs,
             first_trainable_stage=assignment.first_trainable_stage,
         )
+        self._transport = self._open_transport(stage)
+        if self._transport is not None:
+            self._executor.use(self._transport)
         if assignment.restore is not None:
             self._restore(assignment.restore.shadows)
         self._check_memory()
@@ -222,16 +223,14 @@ class WorkerSession:
             )
         )
 
-    def _open_transport(self, stage: Stage, method: AttachedMethod) -> PeerTransport | None:
+    def _open_transport(self, stage: Stage) -> PeerTransport | None:
         assignment = self._assignment
         if len(assignment.stages) == 1 and assignment.shape.num_replicas == 1:
             return None
-        width, vocab_size = stage.boundary_width, int(stage.config.vocab_size)
-        # Hidden states with their metadata, or the gradient of a shared embedding.
-        largest_bytes = 4 * width * max(self._max_rows() * self._max_tokens(), vocab_size)
-        # What all blocks use has a gradient for each block.
-        shared = (p.uses[0][1].numel() * len(p.all_roles) for p in method.parameters if len(p.all_roles) > 1)
-        largest_bytes = max(largest_bytes, 4 * sum(shared)) + _METADATA_BYTES
+        # Hidden states with their metadata, or gradients that several workers add up.
+        num_tokens = self._max_tokens() + assignment.spec.method.prompt_tokens
+        hidden_bytes = 4 * stage.boundary_width * self._max_rows() * num_tokens
+        largest_bytes = max(hidden_bytes, self.executor.largest_gradient_bytes) + _METADATA_BYTES
         return PeerTransport(
             job_id=JobId(assignment.job_id),
             plan_epoch=assignment.plan_epoch,
@@ -295,6 +294,11 @@ class WorkerSession:
         self._control.forget("step_ready")
         self._finish_unit(task.work.unit)
         if isinstance(decision, pb.Commit) and decision.shadow:
+            self._write_shadow()
+
+    def _write_shadow(self) -> None:
+        # All replicas of a stage hold the same state to the bit: one copy is enough for all of them.
+        if self._me.replica_index == 0:
             self._shadows.write(self._next_step, self.executor.snapshot())
 
     def _vote(self, step: int, outcome: StepOutcome) -> pb.StepReady:
@@ -319,7 +323,8 @@ class WorkerSession:
         )
 
     def _generate(self, task: UnitTask) -> list[pb.TokenRow]:
-        assert task.generate is not None
+        if task.generate is None:
+            return []  # the first replica of every stage generates; the others got a header alone
         options = GenerateOptions(
             max_new_tokens=task.generate.max_new_tokens,
             stop_tokens=tuple(task.generate.stop_tokens),
@@ -346,7 +351,7 @@ class WorkerSession:
             case "link":
                 self._link(command.link)
             case "take_shadow":
-                self._shadows.write(self._next_step, self.executor.snapshot())
+                self._write_shadow()
             case "restore":
                 self._restore(dict(command.restore.shadows))
                 self._send(pb.WorkerEvent(restored=pb.Restored(step=command.restore.step)), keep_as="restored")
@@ -357,9 +362,10 @@ class WorkerSession:
 
     def _link(self, link: pb.Link) -> None:
         if self._transport is not None and not self._is_linked:
-            peers = {Peer(p.stage_index, p.replica_index): p.data_address for p in link.peers}
-            peers.pop(self._me, None)
-            node_ids = {Peer(p.stage_index, p.replica_index): p.agent_id for p in link.peers}
+            partners = self.executor.partners
+            of_plan = {Peer(p.stage_index, p.replica_index): p for p in link.peers}
+            peers = {peer: of_plan[peer].data_address for peer in partners}
+            node_ids = {peer: of_plan[peer].agent_id for peer in partners}
             self._transport.connect(peers, node_ids=node_ids)
         self._is_linked = True
         self._send(pb.WorkerEvent(links_up=pb.LinksUp()), keep_as="links_up")
@@ -396,7 +402,7 @@ class WorkerSession:
                 self._inbox.command(command)
 
     def _on_peer_lost(self, peer: Peer, reason: str) -> None:
-        lost = pb.PeerLost(peer_stage_index=peer.stage_index, reason=reason)
+        lost = pb.PeerLost(peer_stage_index=peer.stage_index, peer_replica_index=peer.replica_index, reason=reason)
         self._send(pb.WorkerEvent(peer_lost=lost), keep_as="peer_lost")
 
     def _on_shadow_stored(self, stored: pb.ShadowStored) -> None:
@@ -426,6 +432,14 @@ class WorkerSession:
     def _max_tokens(self) -> int:
         scoring = self._assignment.spec.scoring
         return self._assignment.spec.data.max_tokens + (0 if scoring is None else scoring.max_new_tokens)
+
+    def _reads_rows(self, kind: UnitKind, micro_batch: int) -> bool:
+        """Whether this worker needs a micro-batch's rows; for generation they carry the options."""
+        assignment = self._assignment
+        if kind == UnitKind.GENERATE:
+            return self._me.replica_index == 0
+        is_mine = assignment.shape.replica_of(micro_batch) == self._me.replica_index
+        return is_mine and (assignment.is_first or assignment.is_last)
 
     def _decode_rows(self, feed: pb.Feed) -> MicroBatchRows:
         return micro_batch_from_proto(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from partitioner.estimate import Estimator, Guess
 from partitioner.layout import Group, Layout
-from partitioner.orders import roomiest_first
+from partitioner.orders import have_own_cores, roomiest_first, with_own_cores
 from partitioner.pricing import Candidate, Cuts, Pricer
 
 _MAX_ROUNDS = 12
@@ -53,6 +53,7 @@ class Guesses:
 
     def __init__(self, pricer: Pricer, limits: Limits) -> None:
         self._estimator = Estimator(pricer)
+        self._devices = pricer.devices
         self._limits = limits
         # A layout of few devices has few neighbours: more of them can be opened.
         self._num_top = _NUM_RANKED if len(pricer.devices) <= _FEW_DEVICES else _NUM_TOP
@@ -62,8 +63,8 @@ class Guesses:
 
     def add(self, layouts: Iterable[Layout]) -> None:
         """Guess the layouts that are allowed and new."""
-        found, allow = self._found, self._limits.allow
-        new = [layout for layout in dict.fromkeys(layouts) if layout not in found and allow(layout)]
+        found = self._found
+        new = [layout for layout in dict.fromkeys(layouts) if layout not in found and self._allows(layout)]
         if not new:
             return
         guesses = list(zip(new, self._estimator.guesses(new), strict=True))
@@ -80,6 +81,11 @@ class Guesses:
         for length, items in by_length.items():
             ranked = sorted([*self._ranked.get(length, ()), *items], key=lambda item: item[1].step_s)
             self._ranked[length] = ranked[:_NUM_RANKED]
+
+    def _allows(self, layout: Layout) -> bool:
+        return self._limits.allow(layout) and all(
+            len(group) == 1 or have_own_cores(group, self._devices) for group in layout
+        )
 
     def step_s(self, layout: Layout) -> float:
         """The guessed step; infinite for one that was not guessed or seems not to fit."""
@@ -126,7 +132,8 @@ def starts(pricer: Pricer, guesses: Guesses, limits: Limits) -> list[Layout]:
         layouts = list(following)
         seeds += layouts
     if limits.allow_replicas:
-        alone = [(roomiest_first([group[0] for group in seed], pricer.devices),) for seed in seeds]
+        devices = pricer.devices
+        alone = [(roomiest_first(with_own_cores([group[0] for group in s], devices), devices),) for s in seeds]
         seeds += dict.fromkeys(alone)
     guesses.add(seeds)
     return seeds

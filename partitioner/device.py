@@ -60,6 +60,9 @@ class DeviceProfile(PlanValue):
     """Resident memory of a worker before any job."""
     timings: BlockTimings
     dtypes: tuple[str, ...] = ("fp32",)
+    cores_id: str = ""
+    """Devices with the same one compute on the same cores, so that two of them are no faster than one; empty: its own
+    cores alone."""
 
 
 class LinkProfile(PlanValue):

@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from partitioner.plan import Plan, RejectedPlan, StagePlan
 from plutino.sizes import MIB
 
-_HEADER = ("stage", "device", "blocks", "threads", "forward", "backward", "job", "baseline", "peak", "budget")
+_HEADER = (
+    "stage",
+    "device",
+    "blocks",
+    "micro-batches",
+    "threads",
+    "forward",
+    "backward",
+    "job",
+    "baseline",
+    "peak",
+    "budget",
+)
 
 
 def explain(plan: Plan) -> str:
@@ -17,7 +29,7 @@ def explain(plan: Plan) -> str:
     """
     sections = [
         _summary(plan) + _packing(plan),
-        _table([_HEADER, *(_stage_row(stage) for stage in plan.stages)]),
+        _table(_without_shares(_worker_rows(plan)) if not plan.has_replicas else _worker_rows(plan)),
         "memory of the job, MiB\n" + _table(_memory_rows(plan.stages)),
         f"bottleneck: {plan.bottleneck}\nrelief:     {plan.relief}",
         _reasons("rejected", plan.rejected),
@@ -43,19 +55,35 @@ def _packing(plan: Plan) -> str:
     return f"\nweights {packing.scheme}{also}, {plan.unpacked_share:.1%} of them left unpacked; {plan.packing_why}"
 
 
-def _stage_row(stage: StagePlan) -> tuple[str, ...]:
-    return (
-        str(stage.stage_index),
-        " + ".join(stage.device_names),
-        f"[{stage.start_block}, {stage.end_block})",
-        str(stage.threads),
-        f"{stage.forward_s * 1e3:.1f} ms",
-        f"{stage.backward_s * 1e3:.1f} ms",
-        f"{_mib(stage.job_bytes)} MiB",
-        f"+ {_mib(stage.baseline_bytes)} MiB",
-        f"= {_mib(stage.peak_bytes)} MiB",
-        f"of {_mib(stage.budget_bytes)} MiB",
-    )
+def _worker_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """The header and a row for every replica of every stage."""
+    rows: list[tuple[str, ...]] = [_HEADER]
+    for stage, owners in zip(plan.stages, plan.micro_batch_owners, strict=True):
+        for index, replica in enumerate(stage.replicas):
+            name = f"{stage.stage_index}.{index}" if stage.further_replicas else str(stage.stage_index)
+            share = owners.count(index) if owners else plan.num_micro_batches
+            rows.append(
+                (
+                    name,
+                    replica.device_name,
+                    f"[{stage.start_block}, {stage.end_block})",
+                    f"{share} of {plan.num_micro_batches}",
+                    str(replica.threads),
+                    f"{replica.forward_s * 1e3:.1f} ms",
+                    f"{replica.backward_s * 1e3:.1f} ms",
+                    f"{_mib(replica.job_bytes)} MiB",
+                    f"+ {_mib(replica.baseline_bytes)} MiB",
+                    f"= {_mib(replica.peak_bytes)} MiB",
+                    f"of {_mib(replica.budget_bytes)} MiB",
+                )
+            )
+    return rows
+
+
+def _without_shares(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Where every stage runs on one device, it runs all micro-batches."""
+    column = _HEADER.index("micro-batches")
+    return [row[:column] + row[column + 1 :] for row in rows]
 
 
 def _memory_rows(stages: Sequence[StagePlan]) -> list[tuple[str, ...]]:

@@ -41,7 +41,7 @@ class FleetDevice(PlanValue):
     """What a worker takes before any job."""
     threads: int = Field(4, ge=1)
     host: str | None = None
-    """Devices of one host share its memory bus; None: a host of its own."""
+    """Devices of one host share its memory bus and its cores; None: a host of its own."""
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     count: int = Field(1, ge=1, le=2000)
 
@@ -201,6 +201,7 @@ def _profile(device: FleetDevice, name: str, table: ModelTable, shape: JobShape)
         agent_id=name,
         name=name,
         host_id=device.host or name,
+        cores_id=device.host or "",
         threads=device.threads,
         available_bytes=available_bytes,
         baseline_bytes=baseline_bytes,

@@ -18,6 +18,9 @@ Group = tuple[int, ...]
 Layout = tuple[Group, ...]
 """All stages, the first one first."""
 
+_MESSAGES_ON_THEIR_WAY = 4
+"""So many messages a worker may have waiting for another (plutino.wire.frames.Bounds.max_inbox_messages)."""
+
 
 def owners_of(seconds: Sequence[float], num_micro_batches: int) -> tuple[int, ...]:
     """For every micro-batch the replica that runs it, such that the slowest replica ends as early as possible.
@@ -72,9 +75,10 @@ def replica_shares(layout: Layout, stage_index: int, owners: Sequence[int]) -> t
         if len(group) == 1:
             shares.append(ReplicaShare(in_flight, int(num_micro_batches > 1), num_neighbours))
             continue
-        # Replica 0 holds every micro-batch's gradient while it adds them up, the others theirs and the message they
-        # are packed into; all hold the sum.
-        held = num_micro_batches if replica == 0 else 2 * owners.count(replica)
+        # All hold their own micro-batches' gradients and the sum; replica 0 what waits of the others', who hold as
+        # many messages that are on their way.
+        on_their_way = [min(_MESSAGES_ON_THEIR_WAY, owners.count(other)) for other in range(len(group))]
+        held = owners.count(replica) + (sum(on_their_way[1:]) if replica == 0 else on_their_way[replica])
         peers = num_neighbours + (len(group) - 1 if replica == 0 else 1)
         shares.append(ReplicaShare(in_flight, held + 1, peers))
     return tuple(shares)

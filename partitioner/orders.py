@@ -41,6 +41,21 @@ def roomiest_first(group: Sequence[int], devices: Sequence[DeviceProfile]) -> Gr
     return tuple(sorted(group, key=lambda i: (devices[i].baseline_bytes - devices[i].available_bytes, i)))
 
 
+def have_own_cores(group: Sequence[int], devices: Sequence[DeviceProfile]) -> bool:
+    """Whether no two devices of a group compute on the same cores: replicas would only wait for each other."""
+    shared = [devices[i].cores_id for i in group if devices[i].cores_id]
+    return len(set(shared)) == len(shared)
+
+
+def with_own_cores(group: Sequence[int], devices: Sequence[DeviceProfile]) -> list[int]:
+    """A group without those that compute on the cores of one before them."""
+    found: list[int] = []
+    for device in group:
+        if have_own_cores((*found, device), devices):
+            found.append(device)
+    return found
+
+
 def _layouts(
     devices: Sequence[DeviceProfile], links: LinkTable, max_stages: int, allow_replicas: bool
 ) -> Iterator[Layout]:
@@ -54,6 +69,8 @@ def _layouts(
             return
         for size in range(1, min(largest, len(unused)) + 1):
             for group in combinations(unused, size):
+                if not have_own_cores(group, devices):
+                    continue
                 # Of several unused twins the first ones stand for all.
                 if all(other in group for i in group for other in unused if other < i and twin_of[other] == twin_of[i]):
                     rest = tuple(i for i in unused if i not in group)

@@ -138,6 +138,11 @@ class Plan(PlanValue):
     unused_devices: tuple[RejectedPlan, ...] = ()
 
     @property
+    def has_replicas(self) -> bool:
+        """Whether some stage runs on several devices."""
+        return any(stage.further_replicas for stage in self.stages)
+
+    @property
     def agent_ids(self) -> tuple[str, ...]:
         """Agents of all stages, first stage first."""
         return tuple(agent for stage in self.stages for agent in stage.agent_ids)

@@ -132,6 +132,7 @@ class AgentHello(_message.Message):
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
     CACHE_ADDRESS_FIELD_NUMBER: _builtins.int
     MEASURES_LINKS_FIELD_NUMBER: _builtins.int
+    PROCESSORS_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     name: _builtins.str
     host_id: _builtins.str
@@ -161,6 +162,10 @@ class AgentHello(_message.Message):
 
     @_builtins.property
     def hardware(self) -> Global___Hardware: ...
+    @_builtins.property
+    def processors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its workers compute on: numbers of cores, or a card; empty: not known, then all of its host."""
+
     def __init__(
         self,
         *,
@@ -177,10 +182,11 @@ class AgentHello(_message.Message):
         wire_version: _builtins.int = ...,
         cache_address: _builtins.str = ...,
         measures_links: _builtins.bool = ...,
+        processors: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "processors", b"processors", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

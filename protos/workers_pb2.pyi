@@ -307,17 +307,20 @@ class PeerLost(_message.Message):
 
     PEER_STAGE_INDEX_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    PEER_REPLICA_INDEX_FIELD_NUMBER: _builtins.int
     peer_stage_index: _builtins.int
     reason: _builtins.str
+    peer_replica_index: _builtins.int
     def __init__(
         self,
         *,
         peer_stage_index: _builtins.int = ...,
         reason: _builtins.str = ...,
+        peer_replica_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer_stage_index", b"peer_stage_index", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer_replica_index", b"peer_replica_index", "peer_stage_index", b"peer_stage_index", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -717,7 +720,7 @@ Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
 class Feed(_message.Message):
-    """A part of one unit's input. Every worker gets the header; tokens go only to the stages that read them."""
+    """A part of one unit's input. Every worker gets the header; rows go only to the workers that read them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

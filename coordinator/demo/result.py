@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.demo.bag_of_words import BagOfWordsResult
-from coordinator.job_view import JobView, StageView
+from coordinator.job_view import JobView, WorkerView
 from coordinator.jobs.scoring import Score
 from plutino.sizes import MIB
 
@@ -53,16 +53,16 @@ class AgentRun(BaseModel):
     measured_job_mb: float
 
     @classmethod
-    def from_stage(cls, stage: StageView) -> AgentRun:
+    def from_worker(cls, worker: WorkerView) -> AgentRun:
         """Bytes to MiB."""
         return cls(
-            name=stage.device_name,
-            blocks=(stage.start_block, stage.end_block),
-            budget_mb=_mib(stage.budget_bytes),
-            baseline_mb=_mib(stage.baseline_bytes),
-            peak_rss_mb=_mib(stage.peak_rss_bytes),
-            predicted_job_mb=_mib(stage.predicted_peak_bytes - stage.baseline_bytes),
-            measured_job_mb=_mib(stage.measured_job_bytes),
+            name=worker.device_name,
+            blocks=(worker.start_block, worker.end_block),
+            budget_mb=_mib(worker.budget_bytes),
+            baseline_mb=_mib(worker.baseline_bytes),
+            peak_rss_mb=_mib(worker.peak_rss_bytes),
+            predicted_job_mb=_mib(worker.predicted_peak_bytes - worker.baseline_bytes),
+            measured_job_mb=_mib(worker.measured_job_bytes),
         )
 
 
@@ -98,7 +98,7 @@ class DemoResult(BaseModel):
             losses=[loss for _, loss in sorted(view.losses.items())],
             adapter_dir=view.exported.adapter_dir,
             reference=reference,
-            agents=[AgentRun.from_stage(stage) for stage in view.stages.values()],
+            agents=[AgentRun.from_worker(worker) for worker in view.workers.values()],
         )
 
 

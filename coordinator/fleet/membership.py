@@ -43,6 +43,8 @@ class Device:
     hardware: Hardware = field(default_factory=Hardware)
     measures_links: bool = False
     """It takes and makes bursts."""
+    processors: tuple[str, ...] = ()
+    """What its workers compute on: numbers of cores, or a card; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

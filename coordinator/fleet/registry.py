@@ -393,4 +393,5 @@ def _device(hello: pb.AgentHello) -> Device:
         dtypes=tuple(hello.dtypes),
         hardware=hardware_from_proto(hello.hardware),
         measures_links=hello.measures_links,
+        processors=tuple(hello.processors),
     )

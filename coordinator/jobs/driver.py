@@ -94,14 +94,14 @@ class JobDriver:
         record = self.context.record
         if record.is_terminal or record.plan_json is None or exit_.ref.plan_epoch != record.plan_epoch:
             return
-        reason = f"stage {exit_.ref.stage_index} on {self.context.fleet.name_of(exit_.agent_id)}: {exit_.reason}"
+        reason = f"{_label(exit_.ref)} on {self.context.fleet.name_of(exit_.agent_id)}: {exit_.reason}"
         if exit_.is_out_of_memory:
             self.context.excluded_devices[exit_.agent_id] = f"its worker ran out of memory ({exit_.reason})"
         self.interrupt(Loss((exit_.ref,), reason, is_out_of_memory=exit_.is_out_of_memory))
 
     def worker_in_trouble(self, ref: WorkerRef, error: str, reason: str) -> None:
         """A worker says that it cannot go on."""
-        self.interrupt(Loss((ref,), f"stage {ref.stage_index}: {reason}", error=error))
+        self.interrupt(Loss((ref,), f"{_label(ref)}: {reason}", error=error))
 
     def device_gone(self, agent_id: AgentId, reason: str) -> None:
         """A device's lease has run out."""
@@ -384,6 +384,10 @@ class JobDriver:
             await asyncio.wrap_future(context.store.remove_shadows(context.job_id, shadow_ids))
         await asyncio.to_thread(context.shadow_files.delete_job, context.job_id)
         self._queue.kick()
+
+
+def _label(ref: WorkerRef) -> str:
+    return f"stage {ref.stage_index}" + (f".{ref.replica_index}" if ref.replica_index else "")
 
 
 async def _end_task(task: asyncio.Task[events.Event | None]) -> None:

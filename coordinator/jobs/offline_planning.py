@@ -68,4 +68,5 @@ def offline_problem(spec: JobSpec, fleet: FleetFile) -> PlanningProblem:
         links=fleet.link_table(),
         codecs=open_codecs(spec, shape, None),
         num_train_rows=prepared.num_train,
+        allow_replicas=spec.placement.replicas == "auto",
     )

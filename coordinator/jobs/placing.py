@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.recovery import durable_steps
-from coordinator.scheduling.problem import first_trainable_stage
+from coordinator.scheduling.problem import first_trainable_stage, stage_shapes
 from coordinator.weights.hub_models import fetch_weights, origin_of
 from coordinator.weights.model_files import offer_model
 from plutino.errors import AgentError, AgentLostError, JobError
 from plutino.events import Notice, WorkerLoaded, WorkerLoading
-from plutino.job.assignment import DeviceCache, RestorePoint, StageShape, WorkerAssignment, stage_key
+from plutino.job.assignment import DeviceCache, RestorePoint, WorkerAssignment, stage_key
 from plutino.job.spec import JobSpec
 from plutino.manifest import Manifest
 from plutino.sizes import format_size
@@ -237,15 +237,7 @@ def _assignments(
     context: JobContext, spec: JobSpec, restore_step: int, manifest: Manifest
 ) -> dict[WorkerRef, WorkerAssignment]:
     plan, record = context.plan, context.record
-    shapes = tuple(
-        StageShape(
-            start_block=stage.start_block,
-            end_block=stage.end_block,
-            num_replicas=len(stage.agent_ids),
-            micro_batch_owner=owners,
-        )
-        for stage, owners in zip(plan.stages, plan.micro_batch_owners, strict=True)
-    )
+    shapes = stage_shapes(plan)
     restore = _restore_point(context, restore_step)
     caches = _caches(context)
     manifest_sha256 = hashlib.sha256(manifest.to_bytes()).hexdigest()

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from coordinator.fleet.link_map import LinkMap
+from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
@@ -160,7 +161,7 @@ async def make_problem(
     profiles = await asyncio.gather(
         *(_profile(device, config_json, shape, spec, profiler, threads) for device in devices)
     )
-    measured = tuple(profile for profile in profiles if isinstance(profile, DeviceProfile))
+    measured = with_shared_cores(devices, [p for p in profiles if isinstance(p, DeviceProfile)])
     if not measured:
         raise InfeasiblePlanError("no device could be measured: " + "; ".join(str(p) for p in profiles))
     unmeasured = tuple(
@@ -181,7 +182,15 @@ async def make_problem(
         is_started=is_started,
         codecs=open_codecs(spec, shape, numerics),
         num_train_rows=prepared.num_train,
+        allow_replicas=spec.placement.replicas == "auto",
     )
+
+
+def with_shared_cores(devices: Sequence[Device], profiles: Sequence[DeviceProfile]) -> tuple[DeviceProfile, ...]:
+    """The profiles, each knowing with whom it shares its cores."""
+    threads = {AgentId(profile.agent_id): profile.threads for profile in profiles}
+    cores = shared_cores([device for device in devices if device.agent_id in threads], threads)
+    return tuple(p.model_copy(update={"cores_id": cores[AgentId(p.agent_id)]}) for p in profiles)
 
 
 def open_codecs(spec: JobSpec, shape: JobShape, numerics: NumericsRecord | None) -> tuple[Codec, ...]:
@@ -206,7 +215,7 @@ def make_numerics(plan: Plan, family: Family, devices: Sequence[Device]) -> Nume
     """The record that fixes the job's bits, from its first plan."""
     chosen = {device.agent_id: device for device in devices}
     members = [chosen[AgentId(agent_id)] for agent_id in plan.agent_ids]
-    threads = {stage.threads for stage in plan.stages}
+    threads = {replica.threads for stage in plan.stages for replica in stage.replicas}
     return NumericsRecord(
         dtype="fp32" if plan.dtype == "fp32" else "bf16",
         packing=plan.packing,

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.runner import PreparedData, ScoreReport
+from coordinator.scheduling.problem import stage_shapes
 from plutino.errors import ConfigError
-from plutino.types import Unit, UnitKind
+from plutino.job.assignment import StageShape
+from plutino.types import Unit, UnitKind, WorkerRef
 from plutino.wire.channel import Lane
 from plutino.wire.convert import unit_to_proto
 from protos import runners_pb2 as runner_pb
@@ -51,15 +53,18 @@ async def train_batch(context: JobContext, step: int) -> Batch:
 
 
 def feed(context: JobContext, unit: Unit, batch: Batch, generate: pb.GenerateOptions | None = None) -> None:
-    """Send a unit to all workers: a header to each, rows to the stages that read them.
+    """Send a unit to all workers: rows to those that read them, a header to the others.
 
     Raises:
         ConfigError: a micro-batch is too large for a control message.
     """
     context.workers.begin_unit(unit)
-    last_stage = len(context.plan.stages) - 1
-    readers = [ref for ref in context.refs() if generate is not None or ref.stage_index in (0, last_stage)]
+    refs, shapes = tuple(context.refs()), stage_shapes(context.plan)
+    is_generation = generate is not None
+    all_readers: set[WorkerRef] = set()
     for part in batch.parts:
+        readers = [ref for ref in refs if reads_rows(ref, shapes, part.micro_batch, is_generation=is_generation)]
+        all_readers.update(readers)
         message = pb.Feed(
             unit=unit_to_proto(unit),
             num_micro_batches=len(batch.parts),
@@ -77,7 +82,7 @@ def feed(context: JobContext, unit: Unit, batch: Batch, generate: pb.GenerateOpt
                 "(or scoring.batch_rows)"
             )
         context.workers.tell(pb.WorkerCommand(feed=message), key=f"feed {unit} part {part.micro_batch}", only=readers)
-    others = [ref for ref in context.refs() if ref not in readers]
+    others = [ref for ref in refs if ref not in all_readers]
     if others:
         header = pb.Feed(
             unit=unit_to_proto(unit),
@@ -86,6 +91,14 @@ def feed(context: JobContext, unit: Unit, batch: Batch, generate: pb.GenerateOpt
             micro_batch=len(batch.parts),
         )
         context.workers.tell(pb.WorkerCommand(feed=header), key=f"feed {unit} header", only=others)
+
+
+def reads_rows(ref: WorkerRef, shapes: Sequence[StageShape], micro_batch: int, *, is_generation: bool) -> bool:
+    """Whether a worker needs the rows of a micro-batch. Generation runs on the first replica of every stage."""
+    if is_generation:
+        return ref.replica_index == 0
+    is_its_own = shapes[ref.stage_index].replica_of(micro_batch) == ref.replica_index
+    return is_its_own and ref.stage_index in (0, len(shapes) - 1)
 
 
 def end_unit(context: JobContext, unit: Unit) -> None:

@@ -188,7 +188,11 @@ class JobWorkers:
                 self._on_trouble(status.ref, event.failed.error, event.failed.reason)
             case "peer_lost":
                 lost = event.peer_lost
-                self._on_trouble(status.ref, "PeerLostError", f"stage {lost.peer_stage_index}: {lost.reason}")
+                self._on_trouble(
+                    status.ref,
+                    "PeerLostError",
+                    f"its peer {lost.peer_stage_index}.{lost.peer_replica_index}: {lost.reason}",
+                )
 
     async def wake(self) -> None:
         """Let every :meth:`wait` look again."""

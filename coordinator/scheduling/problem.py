@@ -32,6 +32,9 @@ from plutino.job.assignment import StageShape
 from plutino.job.spec import JobSpec
 from plutino.types import AgentId, JobId
 
+REPLICAS_SHARE = 0.05
+"""Replicas must save this share of the step to be used."""
+
 
 class PlanningProblem(PlanValue):
     """All that decides a job's plan, but for the memory that other jobs hold."""
@@ -58,7 +61,7 @@ class PlanningProblem(PlanValue):
     known_plan: Plan | None = None
     """A plan for this very problem; taken where its devices still have the memory, so that nothing is searched."""
     allow_replicas: bool = False
-    """A stage may run on several devices; workers do not do that over the wire yet."""
+    """A stage may run on several devices, if that saves REPLICAS_SHARE of the step."""
 
     def plan(self, devices: tuple[DeviceProfile, ...] | None = None) -> Plan:
         """The best plan over some of the devices, or all.
@@ -87,8 +90,18 @@ class PlanningProblem(PlanValue):
             return str(error)
 
     def _search(self, devices: tuple[DeviceProfile, ...]) -> Plan:
+        plan = self._search_once(devices, allow_replicas=self.allow_replicas)
+        if not plan.has_replicas:
+            return plan
+        try:
+            alone = self._search_once(devices, allow_replicas=False)
+        except InfeasiblePlanError:
+            return plan
+        return preferred(plan, alone)
+
+    def _search_once(self, devices: tuple[DeviceProfile, ...], *, allow_replicas: bool) -> Plan:
         if not self.is_micro_batch_free:
-            return search(self.table, self.shape, devices, self.links, allow_replicas=self.allow_replicas)
+            return search(self.table, self.shape, devices, self.links, allow_replicas=allow_replicas)
         return choose_micro_batch(
             self.table,
             self.shape,
@@ -96,7 +109,7 @@ class PlanningProblem(PlanValue):
             self.links,
             label_tokens_of=lambda rows: rows * self.label_tokens_per_row,
             codecs=self.codecs,
-            allow_replicas=self.allow_replicas,
+            allow_replicas=allow_replicas,
         )
 
 
@@ -106,6 +119,22 @@ def _holds(plan: Plan, devices: Sequence[DeviceProfile]) -> bool:
         for replica in stage.replicas:
             free_bytes[replica.agent_id] = free_bytes.get(replica.agent_id, 0) - replica.peak_bytes
     return min(free_bytes.values(), default=-1) >= 0
+
+
+def preferred(shared: Plan, alone: Plan) -> Plan:
+    """Of the best plan with replicas and the best one without: the first only where it is notably faster.
+
+    Every replica is a device more that can be lost, and sends gradients where a stage of its own would send none.
+    """
+    saved = 1 - shared.step_s / alone.step_s
+    if saved >= REPLICAS_SHARE:
+        lost = RejectedPlan(what="without replicas", why=f"step {alone.step_s:.3g} s instead of {shared.step_s:.3g} s")
+        return shared.model_copy(update={"rejected": (*shared.rejected, lost)})
+    lost = RejectedPlan(
+        what="with replicas",
+        why=f"step {shared.step_s:.3g} s, {max(saved, 0.0):.0%} shorter; they must save {REPLICAS_SHARE:.0%}",
+    )
+    return alone.model_copy(update={"rejected": (*alone.rejected, lost)})
 
 
 class HeldMemory(PlanValue):
@@ -152,6 +181,19 @@ def solve(round_json: str) -> str:
         lambda job_id, profiles: problems[job_id].plan(profiles),
     )
     return SchedulingAnswer(verdicts=tuple(_verdict(decision) for decision in decisions)).model_dump_json()
+
+
+def stage_shapes(plan: Plan) -> tuple[StageShape, ...]:
+    """A plan's stages as its workers know them."""
+    return tuple(
+        StageShape(
+            start_block=stage.start_block,
+            end_block=stage.end_block,
+            num_replicas=len(stage.agent_ids),
+            micro_batch_owner=owners if len(stage.agent_ids) > 1 else (),
+        )
+        for stage, owners in zip(plan.stages, plan.micro_batch_owners, strict=True)
+    )
 
 
 def first_trainable_stage(spec: JobSpec, stages: Sequence[StageShape]) -> int:

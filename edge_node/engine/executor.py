@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.schedule import Backward, Forward, Receive, Send, forward_actions, train_actions
 from edge_node.engine.shared_gradients import FOLDED, Contributions, fold, plan_groups, reduce_group
@@ -114,6 +115,21 @@ class StageExecutor:
         self._cancelled: Unit | None = None
         self._references: dict[int, Tensor] = {}
         self._row_values: dict[int, Tensor] = {}
+
+    def use(self, transport: Transport) -> None:
+        """Talk to peers over this transport, whose bounds may depend on what this worker shares with them."""
+        self._transport = transport
+
+    @property
+    def partners(self) -> frozenset[Peer]:
+        """The workers with which this one has a stream."""
+        return partners(self.stages, self._groups, self.me)
+
+    @property
+    def largest_gradient_bytes(self) -> int:
+        """Bytes of the largest message of shared parameters' gradients, without its header."""
+        sizes = {p.name: p.uses[0][1].numel() for p in self.method.parameters}
+        return 4 * max((sum(sizes[name] for name in group.names) for group in self._groups), default=0)
 
     @property
     def transport(self) -> Transport:
@@ -336,7 +352,14 @@ class StageExecutor:
         started_s = time.perf_counter()
         for group in self._groups:
             totals = reduce_group(
-                group, self._contributions, self._roles, shapes, me=self.me, unit=work.unit, transport=self.transport
+                group,
+                self._contributions,
+                shapes,
+                stages=self.stages,
+                num_micro_batches=work.num_micro_batches,
+                me=self.me,
+                unit=work.unit,
+                transport=self.transport,
             )
             gradients |= {name: total.to(self.stage.device) for name, total in totals.items()}
         times.wait_s += time.perf_counter() - started_s

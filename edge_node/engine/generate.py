@@ -63,7 +63,7 @@ def generate(executor: StageExecutor, work: UnitInput, options: GenerateOptions,
         On the last stage, per group and row, the new tokens without the stop token; elsewhere nothing.
     """
     if executor.me.replica_index > 0:
-        return []  # the first replica of every stage generates; its KV cache is the one the plan has room for
+        return []  # the first replica of every stage generates
     executor.method.set_enabled(options.use_adapter)
     try:
         with torch.no_grad():

@@ -53,12 +53,6 @@ class Receive:
 Action = Forward | Backward | Send | Receive
 
 
-def replica_of(shape: StageShape, micro_batch: int) -> int:
-    """The replica of a stage that runs a micro-batch."""
-    owners = shape.micro_batch_owner
-    return owners[micro_batch % len(owners)] if owners else 0
-
-
 def forward_window(stages: Sequence[StageShape], stage_index: int) -> int:
     """How far a stage's forward passes run ahead of its backward passes, in micro-batches of the step.
 
@@ -76,7 +70,7 @@ def forwards_ahead(stages: Sequence[StageShape], stage_index: int) -> int:
     shape = stages[stage_index]
     period = max(1, len(shape.micro_batch_owner))
     window = forward_window(stages, stage_index)
-    owners = [replica_of(shape, m) for m in range(period + window)]
+    owners = [shape.replica_of(m) for m in range(period + window)]
     return max(
         owners[first : first + window].count(replica)
         for first in range(period)
@@ -99,7 +93,7 @@ def train_actions(
         num_micro_batches: micro-batches of this step.
         first_trainable_stage: the lowest stage that trains anything; stages below it only run forward.
     """
-    mine = [m for m in range(num_micro_batches) if replica_of(stages[me.stage_index], m) == me.replica_index]
+    mine = [m for m in range(num_micro_batches) if stages[me.stage_index].replica_of(m) == me.replica_index]
     if me.stage_index < first_trainable_stage:
         return [action for m in mine for action in _forward(stages, me, m)]
     window = forward_window(stages, me.stage_index)
@@ -117,7 +111,7 @@ def forward_actions(
     stages: Sequence[StageShape], *, me: Peer, num_micro_batches: int, kind: MessageKind = MessageKind.FORWARD
 ) -> list[Action]:
     """The actions of one worker for an evaluation, or for a reference: forward passes only."""
-    mine = [m for m in range(num_micro_batches) if replica_of(stages[me.stage_index], m) == me.replica_index]
+    mine = [m for m in range(num_micro_batches) if stages[me.stage_index].replica_of(m) == me.replica_index]
     return [action for m in mine for action in _forward(stages, me, m, kind)]
 
 
@@ -143,4 +137,4 @@ def _backward(stages: Sequence[StageShape], me: Peer, m: int, *, sends_gradient:
 
 def _neighbour(stages: Sequence[StageShape], me: Peer, m: int, direction: int) -> Peer:
     stage_index = me.stage_index + direction
-    return Peer(stage_index, replica_of(stages[stage_index], m))
+    return Peer(stage_index, stages[stage_index].replica_of(m))

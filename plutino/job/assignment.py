@@ -25,6 +25,11 @@ class StageShape(_Part):
     micro_batch_owner: tuple[int, ...] = ()
     """Replica that runs micro-batch m of a step; empty means replica 0 runs all. Longer steps wrap around."""
 
+    def replica_of(self, micro_batch: int) -> int:
+        """The replica that runs a micro-batch."""
+        owners = self.micro_batch_owner
+        return owners[micro_batch % len(owners)] if owners else 0
+
 
 class RestorePoint(_Part):
     """A durable step to start from."""

@@ -20,6 +20,9 @@ class PlacementConfig(SpecPart):
     """Names of the devices to use; empty means any."""
     stages: int | None = Field(None, ge=1)
     """Exactly so many stages; None lets the plan choose."""
+    replicas: Literal["auto", "never"] = "auto"
+    """auto: a stage may run on several devices, which share its micro-batches, where that makes a step notably
+    shorter. never: every stage runs on one device."""
     threads: int | None = Field(None, ge=1)
     """Intra-op threads of every worker. None: each device's own number; where those differ, moving a block in a
     re-plan may change the last bit of fp32 products."""

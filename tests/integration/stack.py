@@ -169,6 +169,8 @@ class ThreadAgent:
         baseline_bytes: int = 1 << 20,
         torch_version: str = torch.__version__,
         hardware: Hardware = HARDWARE,
+        host_id: str = "test",
+        timings: BlockTimings = TIMINGS,
         weights: WeightsConfig | None = None,
         membership: Membership | None = None,
     ) -> None:
@@ -192,6 +194,8 @@ class ThreadAgent:
         self._baseline_bytes = baseline_bytes
         self._versions = {"torch": torch_version}
         self._hardware = hardware
+        self._host_id = host_id
+        self.timings = timings
         self.sessions: dict[WorkerRef, WorkerSession] = {}
         self.assignments: list[WorkerAssignment] = []
         self.residents: dict[tuple[int, str], ResidentStage] = {}
@@ -275,7 +279,7 @@ class ThreadAgent:
         return agents_pb2.AgentHello(
             agent_id=self._agent_id,
             name=self.name,
-            host_id="test",
+            host_id=self._host_id,
             memory_budget_bytes=self._memory_bytes,
             threads=self._threads,
             baseline_bytes=self._baseline_bytes,
@@ -303,7 +307,7 @@ class ThreadAgent:
             self.revoked_ids = list(command.revoked.node_ids)
         elif kind == "profile":
             result = agents_pb2.ProfileResult(
-                request_id=command.profile.request_id, timings_json=TIMINGS.model_dump_json()
+                request_id=command.profile.request_id, timings_json=self.timings.model_dump_json()
             )
             self._send(agents_pb2.AgentEvent(profile_result=result))
 

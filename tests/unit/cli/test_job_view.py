@@ -37,7 +37,7 @@ def test_view_steps_give_speed_and_time_left():
 def test_view_busiest_worker_sets_the_bubble():
     view = view_of(planned(), step(0, 3.0, busy_share=0.25), step(1, 3.0, busy_share=0.75))
 
-    assert view.stages[0].busy_share == 0.5
+    assert view.workers[0, 0].busy_share == 0.5
     assert view.bubble_share == 0.5
 
 
@@ -47,8 +47,8 @@ def test_view_peak_never_falls():
     )
     view = view_of(planned(), step(0, 3.0), events.Usage(workers=(usage,)))
 
-    assert (view.stages[1].rss_bytes, view.stages[1].peak_rss_bytes) == (310 * MIB, 351 * MIB)
-    assert view.stages[1].measured_job_bytes == 51 * MIB
+    assert (view.workers[1, 0].rss_bytes, view.workers[1, 0].peak_rss_bytes) == (310 * MIB, 351 * MIB)
+    assert view.workers[1, 0].measured_job_bytes == 51 * MIB
 
 
 def test_view_loading_worker_tells_how_far_it_is_until_it_has_loaded():
@@ -62,7 +62,7 @@ def test_view_loading_worker_tells_how_far_it_is_until_it_has_loaded():
     name = loading.worker.device_name
 
     view = view_of(planned(), loading)
-    assert view.stages[1].loading == f"{name} loads stage 1: 3 MiB of 9 MiB (coordinator 2 MiB, cache 1 MiB)"
+    assert view.workers[1, 0].loading == f"{name} loads stage 1: 3 MiB of 9 MiB (coordinator 2 MiB, cache 1 MiB)"
 
     loaded = events.WorkerLoaded(
         worker=worker(1),
@@ -75,7 +75,7 @@ def test_view_loading_worker_tells_how_far_it_is_until_it_has_loaded():
         rss_bytes=MIB,
         trainable_parameters=1,
     )
-    assert view_of(planned(), loading, loaded).stages[1].loading is None
+    assert view_of(planned(), loading, loaded).workers[1, 0].loading is None
 
 
 def test_view_job_that_went_back_forgets_the_undone_losses():
@@ -87,7 +87,7 @@ def test_view_job_that_went_back_forgets_the_undone_losses():
 def test_view_new_plan_replaces_the_stages():
     view = view_of(planned(), step(0, 3.0), planned())
 
-    assert [stage.peak_rss_bytes for stage in view.stages.values()] == [0, 0]
+    assert [stage.peak_rss_bytes for stage in view.workers.values()] == [0, 0]
 
 
 def test_view_loss_of_a_worker_is_noted():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -40,8 +41,11 @@ def header(unit: Unit, num_micro_batches: int = 2) -> pb.Feed:
     return part(unit, num_micro_batches, num_micro_batches)
 
 
-def make_inbox(*feeds: pb.Feed, reads_tokens: bool = True) -> Inbox:
-    inbox = Inbox(reads_tokens=reads_tokens, decode_rows=decode)
+def make_inbox(*feeds: pb.Feed, reads_tokens: bool = True, not_mine: Collection[int] = ()) -> Inbox:
+    def reads_rows(kind: UnitKind, micro_batch: int) -> bool:
+        return kind == UnitKind.GENERATE or (reads_tokens and micro_batch not in not_mine)
+
+    inbox = Inbox(reads_rows=reads_rows, decode_rows=decode)
     for feed in feeds:
         inbox.feed(feed)
     return inbox
@@ -89,6 +93,12 @@ def test_inbox_of_a_middle_stage_needs_only_the_header():
     inbox = make_inbox(header(TRAIN_0), reads_tokens=False)
 
     assert inbox.take().work.rows == (None, None)
+
+
+def test_inbox_of_a_replica_waits_for_the_rows_of_its_own_micro_batches_only():
+    inbox = make_inbox(part(TRAIN_0, 1), not_mine=(0,))
+
+    assert [None if rows is None else rows.input_ids.tolist() for rows in inbox.take().work.rows] == [None, [1]]
 
 
 def test_inbox_of_a_middle_stage_waits_for_the_options_of_generation():

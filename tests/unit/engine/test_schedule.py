@@ -13,7 +13,6 @@ from edge_node.engine.schedule import (
     Send,
     forward_actions,
     forwards_ahead,
-    replica_of,
     train_actions,
 )
 from edge_node.transport.base import MessageKind, Peer
@@ -111,7 +110,7 @@ def test_step_runs_each_micro_batch_once_per_stage_on_its_owner(pipeline):
         ran = Counter((type(a), a.micro_batch, me) for me in actions_of if me.stage_index == index
                       for a in actions_of[me] if isinstance(a, Forward | Backward))  # fmt: skip
         kinds = (Forward, Backward) if index >= first_trainable_stage else (Forward,)
-        owner = {m: Peer(index, replica_of(stage, m)) for m in range(num_micro_batches)}
+        owner = {m: Peer(index, stage.replica_of(m)) for m in range(num_micro_batches)}
         assert ran == Counter((kind, m, owner[m]) for kind in kinds for m in range(num_micro_batches))
 
 
@@ -198,5 +197,5 @@ def test_forwards_ahead_gives_every_later_replica_one(replicas, expected):
 def test_replica_of_wraps_around_its_table(table, micro_batch):
     (stage,) = chain(3, tables=(tuple(table),))
 
-    assert replica_of(stage, micro_batch) == table[micro_batch % len(table)]
-    assert replica_of(*chain(3), micro_batch) == 0
+    assert stage.replica_of(micro_batch) == table[micro_batch % len(table)]
+    assert chain(3)[0].replica_of(micro_batch) == 0

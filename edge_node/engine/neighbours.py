@@ -1,0 +1,43 @@
+"""Who talks with whom: the pairs of workers between which a plan ever sends anything. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from edge_node.engine.shared_gradients import Group
+from edge_node.transport.base import Peer
+from plutino.job.assignment import StageShape
+
+
+def partners(stages: Sequence[StageShape], groups: Sequence[Group], me: Peer) -> frozenset[Peer]:
+    """The workers with which one has a stream; whoever is among a worker's partners has it among its own.
+
+    Neighbouring stages exchange micro-batches, the first holder of shared parameters talks with the other holders, and
+    tokens go from the last stage's first replica straight to the first stage's.
+
+    Args:
+        stages: all stages of the plan.
+        groups: the parameters that this worker shares, with their holders.
+        me: the worker.
+    """
+    found: set[Peer] = set()
+    # Longer units wrap around their tables, each at its own length.
+    period = math.lcm(*(max(1, len(stage.micro_batch_owner)) for stage in stages))
+    for neighbour in (me.stage_index - 1, me.stage_index + 1):
+        if 0 <= neighbour < len(stages):
+            found |= {
+                Peer(neighbour, stages[neighbour].replica_of(m))
+                for m in range(period)
+                if stages[me.stage_index].replica_of(m) == me.replica_index
+            }
+            if me.replica_index == 0:
+                found.add(Peer(neighbour))  # the first replicas generate
+    if me == Peer(0):
+        found.add(Peer(len(stages) - 1))
+    if me == Peer(len(stages) - 1):
+        found.add(Peer(0))
+    for group in groups:
+        root = group.holders[0]
+        found |= set(group.holders[1:]) if me == root else {root}
+    return frozenset(found - {me})
