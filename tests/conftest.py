@@ -99,6 +99,9 @@ PART_BY_PATH = {
     "numerics/test_methods": METHODS,
     "unit/sweeps/": METHODS,
     "integration/test_methods": METHODS,
+    "integration/test_replicas": PLANNER_AND_RAY,
+    "unit/fleet/test_cores": PLANNER_AND_RAY,
+    "unit/engine/test_neighbours": PLANNER_AND_RAY,
     "numerics/test_objectives": OBJECTIVES,
     "unit/objectives/": OBJECTIVES,
 }

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.cores import shared_cores
+from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic

@@ -420,3 +420,15 @@ def test_choose_codec_is_lossy_only_where_that_saves_notably():
     )
 
     assert (slow.codec, fast.codec) == ("bf16", "raw")
+
+
+def test_search_devices_on_the_same_cores_are_no_replicas_of_each_other():
+    table = llama(2)
+    shape = job(table, micro_batch_rows=1, exact_stages=1)
+    own = [device(name, speed=1) for name in "abcd"]
+    shared = [one.model_copy(update={"cores_id": cores}) for one, cores in zip(own, ("x", "x", "y", "y"), strict=True)]
+
+    (everybody,), (apart,) = (search(table, shape, devices, allow_replicas=True).stages for devices in (own, shared))
+
+    assert len(everybody.agent_ids) == 4
+    assert len(apart.agent_ids) == 2 and set(apart.device_names) & {"a", "b"} and set(apart.device_names) & {"c", "d"}

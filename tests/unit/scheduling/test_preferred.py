@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from coordinator.scheduling.problem import REPLICAS_SHARE, PlanningProblem, preferred
+from partitioner.device import LinkProfile, LinkTable
+from tests.unit.partitioner.fleet import device, job, llama
+
+
+def problem(bandwidth_bytes_per_s: float, **changes: object) -> PlanningProblem:
+    table = llama(2)
+    values = {
+        "job_id": "job",
+        "table": table,
+        "shape": job(table, micro_batch_rows=1),
+        "is_micro_batch_free": False,
+        "label_tokens_per_row": 1,
+        "devices": tuple(device(name, speed=1) for name in "abcd"),
+        "links": LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth_bytes_per_s)),
+        "allow_replicas": True,
+    }
+    return PlanningProblem(**{**values, **changes})
+
+
+def test_problem_takes_replicas_where_they_save_more_than_their_share():
+    fast = problem(1e12)
+
+    plan, alone = fast.plan(), fast.model_copy(update={"allow_replicas": False}).plan()
+
+    assert plan.has_replicas and plan.step_s < alone.step_s * (1 - REPLICAS_SHARE)
+    assert any(lost.what == "without replicas" for lost in plan.rejected)
+
+
+@pytest.mark.parametrize(("factor", "takes_replicas"), [(0.99, True), (1.01, False)])
+def test_preferred_needs_exactly_the_share(factor, takes_replicas):
+    shared = problem(1e12).plan()
+    alone = problem(1e12, allow_replicas=False).plan()
+    shared = shared.model_copy(update={"step_s": alone.step_s * (1 - REPLICAS_SHARE) * factor})
+
+    chosen = preferred(shared, alone)
+
+    assert chosen.has_replicas == takes_replicas
+    assert any("replicas" in lost.what for lost in chosen.rejected)
