@@ -21,7 +21,7 @@ from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.schedule import Backward, Forward, Receive, Send, forward_actions, train_actions
 from edge_node.engine.shared_gradients import FOLDED, Contributions, fold, plan_groups, reduce_group
-from edge_node.methods.base import AttachedMethod, Derives, Role
+from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
 from edge_node.objectives.base import Objective
 from edge_node.stage.architecture import make_position_ids
@@ -108,7 +108,6 @@ class StageExecutor:
         self.optimizer = optimizer
         self._transport = transport
         self._first_trainable_stage = first_trainable_stage
-        self._roles: dict[str, tuple[Role, ...]] = {p.name: p.all_roles for p in method.parameters}
         self._groups, self._shared_names = plan_groups(method.parameters, stages, me)
         self._contributions: dict[str, Contributions] = {}
         self._gradients: dict[str, Tensor] = {}

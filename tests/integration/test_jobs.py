@@ -283,26 +283,26 @@ def test_evaluation_of_a_single_worker_is_abandoned_when_the_job_is_paused(
     undisturbed: tuple[list[float], bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluate, cancel = StageExecutor.evaluate, StageExecutor.cancel
+    evaluate, cancel = StageExecutor.evaluate_rows, StageExecutor.cancel
     began, cancelled = threading.Event(), threading.Event()
     outcomes: list[str] = []
 
-    def evaluate_slowly(self: StageExecutor, work: UnitInput) -> float:
+    def evaluate_slowly(self: StageExecutor, work: UnitInput) -> tuple[float, dict[int, torch.Tensor]]:
         began.set()
         assert cancelled.wait(WAIT_S)
         try:
-            loss_sum = evaluate(self, work)
+            found = evaluate(self, work)
         except UnitCancelledError:
             outcomes.append("cancelled")
             raise
         outcomes.append("done")
-        return loss_sum
+        return found
 
     def cancel_and_tell(self: StageExecutor, unit: Unit) -> None:
         cancel(self, unit)
         cancelled.set()
 
-    monkeypatch.setattr(StageExecutor, "evaluate", evaluate_slowly)
+    monkeypatch.setattr(StageExecutor, "evaluate_rows", evaluate_slowly)
     monkeypatch.setattr(StageExecutor, "cancel", cancel_and_tell)
     people, _ = start(cleanup, tmp_path / "state", 1)
     job_id = people.submit(job(stages=1, eval_every=4))
