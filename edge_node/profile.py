@@ -84,7 +84,13 @@ def _measure_block(source: RandomSource, request: ProfileRequest, device: Comput
     position_ids = torch.arange(tokens, device=device.torch).expand(rows, tokens)
     inputs = StageInput(position_ids=position_ids, hidden=hidden, side=side)
     gradient = torch.ones_like(trained)
-    return _fastest_passes_s(device, lambda: middle.run(inputs).trained, lambda output: output.backward(gradient))
+
+    def forward() -> Tensor:
+        output = middle.run(inputs).trained
+        assert output is not None, "the block ran"
+        return output
+
+    return _fastest_passes_s(device, forward, lambda output: output.backward(gradient))
 
 
 def _measure_head(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:

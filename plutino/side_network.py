@@ -61,6 +61,8 @@ class BackboneStates:
     """[B, T, D], what the first chosen block got; None where that block is elsewhere."""
     outputs: dict[int, Tensor] = field(default_factory=dict)
     """Chosen block -> its output [B, T, D]."""
+    final: Tensor | None = None
+    """[B, T, out], behind the final norm; on the last stage."""
 
 
 class SideNetwork(nn.Module):

@@ -95,6 +95,7 @@ PART_BY_PATH = {
     # Parallel adapters, activation cache, data-parallel epochs.
     "numerics/test_pac": PAC,
     "integration/test_pac": PAC,
+    "unit/activation_cache/": PAC,
     # Methods beside LoRA; objectives beside supervised tuning.
     "numerics/test_methods": METHODS,
     "unit/sweeps/": METHODS,

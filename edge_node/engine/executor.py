@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edge_node.activation_cache.stage_cache import CacheKeys, StageCache
+from edge_node.engine.cached_micro_batches import CachedMicroBatch, agree_on_cached
 from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.schedule import Backward, Forward, Receive, Send, forward_actions, train_actions
@@ -25,7 +27,7 @@ from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
 from edge_node.objectives.base import Objective
 from edge_node.stage.architecture import make_position_ids
-from edge_node.stage.build import Stage, StageInput
+from edge_node.stage.build import Stage, StageInput, StageOutput
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
 from plutino.data.batches import MicroBatchRows
 from plutino.job.assignment import StageShape
@@ -97,6 +99,7 @@ class StageExecutor:
         seed: int,
         codec: str = "raw",
         first_trainable_stage: int = 0,
+        activation_cache: StageCache | None = None,
     ) -> None:
         self.stage = stage
         self.method = method
@@ -112,6 +115,8 @@ class StageExecutor:
         self._contributions: dict[str, Contributions] = {}
         self._gradients: dict[str, Tensor] = {}
         self._cancelled: Unit | None = None
+        self._activation_cache = activation_cache
+        self._cached: dict[int, CachedMicroBatch] = {}
         self._references: dict[int, Tensor] = {}
         self._row_values: dict[int, Tensor] = {}
 
@@ -154,7 +159,12 @@ class StageExecutor:
             num_micro_batches=work.num_micro_batches,
             first_trainable_stage=self._first_trainable_stage,
         )
-        loss_sum = self._run(work, actions, times, is_training=True)
+        if self._activation_cache is not None:
+            self._cached = agree_on_cached(self, work, self._activation_cache)
+        try:
+            loss_sum = self._run(work, actions, times, is_training=True)
+        finally:
+            self._cached = {}
         self._gradients = self._whole_gradients(work, times)
         norms = tuple(
             float(torch.linalg.vector_norm(self._gradients[p.name], dtype=torch.float64)) ** 2
@@ -287,11 +297,13 @@ class StageExecutor:
             inputs, metadata = first_stage_input(self.stage, rows, self.method.num_prompt_tokens)
         else:
             metadata = received
-            hidden_BTD, side_BTR = metadata.pop("hidden"), metadata.pop("side", None)
-            if torch.is_grad_enabled() and self.me.stage_index > self._first_trainable_stage:
-                (hidden_BTD if side_BTR is None else side_BTR).requires_grad_(True)
+            # Where blocks below did not run, only the side state comes, or nothing yet.
+            hidden_BTD, side_BTR = metadata.pop("hidden", None), metadata.pop("side", None)
+            trained_in = hidden_BTD if side_BTR is None else side_BTR
+            if torch.is_grad_enabled() and trained_in is not None:
+                trained_in.requires_grad_(self.me.stage_index > self._first_trainable_stage)
             inputs = later_stage_input(hidden_BTD, metadata, side_BTR)
-        output = self.stage.run(inputs)
+        output = self._run_stage(m, inputs, metadata["lengths"])
         trained_in = inputs.hidden if inputs.side is None else inputs.side
         if not self.stage.is_last:
             return _InFlight(trained_in, output.trained, output.tensors | metadata), 0.0
@@ -305,6 +317,19 @@ class StageExecutor:
         if loss.values_BK is not None and not torch.is_grad_enabled():
             self._row_values[m] = loss.values_BK.cpu()
         return _InFlight(trained_in, loss.scaled, {}), loss.sum
+
+    def _run_stage(self, m: int, inputs: StageInput, lengths_B: Tensor) -> StageOutput:
+        """Run the blocks and what is beside them, or only the latter where the activation cache knows the former."""
+        cached = self._cached.get(m)
+        if cached is None or self._activation_cache is None:
+            return self.stage.run(inputs)
+        keys = CacheKeys(cached.keys, lengths_B, inputs.position_ids.shape[1])
+        if not cached.runs_blocks:
+            return self.stage.run_beside(inputs, self._activation_cache.read(keys))
+        output = self.stage.run(inputs)
+        if output.states is not None:
+            self._activation_cache.write(keys, output.states)
+        return output
 
     def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> Tensor | None:
         """Back-propagate one micro-batch; gives the gradient of what came in, if a stage wants it."""
@@ -399,13 +424,15 @@ def first_stage_input(
     return inputs, metadata if segment_ids_BT is None else {**metadata, "segment_ids": segment_ids_BT}
 
 
-def later_stage_input(hidden_BTD: Tensor, metadata: dict[str, Tensor], side_BTR: Tensor | None = None) -> StageInput:
+def later_stage_input(
+    hidden_BTD: Tensor | None, metadata: dict[str, Tensor], side_BTR: Tensor | None = None
+) -> StageInput:
     """Input of a stage that gets hidden states of a right-padded micro-batch from a peer."""
     return StageInput(
         position_ids=metadata["position_ids"],
         hidden=hidden_BTD,
         side=side_BTR,
-        attention_mask=padding_mask(metadata["lengths"], hidden_BTD.shape[1], side="right"),
+        attention_mask=padding_mask(metadata["lengths"], metadata["position_ids"].shape[1], side="right"),
         segment_ids=metadata.get("segment_ids"),
     )
 

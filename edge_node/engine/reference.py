@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from edge_node.activation_cache.stage_cache import StageCache
 from edge_node.engine.executor import StageExecutor, StepOutcome, UnitInput
 from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.optimizer import StageOptimizer
@@ -47,6 +48,7 @@ class InProcessPipeline:
         threads: intra-op threads of every executor.
         packing: how frozen weights are held.
         device: where all stages compute.
+        activation_cache: makes a stage's part of the activation cache; None: there is none.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class InProcessPipeline:
         threads: int = 1,
         packing: Packing = PLAIN,
         device: torch.device | None = None,
+        activation_cache: Callable[[Stage], StageCache] | None = None,
     ) -> None:
         self._threads = threads
         self._spec = spec
@@ -96,6 +99,7 @@ class InProcessPipeline:
                 seed=spec.training.seed,
                 codec=spec.placement.codec,
                 first_trainable_stage=first_trainable_stage,
+                activation_cache=None if activation_cache is None else activation_cache(stage),
             )
             for me, (stage, method) in attached.items()
         }

@@ -118,23 +118,24 @@ def forward_actions(
 def _forward(stages: Sequence[StageShape], me: Peer, m: int, kind: MessageKind = MessageKind.FORWARD) -> list[Action]:
     actions: list[Action] = []
     if me.stage_index > 0:
-        actions.append(Receive(m, kind, _neighbour(stages, me, m, -1)))
+        actions.append(Receive(m, kind, neighbour(stages, me, m, -1)))
     actions.append(Forward(m))
     if me.stage_index < len(stages) - 1:
-        actions.append(Send(m, kind, _neighbour(stages, me, m, +1)))
+        actions.append(Send(m, kind, neighbour(stages, me, m, +1)))
     return actions
 
 
 def _backward(stages: Sequence[StageShape], me: Peer, m: int, *, sends_gradient: bool) -> list[Action]:
     actions: list[Action] = []
     if me.stage_index < len(stages) - 1:
-        actions.append(Receive(m, MessageKind.BACKWARD, _neighbour(stages, me, m, +1)))
+        actions.append(Receive(m, MessageKind.BACKWARD, neighbour(stages, me, m, +1)))
     actions.append(Backward(m))
     if sends_gradient:
-        actions.append(Send(m, MessageKind.BACKWARD, _neighbour(stages, me, m, -1)))
+        actions.append(Send(m, MessageKind.BACKWARD, neighbour(stages, me, m, -1)))
     return actions
 
 
-def _neighbour(stages: Sequence[StageShape], me: Peer, m: int, direction: int) -> Peer:
+def neighbour(stages: Sequence[StageShape], me: Peer, m: int, direction: int) -> Peer:
+    """The worker of the next (+1) or previous (-1) stage that runs a micro-batch."""
     stage_index = me.stage_index + direction
     return Peer(stage_index, stages[stage_index].replica_of(m))

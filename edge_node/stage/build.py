@@ -34,7 +34,7 @@ from edge_node.stage.weights import ReadsAhead, TensorSource
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
 from plutino.job.model import PLAIN, Packing
-from plutino.side_network import BackboneTap, SideNetwork
+from plutino.side_network import BackboneStates, BackboneTap, SideNetwork
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes of weights and computation, by their names in job specs."""
@@ -69,21 +69,29 @@ class StageInput:
 class StageOutput:
     """What a stage makes of one micro-batch."""
 
-    hidden: Tensor
-    """[B, T, D]: on the last stage what the head reads."""
+    known_hidden: Tensor | None
+    """[B, T, D]: on the last stage what the head reads; None where the blocks did not run and nobody needs it."""
     side: Tensor | None = None
     """fp32 [B, T, R], the side state; None where no side network runs, and on the last stage, which mixes it in."""
+    states: BackboneStates | None = None
+    """What a side network read of the blocks."""
 
     @property
-    def trained(self) -> Tensor:
+    def hidden(self) -> Tensor:
+        """The hidden states of blocks that did run."""
+        assert self.known_hidden is not None, "the blocks did not run"
+        return self.known_hidden
+
+    @property
+    def trained(self) -> Tensor | None:
         """The part that a gradient comes back for."""
-        return self.hidden if self.side is None else self.side
+        return self.known_hidden if self.side is None else self.side
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What the next stage gets, by name."""
-        own = {"hidden": self.hidden.detach()}
-        return own if self.side is None else own | {"side": self.side.detach()}
+        parts = {"hidden": self.known_hidden, "side": self.side}
+        return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
 
 
 class _KnownOutput:
@@ -212,6 +220,15 @@ class Stage:
         assert self._tap is not None
         with torch.no_grad(), self._tap.recording() as states:
             hidden_BTD = self.forward(inputs)
+        if self.is_last:
+            states.final = hidden_BTD
+        beside = self.run_beside(inputs, states)
+        return beside if self.is_last else StageOutput(hidden_BTD, beside.side, states)
+
+    def run_beside(self, inputs: StageInput, states: BackboneStates) -> StageOutput:
+        """The side network's part of a pass, with what is known of the blocks; they do not run."""
+        if self.side is None:
+            return StageOutput(None)
         side_BTR = self.side(
             states,
             None if inputs.side is None else inputs.side.to(self.device),
@@ -219,9 +236,10 @@ class Stage:
             position_ids=inputs.position_ids.to(self.device),
             cache=inputs.cache,
         )
-        if self.is_last:
-            return StageOutput(self.side.mix(hidden_BTD, side_BTR))
-        return StageOutput(hidden_BTD, side_BTR)
+        if not self.is_last:
+            return StageOutput(None, side_BTR, states)
+        assert states.final is not None, "the last stage mixes into the final hidden states"
+        return StageOutput(self.side.mix(states.final, side_BTR), None, states)
 
     def forward(self, inputs: StageInput) -> Tensor:
         """Hidden states [B, T, D] of the blocks alone: on the last stage after the final norm, before the head.

@@ -27,6 +27,10 @@ class MessageKind(IntEnum):
     """The summed gradients of shared parameters, first holder to the others."""
     REFERENCE = 6
     """As FORWARD, of the pass with the adapter switched off that comes before a unit's own."""
+    CACHE_KEYS = 7
+    """What a micro-batch's rows are called in activation caches, to the next stage."""
+    CACHE_NEEDS = 8
+    """Whether a micro-batch's hidden states are needed here or above, to the previous stage."""
 
 
 @dataclass(frozen=True, slots=True)

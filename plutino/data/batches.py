@@ -92,6 +92,32 @@ def batch_indices(step: int, batch_size: int, num_samples: int, seed: int) -> tu
     return tuple(order[batch * batch_size : (batch + 1) * batch_size].tolist())
 
 
+def first_epoch_micro_batches(
+    samples: Samples, batch_size: int, micro_batch_size: int, seed: int
+) -> tuple[tuple[int, ...], ...]:
+    """Rows of every micro-batch of the first epoch, step by step, for jobs whose later epochs repeat them."""
+    num_steps = steps_per_epoch(len(samples), batch_size)
+    return tuple(
+        rows
+        for step in range(num_steps)
+        for rows in _by_length(samples, batch_indices(step, batch_size, len(samples), seed), micro_batch_size)
+    )
+
+
+def repeated_micro_batches(
+    first_epoch: Sequence[tuple[int, ...]], step: int, batch_size: int, micro_batch_size: int, seed: int
+) -> tuple[tuple[int, ...], ...]:
+    """Rows of a step's micro-batches where later epochs repeat those of the first one, in another order.
+
+    What is computed of a micro-batch with the same rows and the same padding has the same bits. A step has as many
+    micro-batches as in the first epoch, so that every epoch has as many steps and holds every row once.
+    """
+    num_per_step = math.ceil(batch_size / micro_batch_size)
+    epoch, batch = divmod(step, math.ceil(len(first_epoch) / num_per_step))
+    order = range(len(first_epoch)) if epoch == 0 else sample_order(len(first_epoch), seed, epoch).tolist()
+    return tuple(first_epoch[index] for index in order[batch * num_per_step : (batch + 1) * num_per_step])
+
+
 def sequential_indices(batch: int, batch_size: int, num_samples: int) -> tuple[int, ...]:
     """Positions of the rows of batch ``batch`` of a held-out set, in file order; empty past its end."""
     return tuple(range(batch * batch_size, min((batch + 1) * batch_size, num_samples)))
@@ -107,11 +133,16 @@ def cut_micro_batches(samples: Samples, indices: Sequence[int], micro_batch_size
     Raises:
         NumericsError: no row has a label token, so that there is no loss to divide.
     """
-    lengths = samples.lengths
-    order = sorted(indices, key=lambda index: (-int(lengths[index]), index))
-    micro_batches = tuple(
-        _gather(samples, order[first : first + micro_batch_size]) for first in range(0, len(order), micro_batch_size)
-    )
+    return gather_step(samples, _by_length(samples, indices, micro_batch_size))
+
+
+def gather_step(samples: Samples, micro_batches: Sequence[Sequence[int]]) -> StepBatch:
+    """A step of these micro-batches, each given by its rows.
+
+    Raises:
+        NumericsError: no row has a label token, so that there is no loss to divide.
+    """
+    order = [index for rows in micro_batches for index in rows]
     loss_weight = sum(int(samples.mask(index)[1:].sum()) for index in order)
     if loss_weight == 0:
         where = name_lines(sorted(int(samples.line_numbers[index]) for index in order)) if order else "no rows"
@@ -119,7 +150,13 @@ def cut_micro_batches(samples: Samples, indices: Sequence[int], micro_batch_size
             f"a batch of {len(order)} rows has no label token ({where}), so its loss is 0 / 0; "
             "raise data.max_tokens, or remove these rows"
         )
-    return StepBatch(micro_batches=micro_batches, loss_weight=loss_weight)
+    return StepBatch(micro_batches=tuple(_gather(samples, rows) for rows in micro_batches), loss_weight=loss_weight)
+
+
+def _by_length(samples: Samples, indices: Sequence[int], micro_batch_size: int) -> tuple[tuple[int, ...], ...]:
+    lengths = samples.lengths
+    order = sorted(indices, key=lambda index: (-int(lengths[index]), index))
+    return tuple(tuple(order[first : first + micro_batch_size]) for first in range(0, len(order), micro_batch_size))
 
 
 def prompt_micro_batch(samples: Samples, indices: Sequence[int]) -> MicroBatchRows:

@@ -1,0 +1,180 @@
+"""What a stage keeps of its blocks in the activation cache, and gives back instead of running them.
+
+States are named by their place in the model, not in a stage: ``h5`` is what block 4 gave and block 5 gets, ``final`` is
+behind the final norm. A job with other cuts finds what its blocks need. Rows lie without padding and come back with
+zeros there: nothing that is not padding depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_node.activation_cache.codecs import StateCodec, decode, encode, token_bytes
+from edge_node.activation_cache.store import ActivationStore, StateFile
+from edge_node.stage.build import Stage
+from plutino.data.batches import MicroBatchRows
+from plutino.side_network import BackboneStates
+
+KEY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKeys:
+    """A micro-batch as the cache knows it."""
+
+    keys: Tensor
+    """uint8 [B, 16], from :func:`row_keys`."""
+    lengths: Tensor
+    """[B], tokens of each row."""
+    padded_tokens: int
+
+
+@dataclass(slots=True)
+class CacheCounts:
+    """What became of rows since the worker started."""
+
+    rows_read: int = 0
+    rows_written: int = 0
+    rows_left_out: int = 0
+    """Had no room in the budget: their blocks run again in every epoch."""
+
+
+class StageCache:
+    """The states of one stage.
+
+    Args:
+        store: the device's cache; None: its owner gives none, and nothing is ever found.
+        namespace: everything that the states follow from beside rows and blocks.
+        stage: with its side network beside it.
+        codec: how states lie on the disk.
+    """
+
+    def __init__(self, store: ActivationStore | None, namespace: str, stage: Stage, codec: StateCodec) -> None:
+        self._stage = stage
+        self.codec = codec
+        self.counts = CacheCounts()
+        self._names = state_names(stage)
+        self._files: dict[str, StateFile] = {}
+        if store is not None:
+            self._files = {name: store.open(namespace, name) for name in self._names}
+
+    @property
+    def num_damaged(self) -> int:
+        """Entries whose checksum was wrong."""
+        return sum(file.num_damaged for file in self._files.values())
+
+    def holds(self, keys: Tensor) -> bool:
+        """Whether the states of all these rows are here and intact; a stage that reads none has them."""
+        if len(self._files) < len(self._names):
+            return False
+        return all(file.holds(key) for file in self._files.values() for key in _each(keys))
+
+    def read(self, rows: CacheKeys) -> BackboneStates:
+        """States of rows that :meth:`holds` has just found."""
+        states = BackboneStates()
+        for name in self._names:
+            self._put(states, name, self._padded(self._files[name], name, rows))
+        self.counts.rows_read += len(rows.keys) if self._names else 0
+        return states
+
+    def write(self, rows: CacheKeys, states: BackboneStates) -> None:
+        """Keep the states of one micro-batch, row by row, as far as the budget goes; what is here stays."""
+        if not self._files:
+            return
+        by_name = {name: self._get(states, name) for name in self._names}
+        for index, key in enumerate(_each(rows.keys)):
+            length = int(rows.lengths[index])
+            is_whole = True
+            for name, file in self._files.items():
+                if is_whole and not file.holds(key):
+                    data = encode(self.codec, by_name[name][index, :length])
+                    is_whole = file.write(key, data.reshape(-1).numpy())
+            if is_whole:
+                self.counts.rows_written += 1
+            else:
+                self.counts.rows_left_out += 1
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _padded(self, file: StateFile, name: str, rows: CacheKeys) -> Tensor:
+        width = self._width(name)
+        row_bytes = token_bytes(self.codec, width, self._stage.dtype)
+        padded = torch.zeros(len(rows.keys), rows.padded_tokens, width, dtype=self._stage.dtype)
+        for index, key in enumerate(_each(rows.keys)):
+            data = file.read(key)
+            assert data is not None, "the stage said that it holds these rows"
+            # A copy: torch knows no memory that must not be written.
+            tokens = torch.from_numpy(np.array(data)).view(-1, row_bytes)
+            padded[index, : len(tokens)] = decode(self.codec, tokens, width, self._stage.dtype)
+        return padded.to(self._stage.device)
+
+    def _width(self, name: str) -> int:
+        side = self._stage.side
+        assert side is not None, "only a stage with a side network reads states"
+        return side.layout.out_width if name == "final" else side.layout.width
+
+    def _put(self, states: BackboneStates, name: str, value: Tensor) -> None:
+        side = self._stage.side
+        assert side is not None
+        if name == "final":
+            states.final = value
+            return
+        place = int(name[1:])
+        if side.has_entry and place == side.layout.blocks[0]:
+            states.entry = value
+        if place - 1 in side.own_blocks:
+            states.outputs[place - 1] = value
+
+    def _get(self, states: BackboneStates, name: str) -> Tensor:
+        value = states.final if name == "final" else states.outputs.get(int(name[1:]) - 1, states.entry)
+        assert value is not None, f"the pass gave no {name}"
+        return value
+
+
+def state_names(stage: Stage) -> tuple[str, ...]:
+    """The states that a stage's side network reads."""
+    side = stage.side
+    if side is None:
+        return ()
+    entry = (side.layout.blocks[0],) if side.has_entry else ()
+    places = sorted({*entry, *(block + 1 for block in side.own_blocks)})
+    return (*(f"h{place}" for place in places), *(("final",) if side.is_last else ()))
+
+
+def row_keys(rows: MicroBatchRows, codec: StateCodec) -> Tensor:
+    """What the rows of a micro-batch are called: uint8 [B, 16].
+
+    Uncompressed states are promised to the bit, and another padding or place among the rows may change the last one:
+    they are found again in a micro-batch of the same shape. Compressed ones are found wherever the row comes.
+    """
+    keys: list[int] = []
+    start = 0
+    segments = b"" if rows.segment_lengths is None else rows.segment_lengths.tobytes()
+    for index, length in enumerate(rows.lengths.tolist()):
+        digest = hashlib.blake2b(digest_size=KEY_BYTES)
+        if codec == "raw":
+            digest.update(f"{len(rows.lengths)} {rows.padded_tokens} {index} ".encode())
+        digest.update(segments)
+        digest.update(rows.input_ids[start : start + length].astype("<i4").tobytes())
+        start += length
+        keys += digest.digest()
+    return torch.tensor(keys, dtype=torch.uint8).view(-1, KEY_BYTES)
+
+
+def namespace_of(*parts: object) -> str:
+    """A folder's name for everything that states follow from beside rows and blocks."""
+    text = "\n".join(("plutino activations 1", *map(str, parts)))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _each(keys: Tensor) -> Sequence[bytes]:
+    return [bytes(key) for key in keys.numpy()]

@@ -1,0 +1,68 @@
+"""Before a step that may find hidden states in the activation cache: the stages agree on who runs its blocks.
+
+The first stage alone knows the rows; their keys go up, one message a micro-batch. Then every stage, from the last one
+down, tells the one below whether it needs hidden states: it does if something above does, or if it lacks the states of
+one of the rows itself. A stage checks every checksum before it answers, so that nothing has to be asked for again in
+the middle of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from edge_node.activation_cache.stage_cache import StageCache, row_keys
+from edge_node.engine.schedule import neighbour
+from edge_node.transport.base import MessageKey, MessageKind
+
+if TYPE_CHECKING:
+    from edge_node.engine.executor import StageExecutor, UnitInput
+
+
+@dataclass(frozen=True, slots=True)
+class CachedMicroBatch:
+    """One micro-batch on one stage."""
+
+    keys: Tensor
+    """uint8 [B, 16], names of its rows."""
+    runs_blocks: bool
+    """Whether the stage's blocks run: their output is needed above, or their states are not all here."""
+
+
+def agree_on_cached(executor: StageExecutor, work: UnitInput, cache: StageCache) -> dict[int, CachedMicroBatch]:
+    """What is cached of the micro-batches that this worker runs.
+
+    Raises:
+        PeerLostError: a peer went away.
+        UnitCancelledError: the coordinator abandoned the step.
+    """
+    stages, me, stage = executor.stages, executor.me, executor.stage
+    mine = [m for m in range(work.num_micro_batches) if stages[me.stage_index].replica_of(m) == me.replica_index]
+    keys: dict[int, Tensor] = {}
+    for m in mine:
+        key = MessageKey(MessageKind.CACHE_KEYS, work.unit, m)
+        if stage.is_first:
+            rows = work.rows[m]
+            assert rows is not None, "the first stage reads tokens"
+            keys[m] = row_keys(rows, cache.codec)
+        else:
+            # Received tensors live in a buffer that is lent again.
+            keys[m] = executor.transport.receive(neighbour(stages, me, m, -1), key)["keys"].clone()
+        if not stage.is_last:
+            executor.transport.send(neighbour(stages, me, m, +1), key, {"keys": keys[m]})
+    agreed: dict[int, CachedMicroBatch] = {}
+    for m in mine:
+        key = MessageKey(MessageKind.CACHE_NEEDS, work.unit, m)
+        is_needed_above = False
+        if not stage.is_last:
+            answer = executor.transport.receive(neighbour(stages, me, m, +1), key)
+            is_needed_above = bool(answer["is_needed"][0])
+        runs_blocks = not cache.holds(keys[m]) or is_needed_above
+        if not stage.is_first:
+            answer = {"is_needed": torch.tensor([runs_blocks], dtype=torch.uint8)}
+            executor.transport.send(neighbour(stages, me, m, -1), key, answer)
+        agreed[m] = CachedMicroBatch(keys[m], runs_blocks)
+    return agreed

@@ -1,0 +1,110 @@
+"""Files of the activation cache: what was written is found, what is broken is not, and the budget holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_node.activation_cache.store import ActivationStore
+
+KEYS = [bytes([number]) * 16 for number in range(8)]
+
+
+def entry(number, num_bytes=1000):
+    return np.full(num_bytes, number, np.uint8)
+
+
+def used_bytes(root):
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def test_entries_are_found_by_whoever_opens_the_files_later(tmp_path):
+    file = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
+    for number, key in enumerate(KEYS):
+        assert file.write(key, entry(number, 100 + number))
+    assert np.array_equal(file.read(KEYS[7]), entry(7, 107))
+    file.close()
+
+    again = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
+
+    assert len(again) == len(KEYS)
+    for number, key in enumerate(KEYS):
+        assert np.array_equal(again.read(key), entry(number, 100 + number))
+    assert again.read(bytes(16)[:-1] + b"x") is None
+    again.close()
+
+
+def test_entry_whose_record_or_bytes_a_crash_cut_off_is_not_there_and_the_next_ones_are_right(tmp_path):
+    file = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
+    for number in range(3):
+        file.write(KEYS[number], entry(number))
+    file.close()
+    index, data = tmp_path / "space" / "h1.index", tmp_path / "space" / "h1.data"
+    index.write_bytes(index.read_bytes()[:-5])
+    data.write_bytes(data.read_bytes()[:1500])
+
+    again = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
+
+    assert [again.holds(key) for key in KEYS[:3]] == [True, False, False]
+    assert again.num_damaged == 1
+    assert again.write(KEYS[4], entry(9))
+    again.close()
+    third = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
+    assert [third.holds(key) for key in KEYS[:5]] == [True, False, False, False, True]
+    assert np.array_equal(third.read(KEYS[4]), entry(9))
+    third.close()
+
+
+def test_changed_bit_is_noticed_and_the_entry_can_be_written_anew(tmp_path):
+    store = ActivationStore(tmp_path, 1 << 20)
+    file = store.open("space", "h1")
+    file.write(KEYS[0], entry(1))
+    with (tmp_path / "space" / "h1.data").open("r+b") as raw:
+        raw.seek(500)
+        raw.write(b"\xff")
+
+    assert file.read(KEYS[0]) is None
+    assert file.num_damaged == 1
+    assert file.write(KEYS[0], entry(1))
+    assert np.array_equal(file.read(KEYS[0]), entry(1))
+    file.close()
+
+
+def test_full_budget_refuses_entries_and_is_never_exceeded(tmp_path):
+    file = ActivationStore(tmp_path, 4500).open("space", "h1")
+
+    written = [file.write(key, entry(0)) for key in KEYS]
+
+    assert written == [True] * 4 + [False] * 4
+    assert used_bytes(tmp_path) <= 4500
+    file.close()
+
+
+def test_namespaces_of_other_jobs_make_room_unless_they_are_in_use(tmp_path):
+    idle, busy = (ActivationStore(tmp_path, 10_000).open(name, "h1") for name in ("idle", "busy"))
+    for number in range(3):
+        assert idle.write(KEYS[number], entry(0))
+        assert busy.write(KEYS[number], entry(0))
+    idle.close()
+
+    own = ActivationStore(tmp_path, 10_000).open("own", "h1")
+    while own.write(KEYS[len(own)], entry(0)):
+        pass
+
+    assert not (tmp_path / "idle").exists()
+    assert busy.holds(KEYS[2])
+    busy.close()
+    own.close()
+
+
+def test_second_writer_of_the_same_states_reads_and_leaves_writing_to_the_first(tmp_path):
+    store = ActivationStore(tmp_path, 1 << 20)
+    first = store.open("space", "h1")
+    first.write(KEYS[0], entry(1))
+
+    second = store.open("space", "h1")
+
+    assert second.holds(KEYS[0])
+    assert not second.write(KEYS[1], entry(2))
+    assert first.write(KEYS[1], entry(2))
+    first.close()
+    second.close()
