@@ -17,6 +17,7 @@ from plutino.errors import ConfigError
 from plutino.families import ATTENTION_OUTPUT, MLP_INNER, family_of
 from plutino.job.method import (
     AdaptersConfig,
+    FullConfig,
     KeyValuesPart,
     LoraConfig,
     MethodConfig,
@@ -55,6 +56,7 @@ class AdapterTable(PlanValue):
     """Trainable parameters that all blocks use: every stage holds them."""
     past_tokens: int = 0
     """Virtual tokens whose keys and values stand before each row in every block."""
+    trains_weights: bool = False
     use_dora: bool = False
     size_setting: str
     """The setting that all of them grow with."""
@@ -74,6 +76,7 @@ class AdapterTable(PlanValue):
             "adapter_rank_out": tuple(block.rank_sum for block in self.blocks),
             "adapter_cast_params": tuple(block.cast_params for block in self.blocks),
             "adapter_kept_numbers": tuple(block.kept_numbers for block in self.blocks),
+            "trains_weights": self.trains_weights,
             "past_tokens": self.past_tokens,
             "adapted_linears": tuple(block.linears for block in self.blocks),
             "first_trainable_params": self.first_params,
@@ -201,6 +204,25 @@ def _prefix(table: ModelTable, method: PrefixConfig) -> AdapterTable:
     )
 
 
+def _full(table: ModelTable, method: FullConfig) -> AdapterTable:
+    """Everything; a tied embedding is held by first and last stage."""
+    family = family_of(table.family)
+    # A root-mean-square norm keeps what it multiplies with its weight; others have kept it already.
+    norms = family.num_norms * table.hidden_size if family.norm == "rms" else 0
+    if family.qk_norm != "none":
+        norms += (table.num_heads + table.num_kv_heads) * table.head_dim
+    return AdapterTable(
+        blocks=tuple(
+            BlockAdapter(params=params, rank_sum=norms, linears=tuple(linear.name for linear in linears))
+            for params, linears in zip(table.block_params, table.block_linears, strict=True)
+        ),
+        first_params=table.embedding_params,
+        last_params=table.final_params + table.head_params,
+        trains_weights=True,
+        size_setting=method.size_setting,
+    )
+
+
 def _p_tuning_v2(table: ModelTable, method: PTuningV2Config) -> AdapterTable:
     """Keys and values of every block (Liu et al. 2021, arXiv:2110.07602)."""
     params = method.num_virtual_tokens * 2 * table.num_kv_heads * table.head_dim
@@ -225,6 +247,7 @@ def _key_values(
 
 _SIZES: Mapping[str, Callable[[ModelTable, Any], AdapterTable]] = {
     "adapters": _adapters,
+    "full": _full,
     "lora": _lora,
     "p_tuning_v2": _p_tuning_v2,
     "prefix": _prefix,

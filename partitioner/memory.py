@@ -242,12 +242,14 @@ class MemoryModel:
         }
         passing_bytes = training["activations"] + training["logits and loss"] + training["workspace"]
         generation_bytes = self._generation_bytes(end_block - start_block, place)
+        # Weights that are trained themselves are in the bill already.
+        trained_bytes = TRAINED_BYTES_PER_PARAM - (_FP32_BYTES if shape.trains_weights else 0)
         coming_and_going = np.maximum(passing_bytes, generation_bytes)
         bill = {
             "weights": weight_bytes,
             "packed weights": packed_bytes,
             "unpacking": np.asarray(weights.workspace_bytes(is_last=place.is_last)),
-            "adapter and optimiser": num_trainable * TRAINED_BYTES_PER_PARAM,
+            "adapter and optimiser": num_trainable * trained_bytes,
             "gradient of one micro-batch": num_trainable * (_FP32_BYTES * place.gradient_copies),
             "shared gradients": np.asarray(
                 shape.stage_trainable_params * _FP32_BYTES * _GRADIENT_COPIES * self._table.num_blocks

@@ -105,6 +105,8 @@ class JobShape(PlanValue):
     """Per block: fp32 numbers that the method keeps for the backward pass, however long the rows are."""
     past_tokens: int = 0
     """Virtual tokens whose keys and values stand before each row in every block."""
+    trains_weights: bool = False
+    """The weights themselves are trained: what is trained needs no value beside them."""
     use_dora: bool = False
     size_setting: str = "rank"
     """The method's setting that all of its sizes grow with."""

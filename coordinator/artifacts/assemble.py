@@ -76,7 +76,9 @@ class AssembledAdapter(BaseModel):
     adapter_sha256: str
     """Of adapter_model.safetensors."""
     shadow_id: str
-    """Where the workers find adapter_model.safetensors in the bulk process."""
+    """Where the workers find adapter_model.safetensors in the bulk process; empty for a whole model."""
+    model_files: dict[str, str] = {}
+    """Of a whole model: sha256 of each file of weights by name."""
     checks: tuple[Check, ...]
     """What was checked, with the outcome in words and numbers."""
     was_reloaded: bool
@@ -109,7 +111,7 @@ def assemble_adapter(
     """
     output_dir = Path(request.output_dir)
     check_output_dir(output_dir, request.job_id)
-    checks = [_check_base(request, spec)]
+    checks = [check_base(request, spec)]
     config = _adapter_config(request, spec)
     parts, sent_sha256 = _join(request, spec.method.derived_names(config), bulk)
     tensors = spec.method.checkpoint_of(parts)
@@ -121,7 +123,7 @@ def assemble_adapter(
         _stage(staging_dir, data, json.dumps(config, indent=2, sort_keys=True).encode())
         adapter_file = staging_dir / ADAPTER_FILE
         checks.append(_check_staged(adapter_file, spec.method, sent_sha256, len(request.shadows)))
-        report = verify(_verify_request(request, spec, staging_dir))
+        report = verify(verify_request(request, spec, staging_dir))
         adapter_sha256 = file_sha256(adapter_file)
         # The hash is in the id because a shadow is immutable, and a step that is undone and done again may differ.
         shadow_id = f"adapter-step{request.step}-{adapter_sha256[:12]}"
@@ -138,7 +140,12 @@ def assemble_adapter(
     )
 
 
-def _check_base(request: AssembleRequest, spec: JobSpec) -> Check:
+def check_base(request: AssembleRequest, spec: JobSpec) -> Check:
+    """Is the base model still the one that was trained on?
+
+    Raises:
+        ExportError: it is not.
+    """
     found = base_model_hash(model_folder(spec.model.path))
     if found != request.base_hash:
         raise ExportError(
@@ -154,14 +161,25 @@ def _join(
     joiner = PartJoiner(derived_names or request.parameter_names)
     prefix = DERIVED_PREFIX if derived_names else PARAMETER_PREFIX
     for shadow_id, sha256 in sorted(request.shadows.items()):
-        try:
-            data = bulk.get_shadow(request.job_id, shadow_id, sha256)
-        except (FrameError, UnknownJobError) as error:
-            raise ExportError(
-                f"part {shadow_id} of job {request.job_id} cannot be used: {error}; nothing was published"
-            ) from error
-        joiner.add(f"part {shadow_id}", read_tensors(data, f"part {shadow_id}", prefix))
+        joiner.add(f"part {shadow_id}", fetch_part(request, bulk, shadow_id, sha256, prefix))
     return joiner.joined()
+
+
+def fetch_part(
+    request: AssembleRequest, bulk: ShadowExchange, shadow_id: str, sha256: str, prefix: str
+) -> dict[str, Float32Array]:
+    """Tensors of one stage's shadow whose names start with ``prefix``, by the rest of their names.
+
+    Raises:
+        ExportError: there is no such shadow, or it is broken.
+    """
+    try:
+        data = bulk.get_shadow(request.job_id, shadow_id, sha256)
+    except (FrameError, UnknownJobError) as error:
+        raise ExportError(
+            f"part {shadow_id} of job {request.job_id} cannot be used: {error}; nothing was published"
+        ) from error
+    return read_tensors(data, f"part {shadow_id}", prefix)
 
 
 def _tied_copies(spec: JobSpec, tensors: dict[str, Float32Array]) -> dict[str, Float32Array]:
@@ -221,7 +239,8 @@ def _check_staged(path: Path, method: MethodConfig, sent_sha256: dict[str, str],
     )
 
 
-def _verify_request(request: AssembleRequest, spec: JobSpec, staging_dir: Path) -> VerifyRequest:
+def verify_request(request: AssembleRequest, spec: JobSpec, staging_dir: Path) -> VerifyRequest:
+    """What the verification process is asked about a staged folder."""
     load_s = request.verify_reload_budget_bytes // _SLOWEST_LOAD_BYTES_PER_S
     return VerifyRequest(
         base_dir=str(model_folder(spec.model.path)),

@@ -93,7 +93,7 @@ def render_card(facts: CardFacts, adapter_name: str) -> str:
     sections = (
         _front_matter(facts),
         f"# {_one_line(facts.job_name)}",
-        f"A {facts.method.type.upper()} adapter, trained for {facts.num_steps} steps in "
+        f"{_what(facts)}, trained for {facts.num_steps} steps in "
         f"{facts.training_s:.0f} s and published on {facts.date} by plutino: the base model was split over several "
         "devices, each of which held and trained only its own blocks.",
         "## How to load it",
@@ -120,19 +120,35 @@ def render_card(facts: CardFacts, adapter_name: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _what(facts: CardFacts) -> str:
+    return "A model, every weight" if facts.method.trains_weights else f"A {facts.method.type.upper()} adapter"
+
+
 def _front_matter(facts: CardFacts) -> str:
     values = {
         "base_model": facts.base_path,
-        "library_name": "peft" if facts.method.has_peft_format else "plutino",
+        "library_name": _library(facts),
         "pipeline_tag": "text-generation",
         "tags": [facts.method.type, facts.objective.type, "plutino", "transformers"],
     }
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
+def _library(facts: CardFacts) -> str:
+    if facts.method.trains_weights:
+        return "transformers"
+    return "peft" if facts.method.has_peft_format else "plutino"
+
+
 def _loading(facts: CardFacts, adapter_name: str) -> str:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(facts.dtype, facts.dtype)
     # A JSON string is a Python string too.
+    if facts.method.trains_weights:
+        code = (
+            "from transformers import AutoModelForCausalLM\n"
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(adapter_name)})"
+        )
+        return _fenced(code, "python")
     if not facts.method.has_peft_format:
         code = (
             "from plutino.load_adapter import load_adapter\n"

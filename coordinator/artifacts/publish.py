@@ -48,7 +48,14 @@ class PublishRequest(BaseModel):
     output_dir: str
     adapter_sha256: str
     """Of the adapter_model.safetensors that was verified."""
+    model_files: dict[str, str] = {}
+    """Of a whole model in an adapter's place: sha256 of each of its files by name, as they were verified."""
     card: CardFacts
+
+    @property
+    def files(self) -> dict[str, str]:
+        """sha256 of every staged file of weights, by name."""
+        return self.model_files or {ADAPTER_FILE: self.adapter_sha256}
 
 
 class PublishedAdapter(BaseModel):
@@ -60,7 +67,7 @@ class PublishedAdapter(BaseModel):
     step: int
     adapter_sha256: str
     adapter_bytes: int
-    """Size of adapter_model.safetensors."""
+    """Size of its weights."""
 
 
 def staging_dir_of(output_dir: Path, job_id: str) -> Path:
@@ -108,7 +115,7 @@ def publish_adapter(request: PublishRequest) -> PublishedAdapter:
         else:
             _require_published(output_dir, previous_dir, request)
         _remove(previous_dir)
-        adapter_bytes = (output_dir / ADAPTER_FILE).stat().st_size
+        adapter_bytes = sum((output_dir / name).stat().st_size for name in request.files)
     except OSError as error:
         raise ExportError(
             f"the adapter cannot be published at {output_dir}: {error}; it is staged at {staging_dir}: mend the "
@@ -124,19 +131,21 @@ def publish_adapter(request: PublishRequest) -> PublishedAdapter:
 
 def _complete(staging_dir: Path, request: PublishRequest) -> None:
     """Add card and record to what was staged, durably."""
-    found = file_sha256(staging_dir / ADAPTER_FILE)
-    if found != request.adapter_sha256:
-        raise ExportError(
-            f"{staging_dir / ADAPTER_FILE} has sha256 {found[:12]}, verified was {request.adapter_sha256[:12]}; "
-            "nothing was published: something changed the staged file, export again"
-        )
+    for name, sha256 in request.files.items():
+        found = file_sha256(staging_dir / name)
+        if found != sha256:
+            raise ExportError(
+                f"{staging_dir / name} has sha256 {found[:12]}, verified was {sha256[:12]}; "
+                "nothing was published: something changed the staged file, export again"
+            )
+    config_file = "config.json" if request.model_files else ADAPTER_CONFIG
     record = {
         "format": 1,
         "job_id": request.job_id,
         "step": request.step,
         "sha256": {
-            ADAPTER_FILE: request.adapter_sha256,
-            ADAPTER_CONFIG: file_sha256(staging_dir / ADAPTER_CONFIG),
+            **request.files,
+            config_file: file_sha256(staging_dir / config_file),
         },
         "base_hash": request.card.base_hash,
         "facts": request.card.model_dump(mode="json"),
@@ -177,7 +186,7 @@ def _require_published(output_dir: Path, previous_dir: Path, request: PublishReq
         previous_dir.rename(output_dir)
         sync_dir(output_dir.parent)
     published = _record(output_dir).get("sha256")
-    if not isinstance(published, dict) or published.get(ADAPTER_FILE) != request.adapter_sha256:
+    if not isinstance(published, dict) or not request.files.items() <= published.items():
         raise ExportError(
             f"no adapter of job {request.job_id} is staged at {request.staging_dir}, and {output_dir} does not hold "
             f"the one of step {request.step} (sha256 {request.adapter_sha256[:12]}); nothing was published: "

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from coordinator.artifacts.verify_process import Check, Probe, ProbeRows, VerifyReport, VerifyRequest
 from plutino.errors import ExportError, PlutinoError
 from plutino.load_adapter import expected_shapes, has_own_layout, load_adapter
-from plutino.safetensors_index import read_safetensors_headers
+from plutino.safetensors_index import INDEX_FILE, SINGLE_FILE, read_safetensors_headers
 from plutino.sizes import format_size
 
 # Shape suffixes: B rows, T padded tokens, V vocabulary, N label tokens.
@@ -97,6 +97,11 @@ def check_tensors(base_dir: Path, adapter_dir: Path) -> Check:
     config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if _is_model(adapter_dir):
+        stored = read_safetensors_headers(adapter_dir)
+        found = {name: (entry.shape, entry.dtype) for name, entry in stored.items()}
+        _require_equal_kinds({name: _kind(p) for name, p in base.named_parameters()}, found, "transformers")
+        return "stock transformers", f"expects the same {len(found)} tensors with the same shapes and dtypes"
     found = _kinds_in_file(adapter_dir / "adapter_model.safetensors")
     num_parameters = sum(math.prod(shape) for shape, _ in found.values())
     same = f"expects the same {len(found)} tensors with the same shapes and dtypes, {num_parameters} parameters"
@@ -119,6 +124,9 @@ def reload_bytes(base_dir: Path, adapter_dir: Path, probe: Probe) -> int:
     base_bytes = sum(math.prod(entry.shape) for entry in read_safetensors_headers(base_dir).values()) * element_bytes
     vocab_size = int(AutoConfig.from_pretrained(base_dir, local_files_only=True).vocab_size)
     logits_bytes = max(len(rows.lengths) * rows.padded_tokens for rows in probe.micro_batches) * vocab_size * 4 * 2
+    if _is_model(adapter_dir):
+        # One of the two at a time, which is fp32.
+        return base_bytes + logits_bytes
     return base_bytes + (adapter_dir / "adapter_model.safetensors").stat().st_size + logits_bytes
 
 
@@ -134,9 +142,7 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
             number of label tokens than the pipeline counted.
     """
     _require_label_count(probe)
-    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=DTYPES[probe.dtype], local_files_only=True)
-    model, without_adapter = _with_adapter(base, adapter_dir)
-    loss_sum = _loss_sum(model, probe)
+    loss_sum, base_loss_sum = _losses(base_dir, adapter_dir, probe)
     difference = abs(loss_sum - probe.loss_sum) / max(abs(probe.loss_sum), 1e-12)
     tolerance = LOSS_TOLERANCE[probe.dtype]
     compared = (
@@ -154,12 +160,29 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
             f"the reloaded adapter does not do what was trained: {compared}; nothing was published: a "
             "tensor is wrong or in the wrong place, please report this with the job's log"
         )
-    with without_adapter():
-        base_loss_sum = _loss_sum(model, probe)
     # How much the comparison could have noticed: an adapter that changes less than the tolerance cannot fail it.
     effect = abs(base_loss_sum - loss_sum) / max(abs(loss_sum), 1e-12)
     power = "" if effect > tolerance else ", too little for this check to tell a wrong adapter from the right one"
     return "reload", f"{compared}; without the adapter {base_loss_sum:.6f} (relative difference {effect:.1e}{power})"
+
+
+def _losses(base_dir: Path, adapter_dir: Path, probe: Probe) -> tuple[float, float]:
+    """Loss sums of the trained and of the base model, both as their users load them."""
+
+    def load(folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[probe.dtype], local_files_only=True).eval()
+
+    if _is_model(adapter_dir):
+        return _loss_sum(load(adapter_dir), probe), _loss_sum(load(base_dir), probe)
+    model, without_adapter = _with_adapter(load(base_dir), adapter_dir)
+    loss_sum = _loss_sum(model, probe)
+    with without_adapter():
+        return loss_sum, _loss_sum(model, probe)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether the folder holds a whole model in an adapter's place."""
+    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
 
 
 def _with_adapter(base: Any, adapter_dir: Path) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:

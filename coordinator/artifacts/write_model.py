@@ -48,19 +48,64 @@ def write_model(
     Raises:
         ExportError: a tensor has another number of bytes than was said, or the disk refuses.
     """
-    shards = list(_cut(tensors, max_shard_bytes))
-    names = [_file_name(number, len(shards)) for number in range(len(shards))]
-    try:
-        for name, shard in zip(names, shards, strict=True):
-            _write_shard(folder / name, shard, read)
-        if len(shards) > 1:
-            places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            total_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard)
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ExportError(f"the model cannot be written to {folder}: {error.strerror}; make room there") from error
-    return tuple(names)
+    writer = ModelWriter(folder, max_shard_bytes=max_shard_bytes)
+    writer.add(tensors, read)
+    return writer.finish()
+
+
+class ModelWriter:
+    """Writes a model whose tensors become known part by part.
+
+    Args:
+        folder: exists and holds no weights.
+        max_shard_bytes: bound on the tensors of one file; a larger tensor has a file of its own.
+    """
+
+    def __init__(self, folder: Path, *, max_shard_bytes: int) -> None:
+        self._folder = folder
+        self._max_shard_bytes = max_shard_bytes
+        self._shards: list[list[TensorPlan]] = []
+
+    def add(self, tensors: Iterable[TensorPlan], read: Callable[[str], Iterator[bytes | memoryview]]) -> None:
+        """Write a part, in shards of its own.
+
+        Raises:
+            ExportError: a tensor has another number of bytes than was said, or the disk refuses.
+        """
+        try:
+            for shard in _cut(tensors, self._max_shard_bytes):
+                _write_shard(self._folder / _unnamed(len(self._shards)), shard, read)
+                self._shards.append(shard)
+        except OSError as error:
+            raise ExportError(_no_room(self._folder, error)) from error
+
+    def finish(self) -> tuple[str, ...]:
+        """Name the shards, now that their number is known, and index them; gives the files' names.
+
+        Raises:
+            ExportError: the disk refuses.
+        """
+        shards = self._shards
+        names = [_file_name(number, len(shards)) for number in range(len(shards))]
+        try:
+            for number, name in enumerate(names):
+                (self._folder / _unnamed(number)).rename(self._folder / name)
+            if len(shards) > 1:
+                places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+                total_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard)
+                index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
+                (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ExportError(_no_room(self._folder, error)) from error
+        return tuple(names)
+
+
+def _unnamed(number: int) -> str:
+    return f"part-{number}.safetensors"
+
+
+def _no_room(folder: Path, error: OSError) -> str:
+    return f"the model cannot be written to {folder}: {error.strerror}; make room there"
 
 
 def _cut(tensors: Iterable[TensorPlan], max_shard_bytes: int) -> Iterator[list[TensorPlan]]:

@@ -229,6 +229,8 @@ def make_numerics(plan: Plan, family: Family, devices: Sequence[Device]) -> Nume
 
 
 def _dtype(spec: JobSpec, devices: Sequence[Device]) -> str:
+    if spec.method.trains_weights:
+        return "fp32"
     if spec.model.dtype != "auto":
         return spec.model.dtype
     # bf16 only where every device runs it faster than fp32: without bf16 units its backward is 300 times slower.

@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from coordinator.artifacts.assemble import AssembledAdapter, AssembleRequest, assemble_adapter
+from coordinator.artifacts.assemble_model import assemble_model
 from coordinator.artifacts.publish import PublishedAdapter, PublishRequest, publish_adapter
 from coordinator.artifacts.verify_process import VerifyReport, VerifyRequest, run_verify_process
 from coordinator.jobs.scoring import Score, score
@@ -176,9 +177,8 @@ class JobRunner:
 
     def assemble(self, request: AssembleRequest) -> AssembledAdapter:
         """Join the stages' parts into one verified, staged adapter."""
-        return assemble_adapter(
-            request, self._spec, BulkClient(self._bulk_address, self._credentials), verify=self._verify
-        )
+        assemble = assemble_model if self._spec.method.trains_weights else assemble_adapter
+        return assemble(request, self._spec, BulkClient(self._bulk_address, self._credentials), verify=self._verify)
 
     def publish(self, request: PublishRequest) -> PublishedAdapter:
         """Make the staged adapter visible, whole, with its card."""

@@ -302,7 +302,9 @@ async def score_once(context: JobContext, prepared: PreparedData, moment: Scorin
     """Score the held-out rows, unless that was done before a restart."""
     if moment in context.store.scores(context.job_id):
         return
-    report, seconds = await score(context, prepared, use_adapter=moment == "after")
+    # Before the first step weights that are trained in place are the base model's.
+    uses_trained = moment == "after" or context.spec.method.trains_weights
+    report, seconds = await score(context, prepared, use_adapter=uses_trained)
     values = report.score.model_dump(exclude={"metric", "num_rows"}, exclude_none=True)
     seen = ScoringDone(
         when=moment,

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from edge_node.methods.adapters import attach_adapters
 from edge_node.methods.base import AttachedMethod
+from edge_node.methods.full import attach_full
 from edge_node.methods.lora import attach_lora
 from edge_node.methods.p_tuning_v2 import attach_p_tuning_v2
 from edge_node.methods.parallel_adapters import attach_parallel_adapters
@@ -30,6 +31,7 @@ class Attach(Protocol):
 
 METHODS: Mapping[str, Attach] = {
     "adapters": attach_adapters,
+    "full": attach_full,
     "lora": attach_lora,
     "p_tuning_v2": attach_p_tuning_v2,
     "prefix": attach_prefix,

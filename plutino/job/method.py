@@ -22,6 +22,9 @@ class MethodPart(SpecPart):
     """The setting that the number of trained parameters grows with."""
     has_peft_format: ClassVar[bool] = True
     """Whether stock peft loads the checkpoint; plutino.load_adapter loads the others."""
+    trains_weights: ClassVar[bool] = False
+    """Whether the model's own weights are trained in place: in fp32, unpacked, published as a whole model, and with no
+    base model left beside them."""
     saves_score_head: ClassVar[bool] = False
     """Whether the checkpoint has a place for a head that an objective trains."""
 
@@ -56,9 +59,9 @@ class MethodPart(SpecPart):
         return 0
 
     @property
-    def can_continue(self) -> bool:
-        """Whether training can start from a published checkpoint: it holds what is trained."""
-        return True
+    def no_continuation(self) -> str:
+        """Why training cannot start from a published checkpoint, and the way out; empty: it can."""
+        return ""
 
     def derived_names(self, adapter_config: Mapping[str, Any]) -> tuple[str, ...]:
         """What devices compute for the checkpoint, by name; empty: the checkpoint is what is trained.
@@ -287,9 +290,14 @@ class PrefixConfig(KeyValuesPart):
     """Inner dimension of that MLP."""
 
     @property
-    def can_continue(self) -> bool:
+    def no_continuation(self) -> str:
         """Of a projected prefix keys and values are published, and not the MLP."""
-        return not self.projection
+        if not self.projection:
+            return ""
+        return (
+            "a published prefix holds keys and values, not the MLP they came from; set method.projection: false to go "
+            "on with these, or leave init_adapter out"
+        )
 
     def derived_names(self, adapter_config: Mapping[str, Any]) -> tuple[str, ...]:
         """See :class:`MethodPart`."""
@@ -312,8 +320,27 @@ class PTuningV2Config(KeyValuesPart):
         return self
 
 
+class FullConfig(MethodPart):
+    """Full fine-tuning: every parameter of the model."""
+
+    size_setting: ClassVar[str] = "type"
+    has_peft_format: ClassVar[bool] = False
+    trains_weights: ClassVar[bool] = True
+
+    type: Literal["full"] = "full"
+
+    @property
+    def no_continuation(self) -> str:
+        """Its result is a model."""
+        return "full has no adapter to start from; set model.path to the model that it published"
+
+    def for_profile(self) -> FullConfig:
+        """The same."""
+        return self
+
+
 MethodConfig = Annotated[
-    LoraConfig | AdaptersConfig | ParallelAdaptersConfig | PrefixConfig | PromptConfig | PTuningV2Config,
+    LoraConfig | AdaptersConfig | FullConfig | ParallelAdaptersConfig | PrefixConfig | PromptConfig | PTuningV2Config,
     Field(discriminator="type"),
 ]
 """Union of all methods' configs, told apart by ``type``."""

@@ -74,10 +74,28 @@ class JobSpec(SpecPart):
 
     @model_validator(mode="after")
     def _first_adapter_holds_what_is_trained(self) -> JobSpec:
-        if self.training.init_adapter is not None and not self.method.can_continue:
+        if self.training.init_adapter is not None and self.method.no_continuation:
+            raise ValueError(f"training.init_adapter: {self.method.no_continuation}")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_weights_are_whole(self) -> JobSpec:
+        if not self.method.trains_weights:
+            return self
+        model = self.model
+        if (model.quantization, model.quantize_embedding, model.quantize_head) != ("none", "keep", "keep"):
             raise ValueError(
-                "training.init_adapter: a published prefix holds keys and values, not the MLP they came from; "
-                "set method.projection: false to go on with these, or leave init_adapter out"
+                f"method.type: {self.method.type} trains the weights that model.quantization, quantize_embedding and "
+                "quantize_head would pack; leave these out, or use method.type: lora"
+            )
+        if model.dtype == "bf16":
+            raise ValueError(
+                f"method.type: {self.method.type} computes with the fp32 weights that it trains; set model.dtype: fp32"
+            )
+        if self.objective.runs_reference:
+            raise ValueError(
+                f"objective.type: {self.objective.type} compares with the base model, of which method.type: "
+                f"{self.method.type} leaves nothing; use method.type: lora"
             )
         return self
 

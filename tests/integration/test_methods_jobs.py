@@ -5,12 +5,15 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
 
 METHODS = {
     "adapters": {"type": "adapters", "bottleneck": 8},
+    "full": {"type": "full"},
     # All workers hold the MLP's trunk, and what is published is computed on them.
     "prefix": {"type": "prefix", "num_virtual_tokens": 4, "projection": True, "encoder_hidden_size": 16},
     "parallel_adapters": {"type": "parallel_adapters", "reduction": 4},
@@ -52,7 +55,18 @@ def test_job_gives_the_same_bits_on_one_and_two_workers_and_its_adapter_is_reloa
         details.append(people.detail(job_id))
 
     assert losses(details[0]) == losses(details[1])
+    card = (tmp_path / "adapter2" / "README.md").read_text()
+    assert "relative difference" in card
+    if method == "full":
+        # A model's shards follow the stages; its tensors do not depend on them.
+        one, two = (weights(tmp_path / f"adapter{n}") for n in (1, 2))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+        assert "AutoModelForCausalLM.from_pretrained" in card
+        return
     adapters = [(tmp_path / f"adapter{n}" / "adapter_model.safetensors").read_bytes() for n in (1, 2)]
     assert adapters[0] == adapters[1]
-    card = (tmp_path / "adapter2" / "README.md").read_text()
-    assert "relative difference" in card and f"A {method.upper()} adapter" in card
+    assert f"A {method.upper()} adapter" in card
+
+
+def weights(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

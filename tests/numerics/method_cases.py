@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plutino.job.method import (
     AdaptersConfig,
+    FullConfig,
     LoraConfig,
     MethodConfig,
     ParallelAdaptersConfig,
@@ -18,6 +19,7 @@ CONFIGS: dict[str, dict[str, MethodConfig]] = {
         "houlsby": AdaptersConfig(bottleneck=5, placement="houlsby"),
         "blocks": AdaptersConfig(bottleneck=4, activation="silu", layers_to_transform=(1, 3)),
     },
+    "full": {"all": FullConfig()},
     "lora": {"all_linear": LoraConfig(rank=4)},
     "p_tuning_v2": {"dropout": PTuningV2Config(num_virtual_tokens=4, dropout=0.2)},
     "prefix": {
@@ -38,5 +40,8 @@ CONFIGS: dict[str, dict[str, MethodConfig]] = {
 
 STARTS_AS_BASE = frozenset({"adapters", "lora", "parallel_adapters"})
 """Methods that promise to change nothing before the first step."""
+
+KEEPS_BASE = [(method, name) for method, cases in CONFIGS.items() for name in cases if method != "full"]
+"""Cases with a base model to switch back to."""
 
 CASES = [(method, name) for method, cases in CONFIGS.items() for name in cases]
