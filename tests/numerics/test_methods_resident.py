@@ -51,7 +51,7 @@ def test_stage_that_any_method_was_trained_on_is_put_back_to_the_bit_or_given_up
     assert not torch.equal(trained[:, -IDS.shape[1] :], before)
 
     if not resident.restore():
-        assert stage.model.get_submodule("lm_head").weight._version > 0  # it trained the backbone itself
+        assert config.trains_weights and stage.model.get_submodule("lm_head").weight.requires_grad
         return
 
     assert [name for name, _ in stage.model.named_modules()] == modules
