@@ -233,6 +233,7 @@ def job_detail(job: JobDetail) -> RenderableType:
         parts += ["", Text(f"loss: {standing[0]:.4f} -> {standing[-1]:.4f}, lowest {min(standing):.4f}")]
     parts += [Text(f"evaluation after {row['step']} steps: loss {row['loss']:.4f}") for row in detail["evaluations"]]
     parts += [Text(f"score {moment}: {_metrics(report['score'])}") for moment, report in detail["scores"].items()]
+    parts += [Text(f"{name}: {value}") for name, value in _ability(detail.get("ability") or {})]
     history = _table("at", "event", "state", ">plan epoch", "reason")
     for row in detail["transitions"]:
         states = row["to"] if row["from"] == row["to"] else f"{row['from']} -> {row['to']}"
@@ -338,6 +339,13 @@ def _table(*headings: str) -> Table:
         is_number = heading.startswith(">")
         table.add_column(heading.removeprefix(">"), justify="right" if is_number else "left", no_wrap=is_number)
     return table
+
+
+def _ability(ability: Mapping[str, Any]) -> list[tuple[str, str]]:
+    from coordinator.jobs.ability import AbilityReport, ability_lines
+
+    known = {name: value for name, value in ability.items() if name in AbilityReport.model_fields}
+    return ability_lines(AbilityReport.model_validate(known))
 
 
 def _metrics(score: Mapping[str, Any]) -> str:

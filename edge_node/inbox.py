@@ -49,6 +49,7 @@ class _Gathering:
     loss_weight: float
     needed: frozenset[int]
     """Micro-batches whose rows this worker reads."""
+    without_adapter: bool = False
     rows: dict[int, MicroBatchRows] = field(default_factory=dict)
     generate: dict[int, pb.GenerateOptions] = field(default_factory=dict)
 
@@ -167,7 +168,7 @@ class Inbox:
         gathering = self._gathering.get(unit)
         if gathering is None:
             needed = frozenset(m for m in range(feed.num_micro_batches) if self._reads_rows(unit.kind, m))
-            gathering = _Gathering(unit, feed.num_micro_batches, feed.loss_weight, needed)
+            gathering = _Gathering(unit, feed.num_micro_batches, feed.loss_weight, needed, feed.without_adapter)
             self._gathering[unit] = gathering
             self._order.append(unit)
         if feed.micro_batch < feed.num_micro_batches:
@@ -192,7 +193,11 @@ class Inbox:
         self._current = entry
         m_range = range(gathering.num_micro_batches)
         work = UnitInput(
-            entry, gathering.num_micro_batches, gathering.loss_weight, tuple(gathering.rows.get(m) for m in m_range)
+            entry,
+            gathering.num_micro_batches,
+            gathering.loss_weight,
+            tuple(gathering.rows.get(m) for m in m_range),
+            gathering.without_adapter,
         )
         if not gathering.generate:
             return UnitTask(work, None, ())

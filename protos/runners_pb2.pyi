@@ -338,11 +338,14 @@ class GetEvalBatch(_message.Message):
     NUM_ROWS_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     FROM_TRAINING_FIELD_NUMBER: _builtins.int
+    GENERAL_FIELD_NUMBER: _builtins.int
     start_row: _builtins.int
     """Held-out rows [start_row, start_row + num_rows), fewer at the end; of the training rows if from_training is set."""
     num_rows: _builtins.int
     micro_batch_size: _builtins.int
     from_training: _builtins.bool
+    general: _builtins.bool
+    """Windows over general text instead."""
     def __init__(
         self,
         *,
@@ -350,10 +353,11 @@ class GetEvalBatch(_message.Message):
         num_rows: _builtins.int = ...,
         micro_batch_size: _builtins.int = ...,
         from_training: _builtins.bool = ...,
+        general: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_training", b"from_training", "micro_batch_size", b"micro_batch_size", "num_rows", b"num_rows", "start_row", b"start_row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_training", b"from_training", "general", b"general", "micro_batch_size", b"micro_batch_size", "num_rows", b"num_rows", "start_row", b"start_row"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,19 +372,23 @@ class GetPrompts(_message.Message):
     START_ROW_FIELD_NUMBER: _builtins.int
     NUM_GROUPS_FIELD_NUMBER: _builtins.int
     GROUP_ROWS_FIELD_NUMBER: _builtins.int
+    FEW_SHOT_FIELD_NUMBER: _builtins.int
     start_row: _builtins.int
     num_groups: _builtins.int
     group_rows: _builtins.int
+    few_shot: _builtins.bool
+    """After examples from the training rows."""
     def __init__(
         self,
         *,
         start_row: _builtins.int = ...,
         num_groups: _builtins.int = ...,
         group_rows: _builtins.int = ...,
+        few_shot: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_rows", b"group_rows", "num_groups", b"num_groups", "start_row", b"start_row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["few_shot", b"few_shot", "group_rows", b"group_rows", "num_groups", b"num_groups", "start_row", b"start_row"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

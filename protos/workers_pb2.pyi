@@ -730,11 +730,14 @@ class Feed(_message.Message):
     MICRO_BATCH_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     GENERATE_FIELD_NUMBER: _builtins.int
+    WITHOUT_ADAPTER_FIELD_NUMBER: _builtins.int
     num_micro_batches: _builtins.int
     loss_weight: _builtins.float
     """Loss weight of the whole step: number of label tokens over all its micro-batches."""
     micro_batch: _builtins.int
     """Which of the unit's micro-batches this message carries; equal to num_micro_batches in a header-only message."""
+    without_adapter: _builtins.bool
+    """An evaluation of the base model, the adapter switched off."""
     @_builtins.property
     def unit(self) -> Global___UnitId: ...
     @_builtins.property
@@ -752,10 +755,11 @@ class Feed(_message.Message):
         micro_batch: _builtins.int = ...,
         rows: Global___MicroBatch | None = ...,
         generate: Global___GenerateOptions | None = ...,
+        without_adapter: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "rows", b"rows", "unit", b"unit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "num_micro_batches", b"num_micro_batches", "rows", b"rows", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "num_micro_batches", b"num_micro_batches", "rows", b"rows", "unit", b"unit", "without_adapter", b"without_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

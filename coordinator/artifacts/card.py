@@ -72,6 +72,8 @@ class CardFacts(_Facts):
     score_before: Score | None = None
     """Of the base model alone; None if it was not measured."""
     score_after: Score | None = None
+    ability: tuple[tuple[str, str], ...] = ()
+    """What fine-tuning cost beside its goal, and the base model with examples: measures with their values."""
     checks: tuple[Check, ...]
     """Those of the assembled adapter, and the workers' largest difference."""
     was_reloaded: bool
@@ -174,6 +176,7 @@ def _results(facts: CardFacts) -> str:
         *((f"held-out loss after step {one.step}", f"{one.loss:.4f}") for one in facts.evaluations),
         *_score_rows("base model alone", facts.score_before),
         *_score_rows("with the adapter", facts.score_after),
+        *facts.ability,
     ]
     return _table(("measure", "value"), rows)
 

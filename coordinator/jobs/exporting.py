@@ -15,6 +15,7 @@ from coordinator.artifacts.publish import PublishedAdapter, PublishRequest
 from coordinator.artifacts.verify_process import Check, Probe, ProbeRows
 from coordinator.crash_points import crash_point
 from coordinator.jobs import events as job_events
+from coordinator.jobs.ability import ability_lines, ability_of, measure_general
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import surviving
 from coordinator.jobs.placing import restorable
@@ -42,11 +43,12 @@ async def export(context: JobContext, prepared: PreparedData, *, default_dir: Pa
     step = await _choose_state(context)
     if context.spec.scoring is not None:
         await score_once(context, prepared, "after")
+    await measure_general(context, prepared, "general_after")
     if not context.spec.output.publish:
         return job_events.Exported(adapter_dir=None)
     batch = await probe_batch(context, prepared)
     loss_sum, label_tokens = await evaluation_loss(
-        context, num_rows=min(PROBE_ROWS, prepared.num_train), from_training=True
+        context, num_rows=min(PROBE_ROWS, prepared.num_train), source="training"
     )
     output_dir = context.spec.output.dir or str(default_dir)
     assembled = await _assemble(context, step, output_dir, _probe(context, batch, loss_sum, label_tokens))
@@ -170,9 +172,11 @@ def _card(
                 use="held-out", name=Path(spec.data.eval).name, sha256=prepared.eval_sha256, num_rows=prepared.num_eval
             )
         )
+    stored = context.store.scores(context.job_id)
     scores = {
         moment: ScoreReport.model_validate_json(text).score
-        for moment, text in context.store.scores(context.job_id).items()
+        for moment, text in stored.items()
+        if moment in ("before", "after")
     }
     return CardFacts(
         job_name=spec.name,
@@ -191,6 +195,7 @@ def _card(
         ),
         score_before=scores.get("before"),
         score_after=scores.get("after"),
+        ability=tuple(ability_lines(ability_of(stored, 0 if spec.scoring is None else spec.scoring.few_shot))),
         checks=(*assembled.checks, worker_check),
         was_reloaded=assembled.was_reloaded,
         versions=context.numerics.versions,

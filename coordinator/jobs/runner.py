@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from coordinator.artifacts.assemble_model import assemble_model
 from coordinator.artifacts.publish import PublishedAdapter, PublishRequest, publish_adapter
 from coordinator.artifacts.verify_process import VerifyReport, VerifyRequest, run_verify_process
 from coordinator.jobs.scoring import Score, score
+from plutino.assets import GENERAL_TEXT
 from plutino.data.batches import (
     MicroBatchRows,
     StepBatch,
@@ -28,10 +30,12 @@ from plutino.data.batches import (
     prompt_micro_batch,
     total_steps,
 )
+from plutino.data.few_shot import with_examples
+from plutino.data.general_text import GeneralText, read_general_text
 from plutino.data.readers import Rows, read_rows
 from plutino.data.samples import Samples
 from plutino.data.tokenisation import ModelTokenizer, load_tokenizer, tokenise
-from plutino.errors import DataError
+from plutino.errors import ConfigError, DataError
 from plutino.hub_id import model_folder
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
@@ -57,6 +61,9 @@ class PreparedData(BaseModel):
     train_sha256: str
     eval_sha256: str
     mean_row_tokens: float
+    num_general: int = 0
+    """Windows of general text to measure on; 0: not asked for."""
+    general_sha256: str = ""
     method_text_ids: tuple[int, ...] = ()
     """Tokens of the text that the method starts from."""
 
@@ -116,7 +123,7 @@ class JobRunner:
         training = self._spec.training
         train = self._train
         held_out = self._held_out
-        sets = [train] if held_out is None else [train, held_out]
+        sets = self._row_sets
         return PreparedData(
             num_train=len(train.samples),
             num_eval=0 if held_out is None else len(held_out.samples),
@@ -124,11 +131,11 @@ class JobRunner:
             total_steps=total_steps(
                 len(train.samples), training.batch_size, epochs=training.epochs, steps=training.steps
             ),
-            row_tokens=max(int(one.samples.lengths.max()) for one in sets),
-            label_tokens_per_row=max(
-                int(one.samples.mask(index)[1:].sum()) for one in sets for index in range(len(one.samples))
-            ),
-            prompt_tokens=0 if held_out is None else int(held_out.samples.prompt_tokens.max()),
+            row_tokens=self._row_tokens,
+            label_tokens_per_row=self._label_tokens_per_row,
+            prompt_tokens=max((int(one.prompt_tokens.max()) for one in self._prompted), default=0),
+            num_general=0 if self._general is None else len(self._general.samples),
+            general_sha256="" if self._general is None else self._general.sha256,
             stop_token_ids=self._tokenizer.stop_token_ids,
             train_sha256=train.rows.sha256,
             eval_sha256="" if held_out is None else held_out.rows.sha256,
@@ -147,15 +154,24 @@ class JobRunner:
         indices = batch_indices(step, training.batch_size, len(samples), training.seed)
         return cut_micro_batches(samples, indices, micro_batch_size)
 
-    def eval_batch(self, start_row: int, num_rows: int, micro_batch_size: int, *, from_training: bool) -> StepBatch:
-        """Rows of one evaluation unit, in file order."""
-        samples = self._train.samples if from_training else self._need_held_out().samples
+    def eval_batch(
+        self, start_row: int, num_rows: int, micro_batch_size: int, *, from_training: bool, general: bool = False
+    ) -> StepBatch:
+        """Rows of one evaluation unit, in file order: held-out ones, training ones, or windows of general text."""
+        if general:
+            assert self._general is not None, "the coordinator knows from prepare that there is no general text"
+            samples = self._general.samples
+        else:
+            samples = self._train.samples if from_training else self._need_held_out().samples
         indices = range(start_row, min(start_row + num_rows, len(samples)))
         return cut_micro_batches(samples, indices, micro_batch_size)
 
-    def prompts(self, start_row: int, num_groups: int, group_rows: int) -> list[MicroBatchRows]:
-        """Prompts of one generation unit, cut into groups."""
-        samples = self._need_held_out().samples
+    def prompts(
+        self, start_row: int, num_groups: int, group_rows: int, *, few_shot: bool = False
+    ) -> list[MicroBatchRows]:
+        """Prompts of one generation unit, cut into groups; with ``few_shot``, examples stand before each."""
+        samples = self._few_shot if few_shot else self._need_held_out().samples
+        assert samples is not None, "few-shot prompts are asked for by the spec"
         end_row = min(start_row + num_groups * group_rows, len(samples))
         return [
             prompt_micro_batch(samples, range(first, min(first + group_rows, end_row)))
@@ -197,6 +213,67 @@ class JobRunner:
         if self._spec.data.eval is None:
             return None
         return self._read(self._spec.data.eval, self._spec.data.eval_limit)
+
+    @property
+    def _row_sets(self) -> list[_RowSet]:
+        return [self._train] if self._held_out is None else [self._train, self._held_out]
+
+    @functools.cached_property
+    def _row_tokens(self) -> int:
+        return max(int(one.samples.lengths.max()) for one in self._row_sets)
+
+    @functools.cached_property
+    def _label_tokens_per_row(self) -> int:
+        return max(
+            int(one.samples.mask(index)[1:].sum()) for one in self._row_sets for index in range(len(one.samples))
+        )
+
+    @property
+    def _prompted(self) -> list[Samples]:
+        """Rows whose prompts may be answered."""
+        if self._held_out is None:
+            return []
+        return [self._held_out.samples, *([] if self._few_shot is None else [self._few_shot])]
+
+    @functools.cached_property
+    def _few_shot(self) -> Samples | None:
+        spec = self._spec
+        if spec.scoring is None or not spec.scoring.few_shot:
+            return None
+        rows = with_examples(
+            self._need_held_out().rows,
+            self._train.rows,
+            num_examples=spec.scoring.few_shot,
+            seed=spec.training.seed,
+            is_chat=self._tokenizer.template is not None,
+        )
+        samples = tokenise(rows, self._tokenizer, max_tokens=sys.maxsize)
+        longest = int(samples.prompt_tokens.max())
+        if longest > spec.data.max_tokens:
+            raise ConfigError(
+                f"the longest prompt with scoring.few_shot: {spec.scoring.few_shot} examples has {longest} tokens, "
+                f"data.max_tokens is {spec.data.max_tokens}; raise it, or take fewer examples"
+            )
+        return samples
+
+    @functools.cached_property
+    def _general(self) -> GeneralText | None:
+        spec = self._spec
+        evaluation = spec.evaluation
+        is_language_model = spec.objective.row_use == "answers" and not spec.objective.has_score_head
+        if evaluation.measure_general == "never" or (evaluation.measure_general == "auto" and spec.scoring is None):
+            return None
+        if not is_language_model:
+            if evaluation.measure_general == "always":
+                raise ConfigError(
+                    f"evaluation.measure_general: always, but with objective.type: {spec.objective.type} no text can "
+                    "be measured; set it to never"
+                )
+            return None
+        path = GENERAL_TEXT if evaluation.general is None else Path(evaluation.general)
+        return read_general_text(
+            path, self._tokenizer, row_tokens=self._row_tokens, label_tokens=self._label_tokens_per_row
+        )
 
     def _need_held_out(self) -> _RowSet:
         if self._held_out is None:

@@ -101,12 +101,18 @@ class _Answers:
             rows = command.get_eval_batch
             yield from _batch_parts(
                 self._runner.eval_batch(
-                    rows.start_row, rows.num_rows, rows.micro_batch_size, from_training=rows.from_training
+                    rows.start_row,
+                    rows.num_rows,
+                    rows.micro_batch_size,
+                    from_training=rows.from_training,
+                    general=rows.general,
                 )
             )
         elif kind == "get_prompts":
             prompts = command.get_prompts
-            groups = self._runner.prompts(prompts.start_row, prompts.num_groups, prompts.group_rows)
+            groups = self._runner.prompts(
+                prompts.start_row, prompts.num_groups, prompts.group_rows, few_shot=prompts.few_shot
+            )
             yield from _parts(groups, loss_weight=1.0)
         elif kind == "score":
             report = self._runner.score(rows_from_json(command.score.rows_json))

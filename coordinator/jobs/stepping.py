@@ -13,6 +13,7 @@ import time
 
 from coordinator.crash_points import crash_point
 from coordinator.jobs import events as job_events
+from coordinator.jobs.ability import measure_general, score_few_shot
 from coordinator.jobs.barrier import Abort, AbortKind, Barrier, Commit, Vote, decide, open_barrier
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, judge_evaluations
@@ -79,6 +80,9 @@ class Stepper:
         spec = context.spec
         if steps_done == 0 and spec.scoring is not None and spec.scoring.before:
             await score_once(context, self._prepared, "before")
+        if steps_done == 0:
+            await measure_general(context, self._prepared, "general_before")
+            await score_few_shot(context, self._prepared)
         if self._evaluation_due(steps_done) and not self._is_evaluated(steps_done):
             await self._evaluate(steps_done)
             self._last_decision_s = time.monotonic()

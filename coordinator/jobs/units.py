@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.runner import PreparedData, ScoreReport
@@ -52,7 +53,14 @@ async def train_batch(context: JobContext, step: int) -> Batch:
     return _batch(await context.runner.ask(runner_pb.RunnerCommand(get_train_batch=ask)))
 
 
-def feed(context: JobContext, unit: Unit, batch: Batch, generate: pb.GenerateOptions | None = None) -> None:
+def feed(
+    context: JobContext,
+    unit: Unit,
+    batch: Batch,
+    generate: pb.GenerateOptions | None = None,
+    *,
+    without_adapter: bool = False,
+) -> None:
     """Send a unit to all workers: rows to those that read them, a header to the others.
 
     Raises:
@@ -71,6 +79,7 @@ def feed(context: JobContext, unit: Unit, batch: Batch, generate: pb.GenerateOpt
             loss_weight=batch.loss_weight,
             micro_batch=part.micro_batch,
             rows=part.rows,
+            without_adapter=without_adapter,
         )
         if generate is not None:
             message.generate.CopyFrom(generate)
@@ -89,6 +98,7 @@ def feed(context: JobContext, unit: Unit, batch: Batch, generate: pb.GenerateOpt
             num_micro_batches=len(batch.parts),
             loss_weight=batch.loss_weight,
             micro_batch=len(batch.parts),
+            without_adapter=without_adapter,
         )
         context.workers.tell(pb.WorkerCommand(feed=header), key=f"feed {unit} header", only=others)
 
@@ -107,8 +117,14 @@ def end_unit(context: JobContext, unit: Unit) -> None:
     context.workers.end_unit(unit)
 
 
-async def evaluation_loss(context: JobContext, *, num_rows: int, from_training: bool = False) -> tuple[float, float]:
-    """Sum of token losses over the first rows of the held-out (or training) set, and the number of label tokens."""
+async def evaluation_loss(
+    context: JobContext,
+    *,
+    num_rows: int,
+    source: Literal["held-out", "training", "general"] = "held-out",
+    use_adapter: bool = True,
+) -> tuple[float, float]:
+    """Sum of token losses over the first rows of a set, and the number of label tokens."""
     loss_sum, label_tokens = 0.0, 0.0
     # At least the probe's rows, so that it is one unit and cut in one way.
     batch_rows = max(context.spec.training.batch_size, PROBE_ROWS)
@@ -117,12 +133,13 @@ async def evaluation_loss(context: JobContext, *, num_rows: int, from_training: 
             start_row=start_row,
             num_rows=min(batch_rows, num_rows - start_row),
             micro_batch_size=context.numerics.micro_batch_size,
-            from_training=from_training,
+            from_training=source == "training",
+            general=source == "general",
         )
         batch = _batch(await context.runner.ask(runner_pb.RunnerCommand(get_eval_batch=ask)))
         unit = await context.new_unit(UnitKind.EVALUATE)
         async with _running(context, unit):
-            feed(context, unit, batch)
+            feed(context, unit, batch, without_adapter=not use_adapter)
             loss_sum += sum(done.loss_sum for done in await _all_done(context, unit))
         label_tokens += batch.loss_weight
     return loss_sum, label_tokens
@@ -139,7 +156,9 @@ async def probe_batch(context: JobContext, prepared: PreparedData) -> Batch:
     return _batch(await context.runner.ask(runner_pb.RunnerCommand(get_eval_batch=ask)))
 
 
-async def score(context: JobContext, prepared: PreparedData, *, use_adapter: bool) -> tuple[ScoreReport, float]:
+async def score(
+    context: JobContext, prepared: PreparedData, *, use_adapter: bool, few_shot: bool = False
+) -> tuple[ScoreReport, float]:
     """Generate answers to all held-out prompts and compare them; gives the seconds that generating took, too."""
     scoring = context.spec.scoring
     assert scoring is not None, "scoring is asked for by the spec"
@@ -147,7 +166,9 @@ async def score(context: JobContext, prepared: PreparedData, *, use_adapter: boo
     num_groups = len(context.plan.stages)
     rows: dict[int, list[int]] = {}
     for start_row in range(0, prepared.num_eval, num_groups * scoring.batch_rows):
-        ask = runner_pb.GetPrompts(start_row=start_row, num_groups=num_groups, group_rows=scoring.batch_rows)
+        ask = runner_pb.GetPrompts(
+            start_row=start_row, num_groups=num_groups, group_rows=scoring.batch_rows, few_shot=few_shot
+        )
         batch = _batch(await context.runner.ask(runner_pb.RunnerCommand(get_prompts=ask)))
         options = pb.GenerateOptions(
             max_new_tokens=scoring.max_new_tokens,

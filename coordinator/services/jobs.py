@@ -15,6 +15,7 @@ from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.links import check_links
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
+from coordinator.jobs.ability import ability_json, ability_of
 from coordinator.jobs.manager import JobManager, find_job
 from coordinator.jobs.record import JobRecord
 from coordinator.security.records import MemberRecord
@@ -223,6 +224,8 @@ def _summary(record: JobRecord) -> pb.JobSummary:
 
 def _detail(store: Store, record: JobRecord) -> dict[str, Any]:
     job_id = record.job_id
+    scores = store.scores(job_id)
+    num_examples = (json.loads(record.spec_json).get("scoring") or {}).get("few_shot", 0)
     return {
         "spec": json.loads(record.spec_json),
         "plan": None if record.plan_json is None else json.loads(record.plan_json),
@@ -245,7 +248,8 @@ def _detail(store: Store, record: JobRecord) -> dict[str, Any]:
             for row in store.ledger(job_id)
         ],
         "evaluations": [{"step": row.step, "loss": row.loss} for row in store.evaluations(job_id)],
-        "scores": {moment: json.loads(text) for moment, text in store.scores(job_id).items()},
+        "scores": {m: json.loads(text) for m, text in scores.items() if m in ("before", "after")},
+        "ability": ability_json(ability_of(scores, num_examples)),
         "transitions": [
             {
                 "at_s": row.at_s,

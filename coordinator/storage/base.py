@@ -23,7 +23,7 @@ from coordinator.scheduling.scheduler import Reservation
 from plutino.events import JobEvent
 from plutino.types import JobId
 
-ScoringMoment = Literal["before", "after"]
+ScoringMoment = Literal["before", "after", "few_shot", "general_before", "general_after"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

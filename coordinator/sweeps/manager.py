@@ -296,12 +296,14 @@ def _trial_spec(sweep: SweepSpec, number: int, rung: Rung, *, is_first: bool) ->
         training = training.model_copy(update={"steps": rung.steps, "warmup_steps": int(training.warmup_steps * share)})
     scoring = spec.scoring
     if scoring is not None and not is_first:
-        scoring = scoring.model_copy(update={"before": False})
+        scoring = scoring.model_copy(update={"before": False, "few_shot": 0})
     return spec.model_copy(
         update={
             "name": f"{sweep.name}-{number + 1}",
             "training": training,
             "scoring": scoring,
+            # The published adapter's job measures it.
+            "evaluation": spec.evaluation.model_copy(update={"measure_general": "never"}),
             "output": spec.output.model_copy(update={"publish": False, "dir": None}),
         }
     )
@@ -316,7 +318,9 @@ def _group(spec: JobSpec) -> str:
             "data": spec.data.model_dump(mode="json"),
             "objective": spec.objective.model_dump(mode="json"),
             "placement": spec.placement.model_dump(mode="json"),
-            "scoring": None if spec.scoring is None else spec.scoring.model_dump(mode="json", exclude={"before"}),
+            "scoring": None
+            if spec.scoring is None
+            else spec.scoring.model_dump(mode="json", exclude={"before", "few_shot"}),
             "training": spec.training.model_dump(mode="json", include=kept),
         },
         sort_keys=True,

@@ -45,6 +45,8 @@ class UnitInput:
     loss_weight: float
     rows: tuple[MicroBatchRows | None, ...]
     """One per micro-batch on the first and the last stage; None where the stage does not read tokens."""
+    without_adapter: bool = False
+    """An evaluation of the base model."""
 
 
 @dataclass(slots=True)
@@ -201,8 +203,12 @@ class StageExecutor:
         self._row_values = {}
         self._run_reference(work, StepTimes())
         actions = forward_actions(self.stages, me=self.me, num_micro_batches=work.num_micro_batches)
-        with torch.no_grad():
-            loss_sum = self._run(work, actions, StepTimes(), is_training=False)
+        self.method.set_enabled(not work.without_adapter)
+        try:
+            with torch.no_grad():
+                loss_sum = self._run(work, actions, StepTimes(), is_training=False)
+        finally:
+            self.method.set_enabled(True)
         values, self._row_values = self._row_values, {}
         return loss_sum, values
 

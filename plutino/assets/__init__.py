@@ -7,3 +7,4 @@ from pathlib import Path
 ASSETS_DIR = Path(__file__).parent
 TINY_LLAMA_DIR = ASSETS_DIR / "models" / "tiny-llama-7m"
 SNIPS_DIR = ASSETS_DIR / "data" / "snips"
+GENERAL_TEXT = ASSETS_DIR / "data" / "general" / "shakespeare.txt"

@@ -36,5 +36,7 @@ class ScoringConfig(SpecPart):
     """Score the base model too, before the first step."""
     batch_rows: int = Field(16, ge=1)
     """Rows generated together in one group."""
+    few_shot: int = Field(0, ge=0, le=64)
+    """Score the base model with so many training rows as examples in its prompt, too; 0: not."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy; otherwise sampling, seeded by (job, step, sample, position)."""

@@ -20,6 +20,7 @@ from plutino.errors import ConfigError
 from plutino.hub_id import parse_hub_id
 from plutino.job.base import SpecPart
 from plutino.job.data import DataConfig, ScoringConfig
+from plutino.job.evaluation import EvaluationConfig
 from plutino.job.method import LoraConfig, MethodConfig
 from plutino.job.model import ModelConfig
 from plutino.job.objective import ObjectiveConfig, SftConfig
@@ -38,6 +39,7 @@ class JobSpec(SpecPart):
     objective: ObjectiveConfig = SftConfig()
     data: DataConfig
     scoring: ScoringConfig | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
     training: TrainingConfig = TrainingConfig()
     placement: PlacementConfig = PlacementConfig()
     output: OutputConfig = OutputConfig()
@@ -248,7 +250,7 @@ def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     return list(part.model_fields)
 
 
-_PATH_KEYS = ("model.path", "data.train", "data.eval", "training.init_adapter", "output.dir")
+_PATH_KEYS = ("model.path", "data.train", "data.eval", "evaluation.general", "training.init_adapter", "output.dir")
 
 
 def _absolute(spec: JobSpec, base_dir: Path) -> JobSpec:

@@ -62,7 +62,7 @@ def test_parse_spec_unknown_key_of_a_nested_part_is_compared_with_that_part() ->
 
 
 def test_parse_spec_unknown_key_like_none_lists_the_known_ones() -> None:
-    assert problems(output={"zzz": 1}) == ["output.zzz: unknown key; known keys: dir"]
+    assert problems(output={"zzz": 1}) == ["output.zzz: unknown key; known keys: publish, dir"]
 
 
 def test_parse_spec_tells_all_problems_at_once() -> None:
