@@ -16,7 +16,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from benchmarks.peers.workload import END_TOKEN, Workload, batch, build_base, build_model
+from edge_node.stage.random_source import RandomSource
 from plutino.data.batches import batch_indices
+from plutino.random_weights import RANDOM_FILE
 
 DtypeName = Literal["fp32", "bf16"]
 _DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,6 +51,34 @@ def write_base(workload: Workload, folder: Path, *, num_steps: int, dtype: Dtype
     """The model alone, its weights stored as this dtype."""
     model_dir = folder / "model"
     build_base(workload, _DTYPES[dtype]).save_pretrained(str(model_dir))
+    write_tokenizer(workload, model_dir)
+    rows_path = write_rows(workload, folder / "rows.jsonl", num_steps=num_steps)
+    return ModelFolder(model_dir=model_dir, rows_path=rows_path, num_steps=num_steps)
+
+
+def write_drawn_base(workload: Workload, folder: Path, *, num_steps: int) -> ModelFolder:
+    """The model without weights: workers draw them when they load, so that no size costs disk."""
+    model_dir = folder / "model"
+    model_dir.mkdir(parents=True)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": workload.hidden_dim,
+        "intermediate_size": workload.intermediate_dim,
+        "num_hidden_layers": workload.num_blocks,
+        "num_attention_heads": workload.num_heads,
+        "num_key_value_heads": workload.num_heads,
+        "vocab_size": workload.vocab_size,
+        "max_position_embeddings": workload.seq_len_tokens,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": END_TOKEN,
+        "pad_token_id": END_TOKEN,
+    }
+    (model_dir / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    shapes = RandomSource(config)
+    drawn = {"seed": workload.seed, "dtype": "BF16", "shapes": {name: shapes.shape(name) for name in shapes.names()}}
+    (model_dir / RANDOM_FILE).write_text(json.dumps(drawn), encoding="utf-8")
     write_tokenizer(workload, model_dir)
     rows_path = write_rows(workload, folder / "rows.jsonl", num_steps=num_steps)
     return ModelFolder(model_dir=model_dir, rows_path=rows_path, num_steps=num_steps)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -70,23 +72,39 @@ class PlutinoStack:
             token = self.client.members.create_token(uses=_MOST_AGENTS, ttl_s=_JOIN_WITHIN_S).token
             write_private(self._state_dir / _TOKEN_FILE, token.encode())
 
-    def start_agents(self, budgets_bytes: Mapping[str, int], *, device: str = "cpu") -> None:
-        """Start agents of one thread with these names and memory budgets, and wait until they have joined.
+    def start_agents(
+        self,
+        budgets_bytes: Mapping[str, int],
+        *,
+        device: str = "cpu",
+        devices: Mapping[str, str] | None = None,
+        threads: Mapping[str, int] | None = None,
+        cores: Mapping[str, Collection[int]] | None = None,
+    ) -> None:
+        """Start agents with these names and memory budgets, and wait until they have joined.
+
+        Args:
+            budgets_bytes: by name.
+            device: where their workers compute.
+            devices: the same by name, where they differ.
+            threads: of each one's workers; one, if not given.
+            cores: processors that an agent and its workers may use; all, if not given.
 
         Raises:
             PlutinoError: one of them ended, or did not join in time.
         """
         for name, budget_bytes in budgets_bytes.items():
-            self._processes[name] = self._children.start(
-                f"agent-{name}",
-                *("-m", "edge_node.cli"),
-                *self._how_to_join(),
-                *("--name", name),
-                *("--memory", f"{budget_bytes}B"),
-                *("--threads", "1"),
-                *("--device", device),
-                *("--state-dir", str(self._state_dir / "agents" / name)),
-            )
+            with _pinned((cores or {}).get(name)):
+                self._processes[name] = self._children.start(
+                    f"agent-{name}",
+                    *("-m", "edge_node.cli"),
+                    *self._how_to_join(),
+                    *("--name", name),
+                    *("--memory", f"{budget_bytes}B"),
+                    *("--threads", str((threads or {}).get(name, 1))),
+                    *("--device", (devices or {}).get(name, device)),
+                    *("--state-dir", str(self._state_dir / "agents" / name)),
+                )
 
         def all_in() -> bool | None:
             alive = {device["name"] for device in self.client.devices() if device["state"] == "alive"}
@@ -142,6 +160,10 @@ class PlutinoStack:
         found = {device["name"]: device["agent_rss_bytes"] for device in self.client.devices()}
         return {name: found[name] for name in self._processes if name != "coordinator" and found.get(name)}
 
+    def coordinator_rss_bytes(self) -> int:
+        """Resident memory of the coordinator's own process."""
+        return int(psutil.Process(self._processes["coordinator"].process.pid).memory_info().rss)
+
     def logs(self) -> str:
         """The end of every process's log."""
         return "\n".join(f"{name}: {child.last_words()}" for name, child in self._processes.items())
@@ -164,3 +186,18 @@ class PlutinoStack:
         before_s, started_s = self.cpu_s(), time.monotonic()
         time.sleep(_REST_WINDOW_S)
         return (self.cpu_s() - before_s) / (time.monotonic() - started_s)
+
+
+@contextlib.contextmanager
+def _pinned(cores: Collection[int] | None) -> Iterator[None]:
+    """What is started within inherits these processors; None leaves all."""
+    if cores is None:
+        yield
+        return
+    # Of this thread alone: a child begins with the mask of the thread that forks it.
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

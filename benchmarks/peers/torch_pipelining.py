@@ -1,7 +1,7 @@
-"""Peer: one stage of torch's own pipeline (torch.distributed.pipelining, 1F1B) over gloo.
+"""Peer: one stage of torch's own pipeline (torch.distributed.pipelining, 1F1B) over gloo, or over NCCL on cards.
 
-``python -m benchmarks.peers.torch_pipelining WORKLOAD_JSON CUTS RANK RENDEZVOUS_FILE`` where CUTS are the first blocks
-of all stages but the first one, such as ``6`` for two stages of a model of 12 blocks.
+``python -m benchmarks.peers.torch_pipelining WORKLOAD_JSON CUTS RANK RENDEZVOUS_FILE [cuda]`` where CUTS are the first
+blocks of all stages but the first one, such as ``6`` for two stages of a model of 12 blocks.
 """
 
 from __future__ import annotations
@@ -61,13 +61,18 @@ def main() -> None:
     )
     bounds = [0, *cuts, workload.num_blocks]
     num_stages = len(bounds) - 1
-    whole = build_model(workload).train()
+    is_on_cards = sys.argv[5:] == ["cuda"]
+    device = torch.device("cuda", rank) if is_on_cards else torch.device("cpu")
+    if is_on_cards:
+        torch.cuda.set_device(device)
+    with device:
+        whole = build_model(workload).train()
     llama = whole.get_base_model()
     assert isinstance(llama, LlamaForCausalLM)
     stage = Stage(llama, bounds[rank], bounds[rank + 1])
     del whole, llama
     dist.init_process_group(
-        "gloo",
+        "nccl" if is_on_cards else "gloo",
         init_method=f"file://{sys.argv[4]}",
         rank=rank,
         world_size=num_stages,
@@ -75,13 +80,13 @@ def main() -> None:
     )
     optimizer = torch.optim.AdamW(trainable_parameters(stage), lr=workload.lr)
     schedule = Schedule1F1B(
-        PipelineStage(stage, rank, num_stages, torch.device("cpu")),
+        PipelineStage(stage, rank, num_stages, device),
         n_microbatches=workload.num_micro_batches,
         loss_fn=next_token_loss,
     )
 
     def run_step(step: int) -> float | None:
-        input_ids = batch(workload, step)
+        input_ids = batch(workload, step).to(device)
         losses: list[Tensor] = []
         arguments = (input_ids,) if rank == 0 else ()
         if rank == num_stages - 1:
@@ -90,6 +95,8 @@ def main() -> None:
             schedule.step(*arguments, return_outputs=False)
         optimizer.step()
         optimizer.zero_grad()
+        if is_on_cards:
+            torch.cuda.synchronize()
         return float(torch.stack(losses).mean()) if losses else None
 
     serve_steps(run_step, {"threads": torch.get_num_threads(), "cuts": cuts})

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.peers.workload import Workload
+from benchmarks.scaling import TINY, Figures, Run, WorkerBytes, cores_for, goals_of, runs_of
+
+WORK = Workload(batch_size=10, seq_len_tokens=10, num_micro_batches=10)
+
+
+def figures(name: str, threads: tuple[int, ...], each_s: float, **changes) -> Figures:
+    values = {
+        "run": Run(name=name, threads=threads, workload=WORK),
+        "plan": "",
+        "num_stages": len(threads),
+        "num_workers": len(threads),
+        "shares_cores": False,
+        "predicted_step_s": each_s,
+        "step_s": (each_s,) * 4,
+        "workers": (),
+        "compute_s": (),
+        "predicted_compute_s": (),
+    }
+    return Figures(**(values | changes))
+
+
+def missed(*found: Figures) -> set[str]:
+    return {goal.name for goal in goals_of({each.run.name: each for each in found}) if not goal.is_met}
+
+
+def test_agents_have_processors_of_their_own_where_there_are_enough():
+    run = Run(name="unequal 4:2:1", threads=(4, 2, 1), workload=WORK)
+
+    pins, shares = cores_for(run, range(10, 20))
+    tight, shares_few = cores_for(run, [0, 1])
+
+    assert list(pins.values()) == [{10, 11, 12, 13}, {14, 15}, {16}]
+    assert not shares
+    assert all(cores <= {0, 1} for cores in tight.values())
+    assert shares_few
+
+
+def test_parts_make_at_least_eight_different_runs_of_agents_with_names_of_their_own():
+    runs = [run for part in ("equal", "unequal", "variety") for run in runs_of(part, TINY, most_agents=8)]
+
+    assert len({(run.threads, run.workload, run.dtype, run.checkpointing) for run in runs}) >= 8
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_efficiency_of_eight_is_taken_beside_two_and_of_unequal_ones_beside_their_sum():
+    two, good, bad = (1,) * 2, figures("equal 8", (1,) * 8, 1.05), figures("equal 8", (1,) * 8, 1.2)
+    assert missed(figures("equal 2", two, 4.0), good) == set()
+    assert missed(figures("equal 2", two, 4.0), bad) == {"8 equal agents beside 4 x those of 2"}
+
+    alone = [figures(f"alone {n}", (n,), 12.0 / n) for n in (4, 2, 1)]
+    assert missed(*alone, figures("unequal 4:2:1", (4, 2, 1), 12.0 / 7)) == set()
+    assert missed(*alone, figures("unequal 4:2:1", (4, 2, 1), 12.0 / 5)) == {"unequal 4:2:1 beside the sum"}
+
+
+@pytest.mark.parametrize(("step_s", "is_met"), [(1.1, True), (1.4, False), (0.6, False)])
+def test_predicted_step_is_judged_with_the_noise_of_the_machine(step_s, is_met):
+    # Even and odd steps differ by a tenth.
+    noisy = (step_s * 1.05, step_s * 0.95) * 2
+    found = figures("equal 1", (1,), step_s, predicted_step_s=1.0, step_s=noisy)
+
+    assert found.a_a_noise == pytest.approx(0.105, abs=1e-3)
+    assert (missed(found) == set()) is is_met
+
+
+def test_runs_that_shared_processors_are_not_judged_by_speed_but_by_bytes():
+    worker = WorkerBytes(device="a", predicted_bytes=400 << 20, measured_bytes=410 << 20, keeps_heap=False)
+    found = figures("equal 2", (1, 1), 9.0, predicted_step_s=1.0, shares_cores=True, workers=(worker,))
+
+    assert missed(found) == {"equal 2, a: bytes / predicted"}
