@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from protos import jobs_pb2
 from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
 
-STEPS = 4
+STEPS = 3
 
 
-@pytest.fixture
-def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Iterator[People]:
+    folder = tmp_path_factory.mktemp("stack")
     with ExitStack() as stack:
-        coordinator = ThreadCoordinator(tmp_path / "state")
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        coordinator = ThreadCoordinator(folder / "state")
         stack.callback(coordinator.close)
         people = People(coordinator.endpoints.people_address)
         stack.callback(people.close)
@@ -29,19 +34,23 @@ def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield people
 
 
-def run(people: People, tmp_path: Path, *, stages: int, quantization: str):
+def submit(people: People, tmp_path: Path, *, stages: int, quantization: str, steps: int = STEPS) -> str:
     spec = make_spec(
         TINY_LLAMA_DIR,
         SNIPS_DIR / "train.jsonl",
         tmp_path / f"adapter{stages}",
-        training={"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, "lr": 2e-3},
+        training={"steps": steps, "batch_size": 4, "micro_batch_size": 2, "lr": 2e-3},
         placement={"stages": stages},
         method={"type": "lora", "rank": 4},
     )
     spec = spec.model_copy(
         update={"model": spec.model.model_copy(update={"quantization": quantization, "quantize_head": "int8"})}
     )
-    job_id = people.submit(spec)
+    return people.submit(spec)
+
+
+def run(people: People, tmp_path: Path, **settings: Any) -> str:
+    job_id = submit(people, tmp_path, **settings)
     assert people.wait(job_id).state == "succeeded", people.job(job_id)
     return job_id
 
@@ -65,6 +74,10 @@ def test_nf4_job_gives_the_same_bits_on_one_and_two_workers_and_the_second_job_r
 
 
 def test_auto_on_roomy_devices_quantises_nothing_and_says_so(people, tmp_path):
-    detail = people.detail(run(people, tmp_path, stages=1, quantization="auto"))
+    job_id = submit(people, tmp_path, stages=1, quantization="auto", steps=1000)
+    people.wait_for_step(job_id, 1)
 
+    detail = people.detail(job_id)
+
+    people.stub.Cancel(jobs_pb2.CancelRequest(job_id=job_id), timeout=10)
     assert detail["numerics"]["packing"]["scheme"] == "none"

@@ -60,7 +60,7 @@ def make_rows(seed: int, num_rows: int = 2, *, has_labels: bool = True, num_toke
     )
 
 
-def make_batches(num_steps: int = 3, num_micro_batches: int = 4) -> list[Batch]:
+def make_batches(num_steps: int = 2, num_micro_batches: int = 4) -> list[Batch]:
     """A few steps; the last one has one micro-batch fewer, and that one fewer rows."""
     batches = [Batch([make_rows(10 * step + m) for m in range(num_micro_batches)]) for step in range(num_steps - 1)]
     last = [make_rows(10 * num_steps + m) for m in range(num_micro_batches - 2)]

@@ -25,7 +25,7 @@ CONFIG = {
     "model_type": "llama",
     "hidden_size": 768,
     "intermediate_size": 3072,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 12,
     "num_key_value_heads": 12,
     "vocab_size": 4096,
