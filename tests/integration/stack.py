@@ -42,6 +42,7 @@ from plutino.wire.channel import Lane, sync_channel
 from plutino.wire.convert import worker_from_proto, worker_to_proto
 from plutino.wire.hardware import hardware_to_proto
 from protos import agents_pb2, agents_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from tests.leash import Leash
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent.parent
 WAIT_S = 50.0
@@ -135,7 +136,10 @@ class ProcessCoordinator:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
+            start_new_session=True,
         )
+        self._leash = Leash()
+        self._leash.hold(self.process.pid)
 
     @property
     def endpoints(self) -> Endpoints:
@@ -153,6 +157,8 @@ class ProcessCoordinator:
         if self.process.poll() is None:
             self.process.terminate()
         self.process.wait(WAIT_S)
+        self._leash.let_go(self.process.pid)
+        self._leash.close()
         self._log.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from coordinator import app
 from coordinator.security.warden import Warden
-from edge_node.engine.executor import StageExecutor, StepOutcome, UnitInput
 from edge_node.joining import Membership, Renewal, join
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.client import Client
@@ -22,7 +20,8 @@ from plutino.security.certificates import life
 from plutino.security.identity import Identity
 from plutino.security.tls import Credentials
 from plutino.security.tokens import JoinToken
-from tests.integration.stack import WAIT_S, ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
+from tests.integration.stack import ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
+from tests.integration.step_gate import StepGate
 
 ROTATIONS = [pytest.param(4), pytest.param(20, marks=pytest.mark.slow)]
 STEPS_LEFT = 2
@@ -60,28 +59,6 @@ def spec_of(model_dir: Path, output: Path, steps: int) -> JobSpec:
         placement={"stages": 2},
         method={"type": "lora", "rank": 4},
     )
-
-
-class Gate:
-    """Lets a job's workers begin no step that the test has not opened, so that no rotation comes after the job."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._changed = threading.Condition()
-        self._end = 0
-        train_step = StageExecutor.train_step
-
-        def train_step_once_open(executor: StageExecutor, work: UnitInput) -> StepOutcome:
-            with self._changed:
-                assert self._changed.wait_for(lambda: work.unit.serial < self._end, WAIT_S), f"{work.unit} stayed shut"
-            return train_step(executor, work)
-
-        monkeypatch.setattr(StageExecutor, "train_step", train_step_once_open)
-
-    def open_until(self, end: int) -> None:
-        """Steps below ``end`` may begin."""
-        with self._changed:
-            self._end = end
-            self._changed.notify_all()
 
 
 class Stack:
@@ -130,23 +107,22 @@ class Stack:
 
 @pytest.mark.parametrize("num_rotations", ROTATIONS)
 def test_certificates_rotated_again_and_again_during_a_job_leave_its_adapter_bit_equal(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rotations: int
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: StepGate, num_rotations: int
 ) -> None:
     steps = num_rotations + STEPS_LEFT
-    gate = Gate(monkeypatch)
 
     def run(folder: Path, **changes: object) -> tuple[list[float], bytes]:
         folder.mkdir()
         stack = Stack(folder, monkeypatch, **changes)
         try:
-            gate.open_until(0)
+            gate.hold_at(0)
             job_id = stack.client.submit(spec_of(model_dir, folder / "adapter", steps))
             for step in range(1, num_rotations + 1) if "certificate_lifetime_s" in changes else ():
-                gate.open_until(step)
+                gate.hold_at(step)
                 wait_until(lambda step=step: stack.client.job(job_id).summary.step >= step, f"step {step}")
-                gate.open_until(step + 1)
+                gate.hold_at(step + 1)
                 stack.rotate()
-            gate.open_until(steps)
+            gate.open()
             wait_until(lambda: stack.client.job(job_id).summary.has_ended, "the job's end")
             summary = stack.client.job(job_id).summary
             assert summary.state == "succeeded", summary
@@ -154,7 +130,7 @@ def test_certificates_rotated_again_and_again_during_a_job_leave_its_adapter_bit
             assert detail["recoveries"] == 0, "no rotation may cost a plan epoch"
             return losses(detail), (folder / "adapter" / "adapter_model.safetensors").read_bytes()
         finally:
-            gate.open_until(steps)
+            gate.open()
             stack.close()
 
     undisturbed = run(tmp_path / "plain")
