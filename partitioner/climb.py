@@ -139,14 +139,16 @@ def starts(pricer: Pricer, guesses: Guesses, limits: Limits) -> list[Layout]:
     return seeds
 
 
-def improve(pricer: Pricer, guesses: Guesses, limits: Limits, *, rounds: int = _MAX_ROUNDS) -> None:
+def improve(
+    pricer: Pricer, guesses: Guesses, limits: Limits, *, rounds: int = _MAX_ROUNDS, num_kept: int = _NUM_KEPT
+) -> None:
     """Change the best layouts one thing at a time as long as a guess gets shorter; pipelines first, then replicas."""
     if limits.allow_replicas:
-        improve(pricer, guesses, replace(limits, allow_replicas=False), rounds=rounds)
+        improve(pricer, guesses, replace(limits, allow_replicas=False), rounds=rounds, num_kept=num_kept)
         rounds = rounds if len(pricer.devices) <= _FEW_DEVICES else -(-rounds // 3)
     opened: set[Layout] = set()
     for turn in range(rounds):
-        fresh = guesses.next_to_open(opened, _NUM_KEPT)
+        fresh = guesses.next_to_open(opened, num_kept)
         if not fresh:
             return
         opened.update(fresh)

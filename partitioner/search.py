@@ -12,8 +12,9 @@ proves the best one or finds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from partitioner.climb import Guesses, Limits, improve, polish, settle, starts
@@ -28,6 +29,7 @@ from partitioner.plan import Plan
 from partitioner.pricing import Candidate, Pricer
 from partitioner.reasons import Outcome, make_plan
 from partitioner.refusal import refuse
+from partitioner.spread import MAX_POLISHED, Fan, PartResult, SearchPart, climb_parts, in_turn, is_long, run_part
 
 MAX_PROOF_WORK = 60_000
 """Cuts that the proof may look at, over all micro-batches and codecs."""
@@ -65,6 +67,7 @@ def search(
     *,
     allow_replicas: bool = False,
     proof_work: int = MAX_PROOF_WORK,
+    fan: Fan = in_turn,
 ) -> Plan:
     """The plan with the shortest predicted step among those that keep every device within its budget.
 
@@ -78,11 +81,13 @@ def search(
         links: links between them; None: a LAN of 1 Gbit/s.
         allow_replicas: a stage may run on several devices, which share its micro-batches.
         proof_work: cuts that the proof may look at; 0 leaves it out.
+        fan: runs the parts of a long search; it changes when the plan is there, and never the plan.
 
     Raises:
         InfeasiblePlanError: nothing fits; the message says what would.
     """
-    return _best_plan(table, [(shape, devices)], links or LinkTable(), allow_replicas, proof_work)
+    question = Question(table, ((shape, tuple(devices)),), links or LinkTable(), allow_replicas)
+    return answer(question, proof_work=proof_work, fan=fan)
 
 
 def choose_micro_batch(
@@ -95,6 +100,7 @@ def choose_micro_batch(
     codecs: Sequence[Codec] = (),
     allow_replicas: bool = False,
     proof_work: int = MAX_PROOF_WORK,
+    fan: Fan = in_turn,
 ) -> Plan:
     """The fastest plan over all micro-batches that divide the batch, and over codecs.
 
@@ -107,41 +113,90 @@ def choose_micro_batch(
         codecs: codecs to choose from, the lossless one first; empty: the shape's.
         allow_replicas: as for :func:`search`.
         proof_work: likewise.
+        fan: likewise.
 
     Raises:
         InfeasiblePlanError: no micro-batch fits; the message is that of the smallest.
     """
-    inputs = [
+    question = open_question(
+        table,
+        shape,
+        devices,
+        links,
+        label_tokens_of=label_tokens_of,
+        codecs=codecs,
+        allow_replicas=allow_replicas,
+    )
+    return answer(question, proof_work=proof_work, fan=fan)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """All that a search is asked."""
+
+    table: ModelTable
+    inputs: tuple[tuple[JobShape, tuple[DeviceProfile, ...]], ...]
+    """Choices of micro-batch and codec, each with the devices' seconds at its size; the smallest size last."""
+    links: LinkTable
+    allow_replicas: bool
+
+    @property
+    def limits(self) -> Limits:
+        """Which layouts are allowed."""
+        shape, devices = self.inputs[-1]
+        return Limits(
+            max_stages=min(len(devices), self.table.num_blocks),
+            exact_stages=shape.exact_stages,
+            allow_replicas=self.allow_replicas,
+        )
+
+    def priced(self) -> Iterator[tuple[JobShape, Pricer]]:
+        """The choices that any device can compute, on the devices that a search looks at."""
+        for shape, devices in self.inputs:
+            usable = considered(self.table, shape, [device for device in devices if shape.dtype in device.dtypes])
+            if usable:
+                yield shape, Pricer(self.table, shape, usable, self.links)
+
+    def run_part(self, part: SearchPart) -> PartResult:
+        """What a part of a long search finds, wherever this runs."""
+        _, pricer = next(islice(self.priced(), part.variant, None))
+        return run_part(part, pricer, self.limits)
+
+
+def open_question(
+    table: ModelTable,
+    shape: JobShape,
+    devices: Sequence[DeviceProfile],
+    links: LinkTable | None = None,
+    *,
+    label_tokens_of: Callable[[int], int] | None = None,
+    codecs: Sequence[Codec] = (),
+    allow_replicas: bool = False,
+) -> Question:
+    """The question of :func:`choose_micro_batch`."""
+    inputs = tuple(
         (
             with_rows(shape, rows, label_tokens_of).model_copy(update={"codec": codec}),
-            scaled_devices(devices, shape.micro_batch_rows, rows),
+            tuple(scaled_devices(devices, shape.micro_batch_rows, rows)),
         )
         for rows in candidate_rows(shape.batch_rows)
         for codec in codecs or (shape.codec,)
-    ]
-    return _best_plan(table, inputs, links or LinkTable(), allow_replicas, proof_work)
-
-
-def _best_plan(
-    table: ModelTable,
-    inputs: Sequence[tuple[JobShape, Sequence[DeviceProfile]]],
-    links: LinkTable,
-    allow_replicas: bool,
-    proof_work: int,
-) -> Plan:
-    first_shape, all_devices = inputs[-1]
-    limits = Limits(
-        max_stages=min(len(all_devices), table.num_blocks),
-        exact_stages=first_shape.exact_stages,
-        allow_replicas=allow_replicas,
     )
-    variants = []
-    for shape, devices in inputs:
-        usable = considered(table, shape, [device for device in devices if shape.dtype in device.dtypes])
-        if usable:
-            pricer = Pricer(table, shape, usable, links)
-            variants.append(_Variant(shape, tuple(usable), pricer, Guesses(pricer, limits)))
-    outcome = _find(variants, limits, proof_work)
+    return Question(table, inputs, links or LinkTable(), allow_replicas)
+
+
+def answer(question: Question, *, proof_work: int = MAX_PROOF_WORK, fan: Fan = in_turn) -> Plan:
+    """The best plan; see :func:`search`.
+
+    Raises:
+        InfeasiblePlanError: nothing fits.
+    """
+    table, links, limits = question.table, question.links, question.limits
+    variants = [
+        _Variant(shape, tuple(pricer.devices), pricer, Guesses(pricer, limits)) for shape, pricer in question.priced()
+    ]
+    outcome = _find(question, variants, limits, proof_work, fan)
+    first_shape, all_devices = question.inputs[-1]
     if outcome is None:
         refuse(table, first_shape, all_devices, links)
     return make_plan(outcome, all_devices, _freed(table, outcome, links, limits))
@@ -166,7 +221,9 @@ def considered(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfi
     return [device for i, device in enumerate(devices) if i in chosen]
 
 
-def _find(variants: Sequence[_Variant], limits: Limits, proof_work: int) -> Outcome | None:
+def _find(
+    question: Question, variants: Sequence[_Variant], limits: Limits, proof_work: int, fan: Fan
+) -> Outcome | None:
     """The best candidate of all variants; None if nothing fits."""
     outcome = Outcome(variants[0].shape.codec if variants else "raw")
     if not variants:
@@ -176,6 +233,18 @@ def _find(variants: Sequence[_Variant], limits: Limits, proof_work: int) -> Outc
     seeds = starts(middle.pricer, middle.guesses, limits)
     for variant in variants:
         variant.guesses.add(seeds)
+    if is_long(question.table.num_blocks, len(middle.devices)):
+        _find_spread(question, variants, seeds, outcome, fan)
+    else:
+        _find_here(variants, limits, outcome)
+    if outcome.best is None:
+        _settle_any(variants, outcome)
+    _prove(variants, limits, outcome, proof_work)
+    return outcome if outcome.best is not None else None
+
+
+def _find_here(variants: Sequence[_Variant], limits: Limits, outcome: Outcome) -> None:
+    """Climb one variant after the other, each from what the one before has found."""
     improved: list[_Variant] = []
     for _ in range(min(_NUM_IMPROVED, len(variants))):
         most_promising = min((v for v in variants if v not in improved), key=lambda v: _guess_s(v.guesses))
@@ -187,10 +256,42 @@ def _find(variants: Sequence[_Variant], limits: Limits, proof_work: int) -> Outc
     ranked = sorted(variants, key=lambda v: _guess_s(v.guesses))
     for place, variant in enumerate(ranked):
         _settle_best(variant, outcome, is_promising=place < _NUM_DEEP)
-    if outcome.best is None:
-        _settle_any(variants, outcome)
-    _prove(variants, limits, outcome, proof_work)
-    return outcome if outcome.best is not None else None
+
+
+def _find_spread(
+    question: Question,
+    variants: Sequence[_Variant],
+    seeds: Sequence[Layout],
+    outcome: Outcome,
+    fan: Fan,
+) -> None:
+    """The same in parts that know nothing of each other: climbs from several numbers of stages, then cuts."""
+    ranked = sorted(range(len(variants)), key=lambda i: (_guess_s(variants[i].guesses), i))
+    climbs = [
+        part
+        for i in ranked[:_NUM_IMPROVED]
+        for part in climb_parts(i, variants[i].guesses, seeds, allow_replicas=question.allow_replicas)
+    ]
+    found = [layout for result in fan(climbs, question.run_part) for layout in result.layouts]
+    for variant in variants:
+        variant.guesses.add(found)
+    ranked.sort(key=lambda i: (_guess_s(variants[i].guesses), i))
+    deep: list[tuple[int, Candidate]] = []
+    for place, i in enumerate(ranked):
+        is_promising = place < _NUM_DEEP
+        settled = settle(variants[i].pricer, variants[i].guesses.best(_NUM_SETTLED if is_promising else 1))
+        settled.sort(key=lambda candidate: candidate.step_s)
+        for candidate in settled or (None,):
+            outcome.take(candidate, variants[i].pricer)
+        deep += [(i, candidate) for candidate in settled[: _NUM_POLISHED if is_promising else 0]]
+    deep = [(i, c) for i, c in deep if c.step_s < outcome.limit_s(variants[i].pricer) * _HOPE]
+    deep = sorted(deep, key=lambda item: item[1].step_s)[:MAX_POLISHED]
+    parts = [
+        SearchPart(kind="polish", variant=i, layouts=(c.layout,), cuts=c.cuts, allow_replicas=question.allow_replicas)
+        for i, c in deep
+    ]
+    for (i, candidate), result in zip(deep, fan(parts, question.run_part), strict=True):
+        outcome.take(variants[i].pricer.candidate(candidate.layout, result.cuts), variants[i].pricer)
 
 
 def _guess_s(guesses: Guesses) -> float:

@@ -39,8 +39,9 @@ from coordinator.jobs.recovery import (
 )
 from coordinator.jobs.runner import PreparedData
 from coordinator.jobs.stepping import Stepper, repeat_last_decision
-from coordinator.scheduling.problem import PlanningProblem, Verdict
+from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
+from coordinator.scheduling.round import Verdict
 from coordinator.scheduling.scheduler import Reservation
 from plutino.errors import (
     AgentLostError,

@@ -14,7 +14,7 @@ class Engine(Protocol):
         """Be ready for the other calls."""
 
     async def solve(self, round_json: str) -> str:
-        """Decide a round of scheduling (:func:`coordinator.scheduling.problem.solve`), wherever that runs."""
+        """Decide a round of scheduling (:func:`coordinator.scheduling.round.solve`), wherever that runs."""
 
     def start_runner(self, job_id: JobId) -> None:
         """Let a runner of this job exist; harmless if one does."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from coordinator.artifacts.verify_process import run_verify_process
 from coordinator.jobs.runner import Verify
 from coordinator.jobs.runner_stream import run_job_runner
-from coordinator.scheduling.problem import solve
+from coordinator.scheduling.round import solve
 from plutino.types import JobId
 
 logger = logging.getLogger(__name__)

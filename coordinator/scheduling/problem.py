@@ -1,36 +1,21 @@
-"""A round of scheduling as a value that can cross a process border: who waits, who offers, what is taken.
-
-:func:`solve` is what the Scheduler actor runs. It is a pure function from JSON to JSON around
-:func:`coordinator.scheduling.scheduler.decide` with the real planner.
-"""
+"""What decides a job's plan, as a value that can cross a process border."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-from coordinator.scheduling.scheduler import (
-    Decision,
-    Offer,
-    Park,
-    QueuedJob,
-    Refuse,
-    Reservation,
-    Reserve,
-    Wait,
-    decide,
-)
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.model import JobShape, ModelTable
 from partitioner.packed import WeightSizes
 from partitioner.plan import Plan, RejectedPlan
-from partitioner.search import choose_micro_batch, search
+from partitioner.search import Question, answer, open_question
+from partitioner.spread import Fan, PartResult, SearchPart, in_turn
 from partitioner.values import PlanValue
 from plutino.errors import InfeasiblePlanError
 from plutino.families import FAMILIES
 from plutino.job.assignment import StageShape
 from plutino.job.spec import JobSpec
-from plutino.types import AgentId, JobId
 
 REPLICAS_SHARE = 0.05
 """Replicas must save this share of the step to be used."""
@@ -63,16 +48,18 @@ class PlanningProblem(PlanValue):
     allow_replicas: bool = False
     """A stage may run on several devices, if that saves REPLICAS_SHARE of the step."""
 
-    def plan(self, devices: tuple[DeviceProfile, ...] | None = None) -> Plan:
-        """The best plan over some of the devices, or all.
+    def plan(self, fan: Fan = in_turn) -> Plan:
+        """The best plan over the devices.
+
+        Args:
+            fan: runs the parts of a long search; it has no influence on the plan.
 
         Raises:
             InfeasiblePlanError: none fits.
         """
-        usable = self.devices if devices is None else devices
-        if self.known_plan is not None and _holds(self.known_plan, usable):
+        if self.known_plan is not None and _holds(self.known_plan, self.devices):
             return self.known_plan
-        plan = self._search(usable)
+        plan = self._search(fan)
         return plan.model_copy(
             update={
                 "unused_devices": (*plan.unused_devices, *self.left_out),
@@ -89,23 +76,27 @@ class PlanningProblem(PlanValue):
         except InfeasiblePlanError as error:
             return str(error)
 
-    def _search(self, devices: tuple[DeviceProfile, ...]) -> Plan:
-        plan = self._search_once(devices, allow_replicas=self.allow_replicas)
+    def run_part(self, part: SearchPart) -> PartResult:
+        """One part of the search, wherever this runs."""
+        return self._question(allow_replicas=part.allow_replicas).run_part(part)
+
+    def _search(self, fan: Fan) -> Plan:
+        plan = answer(self._question(allow_replicas=self.allow_replicas), fan=fan)
         if not plan.has_replicas:
             return plan
         try:
-            alone = self._search_once(devices, allow_replicas=False)
+            alone = answer(self._question(allow_replicas=False), fan=fan)
         except InfeasiblePlanError:
             return plan
         return preferred(plan, alone)
 
-    def _search_once(self, devices: tuple[DeviceProfile, ...], *, allow_replicas: bool) -> Plan:
+    def _question(self, *, allow_replicas: bool) -> Question:
         if not self.is_micro_batch_free:
-            return search(self.table, self.shape, devices, self.links, allow_replicas=allow_replicas)
-        return choose_micro_batch(
+            return Question(self.table, ((self.shape, self.devices),), self.links, allow_replicas)
+        return open_question(
             self.table,
             self.shape,
-            devices,
+            self.devices,
             self.links,
             label_tokens_of=lambda rows: rows * self.label_tokens_per_row,
             codecs=self.codecs,
@@ -137,52 +128,6 @@ def preferred(shared: Plan, alone: Plan) -> Plan:
     return alone.model_copy(update={"rejected": (*alone.rejected, lost)})
 
 
-class HeldMemory(PlanValue):
-    """A reservation."""
-
-    job_id: str
-    agent_id: str
-    bytes: int
-
-
-class SchedulingRound(PlanValue):
-    """The whole question."""
-
-    queue: tuple[PlanningProblem, ...]
-    held: tuple[HeldMemory, ...]
-    budgets_bytes: dict[str, int]
-    """Budget of every device that is in."""
-
-
-class Verdict(PlanValue):
-    """The answer for one job."""
-
-    job_id: str
-    kind: Literal["reserve", "wait", "park", "refuse"]
-    reason: str = ""
-    plan: Plan | None = None
-    held: tuple[HeldMemory, ...] = ()
-
-
-class SchedulingAnswer(PlanValue):
-    """The whole answer, in the queue's order."""
-
-    verdicts: tuple[Verdict, ...]
-
-
-def solve(round_json: str) -> str:
-    """Decide a round; JSON of :class:`SchedulingRound` in, of :class:`SchedulingAnswer` out."""
-    question = SchedulingRound.model_validate_json(round_json)
-    problems = {JobId(problem.job_id): problem for problem in question.queue}
-    decisions = decide(
-        [QueuedJob(job_id=job_id, profiles=p.devices, is_started=p.is_started) for job_id, p in problems.items()],
-        [Reservation(job_id=JobId(h.job_id), agent_id=AgentId(h.agent_id), bytes=h.bytes) for h in question.held],
-        [Offer(agent_id=AgentId(agent), budget_bytes=budget) for agent, budget in question.budgets_bytes.items()],
-        lambda job_id, profiles: problems[job_id].plan(profiles),
-    )
-    return SchedulingAnswer(verdicts=tuple(_verdict(decision) for decision in decisions)).model_dump_json()
-
-
 def stage_shapes(plan: Plan) -> tuple[StageShape, ...]:
     """A plan's stages as its workers know them."""
     return tuple(
@@ -203,16 +148,3 @@ def first_trainable_stage(spec: JobSpec, stages: Sequence[StageShape]) -> int:
     if lowest is None:
         return len(stages) - 1
     return next((i for i, stage in enumerate(stages) if lowest < stage.end_block), len(stages) - 1)
-
-
-def _verdict(decision: Decision) -> Verdict:
-    match decision:
-        case Reserve(job_id=job_id, plan=plan, reservations=rows):
-            held = tuple(HeldMemory(job_id=row.job_id, agent_id=row.agent_id, bytes=row.bytes) for row in rows)
-            return Verdict(job_id=job_id, kind="reserve", plan=plan, held=held)
-        case Wait(job_id=job_id, reason=reason):
-            return Verdict(job_id=job_id, kind="wait", reason=reason)
-        case Park(job_id=job_id, reason=reason):
-            return Verdict(job_id=job_id, kind="park", reason=reason)
-        case Refuse(job_id=job_id, reason=reason):
-            return Verdict(job_id=job_id, kind="refuse", reason=reason)

@@ -13,13 +13,8 @@ from dataclasses import dataclass, field
 
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.scheduling.engine import Engine
-from coordinator.scheduling.problem import (
-    HeldMemory,
-    PlanningProblem,
-    SchedulingAnswer,
-    SchedulingRound,
-    Verdict,
-)
+from coordinator.scheduling.problem import PlanningProblem
+from coordinator.scheduling.round import HeldMemory, SchedulingAnswer, SchedulingRound, Verdict
 from coordinator.storage.base import Store
 from plutino.errors import JobError, PlutinoError
 from plutino.types import JobId
@@ -74,10 +69,12 @@ class PlanningQueue:
     async def run(self) -> None:
         """Run forever."""
         while True:
+            kicked = asyncio.create_task(self._kicked.wait())
             try:
-                await asyncio.wait_for(self._kicked.wait(), _LOOK_AGAIN_S)
-            except asyncio.TimeoutError:
-                logger.debug("looking again without having been told to")
+                # Not wait_for: before Python 3.12 that loses a cancellation which comes together with the kick.
+                await asyncio.wait({kicked}, timeout=_LOOK_AGAIN_S)
+            finally:
+                kicked.cancel()
             self._kicked.clear()
             if self._entries:
                 await self._round()

@@ -18,13 +18,18 @@ import psutil
 import pytest
 
 from coordinator.jobs.runner import PreparedData
-from coordinator.scheduling.problem import SchedulingAnswer, SchedulingRound
+from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.ray_backend import engine as engine_module
 from coordinator.scheduling.ray_backend.cluster import OBJECT_STORE_BYTES, EmbeddedCluster, JoinedCluster
 from coordinator.scheduling.ray_backend.engine import RayEngine, RoundLostError
 from coordinator.scheduling.ray_backend.fleet import RayFleet
 from coordinator.scheduling.ray_backend.placement import OVERHEAD_BYTES
 from coordinator.scheduling.ray_backend.reaping import ProcessRecord, is_running, read_record
+from coordinator.scheduling.ray_backend.search_tasks import RayFan
+from coordinator.scheduling.round import SchedulingAnswer, SchedulingRound
+from partitioner import search as search_module
+from partitioner.plan import Plan
+from partitioner.spread import Fan, PartResult, SearchPart, in_turn
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.errors import ConfigError, PlutinoError, UnreachableError
 from plutino.job.spec import parse_spec
@@ -33,6 +38,8 @@ from plutino.types import JobId
 from plutino.wire.channel import Lane, aio_server, bind
 from protos import runners_pb2 as pb
 from protos import runners_pb2_grpc
+from tests.integration.reservation_load import ReservationLoad
+from tests.unit.partitioner.fleet import SLOW_LAN, device, job, llama
 
 # Ray starts twice in this module, once in a child; each takes 3 s on a quiet machine and 15 s on a busy one.
 pytestmark = [
@@ -249,6 +256,84 @@ def test_solve_given_up_does_not_stand_in_the_way_of_the_next(site: Site, monkey
             site.run(site.engine.solve(EMPTY_ROUND))
 
     assert json.loads(site.run(site.engine.solve(EMPTY_ROUND))) == {"verdicts": []}
+
+
+def load_problem(num_devices: int = 4) -> PlanningProblem:
+    """A job that needs two of the devices, each of which can hold a part of several such jobs."""
+    table = llama(8)
+    devices = tuple(device(f"d{i}", speed=1 + i / 2, available_mib=2_600 + 600 * i) for i in range(num_devices))
+    shape = job(table, exact_stages=2)
+    return PlanningProblem(
+        job_id="job",
+        table=table,
+        shape=shape,
+        is_micro_batch_free=False,
+        label_tokens_per_row=40,
+        devices=devices,
+        links=SLOW_LAN,
+    )
+
+
+def test_200_reservations_at_once_none_over_committed_none_leaked_after_kills(site: Site, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    async def kill_scheduler(num_reserved: int) -> None:
+        if num_reserved in (30, 120):
+            for process in await asyncio.to_thread(actor_processes, "SchedulerActor"):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+
+    load = ReservationLoad(site.engine, tmp_path, load_problem(), 200, kill_scheduler)
+    try:
+        site.run(load.run())
+
+        assert load.num_reserved == 200
+        assert load.store.reservations() == ()
+        assert len(killed) == 2
+        assert load.most_running >= 10
+    finally:
+        load.store.close()
+
+
+def spread_plan(problem: PlanningProblem, fan: Fan) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "is_long", lambda num_blocks, num_devices: True)
+        return problem.plan(fan)
+
+
+def test_long_search_on_rays_workers_gives_the_plan_of_one_process(site: Site) -> None:
+    import ray
+
+    problem, here = load_problem(6), []
+    fan = RayFan(problem)
+
+    def last_to_finish(part: SearchPart) -> PartResult:
+        # This process waits, which it never does by itself: Ray gets every part that it may have.
+        done, late = ray.wait(list(fan.tasks.values()), num_returns=len(fan.tasks), timeout=WAIT_S)
+        assert done and not late
+        here.append(part)
+        return problem.run_part(part)
+
+    on_ray = spread_plan(problem, lambda parts, run: fan(parts, last_to_finish if len(parts) > 1 else run))
+
+    assert on_ray == spread_plan(problem, in_turn)
+    assert len(here) <= 2  # one of the climbs, one of the improvements
+
+
+def test_long_search_without_a_free_worker_is_answered_in_process(site: Site) -> None:
+    import ray
+
+    problem = load_problem(6)
+    busy = ray.util.placement_group([{"CPU": float(os.cpu_count() or 1)}])
+    try:
+        assert busy.wait(WAIT_S)
+        fan = RayFan(problem)
+        found = spread_plan(problem, fan)
+    finally:
+        ray.util.remove_placement_group(busy)
+
+    assert fan.tasks == {}
+    assert found == spread_plan(problem, in_turn)
 
 
 def test_runner_dials_with_its_incarnation_and_reads_the_jobs_rows(site: Site) -> None:

@@ -11,10 +11,11 @@ class SchedulerActor:
     """Decides rounds of scheduling. It has no state: a restarted one answers like its predecessor."""
 
     def solve(self, round_json: str) -> str:
-        """See :func:`coordinator.scheduling.problem.solve`."""
-        from coordinator.scheduling.problem import solve
+        """See :func:`coordinator.scheduling.round.solve`; long searches are spread over Ray's free workers."""
+        from coordinator.scheduling.ray_backend.search_tasks import RayFan
+        from coordinator.scheduling.round import solve
 
-        return solve(round_json)
+        return solve(round_json, RayFan)
 
 
 class RunnerActor:
