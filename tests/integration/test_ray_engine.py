@@ -242,13 +242,6 @@ def test_solve_damaged_round_says_what_the_scheduler_met(site: Site) -> None:
         site.run(site.engine.solve("{}"))
 
 
-def test_solve_after_kill_of_the_scheduler_answers(site: Site) -> None:
-    (process,) = actor_processes("SchedulerActor")
-    process.send_signal(signal.SIGKILL)
-
-    assert SchedulingAnswer.model_validate_json(site.run(site.engine.solve(EMPTY_ROUND))).verdicts == ()
-
-
 def test_solve_given_up_does_not_stand_in_the_way_of_the_next(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(engine_module, "SOLVE_WITHIN_S", 0.0)
