@@ -20,7 +20,8 @@ from benchmarks.fleets import llama_table, lora_job, random_fleet, random_links
 from benchmarks.stack import PlutinoStack
 from coordinator.jobs.lineage import LedgerRow, LedgerStatus
 from coordinator.jobs.record import JobRecord, JobState
-from coordinator.scheduling.problem import PlanningProblem, SchedulingAnswer, SchedulingRound, solve
+from coordinator.scheduling.problem import PlanningProblem
+from coordinator.scheduling.round import SchedulingAnswer, SchedulingRound, solve
 from coordinator.storage.sqlite import SqliteStore
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.search import search
