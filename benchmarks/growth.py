@@ -90,7 +90,10 @@ def queue(num_devices: int, num_jobs: int) -> dict[str, object]:
         links=links,
     )
     question = SchedulingRound(
-        queue=tuple(problem.model_copy(update={"job_id": str(number)}) for number in range(num_jobs)),
+        # Unlike in what no plan depends on: the scheduler would search once for equal jobs.
+        queue=tuple(
+            problem.model_copy(update={"job_id": str(number), "num_train_rows": number}) for number in range(num_jobs)
+        ),
         held=(),
         budgets_bytes={device.agent_id: device.available_bytes for device in devices},
     ).model_dump_json()
