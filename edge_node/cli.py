@@ -48,6 +48,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--threads {options.threads} is less than 1")
     memory_budget_bytes = parse_size(options.memory)
     cache_bytes = 0 if options.cache == "0" else parse_size(options.cache)
+    activation_bytes = 0 if options.activation_cache == "0" else parse_size(options.activation_cache)
     # Imported here: gRPC would cost --help more than the rest together.
     from edge_node.agent import AgentConfig, run_agent
     from edge_node.network import DeviceNetwork
@@ -55,9 +56,15 @@ def _run(options: argparse.Namespace) -> int:
     from edge_node.weights_config import WeightsConfig
     from edge_node.worker_pool import PoolConfig
 
-    allowed = WeightsConfig(cache_bytes=cache_bytes, uses_folders=not options.no_folders, uses_hub=not options.no_hub)
+    allowed = WeightsConfig(
+        cache_bytes=cache_bytes,
+        activation_bytes=activation_bytes,
+        uses_folders=not options.no_folders,
+        uses_hub=not options.no_hub,
+    )
     if options.cache_dir is not None:
-        allowed = replace(allowed, cache_dir=options.cache_dir.expanduser().absolute())
+        cache_dir = options.cache_dir.expanduser().absolute()
+        allowed = replace(allowed, cache_dir=cache_dir, activation_dir=cache_dir.with_name("activations"))
     state_dir = StateDir(options.state_dir or default_state_dir(options.name))
     membership = _membership(options, state_dir)
     if membership is None:
@@ -191,6 +198,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--cache", default="32GiB", metavar="SIZE", help="bound on cached weights on the disk; 0 keeps none"
+        )
+        command.add_argument(
+            "--activation-cache",
+            default="10GiB",
+            metavar="SIZE",
+            help="bound on hidden states that jobs keep on the disk, so that later epochs are short; 0 keeps none",
         )
         command.add_argument(
             "--cache-dir",

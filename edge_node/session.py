@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_safetensors
 
+from edge_node.activation_cache.stage_cache import CacheCounts, StageCache, namespace_of
+from edge_node.activation_cache.store import ActivationStore
 from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.control import ControlStream
 from edge_node.engine.executor import StageExecutor, StepOutcome
@@ -92,6 +94,7 @@ class WorkerSession:
         self._bulk = BulkClient(self._network.reached(assignment.bulk_address), self._credentials)
         self._shadows = ShadowWriter(assignment.ref, self._bulk, on_stored=self._on_shadow_stored)
         self._executor: StageExecutor | None = None
+        self._activations: StageCache | None = None
 
     def end(self, reason: str) -> None:
         """End as if the coordinator had said so; from any thread."""
@@ -128,6 +131,8 @@ class WorkerSession:
         finally:
             if self._weights is not None:
                 self._weights.close()
+            if self._activations is not None:
+                self._activations.close()
             self._shadows.close()
             self._control.close()
             if self._transport is not None:
@@ -154,6 +159,7 @@ class WorkerSession:
         if spec.training.init_adapter is not None:
             method.load(load_safetensors((Path(spec.training.init_adapter) / "adapter_model.safetensors").read_bytes()))
         optimizer = StageOptimizer(method.parameters, spec.training, assignment.total_steps)
+        self._activations = self._open_activations(stage)
         self._executor = StageExecutor(
             stage=stage,
             method=method,
@@ -165,6 +171,7 @@ class WorkerSession:
             seed=spec.training.seed,
             codec=assignment.numerics.codecs,
             first_trainable_stage=assignment.first_trainable_stage,
+            activation_cache=self._activations,
         )
         self._transport = self._open_transport(stage)
         if self._transport is not None:
@@ -185,6 +192,22 @@ class WorkerSession:
             bytes_by_place={HELD: stage.bytes_read} if self._weights is None else self._weights.progress.by_place,
         )
         self._send(pb.WorkerEvent(loaded=loaded), keep_as="loaded")
+
+    def _open_activations(self, stage: Stage) -> StageCache | None:
+        codec = self._assignment.spec.training.activation_cache
+        if codec == "off":
+            return None
+        numerics = self._assignment.numerics
+        namespace = namespace_of(
+            self._assignment.base_hash,
+            numerics.model_dump_json(include={"dtype", "packing", "attention", "versions"}),
+            self._assignment.threads,
+            self._device.torch,
+            codec,
+        )
+        allowed = self._weights_config
+        store = ActivationStore(allowed.activation_dir, allowed.activation_bytes) if allowed.activation_bytes else None
+        return StageCache(store, namespace, stage, codec)
 
     def _build_stage(self) -> Stage:
         assignment = self._assignment
@@ -303,6 +326,7 @@ class WorkerSession:
 
     def _vote(self, step: int, outcome: StepOutcome) -> pb.StepReady:
         transport = self._transport
+        counts = CacheCounts() if self._activations is None else self._activations.counts
         return pb.StepReady(
             plan_epoch=self._assignment.plan_epoch,
             step=step,
@@ -319,6 +343,9 @@ class WorkerSession:
                 sent_bytes=0 if transport is None else transport.usage.sent_bytes,
                 rss_bytes=self._device.held_bytes(),
                 peak_rss_bytes=self._device.peak_bytes(),
+                cached_rows=counts.rows_read,
+                left_out_rows=counts.rows_left_out,
+                damaged_entries=0 if self._activations is None else self._activations.num_damaged,
             ),
         )
 

@@ -17,6 +17,9 @@ class WeightsConfig:
     cache_dir: Path = field(default_factory=default_cache_dir)
     cache_bytes: int = DEFAULT_BUDGET_BYTES
     """Budget of the disk cache; 0 keeps nothing."""
+    activation_dir: Path = field(default_factory=lambda: default_cache_dir().with_name("activations"))
+    activation_bytes: int = 0
+    """Budget of hidden states that jobs keep on the disk; 0 keeps none."""
     uses_folders: bool = True
     """Whether model folders of this device are read; not wanted where they are a slow network mount."""
     uses_hub: bool = True
@@ -31,6 +34,8 @@ class WeightsConfig:
         return {
             "cache_dir": str(self.cache_dir),
             "cache_bytes": self.cache_bytes,
+            "activation_dir": str(self.activation_dir),
+            "activation_bytes": self.activation_bytes,
             "uses_folders": self.uses_folders,
             "uses_hub": self.uses_hub,
         }
@@ -42,6 +47,8 @@ class WeightsConfig:
         return cls(
             cache_dir=Path(values.get("cache_dir", known.cache_dir)),
             cache_bytes=int(values.get("cache_bytes", known.cache_bytes)),
+            activation_dir=Path(values.get("activation_dir", known.activation_dir)),
+            activation_bytes=int(values.get("activation_bytes", known.activation_bytes)),
             uses_folders=bool(values.get("uses_folders", known.uses_folders)),
             uses_hub=bool(values.get("uses_hub", known.uses_hub)),
         )

@@ -103,6 +103,12 @@ class WorkerStepTimes(_Value):
     sent_bytes: int
     rss_bytes: int
     peak_rss_bytes: int
+    cached_rows: int = 0
+    """Rows, since the worker started, whose hidden states came from the activation cache: its blocks did not run."""
+    left_out_rows: int = 0
+    """Rows that had no room in the activation cache."""
+    damaged_entries: int = 0
+    """Entries of the activation cache whose checksum was wrong; they were computed again."""
 
 
 class StepCommitted(JobEvent):

@@ -387,6 +387,9 @@ class StepTimes(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     RSS_BYTES_FIELD_NUMBER: _builtins.int
     PEAK_RSS_BYTES_FIELD_NUMBER: _builtins.int
+    CACHED_ROWS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_ROWS_FIELD_NUMBER: _builtins.int
+    DAMAGED_ENTRIES_FIELD_NUMBER: _builtins.int
     total_s: _builtins.float
     compute_s: _builtins.float
     wait_s: _builtins.float
@@ -395,6 +398,12 @@ class StepTimes(_message.Message):
     sent_bytes: _builtins.int
     rss_bytes: _builtins.int
     peak_rss_bytes: _builtins.int
+    cached_rows: _builtins.int
+    """Of the activation cache, since the worker started: rows whose blocks did not run, rows that had no room, entries
+    whose checksum was wrong.
+    """
+    left_out_rows: _builtins.int
+    damaged_entries: _builtins.int
     def __init__(
         self,
         *,
@@ -406,10 +415,13 @@ class StepTimes(_message.Message):
         sent_bytes: _builtins.int = ...,
         rss_bytes: _builtins.int = ...,
         peak_rss_bytes: _builtins.int = ...,
+        cached_rows: _builtins.int = ...,
+        left_out_rows: _builtins.int = ...,
+        damaged_entries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_s", b"commit_s", "compute_s", b"compute_s", "peak_rss_bytes", b"peak_rss_bytes", "rss_bytes", b"rss_bytes", "sent_bytes", b"sent_bytes", "serialise_s", b"serialise_s", "total_s", b"total_s", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_rows", b"cached_rows", "commit_s", b"commit_s", "compute_s", b"compute_s", "damaged_entries", b"damaged_entries", "left_out_rows", b"left_out_rows", "peak_rss_bytes", b"peak_rss_bytes", "rss_bytes", b"rss_bytes", "sent_bytes", b"sent_bytes", "serialise_s", b"serialise_s", "total_s", b"total_s", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

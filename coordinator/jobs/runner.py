@@ -27,7 +27,10 @@ from plutino.data.batches import (
     StepBatch,
     batch_indices,
     cut_micro_batches,
+    first_epoch_micro_batches,
+    gather_step,
     prompt_micro_batch,
+    repeated_micro_batches,
     total_steps,
 )
 from plutino.data.few_shot import with_examples
@@ -151,8 +154,17 @@ class JobRunner:
         """Rows of a training step."""
         samples = self._train.samples
         training = self._spec.training
+        if training.activation_cache != "off":
+            first_epoch = self._first_epoch(micro_batch_size)
+            rows = repeated_micro_batches(first_epoch, step, training.batch_size, micro_batch_size, training.seed)
+            return gather_step(samples, rows)
         indices = batch_indices(step, training.batch_size, len(samples), training.seed)
         return cut_micro_batches(samples, indices, micro_batch_size)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - a runner lives as long as its process
+    def _first_epoch(self, micro_batch_size: int) -> tuple[tuple[int, ...], ...]:
+        training = self._spec.training
+        return first_epoch_micro_batches(self._train.samples, training.batch_size, micro_batch_size, training.seed)
 
     def eval_batch(
         self, start_row: int, num_rows: int, micro_batch_size: int, *, from_training: bool, general: bool = False

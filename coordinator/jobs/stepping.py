@@ -26,6 +26,7 @@ from coordinator.storage.base import ScoringMoment
 from plutino.errors import JobError, NumericsError
 from plutino.events import (
     Evaluated,
+    Notice,
     ScoredRow,
     ScoringDone,
     ShadowDurable,
@@ -213,6 +214,21 @@ class Stepper:
         self._last_decision_s = stored_s
         # What people see is written behind the workers' backs: nothing of the next step waits for it.
         context.tell_later(seen)
+        self._tell_of_full_caches()
+
+    def _tell_of_full_caches(self) -> None:
+        context = self._context
+        for status in context.workers.statuses:
+            if status.is_cache_full or status.vote is None or not status.vote.times.left_out_rows:
+                continue
+            status.is_cache_full = True
+            name = context.worker_name(status.ref)
+            text = (
+                f"the activation cache of {name.device_name} has no more room: rows that are left out run through its "
+                "blocks in every epoch; give the device more (--activation-cache), or choose a smaller "
+                "training.activation_cache (int8, int4)"
+            )
+            context.tell_later(Notice(level="warning", text=text))
 
     def _tell_commit(self, step: int, clip_scale: float) -> None:
         context = self._context
@@ -350,4 +366,7 @@ def _times(context: JobContext, status: WorkerStatus) -> WorkerStepTimes:
         sent_bytes=times.sent_bytes,
         rss_bytes=times.rss_bytes,
         peak_rss_bytes=times.peak_rss_bytes,
+        cached_rows=times.cached_rows,
+        left_out_rows=times.left_out_rows,
+        damaged_entries=times.damaged_entries,
     )

@@ -29,6 +29,8 @@ class WorkerStatus:
     vote: pb.StepReady | None = None
     """The newest vote."""
     done_units: dict[Unit, pb.UnitDone] = field(default_factory=dict)
+    is_cache_full: bool = False
+    """People were told that its activation cache has no more room."""
     restored_step: int | None = None
     verified: dict[str, pb.PartVerified] = field(default_factory=dict)
 

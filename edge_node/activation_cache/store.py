@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import mmap
 import os
 import shutil
 import struct
@@ -97,7 +98,6 @@ class StateFile:
             fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.is_writable = False
-        self._mapped: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._records: dict[bytes, tuple[int, int, int]] = dict(self._read_index())
         self.num_damaged = 0
         """Entries whose checksum was wrong when they were asked for."""
@@ -110,18 +110,18 @@ class StateFile:
         return self.read(key) is not None
 
     def read(self, key: bytes) -> NDArray[np.uint8] | None:
-        """An entry's bytes, in the mapped file; None if it is not here or damaged."""
+        """An entry's bytes, mapped from the file; None if it is not here or damaged."""
         record = self._records.get(key)
         if record is None:
             return None
         offset, num_bytes, crc32 = record
-        if offset + num_bytes > len(self._mapped):
-            self._data.flush()
-            if offset + num_bytes > os.fstat(self._data.fileno()).st_size:
-                self._forget(key)
-                return None
-            self._mapped = np.memmap(self._data.name, np.uint8, mode="r")
-        data = self._mapped[offset : offset + num_bytes]
+        if offset + num_bytes > os.fstat(self._data.fileno()).st_size:
+            self._forget(key)
+            return None
+        # Each entry by itself: pages of a mapping count as the worker's memory for as long as it stands.
+        start = offset % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self._data.fileno(), start + num_bytes, access=mmap.ACCESS_READ, offset=offset - start)
+        data = np.frombuffer(mapped, np.uint8, num_bytes, start)
         if zlib.crc32(data.data) == crc32:
             return data
         self._forget(key)
@@ -147,7 +147,6 @@ class StateFile:
 
     def close(self) -> None:
         """Let go of files and locks."""
-        self._mapped = np.empty(0, np.uint8)
         for file in (self._data, self._index, self._in_use):
             with suppress(OSError):
                 file.close()

@@ -49,6 +49,11 @@ class MethodPart(SpecPart):
         return False
 
     @property
+    def leaves_blocks_alone(self) -> bool:
+        """Whether the model's blocks give the same whatever was trained, so that it can be kept."""
+        return False
+
+    @property
     def prompt_tokens(self) -> int:
         """Virtual tokens before each row."""
         return 0
@@ -206,6 +211,11 @@ class ParallelAdaptersConfig(MethodPart):
     """Blocks that a side block follows; None means all. The lowest one decides how far down gradients go."""
     init: Literal["pruning", "random"] = "pruning"
     """Where side blocks start: from the largest weights of the blocks that they follow, or from random numbers."""
+
+    @property
+    def leaves_blocks_alone(self) -> bool:
+        """See :class:`MethodPart`."""
+        return True
 
     def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
         """See :class:`MethodPart`."""

@@ -102,6 +102,15 @@ class JobSpec(SpecPart):
         return self
 
     @model_validator(mode="after")
+    def _cached_blocks_are_left_alone(self) -> JobSpec:
+        if self.training.activation_cache != "off" and not self.method.leaves_blocks_alone:
+            raise ValueError(
+                f"training.activation_cache keeps what the model's blocks give, which method.type: {self.method.type} "
+                "changes with every step; set it to off, or use method.type: parallel_adapters"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_has_rows(self) -> JobSpec:
         if self.data.eval is None:
             wants = [

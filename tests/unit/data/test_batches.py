@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from plutino.data.batches import (
     batch_indices,
     cut_micro_batches,
+    first_epoch_micro_batches,
+    gather_step,
     prompt_micro_batch,
+    repeated_micro_batches,
     sample_order,
     sequential_indices,
     steps_per_epoch,
@@ -120,3 +123,32 @@ def test_prompt_micro_batch_holds_prompts_in_the_order_given() -> None:
 def test_prompt_micro_batch_prompt_without_tokens_is_refused_by_line() -> None:
     with pytest.raises(DataError, match=r"line 2: the prompt has no token"):
         prompt_micro_batch(samples_of(3, 1), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "micro_batch_size"), [(12, 5, 2), (13, 4, 4), (7, 16, 3), (20, 4, 8)]
+)
+def test_repeated_micro_batches_are_those_of_the_first_epoch_in_other_steps(num_rows, batch_size, micro_batch_size):
+    samples = samples_of(*(3 + row % 5 for row in range(num_rows)))
+    num_steps = steps_per_epoch(num_rows, batch_size)
+    first_epoch = first_epoch_micro_batches(samples, batch_size, micro_batch_size, seed=3)
+    epochs = [
+        [
+            repeated_micro_batches(first_epoch, epoch * num_steps + step, batch_size, micro_batch_size, 3)
+            for step in range(num_steps)
+        ]
+        for epoch in range(3)
+    ]
+
+    for step, rows in enumerate(epochs[0]):
+        expected = cut_micro_batches(samples, batch_indices(step, batch_size, num_rows, 3), micro_batch_size)
+        found = gather_step(samples, rows)
+        assert [m.sample_indices for m in found.micro_batches] == [m.sample_indices for m in expected.micro_batches]
+        assert found.loss_weight == expected.loss_weight
+    for steps in epochs:
+        assert all(steps)
+        micro_batches = [rows for step in steps for rows in step]
+        assert sorted(micro_batches) == sorted(first_epoch)
+        assert sorted(row for rows in micro_batches for row in rows) == list(range(num_rows))
+    if len(first_epoch) > 3:
+        assert epochs[1] != epochs[2] != epochs[0]

@@ -158,3 +158,15 @@ def test_load_spec_unusable_file_is_refused(tmp_path: Path, content: bytes, told
 def test_load_spec_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the job file .*nowhere\.yaml: No such file"):
         load_spec(tmp_path / "nowhere.yaml")
+
+
+def test_activation_cache_is_refused_for_methods_that_change_what_the_blocks_give(tmp_path):
+    values = {
+        "model": {"path": str(tmp_path)},
+        "data": {"train": "rows.jsonl"},
+        "training": {"activation_cache": "int8"},
+    }
+
+    assert parse_spec(values | {"method": {"type": "parallel_adapters"}}, base_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"which method\.type: lora changes with every step"):
+        parse_spec(values | {"method": {"type": "lora"}}, base_dir=tmp_path)
