@@ -41,7 +41,7 @@ from plutino.job.assignment import WorkerAssignment
 from plutino.types import JobId, Unit, UnitKind
 from plutino.wire.bulk import BulkClient
 from plutino.wire.convert import micro_batch_from_proto, row_values_to_proto, unit_to_proto, worker_to_proto
-from plutino.wire.frames import Bounds
+from plutino.wire.messages import Bounds
 from protos import workers_pb2 as pb
 
 logger = logging.getLogger(__name__)

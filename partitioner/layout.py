@@ -19,7 +19,7 @@ Layout = tuple[Group, ...]
 """All stages, the first one first."""
 
 _MESSAGES_ON_THEIR_WAY = 4
-"""So many messages a worker may have waiting for another (plutino.wire.frames.Bounds.max_inbox_messages)."""
+"""So many messages a worker may have waiting for another (plutino.wire.messages.Bounds.max_inbox_messages)."""
 
 
 def owners_of(seconds: Sequence[float], num_micro_batches: int) -> tuple[int, ...]:

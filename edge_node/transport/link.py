@@ -2,7 +2,7 @@
 
 A :class:`Link` outlives its streams. Messages are numbered; the receiver says how far it has them whole and how far the
 sender may go, so that a broken stream is followed by sending again exactly what did not arrive, and what one peer can
-make the other hold is bounded (:class:`plutino.wire.frames.Bounds`). Knows frames, not gRPC.
+make the other hold is bounded (:class:`plutino.wire.messages.Bounds`). Knows frames, not gRPC.
 """
 
 from __future__ import annotations
@@ -20,16 +20,8 @@ from edge_node.transport.receiver import Receiver, refusal_of_origin
 from plutino.errors import FrameError, PeerLostError
 from plutino.wire.frames import (
     CHUNK_BYTES,
-    Ack,
     AckFrame,
-    Bounds,
     ChunkFrame,
-    Codec,
-    MessageHeader,
-    Origin,
-    Refusal,
-    RefusedFrameError,
-    TensorSpec,
     cut,
     decode_header,
     encode_ack,
@@ -37,6 +29,7 @@ from plutino.wire.frames import (
     encode_header,
     num_chunks,
 )
+from plutino.wire.messages import Ack, Bounds, Codec, MessageHeader, Origin, Refusal, RefusedFrameError, TensorSpec
 from plutino.wire.tensors import BufferPool, describe, pack
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from plutino.security.interceptors import SyncGate, caller_of, nobody_is_revoked
 from plutino.security.tls import Credentials
 from plutino.types import JobId, Unit
 from plutino.wire.channel import Lane, bind, split_address, sync_server
-from plutino.wire.frames import AckFrame, Bounds, Origin, Refusal, job_hash
+from plutino.wire.frames import AckFrame
+from plutino.wire.messages import Bounds, Origin, Refusal, job_hash
 from plutino.wire.status import abort_with, error_from_rpc
 from plutino.wire.tensors import BufferPool, codec_named
 
@@ -139,7 +140,7 @@ class PeerTransport:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Frames refused so far, by reason (the values of :class:`plutino.wire.frames.Refusal`)."""
+        """Frames refused so far, by reason (the values of :class:`plutino.wire.messages.Refusal`)."""
         with self._counters_lock:
             return dict(self._counters)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from edge_node.transport.base import MessageKey, MessageKind, Peer
 from edge_node.transport.inbox import Arrival, Inbox, Message
-from plutino.wire.frames import Ack, Bounds, ChunkFrame, MessageHeader, Origin, Refusal, RefusedFrameError
+from plutino.wire.frames import ChunkFrame
+from plutino.wire.messages import Ack, Bounds, MessageHeader, Origin, Refusal, RefusedFrameError
 from plutino.wire.tensors import BufferPool, unpack
 
 

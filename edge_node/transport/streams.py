@@ -16,7 +16,8 @@ from plutino.errors import FrameError
 from plutino.security.identity import COORDINATOR, PeerName
 from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, sync_channel
-from plutino.wire.frames import AckFrame, Bounds, decode_header, encode_ack
+from plutino.wire.frames import AckFrame, decode_header, encode_ack
+from plutino.wire.messages import Bounds
 
 _SERVICE = "plutino.v1.DataService"
 _METHOD = "Exchange"

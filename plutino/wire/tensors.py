@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plutino.errors import ConfigError, FrameError
-from plutino.wire.frames import ALIGNMENT_BYTES, MAX_NAME_BYTES, MAX_RANK, Codec, DType, TensorSpec, layout
+from plutino.wire.messages import ALIGNMENT_BYTES, MAX_NAME_BYTES, MAX_RANK, Codec, DType, TensorSpec, layout
 
 CODED_NAMES = frozenset({"hidden", "gradient"})
 """Tensors that a lossy codec may round; everything else travels as it is."""

@@ -18,7 +18,8 @@ from plutino.security.certificates import Authority
 from plutino.security.identity import PeerName, Role
 from plutino.security.tls import Credentials
 from plutino.types import JobId, Unit, UnitKind
-from plutino.wire.frames import Ack, AckFrame, Origin, job_hash
+from plutino.wire.frames import AckFrame
+from plutino.wire.messages import Ack, Origin, job_hash
 from tests.integration.tcp_proxy import TcpProxy
 
 JOB = JobId("job-1")

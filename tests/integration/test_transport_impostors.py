@@ -14,17 +14,8 @@ from edge_node.transport.base import MessageKind
 from edge_node.transport.peer import PeerTransport
 from edge_node.transport.streams import DialledStream
 from plutino.errors import PeerLostError
-from plutino.wire.frames import (
-    Ack,
-    AckFrame,
-    DType,
-    MessageHeader,
-    Origin,
-    TensorSpec,
-    encode_frame,
-    encode_header,
-    job_hash,
-)
+from plutino.wire.frames import AckFrame, encode_frame, encode_header
+from plutino.wire.messages import Ack, DType, MessageHeader, Origin, TensorSpec, job_hash
 from plutino.wire.tensors import codec_named, describe, pack
 from tests.integration.transport_pairs import (
     HIGH,

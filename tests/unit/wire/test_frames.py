@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plutino.types import Unit, UnitKind
-from plutino.wire.frames import (
+from plutino.wire.frames import AckFrame, ChunkFrame, cut, decode_header, encode_ack, encode_frame, encode_header
+from plutino.wire.messages import (
     Ack,
-    AckFrame,
     Bounds,
-    ChunkFrame,
     Codec,
     DType,
     MessageHeader,
@@ -21,11 +20,6 @@ from plutino.wire.frames import (
     Refusal,
     RefusedFrameError,
     TensorSpec,
-    cut,
-    decode_header,
-    encode_ack,
-    encode_frame,
-    encode_header,
     job_hash,
     layout,
 )

@@ -16,7 +16,7 @@ from edge_node.transport.inbox import Inbox
 from edge_node.transport.link import Link, StreamToken
 from plutino.errors import FrameError, PeerLostError
 from plutino.types import Unit, UnitKind
-from plutino.wire.frames import Ack, Bounds, Codec, Origin, Refusal, RefusedFrameError
+from plutino.wire.messages import Ack, Bounds, Codec, Origin, Refusal, RefusedFrameError
 from plutino.wire.tensors import BufferPool
 
 STEP = Unit(UnitKind.TRAIN, 1)

@@ -15,7 +15,7 @@ from plutino.errors import (
     WireError,
 )
 from plutino.wire.channel import Lane, aio_channel, aio_server, bind, sync_channel, sync_server
-from plutino.wire.frames import Refusal, RefusedFrameError
+from plutino.wire.messages import Refusal, RefusedFrameError
 from plutino.wire.status import MAX_DETAIL_BYTES, STATUS_CODES, abort_with, abort_with_aio, error_from_rpc
 
 ERRORS = [error_class("5 GiB needed, 3 GiB offered — use nf4") for error_class in STATUS_CODES]

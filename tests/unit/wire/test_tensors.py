@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plutino.errors import ConfigError, FrameError
-from plutino.wire.frames import Codec, layout
+from plutino.wire.messages import Codec, layout
 from plutino.wire.tensors import BufferPool, codec_named, describe, pack, transmitted, unpack
 
 DTYPES = [
