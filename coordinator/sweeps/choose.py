@@ -38,9 +38,9 @@ def plan_rungs(num_trials: int, total_steps: int | None, halving: Halving | None
 
 
 def ranked(results: Sequence[TrialResult]) -> list[TrialResult]:
-    """Measured trials, the best first; of equals the one that trains fewer parameters, then the earlier one."""
+    """Measured trials, the best first; of equal scores, which short trainings often have, the lower loss counts."""
     measured = [result for result in results if result.is_measured]
-    return sorted(measured, key=lambda r: (-_quality(r), r.trained_params, r.trial))
+    return sorted(measured, key=lambda r: (-(r.score or 0.0), _loss(r), r.trained_params, r.trial))
 
 
 def recommend(results: Sequence[TrialResult]) -> Recommendation | None:
@@ -53,9 +53,12 @@ def recommend(results: Sequence[TrialResult]) -> Recommendation | None:
     if not order:
         return None
     best = order[0]
-    if best.score is None:
-        others = f", the next one has {order[1].eval_loss:.4f}" if len(order) > 1 else ""
-        return Recommendation(trial=best.trial, reason=f"it has the lowest held-out loss, {best.eval_loss:.4f}{others}")
+    if not best.score:
+        unscored = "" if best.score is None else "no trial has a row right; "
+        others = f", the next one has {_loss(order[1]):.4f}" if len(order) > 1 else ""
+        return Recommendation(
+            trial=best.trial, reason=f"{unscored}it has the lowest held-out loss, {_loss(best):.4f}{others}"
+        )
     error = math.sqrt(best.score * (1 - best.score) / best.num_scored) if best.num_scored else 0.0
     equal = [result for result in order if result.score is not None and best.score - result.score <= error]
     chosen = min(equal, key=lambda r: (r.trained_params, -(r.score or 0.0), r.trial))
@@ -80,8 +83,5 @@ def recommend(results: Sequence[TrialResult]) -> Recommendation | None:
     )
 
 
-def _quality(result: TrialResult) -> float:
-    """The larger the better."""
-    if result.score is not None:
-        return result.score
-    return -result.eval_loss if result.eval_loss is not None else -math.inf
+def _loss(result: TrialResult) -> float:
+    return math.inf if result.eval_loss is None else result.eval_loss

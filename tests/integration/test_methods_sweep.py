@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from coordinator import cli
 from coordinator.sweeps.grid import expand
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.client import Client
@@ -101,6 +103,12 @@ def test_trials_load_their_stages_once_and_have_the_bits_of_jobs_of_their_own(st
     plans = {e.plan_json for found in events.values() for e in found if isinstance(e, PlanMade)}
     assert len(plans) == 1
     assert [j for j in events if "before" in people.detail(j)["scores"]] == [first]
+
+    attach = ["sweep", sweep_id[:-2], "--state-dir", str(tmp_path / "state")]
+    told = json.loads(CliRunner().invoke(cli.app, [*attach, "--json"]).stdout)
+    assert told["recommendation"] == status.recommendation.model_dump() and len(told["results"]) == 4
+    table = CliRunner().invoke(cli.app, attach).stdout
+    assert f"take trial {status.recommendation.trial + 1}" in table and "type lora, rank 8" in table
 
     # The same job, handed in by itself, loads its own stages.
     alone = spec.trials[2].spec

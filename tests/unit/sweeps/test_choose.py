@@ -49,6 +49,13 @@ def test_without_scores_the_lowest_loss_wins():
     assert found.trial == 1 and "0.9000" in found.reason and "1.0000" in found.reason
 
 
+def test_of_trials_without_a_right_row_the_lowest_loss_goes_on_and_wins_whatever_they_train():
+    results = [result(0, 0.0, loss=8.0, params=10), result(1, 0.0, loss=3.0, params=1000), result(2, 0.0, loss=5.0)]
+    assert [one.trial for one in ranked(results)] == [1, 2, 0]
+    found = recommend(results)
+    assert found.trial == 1 and "no trial has a row right" in found.reason and "3.0000" in found.reason
+
+
 def test_trials_that_failed_or_were_not_measured_are_never_chosen():
     assert recommend([result(0, 0.9, state="failed"), result(1)]) is None
     assert [one.trial for one in ranked([result(0, 0.9, state="failed"), result(2, 0.1), result(1, 0.1)])] == [1, 2]
