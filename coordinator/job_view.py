@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coordinator.jobs.scoring import value_text
 from partitioner.plan import Plan
 from plutino import events
 from plutino.client import ENDED_STATES, NumberedEvent
@@ -247,7 +248,7 @@ def told(event: events.JobEvent) -> str | None:
             best = ", the lowest so far" if event.is_best else ""
             return f"evaluation after {event.step} steps: loss {event.loss:.4f}{best}"
         case events.ScoringDone():
-            values = ", ".join(f"{name} {value:.1%}" for name, value in event.metrics.items())
+            values = ", ".join(f"{name} {value_text(name, value)}" for name, value in event.metrics.items())
             return f"score {event.when} training: {values} ({event.num_rows} rows in {event.seconds:.1f} s)"
         case events.WorkerLost():
             why = f"out of memory: {event.reason}" if event.out_of_memory else event.reason

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.job_view import JobView, WorkerView, told
+from coordinator.jobs.scoring import value_text
 from partitioner.plan import Plan, StagePlan
 from plutino import events
 from plutino.client import JobDetail, JobSummary, NumberedEvent
@@ -232,7 +233,7 @@ def job_detail(job: JobDetail) -> RenderableType:
     if standing:
         parts += ["", Text(f"loss: {standing[0]:.4f} -> {standing[-1]:.4f}, lowest {min(standing):.4f}")]
     parts += [Text(f"evaluation after {row['step']} steps: loss {row['loss']:.4f}") for row in detail["evaluations"]]
-    parts += [Text(f"score {moment}: {_metrics(report['score'])}") for moment, report in detail["scores"].items()]
+    parts += [Text(f"score {moment}: {_metrics(report)}") for moment, report in detail["scores"].items()]
     parts += [Text(f"{name}: {value}") for name, value in _ability(detail.get("ability") or {})]
     history = _table("at", "event", "state", ">plan epoch", "reason")
     for row in detail["transitions"]:
@@ -318,7 +319,7 @@ def _score_table(view: JobView) -> Table:
     table = _table("score", ">before", ">after")
     before, after = view.metrics("before"), view.metrics("after")
     for name in after or before:
-        table.add_row(name, *(f"{values[name]:.1%}" if name in values else "" for values in (before, after)))
+        table.add_row(name, *(value_text(name, values[name]) if name in values else "" for values in (before, after)))
     return table
 
 
@@ -348,8 +349,10 @@ def _ability(ability: Mapping[str, Any]) -> list[tuple[str, str]]:
     return ability_lines(AbilityReport.model_validate(known))
 
 
-def _metrics(score: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.1%}" for name, value in score.items() if isinstance(value, float))
+def _metrics(report: Mapping[str, Any]) -> str:
+    tasks = {f"{task} ": one for task, one in report.get("by_task", {}).items()} or {"": report["score"]}
+    values = {task + name: value for task, one in tasks.items() for name, value in one.items()}
+    return ", ".join(f"{name} {value_text(name, value)}" for name, value in values.items() if isinstance(value, float))
 
 
 def _blocks(stage: StagePlan | WorkerView) -> str:

@@ -20,9 +20,9 @@ _MAX_OVERHEAD_SHARE = 0.5
 """A faster host has less overhead than the one it was measured on; never more than this share of its own timing."""
 
 
-def candidate_rows(batch_rows: int) -> list[int]:
-    """Divisors of the batch, largest first, so that all micro-batches are alike."""
-    return [rows for rows in range(batch_rows, 0, -1) if batch_rows % rows == 0]
+def candidate_rows(batch_rows: int, rows_per_sample: int = 1) -> list[int]:
+    """Divisors of the batch, largest first, so that all micro-batches are alike and cut no sample."""
+    return [rows for rows in range(batch_rows, 0, -1) if batch_rows % rows == 0 and rows % rows_per_sample == 0]
 
 
 def with_rows(shape: JobShape, rows: int, label_tokens_of: Callable[[int], int] | None = None) -> JobShape:

@@ -82,6 +82,8 @@ class JobShape(PlanValue):
     to the coordinator lies in the host's memory then."""
     batch_rows: int
     micro_batch_rows: int
+    rows_per_sample: int = 1
+    """Rows that stay in one micro-batch: 2 for preference pairs."""
     row_tokens: int
     """Padded length of the longest row."""
     label_tokens: int

@@ -105,7 +105,9 @@ def _checkpointing_change(shape: JobShape, try_shape: Callable[[JobShape], bool]
 
 
 def _rows_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str | None:
-    smaller = [rows for rows in candidate_rows(shape.batch_rows) if rows < shape.micro_batch_rows]
+    smaller = [
+        rows for rows in candidate_rows(shape.batch_rows, shape.rows_per_sample) if rows < shape.micro_batch_rows
+    ]
     rows = next((rows for rows in smaller if try_shape(with_rows(shape, rows))), None)
     return None if rows is None else f"training.micro_batch_size: {rows} (now {shape.micro_batch_rows})"
 

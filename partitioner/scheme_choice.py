@@ -39,7 +39,7 @@ def choose_scheme(
     """
     if table.gptq is not None:
         return "gptq", "the checkpoint is a GPTQ one"
-    smallest = with_rows(shape, 1) if is_micro_batch_free else shape
+    smallest = with_rows(shape, shape.rows_per_sample) if is_micro_batch_free else shape
     lost: list[str] = []
     smallest_scheme: Scheme = "none"
     for scheme in LEAST_LOSSY_FIRST:

@@ -179,7 +179,7 @@ def open_question(
             with_rows(shape, rows, label_tokens_of).model_copy(update={"codec": codec}),
             tuple(scaled_devices(devices, shape.micro_batch_rows, rows)),
         )
-        for rows in candidate_rows(shape.batch_rows)
+        for rows in candidate_rows(shape.batch_rows, shape.rows_per_sample)
         for codec in codecs or (shape.codec,)
     )
     return Question(table, inputs, links or LinkTable(), allow_replicas)

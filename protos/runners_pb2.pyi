@@ -373,11 +373,14 @@ class GetPrompts(_message.Message):
     NUM_GROUPS_FIELD_NUMBER: _builtins.int
     GROUP_ROWS_FIELD_NUMBER: _builtins.int
     FEW_SHOT_FIELD_NUMBER: _builtins.int
+    END_ROW_FIELD_NUMBER: _builtins.int
     start_row: _builtins.int
     num_groups: _builtins.int
     group_rows: _builtins.int
     few_shot: _builtins.bool
     """After examples from the training rows."""
+    end_row: _builtins.int
+    """No rows at or after this one."""
     def __init__(
         self,
         *,
@@ -385,10 +388,11 @@ class GetPrompts(_message.Message):
         num_groups: _builtins.int = ...,
         group_rows: _builtins.int = ...,
         few_shot: _builtins.bool = ...,
+        end_row: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["few_shot", b"few_shot", "group_rows", b"group_rows", "num_groups", b"num_groups", "start_row", b"start_row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_row", b"end_row", "few_shot", b"few_shot", "group_rows", b"group_rows", "num_groups", b"num_groups", "start_row", b"start_row"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -398,17 +402,43 @@ Global___GetPrompts: _TypeAlias = GetPrompts  # noqa: Y015
 class Score(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class PerplexitiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROWS_JSON_FIELD_NUMBER: _builtins.int
+    PERPLEXITIES_FIELD_NUMBER: _builtins.int
     rows_json: _builtins.str
-    """JSON: held-out row -> generated tokens."""
+    """JSON: held-out row -> generated tokens, or what the objective says of the row."""
+    @_builtins.property
+    def perplexities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """By name, of tasks that are scored so."""
+
     def __init__(
         self,
         *,
         rows_json: _builtins.str = ...,
+        perplexities: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows_json", b"rows_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["perplexities", b"perplexities", "rows_json", b"rows_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,6 +106,12 @@ PART_BY_PATH = {
     "unit/engine/test_neighbours": PLANNER_AND_RAY,
     "numerics/test_objectives": OBJECTIVES,
     "unit/objectives/": OBJECTIVES,
+    "unit/data/test_formats": OBJECTIVES,
+    "unit/data/test_mixture": OBJECTIVES,
+    "unit/data/test_packing": OBJECTIVES,
+    "unit/data/test_preview": OBJECTIVES,
+    "unit/data/test_uses": OBJECTIVES,
+    "integration/test_objectives": OBJECTIVES,
 }
 
 

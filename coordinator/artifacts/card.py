@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from coordinator.artifacts.verify_process import Check
-from coordinator.jobs.scoring import Score
+from coordinator.jobs.scoring import value_text
 from plutino.job.method import MethodConfig
 from plutino.job.objective import ObjectiveConfig
 from plutino.job.training import TrainingConfig
@@ -50,6 +50,14 @@ class TrainingLosses(_Facts):
     best: float
 
 
+class ScoreFacts(_Facts):
+    """What scoring the held-out rows measured."""
+
+    num_rows: int
+    values: dict[str, float]
+    """By name; with the task's before it where there are several."""
+
+
 class CardFacts(_Facts):
     """All that a card says."""
 
@@ -69,9 +77,9 @@ class CardFacts(_Facts):
     """Optimiser steps behind the published parameters."""
     losses: TrainingLosses
     evaluations: tuple[Evaluation, ...] = ()
-    score_before: Score | None = None
+    score_before: ScoreFacts | None = None
     """Of the base model alone; None if it was not measured."""
-    score_after: Score | None = None
+    score_after: ScoreFacts | None = None
     ability: tuple[tuple[str, str], ...] = ()
     """What fine-tuning cost beside its goal, and the base model with examples: measures with their values."""
     checks: tuple[Check, ...]
@@ -130,7 +138,7 @@ def _front_matter(facts: CardFacts) -> str:
     values = {
         "base_model": facts.base_path,
         "library_name": _library(facts),
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if facts.objective.has_score_head else "text-generation",
         "tags": [facts.method.type, facts.objective.type, "plutino", "transformers"],
     }
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
@@ -159,6 +167,18 @@ def _loading(facts: CardFacts, adapter_name: str) -> str:
             f"load_adapter(model, {json.dumps(adapter_name)})  # in place"
         )
         return _fenced(code, "python")
+    if facts.objective.has_score_head:
+        labels = getattr(facts.objective, "labels", ())
+        id2label = dict(enumerate(labels)) if facts.objective.num_outputs > 1 else {}
+        code = (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForSequenceClassification\n"
+            f"base = AutoModelForSequenceClassification.from_pretrained({json.dumps(facts.base_path)}, "
+            f"dtype={json.dumps(dtype)}, num_labels={facts.objective.num_outputs})\n"
+            f"model = PeftModel.from_pretrained(base, {json.dumps(adapter_name)})"
+            + (f"\nmodel.config.id2label = {id2label!r}" if id2label else "")
+        )
+        return _fenced(code, "python")
     code = (
         "from peft import AutoPeftModelForCausalLM\n"
         f"model = AutoPeftModelForCausalLM.from_pretrained({json.dumps(adapter_name)}, dtype={json.dumps(dtype)})\n"
@@ -181,20 +201,26 @@ def _results(facts: CardFacts) -> str:
     return _table(("measure", "value"), rows)
 
 
-def _score_rows(of: str, score: Score | None) -> list[tuple[str, str]]:
+def _score_rows(of: str, score: ScoreFacts | None) -> list[tuple[str, str]]:
     if score is None:
         return []
-    shares = {
-        "exact match": score.exact_match,
-        "valid JSON": score.valid_json,
-        "intent accuracy": score.intent_accuracy,
-        "slot F1": score.slot_f1,
-    }
     return [
-        (f"{name}, {of}, {score.num_rows} held-out rows", f"{100 * share:.1f} %")
-        for name, share in shares.items()
-        if share is not None
+        (f"{_NAMES.get(name, name.replace('_', ' '))}, {of}, {score.num_rows} held-out rows", _value_text(name, value))
+        for name, value in score.values.items()
     ]
+
+
+_NAMES = {
+    "valid_json": "valid JSON",
+    "slot_f1": "slot F1",
+    "macro_f1": "macro F1",
+    "auc": "AUC",
+    "mse": "squared error",
+}
+
+
+def _value_text(name: str, value: float) -> str:
+    return value_text(name, value).replace("%", " %")
 
 
 def _settings(facts: CardFacts) -> str:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from coordinator.artifacts.verify_process import Check, Probe, ProbeRows, VerifyReport, VerifyRequest
+from coordinator.artifacts.probe_loss import loss_sum_of, padded
+from coordinator.artifacts.verify_process import Check, Probe, VerifyReport, VerifyRequest
 from plutino.errors import ExportError, PlutinoError
 from plutino.load_adapter import expected_shapes, has_own_layout, load_adapter
 from plutino.safetensors_index import INDEX_FILE, SINGLE_FILE, read_safetensors_headers
@@ -72,8 +72,8 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
         ModelError: the base's files cannot be read.
     """
     base_dir, adapter_dir = Path(request.base_dir), Path(request.adapter_dir)
-    checks = [check_tensors(base_dir, adapter_dir)]
     probe = request.probe
+    checks = [check_tensors(base_dir, adapter_dir, probe)]
     if probe is None:
         return VerifyReport(checks=(*checks, ("reload", "not done: there are no probe rows")))
     if probe.packing.scheme == "gptq":
@@ -88,15 +88,16 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
     return VerifyReport(checks=tuple(checks), was_reloaded=True)
 
 
-def check_tensors(base_dir: Path, adapter_dir: Path) -> Check:
+def check_tensors(base_dir: Path, adapter_dir: Path, probe: Probe | None = None) -> Check:
     """Compare names, shapes and dtypes with what the adapter's loader expects for this base; loads no weight.
 
     Raises:
         ExportError: they differ.
     """
-    config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
+    base_class, settings = _base_class(probe)
+    config = AutoConfig.from_pretrained(base_dir, local_files_only=True, **settings)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        base = base_class.from_config(config, dtype=torch.float32)
     if _is_model(adapter_dir):
         stored = read_safetensors_headers(adapter_dir)
         found = {name: (entry.shape, entry.dtype) for name, entry in stored.items()}
@@ -141,17 +142,17 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
         ExportError: the loss sums differ by more than the tolerance, logits are not finite, or the probe has another
             number of label tokens than the pipeline counted.
     """
-    _require_label_count(probe)
+    _require_count(probe)
     loss_sum, base_loss_sum = _losses(base_dir, adapter_dir, probe)
     difference = abs(loss_sum - probe.loss_sum) / max(abs(probe.loss_sum), 1e-12)
     tolerance = LOSS_TOLERANCE[probe.dtype]
     compared = (
-        f"loss sum {loss_sum:.6f} over {probe.num_label_tokens} label tokens in {probe.dtype}, the pipeline's "
+        f"loss sum {loss_sum:.6f} over {probe.num_counted} {probe.counted} in {probe.dtype}, the pipeline's "
         f"{probe.loss_sum:.6f}, relative difference {difference:.1e}, tolerance {tolerance:.0e}"
     )
     if not probe.packing.is_plain:
         compared = (
-            f"loss sum {loss_sum:.6f} over {probe.num_label_tokens} label tokens on the base in {probe.dtype}, "
+            f"loss sum {loss_sum:.6f} over {probe.num_counted} {probe.counted} on the base in {probe.dtype}, "
             f"{probe.loss_sum:.6f} in the pipeline, whose base was held in {probe.packing.scheme}: not comparable"
         )
     # Written so that a difference that is not a number fails too.
@@ -170,14 +171,17 @@ def _losses(base_dir: Path, adapter_dir: Path, probe: Probe) -> tuple[float, flo
     """Loss sums of the trained and of the base model, both as their users load them."""
 
     def load(folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[probe.dtype], local_files_only=True).eval()
+        base_class, settings = _base_class(probe)
+        dtype = DTYPES[probe.dtype]
+        return base_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **settings).eval()
 
     if _is_model(adapter_dir):
-        return _loss_sum(load(adapter_dir), probe), _loss_sum(load(base_dir), probe)
+        trained, base = (loss_sum_of(load(folder), probe, nullcontext) for folder in (adapter_dir, base_dir))
+        return trained, base
     model, without_adapter = _with_adapter(load(base_dir), adapter_dir)
-    loss_sum = _loss_sum(model, probe)
+    loss_sum = loss_sum_of(model, probe, without_adapter)
     with without_adapter():
-        return loss_sum, _loss_sum(model, probe)
+        return loss_sum, loss_sum_of(model, probe, without_adapter)
 
 
 def _is_model(folder: Path) -> bool:
@@ -193,46 +197,24 @@ def _with_adapter(base: Any, adapter_dir: Path) -> tuple[Any, Callable[[], Abstr
     return model, model.disable_adapter
 
 
-def _loss_sum(model: Any, probe: Probe) -> float:
-    total = 0.0
-    for rows in probe.micro_batches:
-        ids_BT, attention_BT, labels_BT = _padded(rows)
-        logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
-        # Virtual tokens of a prompt stand before the row's own.
-        logits_BTV = logits_BTV[:, -ids_BT.shape[1] :]
-        if not bool(logits_BTV[attention_BT.bool()].isfinite().all()):
-            raise ExportError(
-                f"logits of the reloaded adapter are not finite on {len(rows.lengths)} probe rows; "
-                "nothing was published: go on from an earlier checkpoint with a lower training.lr"
-            )
-        # Token t is predicted at position t - 1.
-        is_label_BT = labels_BT[:, 1:].bool()
-        labels_N = ids_BT[:, 1:][is_label_BT]
-        logits_NV = logits_BTV[:, :-1][is_label_BT].float()
-        total += float(functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
-    return total
-
-
-def _require_label_count(probe: Probe) -> None:
-    num_labels = sum(int(_padded(rows)[2][:, 1:].sum()) for rows in probe.micro_batches)
-    if num_labels != probe.num_label_tokens:
+def _require_count(probe: Probe) -> None:
+    num_pairs = sum(len(rows.pair_ids) // 2 for rows in probe.micro_batches)
+    if probe.counted == "label tokens":
+        num_counted = sum(int(padded(rows)[2][:, 1:].sum()) for rows in probe.micro_batches)
+    else:
+        num_counted = num_pairs or sum(len(rows.lengths) for rows in probe.micro_batches)
+    if num_counted != probe.num_counted:
         raise ExportError(
-            f"the probe has {num_labels} label tokens but the pipeline counted {probe.num_label_tokens}; "
+            f"the probe has {num_counted} {probe.counted} but the pipeline counted {probe.num_counted}; "
             "nothing was published: the loss sums cannot be compared, please report this"
         )
 
 
-def _padded(rows: ProbeRows) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and label mask of a micro-batch, each [B, T], padded on the right with 0."""
-    shape = (len(rows.lengths), rows.padded_tokens)
-    ids_BT, attention_BT, labels_BT = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-    start = 0
-    for row, length in enumerate(rows.lengths):
-        ids_BT[row, :length] = torch.tensor(rows.input_ids[start : start + length])
-        labels_BT[row, :length] = torch.tensor(rows.label_mask[start : start + length])
-        attention_BT[row, :length] = 1
-        start += length
-    return ids_BT, attention_BT, labels_BT
+def _base_class(probe: Probe | None) -> tuple[Any, dict[str, int]]:
+    """The class of transformers that the adapter is for, and what it is made with."""
+    if probe is None or probe.objective is None or not probe.objective.has_score_head:
+        return AutoModelForCausalLM, {}
+    return AutoModelForSequenceClassification, {"num_labels": probe.objective.num_outputs}
 
 
 def _kind(tensor: Tensor) -> TensorKind:

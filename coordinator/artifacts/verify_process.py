@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ExportError
 from plutino.job.model import PLAIN, Packing
+from plutino.job.objective import Counted, ObjectiveConfig
 
 Check = tuple[str, str]
 """What was checked, and the outcome in words and numbers."""
@@ -43,6 +44,13 @@ class ProbeRows(_Value):
     padded_tokens: int
     """Rows are padded on the right to this many tokens."""
 
+    labels: tuple[float, ...] = ()
+    """[num_rows], class, number or rating; empty: the objective has none."""
+    pair_ids: tuple[int, ...] = ()
+    """[num_rows], the same number for both rows of a pair, the chosen one first; empty: no pairs."""
+    reference_logps: tuple[float, ...] = ()
+    """[num_rows], as the data set gave them; empty: it did not."""
+
     @classmethod
     def of(cls, rows: MicroBatchRows) -> ProbeRows:
         """The probe rows that are these rows."""
@@ -51,6 +59,9 @@ class ProbeRows(_Value):
             input_ids=tuple(rows.input_ids.tolist()),
             label_mask=tuple(rows.label_mask.tolist()),
             padded_tokens=rows.padded_tokens,
+            labels=() if rows.labels is None else tuple(rows.labels.tolist()),
+            pair_ids=() if rows.pair_ids is None else tuple(rows.pair_ids.tolist()),
+            reference_logps=() if rows.reference_logps is None else tuple(rows.reference_logps.tolist()),
         )
 
 
@@ -59,12 +70,20 @@ class Probe(_Value):
 
     micro_batches: tuple[ProbeRows, ...]
     loss_sum: float
-    """The pipeline's cross-entropy, summed over all label tokens."""
-    num_label_tokens: int
+    """The pipeline's loss, summed over what is counted."""
+    num_counted: int
+    """Label tokens, or rows (a pair is one), that the pipeline counted."""
+    objective: ObjectiveConfig | None = None
+    """What the loss is; None: cross-entropy of the label tokens."""
     dtype: Literal["fp32", "bf16"]
     """The pipeline's compute dtype; the reload uses the same."""
     packing: Packing = PLAIN
     """How the pipeline held its frozen weights; the reload takes them as they are stored."""
+
+    @property
+    def counted(self) -> Counted:
+        """What the loss is the mean over."""
+        return "label tokens" if self.objective is None else self.objective.counted
 
 
 class VerifyRequest(_Value):

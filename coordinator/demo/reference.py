@@ -101,6 +101,7 @@ def run_reference(spec: JobSpec) -> ReferenceResult:
         torch.set_num_threads(spec.placement.threads)
     torch.manual_seed(spec.training.seed)
     tokenizer = load_tokenizer(Path(spec.model.path))
+    assert spec.data.train is not None, "the reference trains on one data set"
     rows = read_rows(Path(spec.data.train), spec.data.format, spec.data.limit)
     samples = tokenise(rows, tokenizer, max_tokens=spec.data.max_tokens, train_on=spec.objective.labelled_tokens)
     model = _load_model(spec)
@@ -206,7 +207,7 @@ def _score(spec: JobSpec, model: peft.PeftModel, tokenizer: ModelTokenizer, *, u
     model.eval()
     with contextlib.nullcontext() if use_adapter else model.disable_adapter():
         answers = list(_generate(spec.scoring, model, tokenizer, samples))
-    return score(spec.scoring.metric, answers, [row.answer for row in held_out.rows])
+    return score(spec.metric_of(spec.data.sources[0]), answers, [row.answer for row in held_out.rows])
 
 
 def _generate(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.runner import PreparedData, ScoreReport
 from coordinator.jobs.scoring import Score
-from coordinator.jobs.units import evaluation_loss, score
+from coordinator.jobs.units import evaluate, score
 from coordinator.storage.base import ScoringMoment
 from plutino.events import Notice
 
@@ -53,10 +53,8 @@ async def measure_general(context: JobContext, prepared: PreparedData, moment: S
     if not prepared.num_general or moment in context.store.scores(context.job_id):
         return
     is_before = moment == "general_before"
-    loss_sum, num_tokens = await evaluation_loss(
-        context, num_rows=prepared.num_general, source="general", use_adapter=not is_before
-    )
-    found = GeneralAbility(loss=loss_sum / num_tokens, num_tokens=int(num_tokens), text_sha256=prepared.general_sha256)
+    seen = await evaluate(context, num_rows=prepared.num_general, source="general", use_adapter=not is_before)
+    found = GeneralAbility(loss=seen.loss, num_tokens=int(seen.loss_weight), text_sha256=prepared.general_sha256)
     await asyncio.wrap_future(context.store.put_scores(context.job_id, moment, found.model_dump_json()))
     who = "the base model" if is_before else "the trained model"
     text = f"general text: perplexity {found.perplexity:.2f} of {who}, on {found.num_tokens} tokens"

@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 
 from coordinator.artifacts.assemble import AssembledAdapter, AssembleRequest
-from coordinator.artifacts.card import CardFacts, DataFile, Evaluation, TrainingLosses
+from coordinator.artifacts.card import CardFacts, DataFile, ScoreFacts, TrainingLosses
+from coordinator.artifacts.card import Evaluation as EvaluationFacts
 from coordinator.artifacts.publish import PublishedAdapter, PublishRequest
 from coordinator.artifacts.verify_process import Check, Probe, ProbeRows
 from coordinator.crash_points import crash_point
@@ -19,9 +20,9 @@ from coordinator.jobs.ability import ability_lines, ability_of, measure_general
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import surviving
 from coordinator.jobs.placing import restorable
-from coordinator.jobs.runner import PreparedData, ScoreReport
+from coordinator.jobs.runner import PreparedData, ScoreReport, for_devices
 from coordinator.jobs.stepping import score_once
-from coordinator.jobs.units import PROBE_ROWS, Batch, evaluation_loss, probe_batch
+from coordinator.jobs.units import PROBE_ROWS, Batch, Evaluation, evaluate, probe_batch
 from partitioner.explain import explain
 from plutino.errors import ExportError
 from plutino.events import Exported, Verification
@@ -47,11 +48,9 @@ async def export(context: JobContext, prepared: PreparedData, *, default_dir: Pa
     if not context.spec.output.publish:
         return job_events.Exported(adapter_dir=None)
     batch = await probe_batch(context, prepared)
-    loss_sum, label_tokens = await evaluation_loss(
-        context, num_rows=min(PROBE_ROWS, prepared.num_train), source="training"
-    )
+    measured = await evaluate(context, num_rows=min(PROBE_ROWS, prepared.num_probe), source="training")
     output_dir = context.spec.output.dir or str(default_dir)
-    assembled = await _assemble(context, step, output_dir, _probe(context, batch, loss_sum, label_tokens))
+    assembled = await _assemble(context, step, output_dir, _probe(context, prepared, batch, measured))
     crash_point("adapter_assembled")
     worker_check = await _verify_on_workers(context, assembled)
     request = PublishRequest(
@@ -95,20 +94,24 @@ async def _choose_state(context: JobContext) -> int:
     return best
 
 
-def _probe(context: JobContext, batch: Batch, loss_sum: float, label_tokens: float) -> Probe:
+def _probe(context: JobContext, prepared: PreparedData, batch: Batch, measured: Evaluation) -> Probe:
     rows = tuple(
         ProbeRows(
             lengths=tuple(part.rows.lengths),
             input_ids=tuple(np.frombuffer(part.rows.input_ids, "<i4").tolist()),
             label_mask=tuple(part.rows.label_mask),
             padded_tokens=part.rows.padded_tokens,
+            labels=tuple(part.rows.labels),
+            pair_ids=tuple(part.rows.pair_ids),
+            reference_logps=tuple(part.rows.reference_logps),
         )
         for part in batch.parts
     )
     return Probe(
         micro_batches=rows,
-        loss_sum=loss_sum,
-        num_label_tokens=int(label_tokens),
+        loss_sum=measured.loss_sum,
+        num_counted=int(measured.loss_weight),
+        objective=for_devices(context.spec, prepared).objective,
         dtype=context.numerics.dtype,
         packing=context.numerics.packing,
     )
@@ -161,20 +164,10 @@ def _card(
 ) -> CardFacts:
     spec, record = context.spec, context.record
     losses = [row.loss for row in surviving(context.store.ledger(context.job_id)) if row.loss is not None]
-    data = [
-        DataFile(
-            use="training", name=Path(spec.data.train).name, sha256=prepared.train_sha256, num_rows=prepared.num_train
-        )
-    ]
-    if spec.data.eval is not None:
-        data.append(
-            DataFile(
-                use="held-out", name=Path(spec.data.eval).name, sha256=prepared.eval_sha256, num_rows=prepared.num_eval
-            )
-        )
+    data = [DataFile(use=one.use, name=one.name, sha256=one.sha256, num_rows=one.num_rows) for one in prepared.files]
     stored = context.store.scores(context.job_id)
     scores = {
-        moment: ScoreReport.model_validate_json(text).score
+        moment: ScoreReport.model_validate_json(text)
         for moment, text in stored.items()
         if moment in ("before", "after")
     }
@@ -184,17 +177,17 @@ def _card(
         base_hash=base_model_hash(model_folder(spec.model.path)),
         data=tuple(data),
         method=spec.method,
-        objective=spec.objective,
+        objective=for_devices(spec, prepared).objective,
         training=spec.training,
         dtype=context.numerics.dtype,
         plan_text=explain(context.plan),
         num_steps=step,
         losses=TrainingLosses(first=losses[0], last=losses[-1], best=min(losses)),
         evaluations=tuple(
-            Evaluation(step=row.step, loss=row.loss) for row in context.store.evaluations(context.job_id)
+            EvaluationFacts(step=row.step, loss=row.loss) for row in context.store.evaluations(context.job_id)
         ),
-        score_before=scores.get("before"),
-        score_after=scores.get("after"),
+        score_before=_score_facts(scores.get("before")),
+        score_after=_score_facts(scores.get("after")),
         ability=tuple(ability_lines(ability_of(stored, 0 if spec.scoring is None else spec.scoring.few_shot))),
         checks=(*assembled.checks, worker_check),
         was_reloaded=assembled.was_reloaded,
@@ -202,3 +195,7 @@ def _card(
         training_s=time.time() - record.submitted_at_s,
         date=datetime.now(timezone.utc).date().isoformat(),
     )
+
+
+def _score_facts(report: ScoreReport | None) -> ScoreFacts | None:
+    return None if report is None else ScoreFacts(num_rows=report.num_rows, values=report.values)

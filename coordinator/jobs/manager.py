@@ -125,8 +125,8 @@ class JobManager:
             return known
         spec = await self._with_pinned_model(spec)
         await asyncio.to_thread(read_model, spec)
-        for path in (spec.data.train, spec.data.eval):
-            if path is not None and not Path(path).is_file():
+        for path in (path for source in spec.data.sources for path in (source.train, source.eval)):
+            if path is not None and not Path(path).exists():
                 raise DataError(f"there is no file {path}; correct data.train or data.eval")
         if spec.output.dir is not None:
             check_output_dir(Path(spec.output.dir), "")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.recovery import durable_steps
+from coordinator.jobs.runner import for_devices
 from coordinator.scheduling.problem import first_trainable_stage, stage_shapes
 from coordinator.weights.hub_models import fetch_weights, origin_of
 from coordinator.weights.model_files import offer_model
@@ -225,12 +226,10 @@ async def _link(context: JobContext) -> None:
 
 
 async def _device_spec(context: JobContext) -> JobSpec:
-    """The job's spec for devices: they have no tokenizer for a text that the method starts from."""
+    """The job's spec for devices, with what only the data and the tokenizer tell."""
     spec = context.spec
-    if not spec.method.text:
-        return spec
-    token_ids = (await context.runner.prepare()).method_text_ids
-    return spec.model_copy(update={"method": spec.method.with_text_ids(token_ids)})
+    lacks_classes = spec.objective.has_score_head and not spec.objective.num_outputs
+    return for_devices(spec, await context.runner.prepare()) if spec.method.text or lacks_classes else spec
 
 
 def _assignments(

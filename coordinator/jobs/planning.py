@@ -128,7 +128,7 @@ async def make_problem(
         ModelError: the base model cannot be used.
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
-    generated = 0 if spec.scoring is None else prepared.prompt_tokens + spec.scoring.max_new_tokens
+    generated = prepared.prompt_tokens + spec.scoring.max_new_tokens if spec.scoring and spec.generates else 0
     virtual_tokens = max(one.method.prompt_tokens + one.method.past_tokens for one in (spec, *together_with))
     longest = max(prepared.row_tokens, generated) + virtual_tokens
     if longest > table.max_positions:
@@ -205,7 +205,7 @@ def open_codecs(spec: JobSpec, shape: JobShape, numerics: NumericsRecord | None)
 def _refuse_what_cannot_fit(
     table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micro_batch_free: bool
 ) -> None:
-    smallest = with_rows(shape, 1) if is_micro_batch_free else shape
+    smallest = with_rows(shape, shape.rows_per_sample) if is_micro_batch_free else shape
     unmeasured = [_unmeasured(device) for device in devices]
     if not fits(table, smallest, unmeasured):
         refuse(table, smallest, unmeasured, LinkTable())
@@ -287,20 +287,26 @@ def measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
     """Rows of the micro-batch that devices are measured with."""
     if numerics is not None:
         return numerics.micro_batch_size
-    return spec.training.micro_batch_size or min(_MEASURED_ROWS, spec.training.batch_size)
+    samples = spec.training.micro_batch_size or min(_MEASURED_ROWS, spec.training.batch_size)
+    return samples * spec.objective.sequences_per_row
 
 
 def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:
     """What a job asks of a pipeline, at a micro-batch of so many rows."""
     adapters = adapter_params_of(table, spec.method)
-    scoring = spec.scoring
+    scoring = spec.scoring if spec.generates else None
+    per_sample = spec.objective.sequences_per_row
+    head_params = table.hidden_size * (spec.objective.num_outputs or len(prepared.class_names))
+    fields = adapters.shape_fields
+    fields["last_trainable_params"] = fields.get("last_trainable_params", 0) + head_params
     return JobShape(
         dtype="fp32" if dtype == "fp32" else "bf16",
-        batch_rows=spec.training.batch_size,
+        batch_rows=spec.training.batch_size * per_sample,
+        rows_per_sample=per_sample,
         micro_batch_rows=rows,
         row_tokens=prepared.row_tokens + spec.method.prompt_tokens,
         label_tokens=rows * prepared.label_tokens_per_row,
-        **adapters.shape_fields,
+        **fields,
         has_dropout=spec.method.has_dropout,
         checkpointing=spec.training.checkpointing,
         codec=spec.placement.codec,

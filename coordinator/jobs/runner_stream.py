@@ -111,11 +111,11 @@ class _Answers:
         elif kind == "get_prompts":
             prompts = command.get_prompts
             groups = self._runner.prompts(
-                prompts.start_row, prompts.num_groups, prompts.group_rows, few_shot=prompts.few_shot
+                prompts.start_row, prompts.num_groups, prompts.group_rows, prompts.end_row, few_shot=prompts.few_shot
             )
             yield from _parts(groups, loss_weight=1.0)
         elif kind == "score":
-            report = self._runner.score(rows_from_json(command.score.rows_json))
+            report = self._runner.score(rows_from_json(command.score.rows_json), command.score.perplexities)
             yield pb.RunnerEvent(scored=pb.Scored(json=report.model_dump_json()))
         elif kind == "assemble":
             assembled = self._runner.assemble(AssembleRequest.model_validate_json(command.assemble.request_json))

@@ -10,23 +10,24 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from plutino.data.readers import name_lines
 from plutino.errors import DataError
+from plutino.job.objective import MetricName
 
 
 class Score(BaseModel):
-    """The score of one set of answers; all values are shares between 0 and 1."""
+    """The score of one set of rows; what its metric does not measure is None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    metric: Literal["exact_match", "json_slots"]
+    metric: MetricName
     num_rows: int
-    exact_match: float
-    """Answers equal to the true ones but for outer white space; for json_slots, equal as JSON values."""
+    exact_match: float | None = None
+    """Share of answers equal to the true ones but for outer white space; for json_slots, equal as JSON values."""
     valid_json: float | None = None
     """json_slots: answers that parse as an object with an intent and slots."""
     intent_accuracy: float | None = None
@@ -34,13 +35,46 @@ class Score(BaseModel):
     slot_f1: float | None = None
     """json_slots: micro-averaged F1 over (slot, text) pairs of all rows, each pair as often as it occurs."""
 
+    accuracy: float | None = None
+    """classes: rows whose class has the largest logit."""
+    macro_f1: float | None = None
+    """classes: mean F1 over the classes."""
+    pearson: float | None = None
+    spearman: float | None = None
+    mse: float | None = None
+    """correlation: mean squared error."""
+    pair_accuracy: float | None = None
+    """pairs: share in which the chosen answer is above the rejected one."""
+    margin: float | None = None
+    """pairs: mean difference of the two, in the objective's rewards."""
+    auc: float | None = None
+    """ratings: area under the ROC curve for answers rated above the middle."""
+    perplexity: float | None = None
+    """exp of the mean loss per label token."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return self.model_dump(exclude={"metric", "num_rows"}, exclude_none=True)
+
     @property
     def headline(self) -> float:
-        """The one number of this metric: exact match, or slot F1."""
-        return self.exact_match if self.slot_f1 is None else self.slot_f1
+        """The one number of this metric: slot F1 where there is one, else the first that it measures."""
+        return next(iter(self.values.values())) if self.slot_f1 is None else self.slot_f1
 
 
-def score(metric: Literal["exact_match", "json_slots"], answers: Sequence[str], truths: Sequence[str]) -> Score:
+SHARES = frozenset(
+    {"exact_match", "valid_json", "intent_accuracy", "slot_f1", "accuracy", "macro_f1", "pair_accuracy", "auc"}
+)
+"""Values between 0 and 1 that people read in per cent."""
+
+
+def value_text(name: str, value: float) -> str:
+    """A measured value as people read it; the name may begin with a task's."""
+    return f"{value:.1%}" if name.rpartition(" ")[2] in SHARES else f"{value:.4g}"
+
+
+def score(metric: MetricName, answers: Sequence[str], truths: Sequence[str]) -> Score:
     """Compare generated answers with the true ones, row by row.
 
     Raises:
@@ -51,6 +85,7 @@ def score(metric: Literal["exact_match", "json_slots"], answers: Sequence[str], 
         raise ValueError(f"{len(answers)} answers for {len(truths)} rows")
     if metric == "json_slots":
         return _json_slots(answers, truths)
+    assert metric == "exact_match", f"{metric} is not made of answers"
     num_right = sum(answer.strip() == truth.strip() for answer, truth in zip(answers, truths, strict=True))
     return Score(metric=metric, num_rows=len(truths), exact_match=num_right / len(truths))
 

@@ -20,7 +20,7 @@ from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, jud
 from coordinator.jobs.recovery import Shadow, obsolete_shadows
 from coordinator.jobs.runner import PreparedData
 from coordinator.jobs.shadow_policy import shadow_due, shadow_every
-from coordinator.jobs.units import Batch, end_unit, evaluation_loss, feed, score, train_batch
+from coordinator.jobs.units import Batch, end_unit, evaluate, feed, score, train_batch
 from coordinator.jobs.worker_link import WorkerStatus
 from coordinator.storage.base import ScoringMoment
 from plutino.errors import JobError, NumericsError
@@ -90,7 +90,7 @@ class Stepper:
 
     def _evaluation_due(self, steps_done: int) -> bool:
         training = self._context.spec.training
-        if self._context.spec.data.eval is None or steps_done == 0:
+        if not self._context.spec.data.has_eval or steps_done == 0:
             return False
         is_end = steps_done >= self._context.record.total_steps
         return is_end or (training.eval_every is not None and steps_done % training.eval_every == 0)
@@ -101,13 +101,13 @@ class Stepper:
     async def _evaluate(self, steps_done: int) -> None:
         context = self._context
         started_s = time.monotonic()
-        loss_sum, label_tokens = await evaluation_loss(context, num_rows=self._prepared.num_eval)
-        if not math.isfinite(loss_sum):
+        measured = await evaluate(context, num_rows=self._prepared.num_eval)
+        if not math.isfinite(measured.loss_sum):
             raise NumericsError(
-                f"the evaluation loss after {steps_done} steps is {loss_sum}: the adapter has diverged; lower "
+                f"the evaluation loss after {steps_done} steps is {measured.loss_sum}: the adapter has diverged; lower "
                 "training.lr, or set max_grad_norm"
             )
-        row = EvaluationRow(step=steps_done, loss=loss_sum / label_tokens)
+        row = EvaluationRow(step=steps_done, loss=measured.loss)
         stopping = context.spec.training.early_stopping
         min_delta = 0.0 if stopping is None else stopping.min_delta
         rows = [r for r in context.store.evaluations(context.job_id) if r.step != steps_done]
@@ -325,11 +325,10 @@ async def score_once(context: JobContext, prepared: PreparedData, moment: Scorin
     # Before the first step weights that are trained in place are the base model's.
     uses_trained = moment == "after" or context.spec.method.trains_weights
     report, seconds = await score(context, prepared, use_adapter=uses_trained)
-    values = report.score.model_dump(exclude={"metric", "num_rows"}, exclude_none=True)
     seen = ScoringDone(
         when=moment,
-        num_rows=report.score.num_rows,
-        metrics=values,
+        num_rows=report.num_rows,
+        metrics=report.values,
         sample_rows=tuple(
             ScoredRow(prompt=s.prompt, expected=s.truth, answer=s.answer, is_right=s.answer.strip() == s.truth.strip())
             for s in report.samples[:_SHOWN_ROWS]

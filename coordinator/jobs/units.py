@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coordinator.jobs.context import JobContext
-from coordinator.jobs.runner import PreparedData, ScoreReport
+from coordinator.jobs.runner import PreparedData, ScoreReport, TaskRows
 from coordinator.scheduling.problem import stage_shapes
 from plutino.errors import ConfigError
 from plutino.job.assignment import StageShape
+from plutino.job.objective import GENERATED_METRICS
 from plutino.types import Unit, UnitKind, WorkerRef
 from plutino.wire.channel import Lane
-from plutino.wire.convert import unit_to_proto
+from plutino.wire.convert import row_values_from_proto, unit_to_proto
 from protos import runners_pb2 as runner_pb
 from protos import workers_pb2 as pb
 
@@ -33,7 +35,7 @@ class Batch:
 
     @property
     def loss_weight(self) -> float:
-        """Label tokens of the whole unit."""
+        """What the whole unit's loss is divided by."""
         return self.parts[0].loss_weight
 
     @property
@@ -117,21 +119,40 @@ def end_unit(context: JobContext, unit: Unit) -> None:
     context.workers.end_unit(unit)
 
 
-async def evaluation_loss(
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation measured."""
+
+    loss_sum: float
+    loss_weight: float
+    """Label tokens, or rows; the loss is the sum over this."""
+    values: dict[int, list[float]]
+    """Row -> what the objective says of it, both answers of a pair one after the other; empty if nothing."""
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.loss_sum / self.loss_weight
+
+
+async def evaluate(
     context: JobContext,
     *,
     num_rows: int,
+    start_row: int = 0,
     source: Literal["held-out", "training", "general"] = "held-out",
     use_adapter: bool = True,
-) -> tuple[float, float]:
-    """Sum of token losses over the first rows of a set, and the number of label tokens."""
-    loss_sum, label_tokens = 0.0, 0.0
+) -> Evaluation:
+    """Loss of some rows of a set, and what the objective says of them."""
+    loss_sum, loss_weight = 0.0, 0.0
+    values: dict[int, list[float]] = {}
     # At least the probe's rows, so that it is one unit and cut in one way.
     batch_rows = max(context.spec.training.batch_size, PROBE_ROWS)
-    for start_row in range(0, num_rows, batch_rows):
+    end_row = start_row + num_rows
+    for first in range(start_row, end_row, batch_rows):
         ask = runner_pb.GetEvalBatch(
-            start_row=start_row,
-            num_rows=min(batch_rows, num_rows - start_row),
+            start_row=first,
+            num_rows=min(batch_rows, end_row - first),
             micro_batch_size=context.numerics.micro_batch_size,
             from_training=source == "training",
             general=source == "general",
@@ -140,16 +161,30 @@ async def evaluation_loss(
         unit = await context.new_unit(UnitKind.EVALUATE)
         async with _running(context, unit):
             feed(context, unit, batch, without_adapter=not use_adapter)
-            loss_sum += sum(done.loss_sum for done in await _all_done(context, unit))
-        label_tokens += batch.loss_weight
-    return loss_sum, label_tokens
+            for done in await _all_done(context, unit):
+                loss_sum += done.loss_sum
+                values |= _values_by_row(batch, done)
+        loss_weight += batch.loss_weight
+    return Evaluation(loss_sum, loss_weight, values)
+
+
+def _values_by_row(batch: Batch, done: pb.UnitDone) -> dict[int, list[float]]:
+    values: dict[int, list[float]] = {}
+    parts = {part.micro_batch: part for part in batch.parts}
+    for message in done.row_values:
+        part = parts[message.micro_batch]
+        of_rows = row_values_from_proto(message, num_rows=len(part.rows.lengths))
+        # Both sequences of a pair are one row of the data set.
+        of_samples = of_rows.reshape(len(part.sample_indices), -1)
+        values |= {int(row): own.tolist() for row, own in zip(part.sample_indices, of_samples, strict=True)}
+    return values
 
 
 async def probe_batch(context: JobContext, prepared: PreparedData) -> Batch:
-    """The training rows that the published adapter is verified on, cut as :func:`evaluation_loss` cuts them."""
+    """The training rows that the published adapter is verified on, cut as :func:`evaluate` cuts them."""
     ask = runner_pb.GetEvalBatch(
         start_row=0,
-        num_rows=min(PROBE_ROWS, prepared.num_train),
+        num_rows=min(PROBE_ROWS, prepared.num_probe),
         micro_batch_size=context.numerics.micro_batch_size,
         from_training=True,
     )
@@ -159,15 +194,40 @@ async def probe_batch(context: JobContext, prepared: PreparedData) -> Batch:
 async def score(
     context: JobContext, prepared: PreparedData, *, use_adapter: bool, few_shot: bool = False
 ) -> tuple[ScoreReport, float]:
-    """Generate answers to all held-out prompts and compare them; gives the seconds that generating took, too."""
+    """Score all held-out rows, each task's as its metric asks; gives the seconds that it took, too."""
+    started_s = time.monotonic()
+    rows: dict[int, list[float]] = {}
+    perplexities: dict[str, float] = {}
+    for task in prepared.tasks:
+        num_rows = task.end_row - task.start_row
+        if task.metric in GENERATED_METRICS:
+            rows |= await _answers(context, prepared, task, use_adapter=use_adapter, few_shot=few_shot)
+            continue
+        seen = await evaluate(context, start_row=task.start_row, num_rows=num_rows, use_adapter=use_adapter)
+        rows |= seen.values
+        if task.metric == "perplexity":
+            # A float's range ends at exp(709); a loss of that size is as good as any above it.
+            perplexities[task.name] = math.exp(min(seen.loss, 700.0))
+    ask = runner_pb.Score(rows_json=json.dumps(rows), perplexities=perplexities)
+    answer = await context.runner.ask(runner_pb.RunnerCommand(score=ask))
+    return ScoreReport.model_validate_json(answer[-1].scored.json), time.monotonic() - started_s
+
+
+async def _answers(
+    context: JobContext, prepared: PreparedData, task: TaskRows, *, use_adapter: bool, few_shot: bool
+) -> dict[int, list[float]]:
+    """Generated tokens by row."""
     scoring = context.spec.scoring
     assert scoring is not None, "scoring is asked for by the spec"
-    started_s = time.monotonic()
     num_groups = len(context.plan.stages)
-    rows: dict[int, list[int]] = {}
-    for start_row in range(0, prepared.num_eval, num_groups * scoring.batch_rows):
+    rows: dict[int, list[float]] = {}
+    for start_row in range(task.start_row, task.end_row, num_groups * scoring.batch_rows):
         ask = runner_pb.GetPrompts(
-            start_row=start_row, num_groups=num_groups, group_rows=scoring.batch_rows, few_shot=few_shot
+            start_row=start_row,
+            num_groups=num_groups,
+            group_rows=scoring.batch_rows,
+            end_row=task.end_row,
+            few_shot=few_shot,
         )
         batch = _batch(await context.runner.ask(runner_pb.RunnerCommand(get_prompts=ask)))
         options = pb.GenerateOptions(
@@ -182,9 +242,7 @@ async def score(
             feed(context, unit, batch, options)
             for done in await _all_done(context, unit):
                 rows |= {row.row: list(row.tokens) for row in done.rows}
-    rows_json = json.dumps(rows)
-    answer = await context.runner.ask(runner_pb.RunnerCommand(score=runner_pb.Score(rows_json=rows_json)))
-    return ScoreReport.model_validate_json(answer[-1].scored.json), time.monotonic() - started_s
+    return rows
 
 
 def _batch(events: Sequence[runner_pb.RunnerEvent]) -> Batch:

@@ -131,9 +131,11 @@ class InProcessPipeline:
         work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows))
         return sum(self._run_unit(work, lambda executor: executor.evaluate(work)).values())
 
-    def evaluate_rows(self, serial: int, rows: Sequence[MicroBatchRows]) -> tuple[float, list[torch.Tensor]]:
+    def evaluate_rows(
+        self, serial: int, rows: Sequence[MicroBatchRows], *, use_adapter: bool = True
+    ) -> tuple[float, list[torch.Tensor]]:
         """Sum of losses, and what the objective says of the rows of each micro-batch, [B, K] each."""
-        work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows))
+        work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows), not use_adapter)
         results = self._run_unit(work, lambda executor: executor.evaluate_rows(work)).values()
         values = {m: of_m for _, of_worker in results for m, of_m in of_worker.items()}
         return sum(loss_sum for loss_sum, _ in results), [values[m] for m in sorted(values)]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plutino.data.readers import name_lines
-from plutino.data.samples import Samples
+from plutino.data.samples import Batchable, TokenRow
 from plutino.errors import DataError, NumericsError
 
 
@@ -52,7 +52,7 @@ class StepBatch:
 
     micro_batches: tuple[MicroBatchRows, ...]
     loss_weight: int
-    """Label tokens after the shift, over all micro-batches: the loss is the sum over tokens divided by this."""
+    """What the loss is divided by, over all micro-batches: label tokens after the shift, or rows."""
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -69,7 +69,7 @@ def total_steps(num_samples: int, batch_size: int, *, epochs: float | None = Non
     return math.ceil(exact * steps_per_epoch(num_samples, batch_size))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
 def sample_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Order of the rows in an epoch: a permutation of range(num_samples), read-only.
 
@@ -93,7 +93,7 @@ def batch_indices(step: int, batch_size: int, num_samples: int, seed: int) -> tu
 
 
 def first_epoch_micro_batches(
-    samples: Samples, batch_size: int, micro_batch_size: int, seed: int
+    samples: Batchable, batch_size: int, micro_batch_size: int, seed: int
 ) -> tuple[tuple[int, ...], ...]:
     """Rows of every micro-batch of the first epoch, step by step, for jobs whose later epochs repeat them."""
     num_steps = steps_per_epoch(len(samples), batch_size)
@@ -123,7 +123,7 @@ def sequential_indices(batch: int, batch_size: int, num_samples: int) -> tuple[i
     return tuple(range(batch * batch_size, min((batch + 1) * batch_size, num_samples)))
 
 
-def cut_micro_batches(samples: Samples, indices: Sequence[int], micro_batch_size: int) -> StepBatch:
+def cut_micro_batches(samples: Batchable, indices: Sequence[int], micro_batch_size: int) -> StepBatch:
     """Cut a step's rows into micro-batches of ``micro_batch_size`` rows; the last may be smaller.
 
     Rows are sorted by length first, so that rows of like length share a micro-batch and little is padded. The longest
@@ -136,14 +136,14 @@ def cut_micro_batches(samples: Samples, indices: Sequence[int], micro_batch_size
     return gather_step(samples, _by_length(samples, indices, micro_batch_size))
 
 
-def gather_step(samples: Samples, micro_batches: Sequence[Sequence[int]]) -> StepBatch:
+def gather_step(samples: Batchable, micro_batches: Sequence[Sequence[int]]) -> StepBatch:
     """A step of these micro-batches, each given by its rows.
 
     Raises:
         NumericsError: no row has a label token, so that there is no loss to divide.
     """
     order = [index for rows in micro_batches for index in rows]
-    loss_weight = sum(int(samples.mask(index)[1:].sum()) for index in order)
+    loss_weight = sum(samples.loss_weight(index) for index in order)
     if loss_weight == 0:
         where = name_lines(sorted(int(samples.line_numbers[index]) for index in order)) if order else "no rows"
         raise NumericsError(
@@ -153,13 +153,13 @@ def gather_step(samples: Samples, micro_batches: Sequence[Sequence[int]]) -> Ste
     return StepBatch(micro_batches=tuple(_gather(samples, rows) for rows in micro_batches), loss_weight=loss_weight)
 
 
-def _by_length(samples: Samples, indices: Sequence[int], micro_batch_size: int) -> tuple[tuple[int, ...], ...]:
+def _by_length(samples: Batchable, indices: Sequence[int], micro_batch_size: int) -> tuple[tuple[int, ...], ...]:
     lengths = samples.lengths
     order = sorted(indices, key=lambda index: (-int(lengths[index]), index))
     return tuple(tuple(order[first : first + micro_batch_size]) for first in range(0, len(order), micro_batch_size))
 
 
-def prompt_micro_batch(samples: Samples, indices: Sequence[int]) -> MicroBatchRows:
+def prompt_micro_batch(samples: Batchable, indices: Sequence[int]) -> MicroBatchRows:
     """The prompts of these rows, in the order given, for generation; no token carries loss.
 
     Raises:
@@ -179,12 +179,23 @@ def prompt_micro_batch(samples: Samples, indices: Sequence[int]) -> MicroBatchRo
     )
 
 
-def _gather(samples: Samples, indices: Sequence[int]) -> MicroBatchRows:
-    rows = [samples.ids(index) for index in indices]
+def _gather(samples: Batchable, indices: Sequence[int]) -> MicroBatchRows:
+    rows = [row for index in indices for row in samples.rows(index)]
+    segments = [length for row in rows for length in row.segment_lengths]
+    num_pairs = len(indices) if samples.sequences_per_sample == 2 else 0
     return MicroBatchRows(
-        lengths=np.array([len(row) for row in rows], np.int32),
-        input_ids=np.concatenate(rows),
-        label_mask=np.concatenate([samples.mask(index) for index in indices]),
-        padded_tokens=max(len(row) for row in rows),
+        lengths=np.array([len(row.ids) for row in rows], np.int32),
+        input_ids=np.concatenate([row.ids for row in rows]),
+        label_mask=np.concatenate([row.mask for row in rows]),
+        padded_tokens=max(len(row.ids) for row in rows),
         sample_indices=tuple(int(index) for index in indices),
+        segment_lengths=np.array(segments, np.int32) if segments else None,
+        labels=_values(rows, "label"),
+        pair_ids=np.repeat(np.arange(num_pairs, dtype=np.int32), 2) if num_pairs else None,
+        reference_logps=_values(rows, "reference_logp"),
     )
+
+
+def _values(rows: Sequence[TokenRow], name: str) -> NDArray[np.float32] | None:
+    values = [getattr(row, name) for row in rows]
+    return None if None in values else np.array(values, np.float32)

@@ -1,62 +1,25 @@
 """Rows of a training or held-out file, each with the line it came from.
 
-Entry point: :func:`read_rows`. Two shapes of jsonl are known: ``{"prompt", "completion"}`` and OpenAI's
-``{"messages": [{"role", "content"}, ...]}``. Both become messages; how the model sees a prompt and a completion is
-decided in :mod:`plutino.data.templates`. All bad lines of a file are reported at once, by their numbers.
+Entry point: :func:`read_rows`. It looks at every row once, remembers where each stands, and reads it again when it is
+asked for: memory holds two numbers a row. All bad lines of a file are reported at once, by their numbers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Literal, overload
 
+from plutino.data.formats import KNOWN_SHAPES, BadRowError, Message, Row, RowFormat, recognise, renamed, to_row
+from plutino.data.records import Records, open_records
 from plutino.errors import DataError
 
-RowFormat = Literal["prompt_completion", "messages"]
+__all__ = ["Message", "Row", "RowFormat", "Rows", "name_lines", "read_rows", "scan_rows"]
 
-_KEYS: dict[RowFormat, frozenset[str]] = {
-    "prompt_completion": frozenset({"prompt", "completion"}),
-    "messages": frozenset({"messages"}),
-}
 _MAX_LINES_NAMED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-    carries_loss: bool = False
-    """True for what the assistant says, unless the row gives the message OpenAI's ``"weight": 0``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the file. At least one assistant message carries loss."""
-
-    line_number: int
-    """Counted from 1, as editors do."""
-    messages: tuple[Message, ...]
-
-    @property
-    def last_answer(self) -> int:
-        """Index of the last assistant message: the one that is generated and scored."""
-        return max(index for index, message in enumerate(self.messages) if message.role == "assistant")
-
-    @property
-    def answer(self) -> str:
-        """The text that a generated answer is compared with."""
-        return self.messages[self.last_answer].content
-
-    @property
-    def question(self) -> str:
-        """What the last answer answers, for people to read; empty if the row begins with it."""
-        return "" if self.last_answer == 0 else self.messages[self.last_answer - 1].content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,47 +30,129 @@ class Rows:
     format: RowFormat
     sha256: str
     """Hash of the whole file, also where only the first rows were asked for."""
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
+    problems: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """What is wrong with rows that were left out -> their lines; empty unless they were to be passed over."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def read_rows(path: Path, format: RowFormat | Literal["auto"] = "auto", limit: int | None = None) -> Rows:
-    """Read a jsonl file; empty lines are passed over.
+class StoredRows(Sequence[Row]):
+    """Rows that stay in their file until they are asked for.
 
     Args:
-        path: the file, UTF-8.
-        format: the shape of its rows; auto takes it from the keys of the first row.
+        path: the file, for messages.
+        records: the file.
+        row_format: what its columns mean.
+        columns: see :func:`plutino.data.formats.renamed`.
+        positions: where each row stands, see :class:`plutino.data.records.Place`.
+        line_numbers: their lines.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        records: Records,
+        row_format: RowFormat,
+        columns: Mapping[str, str],
+        positions: Sequence[int],
+        line_numbers: Sequence[int],
+    ) -> None:
+        self._path = path
+        self._records = records
+        self._format: RowFormat = row_format
+        self._columns = columns
+        self._positions = positions
+        self._line_numbers = line_numbers
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        """A row, or a list of rows.
+
+        Raises:
+            DataError: the file is not what it was when it was scanned.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        line_number = self._line_numbers[index]
+        try:
+            values = renamed(self._records.read(self._positions[index]), self._columns)
+            return to_row(values, self._format, line_number)
+        except (BadRowError, OSError, StopIteration) as error:
+            raise DataError(
+                f"{self._path} changed while it was in use, line {line_number} cannot be read any more ({error}); "
+                "put it back, or start the job again"
+            ) from error
+
+
+def read_rows(
+    path: Path,
+    format: RowFormat | Literal["auto"] = "auto",
+    limit: int | None = None,
+    *,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> Rows:
+    """Read a file of rows; empty lines are passed over.
+
+    Args:
+        path: jsonl, csv, tsv, txt, parquet, or a folder of Hugging Face datasets; text is UTF-8.
+        format: what its columns mean; auto takes it from those of the first row.
         limit: read only the first so many rows; None means all.
+        columns: the format's name of a column -> the file's, or a text with the file's columns in braces.
 
     Raises:
         DataError: the file cannot be read, has no rows, or some of its lines cannot be used. All unusable lines are
             counted, the first few are named.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror}") from error
-    rows: list[Row] = []
+    rows = scan_rows(path, format, limit, columns=columns)
+    if rows.problems:
+        raise DataError(_report(path, rows.problems))
+    return rows
+
+
+def scan_rows(
+    path: Path,
+    format: RowFormat | Literal["auto"] = "auto",
+    limit: int | None = None,
+    *,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> Rows:
+    """As :func:`read_rows`, but rows that cannot be used are passed over and told in ``problems``.
+
+    Raises:
+        DataError: the file cannot be read, or no row is of a known format.
+    """
+    records = open_records(path)
+    positions, line_numbers = array("q"), array("q")
     problems: dict[str, list[int]] = {}
     known: RowFormat | None = None if format == "auto" else format
-    for line_number, line in _lines(content):
+    for place in records.places():
         try:
-            values = _parse(line)
-            known = known or _recognise(values)
-            messages = _READERS[known](values)
-        except _BadRowError as problem:
-            problems.setdefault(str(problem), []).append(line_number)
+            values = renamed(records.read(place.position), columns)
+            known = known or recognise(values)
+            to_row(values, known, place.line_number)
+        except BadRowError as problem:
+            problems.setdefault(str(problem), []).append(place.line_number)
             continue
-        rows.append(Row(line_number, messages))
-        if len(rows) == limit:
+        positions.append(place.position)
+        line_numbers.append(place.line_number)
+        if len(positions) == limit:
             break
-    if problems:
-        raise DataError(_report(path, problems))
     if known is None:
-        raise DataError(f"{path} has no rows ({len(content)} bytes); give a jsonl file with one JSON object per line")
-    return Rows(path=path, format=known, sha256=hashlib.sha256(content).hexdigest(), rows=tuple(rows))
+        if problems:
+            raise DataError(_report(path, problems))
+        raise DataError(f"{path} has no rows; {KNOWN_SHAPES}")
+    rows = StoredRows(path, records, known, dict(columns), positions, line_numbers)
+    return Rows(path=path, format=known, sha256=records.sha256(), rows=rows, problems=problems)
 
 
 def name_lines(line_numbers: Sequence[int]) -> str:
@@ -119,110 +164,7 @@ def name_lines(line_numbers: Sequence[int]) -> str:
     return f"lines {named}" + (f" and {num_left} more ({len(line_numbers)} in all)" if num_left > 0 else "")
 
 
-class _BadRowError(Exception):
-    """What is wrong with one line and the way out; equal texts are reported once with all their lines."""
-
-
-def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    # Not str.splitlines: it also splits at U+2028 and its kin, which JSON strings may hold.
-    for line_number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield line_number, line
-
-
-def _report(path: Path, problems: Mapping[str, list[int]]) -> str:
+def _report(path: Path, problems: Mapping[str, Sequence[int]]) -> str:
     num_bad = sum(len(lines) for lines in problems.values())
     details = [f"{name_lines(lines)}: {text}" for text, lines in problems.items()]
     return f"{path} has {num_bad} unusable row{'s' if num_bad > 1 else ''}:\n" + "\n".join(f"  {d}" for d in details)
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise _BadRowError("not UTF-8; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise _BadRowError(f"not JSON ({error.msg}); put one whole JSON object on each line") from error
-    except RecursionError as error:
-        raise _BadRowError("JSON nested too deeply; a row is an object of strings or of messages") from error
-    if not isinstance(values, dict):
-        raise _BadRowError(f"a JSON {_json_name(values)}, not an object; {_KNOWN_SHAPES}")
-    return values
-
-
-def _recognise(values: Mapping[str, Any]) -> RowFormat:
-    for name, keys in _KEYS.items():
-        if keys <= values.keys():
-            return name
-    found = ", ".join(repr(key) for key in sorted(values)) or "no keys"
-    raise _BadRowError(f"found {found}; {_KNOWN_SHAPES}")
-
-
-def _prompt_completion(values: Mapping[str, Any]) -> tuple[Message, ...]:
-    _need(values, _KEYS["prompt_completion"])
-    prompt, completion = (_text(values[key], repr(key)) for key in ("prompt", "completion"))
-    if not prompt:
-        raise _BadRowError("'prompt' is empty; give the model something to answer or remove the row")
-    if not completion.strip():
-        raise _BadRowError("'completion' is empty; there is nothing to learn: fill it or remove the row")
-    return (Message("user", prompt), Message("assistant", completion, carries_loss=True))
-
-
-def _conversation(values: Mapping[str, Any]) -> tuple[Message, ...]:
-    _need(values, _KEYS["messages"])
-    if not isinstance(values["messages"], list):
-        raise _BadRowError(f"'messages' is a JSON {_json_name(values['messages'])}; it must be a list of messages")
-    messages = tuple(_message(value) for value in values["messages"])
-    if not any(message.role == "assistant" for message in messages):
-        raise _BadRowError("no message has the role 'assistant'; there is nothing to learn: add one or remove the row")
-    if not any(message.carries_loss for message in messages):
-        raise _BadRowError("every assistant message has weight 0; there is nothing to learn: remove the row")
-    return messages
-
-
-_READERS = {"prompt_completion": _prompt_completion, "messages": _conversation}
-
-
-def _message(value: Any) -> Message:
-    if not isinstance(value, dict):
-        raise _BadRowError(f"a message is a JSON {_json_name(value)}; it must be an object with 'role' and 'content'")
-    _need(value, frozenset({"role", "content"}))
-    if value.get("tool_calls"):
-        raise _BadRowError("a message has 'tool_calls', which are not supported; write the call into 'content'")
-    role = _text(value["role"], "a message's 'role'")
-    content = _text(value["content"], "a message's 'content'")
-    weight = value.get("weight", 1)
-    if weight not in (0, 1):
-        raise _BadRowError("a message's 'weight' is neither 0 nor 1; give one of them or leave it out")
-    if role == "assistant" and not content.strip():
-        raise _BadRowError("an assistant message is empty; there is nothing to learn: fill it or remove the row")
-    return Message(role, content, carries_loss=role == "assistant" and bool(weight))
-
-
-def _need(values: Mapping[str, Any], keys: frozenset[str]) -> None:
-    missing = sorted(keys - values.keys())
-    if missing:
-        found = ", ".join(repr(key) for key in sorted(values)) or "no keys"
-        raise _BadRowError(f"{', '.join(repr(key) for key in missing)} missing, found {found}; {_KNOWN_SHAPES}")
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise _BadRowError(f"{what} is a JSON {_json_name(value)}; it must be a string")
-    try:
-        # JSON can spell half of an emoji ("\ud83d"), which no encoding of the text has; tokenizers would raise later.
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _BadRowError(f"{what} holds half of a surrogate pair (a cut emoji?); mend the text") from error
-    return value
-
-
-_KNOWN_SHAPES = (
-    'rows are {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}, '
-    "all of one file alike"
-)
-
-
-def _json_name(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")

@@ -21,7 +21,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from plutino.data.readers import Message, Row, RowFormat
+from plutino.data.formats import Message, Row, RowFormat
 from plutino.errors import DataError
 
 # What follows an answer's content: the end token, with white space before it but not after it. A model stops at its
@@ -39,7 +39,9 @@ class RenderedRow:
     prompt_chars: int
     """``text[:prompt_chars]`` is the prompt of the row's last answer."""
     is_chat: bool
-    """False for a plain prompt with its completion: the tokenizer adds its own bos, and eos ends the row."""
+    """False for plain text (a prompt with its completion, a document): the tokenizer adds its own bos."""
+    ends: bool = True
+    """Of plain text: eos ends the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ def render(row: Row, row_format: RowFormat, template: ChatTemplate | None) -> Re
     """
     if template is not None:
         return _render_chat(template, row)
-    if row_format == "messages":
+    if len(row.messages) != 2 or row_format in ("messages", "sharegpt"):
         raise DataError(
             "the rows are messages but the model has no chat template (chat_template.jinja); "
             "add one, use an instruction-tuned model, or give prompt and completion rows"

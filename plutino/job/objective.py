@@ -18,8 +18,14 @@ Counted = Literal["label tokens", "rows"]
 RowUse = Literal["answers", "text", "label", "scored", "pairs"]
 """What an objective takes of a row: answers to learn, raw text, text with a label, a rated answer, two answers."""
 
+TrainOn = Literal["answers", "last", "all"]
+"""Which tokens of a conversation carry loss: all answers, only the last one, or all tokens."""
+
 MetricName = Literal["exact_match", "json_slots", "perplexity", "classes", "correlation", "pairs", "ratings"]
 """How held-out rows are scored."""
+
+GENERATED_METRICS: tuple[MetricName, ...] = ("exact_match", "json_slots")
+"""Metrics that compare generated answers."""
 
 
 class ObjectivePart(SpecPart):
@@ -52,13 +58,17 @@ class ObjectivePart(SpecPart):
         """Outputs of the score head; 0 without one, or while its classes are not known yet."""
         return 0
 
+    def with_class_names(self, names: tuple[str, ...]) -> ObjectiveConfig:
+        """The config for devices, which have not seen the data."""
+        raise NotImplementedError
+
     @property
     def runs_reference(self) -> bool:
         """Whether each step first runs all its rows through the model with its adapter switched off."""
         return False
 
     @property
-    def labelled_tokens(self) -> Literal["answers", "last", "all"]:
+    def labelled_tokens(self) -> TrainOn:
         """Which tokens of a conversation carry loss."""
         return "answers"
 
@@ -67,12 +77,12 @@ class SftConfig(ObjectivePart):
     """Supervised fine-tuning: cross-entropy on the answer's tokens."""
 
     type: Literal["sft"] = "sft"
-    train_on: Literal["answers", "last", "all"] = "answers"
+    train_on: TrainOn = "answers"
     """answers: whatever the assistant (the completion) says carries loss. last: only its last turn. all: every
     token."""
 
     @property
-    def labelled_tokens(self) -> Literal["answers", "last", "all"]:
+    def labelled_tokens(self) -> TrainOn:
         """See :class:`ObjectivePart`."""
         return self.train_on
 
@@ -135,6 +145,10 @@ class ClassificationConfig(_ScoreHead):
     def row_use(self) -> RowUse:
         """See :class:`ObjectivePart`."""
         return "label"
+
+    def with_class_names(self, names: tuple[str, ...]) -> ClassificationConfig:
+        """See :class:`ObjectivePart`."""
+        return self.model_copy(update={"labels": names})
 
     @property
     def num_outputs(self) -> int:

@@ -19,11 +19,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from plutino.errors import ConfigError
 from plutino.hub_id import parse_hub_id
 from plutino.job.base import SpecPart
-from plutino.job.data import DataConfig, ScoringConfig
+from plutino.job.data import DataConfig, ScoringConfig, TaskConfig
 from plutino.job.evaluation import EvaluationConfig
 from plutino.job.method import LoraConfig, MethodConfig
 from plutino.job.model import ModelConfig
-from plutino.job.objective import ObjectiveConfig, SftConfig
+from plutino.job.objective import GENERATED_METRICS, MetricName, ObjectiveConfig, SftConfig
 from plutino.job.output import OutputConfig
 from plutino.job.overrides import apply_overrides
 from plutino.job.placement import PlacementConfig
@@ -112,20 +112,86 @@ class JobSpec(SpecPart):
 
     @model_validator(mode="after")
     def _evaluation_has_rows(self) -> JobSpec:
-        if self.data.eval is None:
+        if not self.data.has_eval:
             wants = [
                 name
                 for name, wanted in (
                     ("training.eval_every", self.training.eval_every is not None),
                     ("training.keep_best", self.training.keep_best),
                     ("training.early_stopping", self.training.early_stopping is not None),
-                    ("scoring", self.scoring is not None),
+                    ("scoring", self.scoring is not None and not any(task.eval for task in self.data.sources)),
                 )
                 if wanted
             ]
             if wants:
                 raise ValueError(f"{', '.join(wants)} need held-out rows: set data.eval")
         return self
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> JobSpec:
+        if self.objective.runs_reference and self.method.trains_weights:
+            raise ValueError(
+                f"objective.type: {self.objective.type} compares with the base model, whose weights method.type: "
+                f"{self.method.type} changes; train an adapter, or give objective.reference: rows"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cached_rows_stand_alone(self) -> JobSpec:
+        if self.training.activation_cache == "off":
+            return self
+        trained = [task for task in self.data.sources if task.train is not None]
+        if self.data.packing or len(trained) > 1 or self.objective.runs_reference:
+            raise ValueError(
+                "training.activation_cache repeats the first epoch's micro-batches of one data set; it goes with "
+                "neither data.packing nor several trained tasks nor a reference: leave it off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packing_fits(self) -> JobSpec:
+        if not self.data.packing:
+            return self
+        if self.objective.row_use not in ("answers", "text"):
+            raise ValueError(
+                f"data.packing: rows of objective.type: {self.objective.type} are scored one by one and cannot share a "
+                "sequence; leave it out"
+            )
+        if self.method.prompt_tokens:
+            raise ValueError(
+                f"data.packing: method.type: {self.method.type} puts its virtual tokens before a whole sequence, which "
+                "only its first row would follow; set one of the two off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_fit(self) -> JobSpec:
+        own = self.objective.own_metric
+        allowed = {own, "perplexity"} if self.objective.counted == "label tokens" else {own}
+        if self.objective.row_use == "answers":
+            allowed |= set(GENERATED_METRICS)
+        for task in self.data.sources:
+            metric = self.metric_of(task)
+            if self.scoring is not None and task.eval is not None and metric not in allowed:
+                raise ValueError(
+                    f"scoring: {metric} is no metric of objective.type: {self.objective.type}, which has "
+                    f"{', '.join(sorted(allowed))}"
+                )
+        return self
+
+    def metric_of(self, task: TaskConfig) -> MetricName:
+        """How a task's held-out rows are scored."""
+        if task.metric is not None:
+            return task.metric
+        if self.scoring is None or self.scoring.metric == "auto":
+            return self.objective.own_metric
+        return self.scoring.metric
+
+    @property
+    def generates(self) -> bool:
+        """Whether scoring generates answers."""
+        scored = [self.metric_of(task) for task in self.data.sources if task.eval is not None]
+        return self.scoring is not None and any(metric in GENERATED_METRICS for metric in scored)
 
 
 def load_spec(path: Path, overrides: Iterable[str] = ()) -> JobSpec:
@@ -271,4 +337,15 @@ def _absolute(spec: JobSpec, base_dir: Path) -> JobSpec:
             continue  # a folder of that name wins over a model of the hub
         if path is not None:
             parts[part_name] = part.model_copy(update={key: str((base_dir / Path(path).expanduser()).resolve())})
-    return spec.model_copy(update=parts)
+    absolute = spec.model_copy(update=parts)
+    tasks = tuple(
+        task.model_copy(
+            update={
+                key: str((base_dir / Path(path).expanduser()).resolve())
+                for key in ("train", "eval")
+                if (path := getattr(task, key)) is not None
+            }
+        )
+        for task in spec.data.tasks
+    )
+    return absolute.model_copy(update={"data": absolute.data.model_copy(update={"tasks": tasks})})

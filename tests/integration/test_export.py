@@ -72,7 +72,7 @@ def probe(stock_model: Any) -> Probe:
         for rows in (ROWS[:2], ROWS[2:])
     )
     num_labels = sum(len(row) - NUM_PROMPT_TOKENS for row in ROWS)
-    return Probe(micro_batches=micro_batches, loss_sum=loss_sum, num_label_tokens=num_labels, dtype="fp32")
+    return Probe(micro_batches=micro_batches, loss_sum=loss_sum, num_counted=num_labels, dtype="fp32")
 
 
 class MemoryBulk:
@@ -198,7 +198,7 @@ def test_check_reload_catches_logits_that_are_not_finite(probe: Probe, altered: 
 
 
 def test_check_reload_refuses_a_probe_with_another_number_of_labels(stock_dir: Path, probe: Probe) -> None:
-    miscounted = probe.model_copy(update={"num_label_tokens": 12})
+    miscounted = probe.model_copy(update={"num_counted": 12})
 
     with pytest.raises(ExportError, match="has 11 label tokens but the pipeline counted 12"):
         verify.check_reload(MODEL_DIR, stock_dir, miscounted)

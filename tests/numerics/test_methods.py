@@ -228,7 +228,7 @@ def test_exported_adapter_is_reloaded_with_the_pipelines_loss_and_by_every_stage
         probe = Probe(
             micro_batches=tuple(map(ProbeRows.of, rows)),
             loss_sum=pipeline.evaluate(0, rows),
-            num_label_tokens=int(sum(each.label_mask.sum() for each in rows)),
+            num_counted=int(sum(each.label_mask.sum() for each in rows)),
             dtype="fp32",
         )
         assembled, published = export(pipeline, spec, tmp_path / "out", probe)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from coordinator.artifacts.card import CardFacts, DataFile, Evaluation, TrainingLosses
-from coordinator.jobs.scoring import Score
+from coordinator.artifacts.card import CardFacts, DataFile, Evaluation, ScoreFacts, TrainingLosses
 from plutino.errors import FrameError, UnknownJobError
 from plutino.job.method import LoraConfig
 from plutino.job.objective import SftConfig
@@ -77,8 +76,8 @@ def make_facts() -> Callable[..., CardFacts]:
             num_steps=30,
             losses=TrainingLosses(first=3.25, last=0.5, best=0.25),
             evaluations=(Evaluation(step=30, loss=0.625),),
-            score_before=Score(metric="exact_match", num_rows=40, exact_match=0.0),
-            score_after=Score(metric="exact_match", num_rows=40, exact_match=0.75),
+            score_before=ScoreFacts(num_rows=40, values={"exact_match": 0.0}),
+            score_after=ScoreFacts(num_rows=40, values={"exact_match": 0.75}),
             checks=(("stock peft", "112 tensors"), ("workers", "largest difference 0 over 3 stages")),
             was_reloaded=True,
             versions={"torch": "2.13.0"},

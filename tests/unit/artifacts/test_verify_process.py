@@ -72,7 +72,7 @@ def test_probe_rows_of_a_micro_batch_round_trip_as_json() -> None:
         padded_tokens=2,
         sample_indices=(4, 9),
     )
-    probe = Probe(micro_batches=(ProbeRows.of(rows),), loss_sum=1.5, num_label_tokens=1, dtype="fp32")
+    probe = Probe(micro_batches=(ProbeRows.of(rows),), loss_sum=1.5, num_counted=1, dtype="fp32")
 
     assert Probe.model_validate_json(probe.model_dump_json()) == probe
     assert probe.micro_batches[0].input_ids == (5, 6, 7)

@@ -68,7 +68,7 @@ def test_parse_spec_unknown_key_like_none_lists_the_known_ones() -> None:
 def test_parse_spec_tells_all_problems_at_once() -> None:
     lines = problems(data={}, method={"rank": 0}, training={"lr": "fast"}, placemnt={})
 
-    assert [line.split(":")[0] for line in lines] == ["method.rank", "data.train", "training.lr", "placemnt"]
+    assert [line.split(":")[0] for line in lines] == ["method.rank", "data", "training.lr", "placemnt"]
     assert lines[0].endswith("(given: 0)")
     assert lines[1] == "data.train: is required"
 

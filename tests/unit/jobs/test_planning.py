@@ -24,8 +24,6 @@ PREPARED = PreparedData(
     label_tokens_per_row=8,
     prompt_tokens=0,
     stop_token_ids=(3,),
-    train_sha256="0" * 64,
-    eval_sha256="",
     mean_row_tokens=40.0,
 )
 

@@ -1,0 +1,130 @@
+"""A job's loss on a few rows by stock transformers: the second opinion that a published adapter is held against.
+
+Written from the objectives' definitions and not from the devices' code, which it checks. Entry point:
+:func:`loss_sum_of`. It imports torch, so only :mod:`coordinator.artifacts.verify` may import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coordinator.artifacts.verify_process import Probe, ProbeRows
+from plutino.errors import ExportError
+from plutino.job.objective import DpoConfig, RewardConfig
+
+# Shape suffixes: B rows, P pairs, T padded tokens, V vocabulary, N label tokens.
+
+
+def loss_sum_of(model: Any, probe: Probe, without_adapter: Callable[[], AbstractContextManager[Any]]) -> float:
+    """The sum of losses of the probe's rows.
+
+    Raises:
+        ExportError: the model's outputs are not finite.
+    """
+    objective = probe.objective
+    total = 0.0
+    for rows in probe.micro_batches:
+        if isinstance(objective, DpoConfig):
+            policy_B = _row_logps(model, rows, average=objective.average_logps)
+            if objective.runs_reference:
+                with without_adapter():
+                    reference_B = _row_logps(model, rows, average=objective.average_logps)
+            else:
+                reference_B = torch.tensor(rows.reference_logps)
+            total += float(_dpo(objective, *_pairs(policy_B - reference_B, rows)))
+        elif objective is not None and objective.has_score_head:
+            total += float(_scored(objective, _scores(model, rows), rows))
+        else:
+            total -= float(_row_logps(model, rows).sum())
+    return total
+
+
+def padded(rows: ProbeRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and label mask of a micro-batch, each [B, T], padded on the right with 0."""
+    shape = (len(rows.lengths), rows.padded_tokens)
+    ids_BT, attention_BT, labels_BT = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    start = 0
+    for row, length in enumerate(rows.lengths):
+        ids_BT[row, :length] = torch.tensor(rows.input_ids[start : start + length])
+        labels_BT[row, :length] = torch.tensor(rows.label_mask[start : start + length])
+        attention_BT[row, :length] = 1
+        start += length
+    return ids_BT, attention_BT, labels_BT
+
+
+def _row_logps(model: Any, rows: ProbeRows, *, average: bool = False) -> Tensor:
+    ids_BT, attention_BT, labels_BT = padded(rows)
+    logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
+    # Virtual tokens of a prompt stand before the row's own.
+    logits_BTV = logits_BTV[:, -ids_BT.shape[1] :]
+    _require_finite(logits_BTV[attention_BT.bool()], rows)
+    # Token t is predicted at position t - 1.
+    is_label_BT = labels_BT[:, 1:].bool()
+    sums = []
+    for row in range(len(rows.lengths)):
+        labels_N = ids_BT[row, 1:][is_label_BT[row]]
+        logits_NV = logits_BTV[row, :-1][is_label_BT[row]].float()
+        reduction = "mean" if average else "sum"
+        sums.append(-functional.cross_entropy(logits_NV, labels_N, reduction=reduction))
+    return torch.stack(sums)
+
+
+def _scores(model: Any, rows: ProbeRows) -> Tensor:
+    ids_BT, attention_BT, _ = padded(rows)
+    pad_token_id = getattr(model.config, "pad_token_id", None)
+    if pad_token_id is None:  # transformers then scores rows of unlike lengths one by one only
+        length_of = attention_BT.sum(dim=1).tolist()
+        scores = [model(input_ids=ids_BT[row : row + 1, :length]).logits for row, length in enumerate(length_of)]
+        scores_BK = torch.cat(scores)
+    else:
+        ids_BT = ids_BT.masked_fill(attention_BT == 0, pad_token_id)
+        scores_BK = model(input_ids=ids_BT, attention_mask=attention_BT).logits
+    _require_finite(scores_BK, rows)
+    return scores_BK.float()
+
+
+def _scored(objective: Any, scores_BK: Tensor, rows: ProbeRows) -> Tensor:
+    if isinstance(objective, RewardConfig) and objective.labels == "pairs":
+        chosen_P, rejected_P = _pairs(scores_BK[:, 0], rows)
+        centred = objective.center_coefficient * ((chosen_P + rejected_P) ** 2).sum()
+        return centred - functional.logsigmoid(chosen_P - rejected_P).sum()
+    labels_B = torch.tensor(rows.labels)
+    if objective.type == "classification":
+        return functional.cross_entropy(scores_BK, labels_B.long(), reduction="sum")
+    if isinstance(objective, RewardConfig) and objective.rating_loss == "bce":
+        return functional.binary_cross_entropy_with_logits(scores_BK[:, 0], labels_B, reduction="sum")
+    return ((scores_BK[:, 0] - labels_B) ** 2).sum()
+
+
+def _dpo(objective: DpoConfig, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+    margin_P = chosen_P - rejected_P
+    if objective.loss == "ipo":
+        return ((margin_P - 0.5 / objective.beta) ** 2).sum()
+    if objective.loss == "hinge":
+        return (1 - objective.beta * margin_P).clamp(min=0).sum()
+    # -log sigmoid(x) = softplus(-x)
+    right_P, wrong_P = functional.softplus(-objective.beta * margin_P), functional.softplus(objective.beta * margin_P)
+    return ((1 - objective.label_smoothing) * right_P + objective.label_smoothing * wrong_P).sum()
+
+
+def _pairs(values_B: Tensor, rows: ProbeRows) -> tuple[Tensor, Tensor]:
+    """Values of the chosen and of the rejected rows: of two with one pair id the first is the chosen one."""
+    by_pair: dict[int, list[int]] = {}
+    for row, pair in enumerate(rows.pair_ids):
+        by_pair.setdefault(pair, []).append(row)
+    chosen, rejected = zip(*by_pair.values(), strict=True)
+    return values_B[list(chosen)], values_B[list(rejected)]
+
+
+def _require_finite(values: Tensor, rows: ProbeRows) -> None:
+    if not bool(values.isfinite().all()):
+        raise ExportError(
+            f"logits of the reloaded adapter are not finite on {len(rows.lengths)} probe rows; "
+            "nothing was published: go on from an earlier checkpoint with a lower training.lr"
+        )

@@ -1,0 +1,141 @@
+"""Whole jobs of objectives over real gRPC: rows read, planned, trained on one and two workers, scored, reloaded."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from plutino.job.spec import parse_spec
+from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, losses, wait_until
+
+INTENTS = ("AddToPlaylist", "GetWeather", "PlayMusic")
+
+
+def snips(num_rows: int) -> list[dict[str, str]]:
+    lines = (SNIPS_DIR / "train.jsonl").read_text().splitlines()[:num_rows]
+    turns = [[message["content"] for message in json.loads(line)["messages"]] for line in lines]
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in turns]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def labelled(path: Path, num_rows: int) -> Path:
+    rows = [{"text": row["prompt"], "label": INTENTS[i % 3]} for i, row in enumerate(snips(num_rows))]
+    return write(path, rows)
+
+
+def preferences(path: Path, num_rows: int) -> Path:
+    rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " I do not know"} for r in snips(num_rows)]
+    return write(path, rows)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory):
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        coordinator = ThreadCoordinator(tmp_path_factory.mktemp("state"))
+        stack.callback(coordinator.close)
+        people = People(coordinator.endpoints.people_address)
+        stack.callback(people.close)
+        for index in range(2):
+            agent = ThreadAgent(coordinator.endpoints.devices_address, f"device{index}")
+            stack.callback(agent.close)
+        wait_until(lambda: len(people.devices()) == 2, "both agents attached")
+        yield people
+
+
+def run(people, folder, *, stages, **parts):
+    values = {
+        "model": {"path": str(TINY_LLAMA_DIR), "dtype": "fp32"},
+        "training": {"steps": 3, "batch_size": 4, "micro_batch_size": 2, "lr": 2e-3},
+        "placement": {"stages": stages},
+        "output": {"dir": str(folder / f"adapter{stages}")},
+        **parts,
+    }
+    job_id = people.submit(parse_spec(values, base_dir=folder))
+    assert people.wait(job_id).state == "succeeded", people.job(job_id)
+    return people.detail(job_id)
+
+
+@pytest.mark.parametrize("objective", ["classification", "dpo"])
+def test_job_gives_the_same_bits_on_one_and_two_workers_and_its_adapter_is_reloaded(people, tmp_path, objective):
+    make = labelled if objective == "classification" else preferences
+    data = {"train": str(make(tmp_path / "train.jsonl", 9)), "eval": str(make(tmp_path / "eval.jsonl", 6))}
+    details = [
+        run(people, tmp_path, stages=stages, objective={"type": objective}, data=data, scoring={"before": True})
+        for stages in (1, 2)
+    ]
+
+    assert losses(details[0]) == losses(details[1])
+    assert details[0]["scores"] == details[1]["scores"]
+    adapters = [(tmp_path / f"adapter{n}" / "adapter_model.safetensors").read_bytes() for n in (1, 2)]
+    assert adapters[0] == adapters[1]
+    card = (tmp_path / "adapter2" / "README.md").read_text()
+    assert "relative difference" in card
+    measured = details[1]["scores"]
+    if objective == "classification":
+        assert "AutoModelForSequenceClassification" in card and "num_labels=3" in card and "rows in fp32" in card
+        assert measured["after"]["score"]["num_rows"] == 6
+        config = json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())
+        assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    else:
+        # At its start the policy is the reference: no margin, and ties prefer neither.
+        assert (measured["before"]["score"]["margin"], measured["before"]["score"]["pair_accuracy"]) == (0.0, 0.5)
+        assert measured["after"]["score"]["margin"] > 0
+
+
+def test_packed_raw_text_is_scored_by_perplexity_on_its_own_and_on_other_text(people, tmp_path):
+    texts = [{"text": f"{row['prompt']} {row['completion']}"} for row in snips(40)]
+    domain, held_out = write(tmp_path / "domain.jsonl", texts[:30]), write(tmp_path / "held_out.jsonl", texts[30:])
+    general = tmp_path / "general.txt"
+    general.write_text("It was the best of times.\n\nIt was the worst of times.\n")
+    tasks = [
+        {"name": "domain", "train": str(domain), "eval": str(held_out)},
+        {"name": "general", "eval": str(general)},
+    ]
+
+    detail = run(
+        people,
+        tmp_path,
+        stages=2,
+        objective={"type": "dapt"},
+        data={"tasks": tasks, "max_tokens": 96, "packing": True},
+        scoring={},
+    )
+
+    before, after = (detail["scores"][moment]["by_task"] for moment in ("before", "after"))
+    assert {name: score["num_rows"] for name, score in after.items()} == {"domain": 10, "general": 2}
+    assert after["domain"]["perplexity"] < before["domain"]["perplexity"]
+    assert after["general"]["perplexity"] != before["general"]["perplexity"]
+
+
+def test_mixture_of_tasks_is_scored_task_by_task_each_by_its_own_metric(people, tmp_path):
+    columns = {"prompt": "{text} It is", "completion": " {label}"}
+    tasks = [
+        {"name": "intent", "train": str(SNIPS_DIR / "train.jsonl"), "limit": 20,
+         "eval": str(SNIPS_DIR / "validation.jsonl"), "eval_limit": 3},
+        {"name": "labels", "train": str(labelled(tmp_path / "labels.jsonl", 5)), "columns": columns, "weight": 2,
+         "eval": str(labelled(tmp_path / "held_out.jsonl", 4)), "metric": "perplexity"},
+    ]  # fmt: skip
+
+    detail = run(
+        people,
+        tmp_path,
+        stages=2,
+        data={"tasks": tasks, "mixing_temperature": 2},
+        scoring={"max_new_tokens": 2, "before": False},
+    )
+
+    scores = detail["scores"]["after"]["by_task"]
+    assert (scores["intent"]["metric"], scores["intent"]["num_rows"]) == ("exact_match", 3)
+    assert (scores["labels"]["metric"], scores["labels"]["num_rows"]) == ("perplexity", 4)
+    card = (tmp_path / "adapter2" / "README.md").read_text()
+    assert "training of labels" in card and "labels perplexity" in card
