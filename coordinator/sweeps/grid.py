@@ -95,7 +95,7 @@ def _clearing(own: Mapping[str, str], job_file: Path) -> Sequence[str]:
 
 
 def _check(spec: JobSpec) -> None:
-    if spec.data.eval is None:
+    if not spec.data.has_eval:
         raise ConfigError("a sweep compares trials on held-out rows; set data.eval (and scoring, to compare answers)")
 
 

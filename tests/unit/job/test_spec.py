@@ -70,7 +70,7 @@ def test_parse_spec_tells_all_problems_at_once() -> None:
 
     assert [line.split(":")[0] for line in lines] == ["method.rank", "data", "training.lr", "placemnt"]
     assert lines[0].endswith("(given: 0)")
-    assert lines[1] == "data.train: is required"
+    assert lines[1] == "data: give train, or tasks"
 
 
 def test_parse_spec_value_of_no_allowed_type_is_one_problem() -> None:
