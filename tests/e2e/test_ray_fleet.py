@@ -113,10 +113,11 @@ def test_node_killed_under_a_job_is_survived_and_its_successor_gets_an_agent(
 
 
 def test_coordinator_ended_leaves_no_agent_on_the_cluster(stack: Stack, cluster: RayCluster) -> None:
-    """The last test that uses the stack."""
+    """The last test that uses the coordinator."""
     before = agents_below(cluster.process_id)
 
-    stack.close()
+    stack.processes["coordinator"].terminate()
+    stack.processes["coordinator"].wait(60)
     _, left = psutil.wait_procs(before, timeout=20)
 
     assert len(before) >= 2
