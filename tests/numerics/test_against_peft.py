@@ -29,7 +29,7 @@ from tests.numerics.pipelines import padded
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-NUM_STEPS = 8
+NUM_STEPS = 20
 SPEC = JobSpec(
     model=ModelConfig(path=str(TINY_LLAMA_DIR)),
     method=LoraConfig(rank=16, alpha=32),
