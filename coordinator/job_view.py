@@ -211,7 +211,7 @@ class JobView:
             worker.peak_rss_bytes = max(worker.peak_rss_bytes, peak_rss_bytes)
 
 
-_NOTED = (events.StepSkipped, events.WorkerLost, events.Recovering, events.Recovered, events.Notice)
+_NOTED = (events.StepSkipped, events.WorkerLost, events.Recovering, events.PlanChanges, events.Recovered, events.Notice)
 """Events that a person must not overlook while the screen changes."""
 
 
@@ -255,6 +255,8 @@ def told(event: events.JobEvent) -> str | None:
             return f"lost the worker of stage {event.worker.stage_index} on {event.worker.device_name}: {why}"
         case events.Recovering():
             return f"recovery: {event.decision} at step {event.step}, {event.undone_steps} steps undone: {event.reason}"
+        case events.PlanChanges():
+            return f"after {event.step} steps the plan changes: {event.reason}"
         case events.Recovered():
             return f"steps run again after {event.seconds:.1f} s"
         case events.Exported():

@@ -201,6 +201,17 @@ class Recovering(JobEvent):
     reason: str
 
 
+class PlanChanges(JobEvent):
+    """The job moves to a better plan at this step; nothing is undone."""
+
+    step: int
+    """Steps done."""
+    plan_epoch: int
+    """Of the new plan."""
+    reason: str
+    """What goes from whom to whom, why, and what it gains."""
+
+
 class Recovered(JobEvent):
     """Steps run again after a loss."""
 
@@ -262,6 +273,7 @@ EVENTS: dict[str, type[JobEvent]] = {
     "ShadowDurable": ShadowDurable,
     "WorkerLost": WorkerLost,
     "Recovering": Recovering,
+    "PlanChanges": PlanChanges,
     "Recovered": Recovered,
     "Exported": Exported,
     "Usage": Usage,

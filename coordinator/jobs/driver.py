@@ -23,6 +23,7 @@ from coordinator.jobs.context import JobContext
 from coordinator.jobs.exporting import export
 from coordinator.jobs.interrupts import CancelWish, Interrupt, Interrupts, Loss, PauseWish, ResumeWish
 from coordinator.jobs.lineage import judge_evaluations
+from coordinator.jobs.moving import Replanner
 from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
 from coordinator.jobs.planning import Profiler, make_numerics, make_problem
 from coordinator.jobs.record import JobState
@@ -83,6 +84,7 @@ class JobDriver:
         self._default_dir = default_dir
         self._stop_runner = stop_runner
         self._interrupts = Interrupts()
+        self._replanner = Replanner(context, profiler)
         self._lost_at_s: float | None = None
         self._last_loss: str | None = None
 
@@ -175,7 +177,7 @@ class JobDriver:
                 case commands.BeginSteps():
                     assert prepared is not None
                     repeat_last_decision(self.context)
-                    return await Stepper(self.context, prepared).run()
+                    return await Stepper(self.context, prepared, self._replanner).run()
                 case commands.BeginExport():
                     assert prepared is not None
                     repeat_last_decision(self.context)
@@ -190,8 +192,11 @@ class JobDriver:
         is_loading = self.context.record.state in (JobState.LOADING, JobState.RECOVERING)
         if not is_loading and (missing := self._missing()):
             raise AgentLostError(f"{len(missing)} of the job's workers are gone")
+        started_s = time.monotonic()
         names = await ensure_workers(self.context, restore_step=restore_step)
         crash_point("workers_linked")
+        if is_loading:
+            self._replanner.load_s = time.monotonic() - started_s
         if not is_loading:
             return None
         if self._lost_at_s is not None:
@@ -246,6 +251,8 @@ class JobDriver:
         if trial is not None and trial.problem is not None:
             # The other trials' devices, seconds and plan: the queue looks whether they still fit.
             return trial.problem.model_copy(update={"job_id": context.job_id, "known_plan": trial.plan})
+        if (moving := self._replanner.take_problem()) is not None:
+            return moving
         problem = await make_problem(
             context.job_id,
             context.spec,
@@ -289,6 +296,7 @@ class JobDriver:
             events=[PlanMade(plan_epoch=record.plan_epoch, plan_json=plan_json, search_s=search_s)],
         )
         crash_point("plan_reserved")
+        self._replanner.begin_plan(problem, verdict.plan)
         return True
 
     # ---- disturbances ----
@@ -321,6 +329,7 @@ class JobDriver:
             return
         self._lost_at_s = self._lost_at_s or time.monotonic()
         self._last_loss = loss.reason
+        self._replanner.stop()
         num_left = sum(device.agent_id not in context.excluded_devices for device in context.fleet.devices)
         decision = decide_recovery(
             Incident(
@@ -371,6 +380,7 @@ class JobDriver:
 
     async def _end(self) -> None:
         context = self.context
+        self._replanner.stop()
         await stop_workers(
             context,
             before_epoch=context.record.plan_epoch + 1,

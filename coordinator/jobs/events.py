@@ -99,6 +99,13 @@ class WorkersLost(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoveDecided(Event):
+    """Another plan is worth moving to: the step that was reached is durable, nothing is undone."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parked(Event):
     """The devices that are left cannot carry the job."""
 

@@ -336,6 +336,18 @@ def _larger(one: Any, other: Any) -> Any:
     return one
 
 
+async def profiles_of(
+    devices: Sequence[Device], spec: JobSpec, shape: JobShape, profiler: Profiler, numerics: NumericsRecord
+) -> list[DeviceProfile]:
+    """Devices that joined a running job's fleet, measured; those that cannot be measured are left out."""
+    if not devices:
+        return []
+    config_json, _ = await asyncio.to_thread(read_model, spec)
+    threads = numerics.threads_per_worker
+    found = await asyncio.gather(*(_profile(one, config_json, shape, spec, profiler, threads) for one in devices))
+    return list(with_shared_cores(devices, [p for p in found if isinstance(p, DeviceProfile)]))
+
+
 async def _profile(
     device: Device, config_json: str, shape: JobShape, spec: JobSpec, profiler: Profiler, threads: int | None
 ) -> DeviceProfile | str:

@@ -19,6 +19,7 @@ from coordinator.jobs.events import (
     Exported,
     Failed,
     Interrupted,
+    MoveDecided,
     Parked,
     PauseRequested,
     Planned,
@@ -154,6 +155,17 @@ def _on_workers_lost_while_paused(record: JobRecord, event: WorkersLost) -> JobR
     return replace(_fenced(record, event), state=JobState.PAUSED)
 
 
+def _on_move(record: JobRecord, event: MoveDecided) -> JobRecord:
+    return replace(
+        record,
+        state=JobState.RECOVERING,
+        reason=event.reason,
+        plan_json=None,
+        plan_epoch=record.plan_epoch + 1,
+        start_step=record.next_step,
+    )
+
+
 def _on_parked(record: JobRecord, event: Parked) -> JobRecord:
     if record.plan_json is not None:
         raise JobError(f"job {record.job_id} has a plan of epoch {record.plan_epoch}; only a job without one is parked")
@@ -208,6 +220,7 @@ TRANSITIONS: dict[tuple[JobState, type[Event]], Callable[[JobRecord, Any], JobRe
     (JobState.RUNNING, Interrupted): _on_interrupted,
     (JobState.RUNNING, WorkersLost): _on_workers_lost,
     (JobState.RUNNING, TrainingDone): _on_training_done,
+    (JobState.RUNNING, MoveDecided): _on_move,
     (JobState.RECOVERING, Queued): _on_queued,
     (JobState.RECOVERING, Planned): _on_new_plan,
     (JobState.RECOVERING, AllLoaded): _on_all_loaded,

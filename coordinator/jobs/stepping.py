@@ -17,6 +17,7 @@ from coordinator.jobs.ability import measure_general, score_few_shot
 from coordinator.jobs.barrier import Abort, AbortKind, Barrier, Commit, Vote, decide, open_barrier
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, judge_evaluations
+from coordinator.jobs.moving import Replanner
 from coordinator.jobs.recovery import Shadow, obsolete_shadows
 from coordinator.jobs.runner import PreparedData
 from coordinator.jobs.shadow_policy import shadow_due, shadow_every
@@ -27,6 +28,7 @@ from plutino.errors import JobError, NumericsError
 from plutino.events import (
     Evaluated,
     Notice,
+    PlanChanges,
     ScoredRow,
     ScoringDone,
     ShadowDurable,
@@ -47,16 +49,17 @@ _SHOWN_ROWS = 5
 class Stepper:
     """Runs the steps of one plan epoch, from the record's next step to the end of training."""
 
-    def __init__(self, context: JobContext, prepared: PreparedData) -> None:
+    def __init__(self, context: JobContext, prepared: PreparedData, replanner: Replanner) -> None:
         self._context = context
         self._prepared = prepared
+        self._replanner = replanner
         self._batches: dict[int, asyncio.Task[Batch]] = {}
         self._fed: set[int] = set()
         self._step_s: float | None = None
         self._last_decision_s = time.monotonic()
 
-    async def run(self) -> job_events.TrainingDone:
-        """Run until the last step is decided, or early stopping says so."""
+    async def run(self) -> job_events.TrainingDone | job_events.MoveDecided:
+        """Run until the last step is decided, early stopping says so, or another plan is worth moving to."""
         context = self._context
         try:
             while True:
@@ -64,13 +67,28 @@ class Stepper:
                 step = context.record.next_step
                 if (reason := self._done_reason()) is not None:
                     return job_events.TrainingDone(reason=reason)
+                if (move := self._replanner.move) is not None and step not in self._fed:
+                    return await self._leave(step, move.reason)
                 await self._feed(step)
-                if not self._evaluation_due(step + 1) and step + 1 < context.record.end_step:
+                if self._may_feed_ahead(step + 1):
                     await self._feed(step + 1)
                 await self._decide(step)
         finally:
             for task in self._batches.values():
                 task.cancel()
+
+    def _may_feed_ahead(self, step: int) -> bool:
+        # A step that is fed is run: before a move there must be none.
+        is_moving = self._replanner.move is not None
+        return not is_moving and not self._evaluation_due(step) and step < self._context.record.end_step
+
+    async def _leave(self, steps_done: int, reason: str) -> job_events.MoveDecided:
+        """The state must be durable before the workers that hold it end."""
+        context = self._context
+        if steps_done not in context.durable():
+            await self._store_shadow_now(steps_done)
+        await context.tell(PlanChanges(step=steps_done, plan_epoch=context.record.plan_epoch + 1, reason=reason))
+        return job_events.MoveDecided(reason=reason)
 
     # ---- borders between steps ----
 
@@ -215,6 +233,7 @@ class Stepper:
         # What people see is written behind the workers' backs: nothing of the next step waits for it.
         context.tell_later(seen)
         self._tell_of_full_caches()
+        self._replanner.note(times)
 
     def _tell_of_full_caches(self) -> None:
         context = self._context

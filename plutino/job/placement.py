@@ -23,6 +23,9 @@ class PlacementConfig(SpecPart):
     replicas: Literal["auto", "never"] = "auto"
     """auto: a stage may run on several devices, which share its micro-batches, where that makes a step notably
     shorter. never: every stage runs on one device."""
+    replan: Literal["auto", "never"] = "auto"
+    """auto: a running job moves to another plan where a device became slower or faster, or others joined, and the rest
+    of the job gains more than moving costs. never: only a loss changes the plan."""
     threads: int | None = Field(None, ge=1)
     """Intra-op threads of every worker. None: each device's own number; where those differ, moving a block in a
     re-plan may change the last bit of fp32 products."""

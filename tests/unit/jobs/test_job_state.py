@@ -24,6 +24,7 @@ from coordinator.jobs.events import (
     Exported,
     Failed,
     Interrupted,
+    MoveDecided,
     Parked,
     PauseRequested,
     Planned,
@@ -57,6 +58,7 @@ SAMPLES: dict[type[Event], Event] = {
         Interrupted(reason="link 0-1 broke"),
         WorkersLost(next_step=2, best=BestSoFar(), reason="pi-3 left"),
         Parked(reason="one device is left"),
+        MoveDecided(reason="pi-3 is slow"),
         TrainingDone(reason="all steps are done"),
         Exported(adapter_dir="/a"),
         CancelRequested(),
@@ -232,3 +234,14 @@ def test_standing_commands_exist_for_every_state(state: JobState) -> None:
 
     assert commands
     assert len(set(commands)) == len(commands)
+
+
+def test_move_decided_keeps_every_step_and_begins_a_new_plan_epoch() -> None:
+    before = replace(record_in(JobState.RUNNING), start_step=2, recoveries=1)
+
+    after, commands = apply(before, MoveDecided(reason="pi-3 is slow"))
+
+    assert (after.state, after.plan_json, after.plan_epoch) == (JobState.RECOVERING, None, before.plan_epoch + 1)
+    assert (after.next_step, after.start_step, after.recoveries) == (4, 4, 1)
+    assert any(isinstance(command, Replan) for command in commands)
+    assert StopWorkers(job_id=JOB, before_epoch=after.plan_epoch) in commands

@@ -1,0 +1,193 @@
+"""Keeps an eye on a running job's pace and its devices, and has a better plan ready when one is worth moving to.
+
+The decisions are :mod:`coordinator.jobs.replanning`'s. What is known lives in this process alone: a restarted
+coordinator does not move a job before it was planned anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from coordinator.jobs.context import JobContext
+from coordinator.jobs.eligibility import eligible
+from coordinator.jobs.planning import Profiler, profiles_of
+from coordinator.jobs.replanning import (
+    Choice,
+    Move,
+    Pace,
+    as_running,
+    corrected,
+    decide_move,
+    have_changed,
+    may_move,
+    move_cost_s,
+    moves_in_words,
+    planned_compute_s,
+    step_s_of,
+    why_in_words,
+)
+from coordinator.scheduling.problem import PlanningProblem
+from partitioner.device import DeviceProfile
+from partitioner.plan import Plan
+from plutino.errors import InfeasiblePlanError
+from plutino.events import WorkerStepTimes
+from plutino.types import AgentId
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyMove:
+    """A plan to move to, and why."""
+
+    problem: PlanningProblem
+    """With the plan as its known one."""
+    reason: str
+
+
+class Replanner:
+    """Watches one job.
+
+    Args:
+        context: the job.
+        profiler: measures devices that have joined.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, context: JobContext, profiler: Profiler, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context = context
+        self._profiler = profiler
+        self._clock = clock
+        self._pace = Pace()
+        self._problem: PlanningProblem | None = None
+        self._planned_s: dict[tuple[int, int], float] = {}
+        self._seen_factors: dict[str, float] = {}
+        self._seen_devices: frozenset[AgentId] = frozenset()
+        self._last_move_s: float | None = None
+        self._considering: asyncio.Task[None] | None = None
+        self.load_s = 0.0
+        """Measured seconds from a plan to its workers being ready."""
+        self.move: ReadyMove | None = None
+        """Set once a move is worth it."""
+
+    def begin_plan(self, problem: PlanningProblem, plan: Plan) -> None:
+        """A plan was made; from now on its workers are watched."""
+        self.stop()
+        self._problem = as_running(problem, plan)
+        self._planned_s = planned_compute_s(plan)
+        self._pace.begin_plan()
+        self._seen_factors = {}
+        self._seen_devices = frozenset(device.agent_id for device in self._context.fleet.devices)
+
+    def stop(self) -> None:
+        """Forget what is being considered: the plan that it was about is over."""
+        if self._considering is not None:
+            self._considering.cancel()
+            self._considering = None
+        self.move = None
+
+    def take_problem(self) -> PlanningProblem | None:
+        """What a job that moves is planned from; None if it does not move."""
+        if self.move is None:
+            return None
+        self._last_move_s = self._clock()
+        return self.move.problem
+
+    def note(self, workers: Sequence[WorkerStepTimes]) -> None:
+        """Take in a committed step's times, and begin to look for another plan where something has changed."""
+        context = self._context
+        if self._problem is None or context.trial is not None or context.spec.placement.replan == "never":
+            return  # the coordinator was restarted; or several jobs share the stages
+        agents = {(ref.stage_index, ref.replica_index): agent for ref, agent in context.refs().items()}
+        ratios: dict[str, float] = {}
+        for times in workers:
+            place = (times.worker.stage_index, times.worker.replica_index)
+            if self._planned_s.get(place):
+                ratios[agents[place]] = times.compute_s / self._planned_s[place]
+        self._pace.note(ratios)
+        if self._considering is not None or not may_move(self._clock(), self._last_move_s):
+            return
+        factors = self._pace.factors()
+        present = frozenset(device.agent_id for device in context.fleet.devices)
+        if not have_changed(factors, self._seen_factors) and not present - self._seen_devices:
+            return
+        joined = present - self._seen_devices
+        self._seen_factors, self._seen_devices = factors, present
+        self._considering = asyncio.create_task(self._consider(self._problem, factors, joined))
+        self._considering.add_done_callback(self._on_considered)
+
+    def _on_considered(self, task: asyncio.Task[None]) -> None:
+        if self._considering is task:
+            self._considering = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The job runs on with the plan that it has.
+            logger.error("no other plan of %s could be looked for", self._context.job_id, exc_info=error)
+
+    async def _consider(self, problem: PlanningProblem, factors: dict[str, float], joined: frozenset[AgentId]) -> None:
+        context = self._context
+        present = context.plan
+        plan_epoch = context.record.plan_epoch
+        problem = corrected(await self._with_present_devices(problem), factors)
+        if not set(present.agent_ids) <= {device.agent_id for device in problem.devices}:
+            return  # a device of the plan is away: that is for the recovery
+        try:
+            new = await asyncio.to_thread(problem.plan, self._not_taken(problem.devices))
+        except InfeasiblePlanError as error:
+            logger.info("job %s stays: %s", context.job_id, error)
+            return
+        step_s = await asyncio.to_thread(step_s_of, problem, present)
+        record = context.record
+        if record.plan_epoch != plan_epoch:
+            return
+        decision = decide_move(
+            Choice(
+                now_s=self._clock(),
+                last_move_s=self._last_move_s,
+                steps_left=record.end_step - record.next_step,
+                step_s=step_s,
+                new_step_s=new.step_s,
+                move_s=move_cost_s(present, new, problem, load_s=self.load_s, upload_s=context.slowest_upload_s or 0.0),
+            )
+        )
+        names = {device.agent_id: device.name for device in problem.devices}
+        # Of those that joined only the ones that the new plan uses are a reason.
+        used = sorted(names[agent_id] for agent_id in joined if agent_id in new.agent_ids)
+        why = why_in_words(names, factors, used)
+        if isinstance(decision, Move):
+            reason = f"{moves_in_words(present, new)}, because {why}: {decision.reason}"
+            self.move = ReadyMove(problem.model_copy(update={"known_plan": new}), reason)
+        else:
+            logger.info("job %s keeps its plan although %s: %s", context.job_id, why, decision.reason)
+
+    def _not_taken(self, devices: Sequence[DeviceProfile]) -> tuple[DeviceProfile, ...]:
+        """The devices with the memory that other jobs leave."""
+        taken: Counter[str] = Counter()
+        for row in self._context.store.reservations():
+            if row.job_id != self._context.job_id:
+                taken[row.agent_id] += row.bytes
+        return tuple(
+            device.model_copy(update={"available_bytes": free})
+            for device in devices
+            if (free := device.available_bytes - taken[device.agent_id]) > 0
+        )
+
+    async def _with_present_devices(self, problem: PlanningProblem) -> PlanningProblem:
+        """The problem over the devices that are there now."""
+        context = self._context
+        found = eligible(
+            context.fleet.devices,
+            wanted_names=context.spec.placement.devices,
+            numerics=context.numerics,
+            excluded=context.excluded_devices,
+        )
+        known = {device.agent_id for device in problem.devices}
+        new = [device for device in found.devices if device.agent_id not in known]
+        there = {str(device.agent_id) for device in context.fleet.devices}
+        held = [device for device in problem.devices if device.agent_id in there]
+        profiles = await profiles_of(new, context.spec, problem.shape, self._profiler, context.numerics)
+        return problem.model_copy(update={"devices": (*held, *profiles)})
