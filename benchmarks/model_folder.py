@@ -131,7 +131,7 @@ def job_values(
             "init_adapter": None if folder.adapter_dir is None else str(folder.adapter_dir),
             "shadow_every": shadow_every,
         },
-        "placement": {"stages": num_stages, "threads": 1},
+        "placement": {"stages": num_stages, "threads": 1, "replan": "never"},
     }
 
 

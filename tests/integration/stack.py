@@ -412,6 +412,8 @@ def make_spec(model_dir: Path, train: Path, output: Path, **parts: Any) -> JobSp
         "model": {"path": str(model_dir), "dtype": "fp32"},
         "data": {"train": str(train)},
         "output": {"dir": str(output)},
+        # Thread agents make their profiles up: that their workers' pace differs from them means nothing.
+        "placement": {"replan": "never"},
     }
     for part, override in parts.items():
         values[part] = {**values.get(part, {}), **override}

@@ -142,7 +142,11 @@ def told(run: tuple[list[float], dict[str, bytes], dict[str, Any]]) -> tuple[Any
     return of_losses, files, detail["evaluations"], detail["scores"]
 
 
-@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "slow"]], ids=["two", "four"])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(["a", "b"], marks=pytest.mark.slow), ["a", "b", "c", "slow"]],
+    ids=["two", "four"],
+)
 def test_one_stage_on_several_devices_gives_the_bits_of_one(
     fleet: Fleet, tmp_path: Path, model_dir: Path, rows_file: Path, alone: tuple[Any, ...], names: list[str]
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -104,7 +105,7 @@ def test_speeds_that_swing_by_30_percent_move_a_job_at_most_once_in_five_minutes
             moves.append(now_s)
             pace.begin_plan()
 
-    assert all(later - earlier >= MIN_INTERVAL_S for earlier, later in zip(moves, moves[1:], strict=False))
+    assert all(later - earlier >= MIN_INTERVAL_S for earlier, later in pairwise(moves))
 
 
 @settings(max_examples=50, deadline=None)
