@@ -116,6 +116,12 @@ class JobDriver:
 
     async def run(self) -> None:
         """Drive until the job has ended."""
+        try:
+            await self._run()
+        finally:
+            self._replanner.stop()
+
+    async def _run(self) -> None:
         context = self.context
         if context.record.plan_json is not None and not context.record.is_terminal:
             context.workers.expect(context.refs())
@@ -380,7 +386,6 @@ class JobDriver:
 
     async def _end(self) -> None:
         context = self.context
-        self._replanner.stop()
         await stop_workers(
             context,
             before_epoch=context.record.plan_epoch + 1,

@@ -160,6 +160,7 @@ def test_device_that_becomes_ten_times_slower_loses_its_blocks_at_a_commit_and_n
     assert detail["recoveries"] == 0 and all(row["status"] == "committed" for row in detail["ledger"])
 
 
+@pytest.mark.slow
 def test_device_that_joins_takes_over_blocks_where_that_pays(
     stack: ExitStack, tmp_path: Path, model_dir: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
