@@ -136,7 +136,8 @@ class Replanner:
         if not set(present.agent_ids) <= {device.agent_id for device in problem.devices}:
             return  # a device of the plan is away: that is for the recovery
         try:
-            new = await asyncio.to_thread(problem.plan, self._not_taken(problem.devices))
+            free = problem.model_copy(update={"devices": self._not_taken(problem.devices)})
+            new = await asyncio.to_thread(free.plan)
         except InfeasiblePlanError as error:
             logger.info("job %s stays: %s", context.job_id, error)
             return

@@ -30,6 +30,7 @@ from coordinator.jobs.replanning import (
 )
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.device import LinkProfile, LinkTable
+from partitioner.plan import Plan
 from tests.unit.partitioner.fleet import device, job, llama
 
 SETTLED = WARM_UP_STEPS + WINDOW_STEPS
@@ -48,6 +49,11 @@ def problem_of(*speeds: float, num_blocks: int = 8, **changes: object) -> Planni
         "allow_replicas": True,
     }
     return PlanningProblem(**{**values, **changes})
+
+
+def plan_over(problem: PlanningProblem, *positions: int) -> Plan:
+    """The best plan over some of the devices."""
+    return problem.model_copy(update={"devices": tuple(problem.devices[i] for i in positions)}).plan()
 
 
 def choice(**changes: object) -> Choice:
@@ -206,8 +212,8 @@ def test_running_problem_keeps_micro_batch_and_codec():
 
 def test_moving_to_a_device_without_weights_costs_what_it_must_fetch():
     problem = problem_of(1, 1, 1, num_blocks=4, allow_replicas=False, shape=job(llama(4), exact_stages=1))
-    present = problem.plan(problem.devices[:1])
-    elsewhere = problem.plan(problem.devices[1:2])
+    present = plan_over(problem, 0)
+    elsewhere = plan_over(problem, 1)
 
     here_s = move_cost_s(present, present, problem, load_s=2.0, upload_s=1.0)
     there_s = move_cost_s(present, elsewhere, problem, load_s=2.0, upload_s=1.0)
@@ -218,8 +224,8 @@ def test_moving_to_a_device_without_weights_costs_what_it_must_fetch():
 
 def test_moves_and_their_reason_in_words():
     problem = problem_of(1, 1, 1, num_blocks=6, allow_replicas=False, shape=job(llama(6), exact_stages=2))
-    present = problem.plan(problem.devices[:2])
-    new = problem.plan((problem.devices[0], problem.devices[2]))
+    present = plan_over(problem, 0, 1)
+    new = plan_over(problem, 0, 2)
     here, there = present.stages[1], new.stages[1]
     assert (here.device_names, there.device_names) == (("d1",), ("d2",)) and here.start_block == there.start_block
 
