@@ -91,6 +91,14 @@ class Replanner:
             self._considering = None
         self.move = None
 
+    @property
+    def _is_watched(self) -> bool:
+        spec = self._context.spec
+        # Trials share their stages with other jobs; with an activation cache, steps get faster without a device's doing.
+        return (
+            spec.placement.replan == "auto" and self._context.trial is None and spec.training.activation_cache == "off"
+        )
+
     def take_problem(self) -> PlanningProblem | None:
         """What a job that moves is planned from; None if it does not move."""
         if self.move is None:
@@ -101,8 +109,8 @@ class Replanner:
     def note(self, workers: Sequence[WorkerStepTimes]) -> None:
         """Take in a committed step's times, and begin to look for another plan where something has changed."""
         context = self._context
-        if self._problem is None or context.trial is not None or context.spec.placement.replan == "never":
-            return  # the coordinator was restarted; or several jobs share the stages
+        if self._problem is None or not self._is_watched:
+            return
         agents = {(ref.stage_index, ref.replica_index): agent for ref, agent in context.refs().items()}
         ratios: dict[str, float] = {}
         for times in workers:
