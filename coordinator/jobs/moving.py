@@ -94,7 +94,7 @@ class Replanner:
     @property
     def _is_watched(self) -> bool:
         spec = self._context.spec
-        # Trials share their stages with other jobs; with an activation cache, steps get faster without a device's doing.
+        # Trials share their stages with other jobs; an activation cache makes steps faster without a device's doing.
         return (
             spec.placement.replan == "auto" and self._context.trial is None and spec.training.activation_cache == "off"
         )
