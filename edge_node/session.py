@@ -172,6 +172,7 @@ class WorkerSession:
             codec=assignment.numerics.codecs,
             first_trainable_stage=assignment.first_trainable_stage,
             activation_cache=self._activations,
+            unfreezing=spec.method.unfreezing,
         )
         self._transport = self._open_transport(stage)
         if self._transport is not None:

@@ -341,9 +341,7 @@ async def score_once(context: JobContext, prepared: PreparedData, moment: Scorin
     """Score the held-out rows, unless that was done before a restart."""
     if moment in context.store.scores(context.job_id):
         return
-    # Before the first step weights that are trained in place are the base model's.
-    uses_trained = moment == "after" or context.spec.method.trains_weights
-    report, seconds = await score(context, prepared, use_adapter=uses_trained)
+    report, seconds = await score(context, prepared, use_adapter=moment == "after")
     seen = ScoringDone(
         when=moment,
         num_rows=report.num_rows,

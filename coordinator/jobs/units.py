@@ -160,7 +160,7 @@ async def evaluate(
         batch = _batch(await context.runner.ask(runner_pb.RunnerCommand(get_eval_batch=ask)))
         unit = await context.new_unit(UnitKind.EVALUATE)
         async with _running(context, unit):
-            feed(context, unit, batch, without_adapter=not use_adapter)
+            feed(context, unit, batch, without_adapter=not (use_adapter or _is_base_still(context)))
             for done in await _all_done(context, unit):
                 loss_sum += done.loss_sum
                 values |= _values_by_row(batch, done)
@@ -189,6 +189,11 @@ async def probe_batch(context: JobContext, prepared: PreparedData) -> Batch:
         from_training=True,
     )
     return _batch(await context.runner.ask(runner_pb.RunnerCommand(get_eval_batch=ask)))
+
+
+def _is_base_still(context: JobContext) -> bool:
+    """Whether the trained weights are the base model's own, which they are before the first step if at all."""
+    return context.spec.method.trains_weights and context.record.next_step == 0
 
 
 async def score(
@@ -234,7 +239,7 @@ async def _answers(
             max_new_tokens=scoring.max_new_tokens,
             temperature=scoring.temperature,
             stop_tokens=prepared.stop_token_ids,
-            use_adapter=use_adapter,
+            use_adapter=use_adapter or _is_base_still(context),
             step=context.record.next_step,
         )
         unit = await context.new_unit(UnitKind.GENERATE)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from edge_node.activation_cache.stage_cache import CacheKeys, StageCache
 from edge_node.engine.cached_micro_batches import CachedMicroBatch, agree_on_cached
+from edge_node.engine.freezing import freeze_below, stage_of_block
 from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.schedule import Backward, Forward, Receive, Send, forward_actions, train_actions
@@ -31,6 +32,7 @@ from edge_node.stage.build import Stage, StageInput, StageOutput
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
 from plutino.data.batches import MicroBatchRows
 from plutino.job.assignment import StageShape
+from plutino.job.method import Unfreezing
 from plutino.types import Unit
 
 # Shape suffixes: B rows of a micro-batch, T tokens, D hidden size.
@@ -101,6 +103,7 @@ class StageExecutor:
         seed: int,
         codec: str = "raw",
         first_trainable_stage: int = 0,
+        unfreezing: Unfreezing | None = None,
         activation_cache: StageCache | None = None,
     ) -> None:
         self.stage = stage
@@ -112,7 +115,9 @@ class StageExecutor:
         self._objective = objective
         self.optimizer = optimizer
         self._transport = transport
-        self._first_trainable_stage = first_trainable_stage
+        self._first_trainable_stage = self._lowest_stage = first_trainable_stage
+        self._unfreezing = unfreezing
+        self._trained = frozenset(p.name for p in method.parameters)
         self._groups, self._shared_names = plan_groups(method.parameters, stages, me)
         self._contributions: dict[str, Contributions] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -154,12 +159,13 @@ class StageExecutor:
         times = StepTimes()
         self.drop()
         self._contributions = {p.name: {} for p in self.method.parameters}
+        self._freeze(work.unit.serial)
         self._run_reference(work, times)
         actions = train_actions(
             self.stages,
             me=self.me,
             num_micro_batches=work.num_micro_batches,
-            first_trainable_stage=self._first_trainable_stage,
+            first_trainable_stage=self._lowest_stage,
         )
         if self._activation_cache is not None:
             self._cached = agree_on_cached(self, work, self._activation_cache)
@@ -170,11 +176,21 @@ class StageExecutor:
         self._gradients = self._whole_gradients(work, times)
         norms = tuple(
             float(torch.linalg.vector_norm(self._gradients[p.name], dtype=torch.float64)) ** 2
+            if p.name in self._trained
+            else 0.0
             for p in self.method.parameters
         )
         reason = self._not_finite(norms, loss_sum, work.unit.serial)
         times.total_s = time.perf_counter() - started_s
         return StepOutcome(norms, not reason, loss_sum, reason, times)
+
+    def _freeze(self, step: int) -> None:
+        """Leave out what is not unfrozen yet: a function of the step alone, alike on every stage."""
+        if self._unfreezing is None:
+            return
+        lowest_block = self._unfreezing.lowest_block(step, self.stage.num_blocks)
+        self._lowest_stage = max(self._first_trainable_stage, stage_of_block(lowest_block, self.stages))
+        self._trained = freeze_below(self.method.parameters, self.stage.family, lowest_block)
 
     def commit(self, step: int, clip_scale: float) -> None:
         """Apply the gradients of the step that was voted on."""
@@ -251,7 +267,7 @@ class StageExecutor:
         is_training: bool,
         is_reference: bool = False,
     ) -> float:
-        runs_backward = is_training and self.me.stage_index >= self._first_trainable_stage
+        runs_backward = is_training and self.me.stage_index >= self._lowest_stage
         in_flight: dict[int, _InFlight] = {}
         received: dict[int, dict[str, Tensor]] = {}
         to_send: dict[int, Tensor] = {}
@@ -307,7 +323,7 @@ class StageExecutor:
             hidden_BTD, side_BTR = metadata.pop("hidden", None), metadata.pop("side", None)
             trained_in = hidden_BTD if side_BTR is None else side_BTR
             if torch.is_grad_enabled() and trained_in is not None:
-                trained_in.requires_grad_(self.me.stage_index > self._first_trainable_stage)
+                trained_in.requires_grad_(self.me.stage_index > self._lowest_stage)
             inputs = later_stage_input(hidden_BTD, metadata, side_BTR)
         output = self._run_stage(m, inputs, metadata["lengths"])
         trained_in = inputs.hidden if inputs.side is None else inputs.side
@@ -370,7 +386,7 @@ class StageExecutor:
         shapes = {p.name: p.uses[0][1].shape for p in self.method.parameters}
         gradients: dict[str, Tensor] = {}
         for parameter in self.method.parameters:
-            if parameter.name in self._shared_names:
+            if parameter.name in self._shared_names or parameter.name not in self._trained:
                 continue
             held = self._contributions[parameter.name]
             if len(held) == 1:
@@ -391,7 +407,7 @@ class StageExecutor:
                 unit=work.unit,
                 transport=self.transport,
             )
-            gradients |= {name: total.to(self.stage.device) for name, total in totals.items()}
+            gradients |= {name: total.to(self.stage.device) for name, total in totals.items() if name in self._trained}
         times.wait_s += time.perf_counter() - started_s
         self._contributions = {}
         return gradients

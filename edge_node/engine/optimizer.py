@@ -35,13 +35,20 @@ class StageOptimizer:
             )
 
     def apply(self, step: int, gradients: Mapping[str, Tensor], clip_scale: float) -> None:
-        """Apply one committed step. ``gradients`` are the whole, unclipped ones by global name; they are changed."""
-        if self._adamw is None:
+        """Apply one committed step.
+
+        Args:
+            step: its number.
+            gradients: the whole, unclipped ones by global name; they are changed. A parameter without one is left as
+                it is, its moments and its count of steps included.
+            clip_scale: they are multiplied with it.
+        """
+        if self._adamw is None or not gradients:
             return
         if clip_scale != 1.0:
             torch._foreach_mul_(list(gradients.values()), clip_scale)
         for name, parameter in self._owned.items():
-            parameter.grad = gradients[name]
+            parameter.grad = gradients.get(name)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(step, self._config, self._total_steps)
         self._adamw.step()

@@ -99,6 +99,7 @@ class InProcessPipeline:
                 seed=spec.training.seed,
                 codec=spec.placement.codec,
                 first_trainable_stage=first_trainable_stage,
+                unfreezing=spec.method.unfreezing,
                 activation_cache=None if activation_cache is None else activation_cache(stage),
             )
             for me, (stage, method) in attached.items()
@@ -126,9 +127,10 @@ class InProcessPipeline:
         """Forget the step that was voted on, on every executor."""
         self._everywhere(StageExecutor.drop)
 
-    def evaluate(self, serial: int, rows: Sequence[MicroBatchRows]) -> float:
-        """Sum of token losses."""
-        work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows))
+    def evaluate(self, serial: int, rows: Sequence[MicroBatchRows], *, without_adapter: bool = False) -> float:
+        """Sum of token losses, of the adapted model or of the base."""
+        unit = Unit(UnitKind.EVALUATE, serial)
+        work = UnitInput(unit, len(rows), 1.0, tuple(rows), without_adapter=without_adapter)
         return sum(self._run_unit(work, lambda executor: executor.evaluate(work)).values())
 
     def evaluate_rows(

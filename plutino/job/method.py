@@ -85,6 +85,11 @@ class MethodPart(SpecPart):
         return {name: checkpoint[name] for name in parts}
 
     @property
+    def unfreezing(self) -> Unfreezing | None:
+        """When blocks begin to train; None: all in the first step."""
+        return None
+
+    @property
     def text(self) -> str:
         """What the method wants to know the token ids of; empty: nothing."""
         return ""
@@ -106,7 +111,42 @@ class MethodPart(SpecPart):
         raise NotImplementedError
 
 
-class LoraConfig(MethodPart):
+class Unfreezing(SpecPart):
+    """Top-down unfreezing (gradual unfreezing of Howard and Ruder 2018, arXiv:1801.06146).
+
+    Training begins with the highest blocks and what lies above them; every few steps the next ones join. A frozen
+    parameter takes no gradient and no optimiser step, and no gradient is carried below the lowest unfrozen block.
+    """
+
+    every_steps: int = Field(ge=1)
+    """Steps until the next blocks join."""
+    blocks: int = Field(1, ge=1)
+    """Blocks that train from the first step, and that join each time."""
+
+    def lowest_block(self, step: int, num_blocks: int) -> int:
+        """The lowest block that takes part in a step."""
+        return max(0, num_blocks - self.blocks * (1 + step // self.every_steps))
+
+
+class InBackbonePart(MethodPart):
+    """What methods share that change the blocks' own computation."""
+
+    unfreeze: Unfreezing | None = None
+    """Train from the top down; None: all blocks from the start."""
+
+    @model_validator(mode="after")
+    def _unfreezing_counts_all_blocks(self) -> InBackbonePart:
+        if self.unfreeze is not None and getattr(self, "layers_to_transform", None) is not None:
+            raise ValueError("unfreeze counts all blocks from the top; leave layers_to_transform out")
+        return self
+
+    @property
+    def unfreezing(self) -> Unfreezing | None:
+        """See :class:`MethodPart`."""
+        return self.unfreeze
+
+
+class LoraConfig(InBackbonePart):
     """LoRA (Hu et al. 2021, arXiv:2106.09685)."""
 
     size_setting: ClassVar[str] = "rank"
@@ -167,7 +207,7 @@ class LoraConfig(MethodPart):
         return LoraConfig(rank=self.rank)
 
 
-class AdaptersConfig(MethodPart):
+class AdaptersConfig(InBackbonePart):
     """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247).
 
     ``y + up(activation(down(y)))``, with y what a sublayer adds to the hidden states.
@@ -330,7 +370,7 @@ class PTuningV2Config(KeyValuesPart):
         return self
 
 
-class FullConfig(MethodPart):
+class FullConfig(InBackbonePart):
     """Full fine-tuning: every parameter of the model."""
 
     size_setting: ClassVar[str] = "type"

@@ -13,7 +13,7 @@ from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, loss
 
 METHODS = {
     "adapters": {"type": "adapters", "bottleneck": 8},
-    "full": {"type": "full"},
+    "full": {"type": "full", "unfreeze": {"every_steps": 1, "blocks": 3}},
     # All workers hold the MLP's trunk, and what is published is computed on them.
     "prefix": {"type": "prefix", "num_virtual_tokens": 4, "projection": True, "encoder_hidden_size": 16},
     "parallel_adapters": {"type": "parallel_adapters", "reduction": 4},

@@ -120,9 +120,8 @@ def test_switched_off_or_at_its_start_where_promised_a_method_is_the_base_model(
         trained = pipeline.evaluate(1, rows)
         tokens = pipeline.generate(2, prompts(), BASE)
         assert pipeline.evaluate(3, rows) == trained  # generation without the adapter leaves it on
-        for executor in pipeline.executors.values():
-            executor.method.set_enabled(False)
-        base = pipeline.evaluate(4, rows)
+        base = pipeline.evaluate(4, rows, without_adapter=True)
+        assert pipeline.evaluate(6, rows) == trained
         assert tokens == pipeline.generate(5, prompts(), BASE)
 
     assert trained != base
