@@ -14,8 +14,11 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,10 @@ def exhaustive_s(table: ModelTable, shape: JobShape, devices: list[DeviceProfile
     return best_s if best_s < float("inf") else None
 
 
+_FLEETS_AT_ONCE = 50
+_BUDGET_COUNTS = ("fleets", "planned", "planned_with_replicas", "nothing_fits", "over_budget")
+
+
 def optimality(num_cases: int) -> dict[str, object]:
     """How much longer the planner's steps are than the best, over small cases, with its proof and without."""
     generator = random.Random(1)
@@ -85,11 +92,25 @@ def optimality(num_cases: int) -> dict[str, object]:
     return figures
 
 
-def budgets(num_fleets: int) -> dict[str, object]:
-    """Plans whose bills, made anew from the plan alone, exceed a device's budget."""
-    generator = random.Random(2)
+def budgets(num_fleets: int, num_processes: int = 1) -> dict[str, object]:
+    """Plans whose bills, made anew from the plan alone, exceed a device's budget.
+
+    Fleets are the same however many processes share them.
+    """
+    shares = [min(_FLEETS_AT_ONCE, num_fleets - first) for first in range(0, num_fleets, _FLEETS_AT_ONCE)]
+    total: Counter[str] = Counter()
+    # Spawned: a fork would take this process's threads' locks along.
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        for number, counts in enumerate(pool.map(_budgets_of, range(len(shares)), shares), start=1):
+            total.update(counts)
+            print(f"budgets: {number} of {len(shares)} parts, {dict(total)}", file=sys.stderr, flush=True)
+    return {name: total[name] for name in _BUDGET_COUNTS}
+
+
+def _budgets_of(seed: int, num_fleets: int) -> dict[str, int]:
+    generator = random.Random(f"budgets {seed}")
     planned = with_replicas = nothing_fits = over = 0
-    tables = [llama_table(generator.randint(2, 16), generator.choice([256, 512, 1024])) for _ in range(60)]
+    tables = [llama_table(generator.randint(2, 16), generator.choice([256, 512, 1024])) for _ in range(6)]
     for _ in range(num_fleets):
         table = generator.choice(tables)
         shape = lora_job(
@@ -231,13 +252,13 @@ def loop_s() -> float:
     return time.process_time() - started
 
 
+_BUDGETS = "budgets"
 _PARTS: dict[str, Callable[[int], object]] = {
     "large": lambda share: large(max(1, 7 // share)),
     "refusals": lambda share: refusals(),
     "growth": growth,
     "optimality": lambda share: optimality(500 // share),
     "against_pac": lambda share: against_pac(200 // share),
-    "budgets": lambda share: budgets(10_000 // share),
 }
 
 
@@ -268,14 +289,20 @@ def main() -> int:
     """Run the parts and write the figures, those of parts run before kept; 1 if a goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few cases: see it run, quote nothing")
-    parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS), help="only these")
+    parts = [*_PARTS, _BUDGETS]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
+    parser.add_argument("--fleets", type=int, default=10_000, help="of the part budgets")
+    parser.add_argument("--processes", type=int, default=1, help="that share the part budgets")
     parser.add_argument("--out", type=Path, default=_RESULTS)
     arguments = parser.parse_args()
     is_kept = not arguments.quick or arguments.out != _RESULTS
     document = json.loads(arguments.out.read_text()) if is_kept and arguments.out.exists() else {}
     for part in arguments.parts:
         before_s = loop_s()
-        document[part] = _PARTS[part](50 if arguments.quick else 1)
+        if part == _BUDGETS:
+            document[part] = budgets(50 if arguments.quick else arguments.fleets, arguments.processes)
+        else:
+            document[part] = _PARTS[part](50 if arguments.quick else 1)
         document.setdefault("loop_of_a_million_s", {})[part] = [before_s, loop_s()]
         print(part, json.dumps(document[part]), flush=True)
     goals = goals_of(document)
