@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ pytest_plugins = ["tests.logs_of_failures", "pytester"]
 # Read when huggingface_hub and tokenizers are imported, thus before any test module is; children inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A shell starts background jobs with SIGINT ignored, which every child inherits: Ctrl-C would be pressed in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS_DIR = Path(__file__).resolve().parent
 

@@ -187,6 +187,7 @@ def test_job_outlives_its_watcher_and_the_coordinator_and_ends_with_the_reason_w
     stack.await_job(job_id, lambda job: job.step > reached)
     assert {row["status"] for row in stack.ask("show", job_id)["detail"]["ledger"]} == {"committed"}
 
+    stack.await_devices("two")  # which has its plain lease then, and not what a restart adds
     stack.kill("two")
     ended = stack.run("watch", job_id)
 

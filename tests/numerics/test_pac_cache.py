@@ -203,6 +203,8 @@ def test_replicas_share_what_they_cached(model_dirs, root):
             decisions.append(train(pipeline, batches, first_step=2 * epoch))
             runs = cached.counts()
         state = pipeline.state()
+    for cache in caches:
+        cache.close()
 
     assert_as_uncached((decisions, state), model_dirs["llama"])
     assert set(runs.values()) == {0}
