@@ -2,7 +2,8 @@
 
 Loading and packing are most of what a short job costs. Methods change a stage by what they hang into it, never its
 frozen weights, so :class:`ResidentStage` remembers every module's attributes from before and restores them, whatever
-the method was; a weight that was changed in place all the same is noticed by torch's own count of such changes.
+the method was. A weight that was changed in place all the same is noticed: torch counts such changes, except those by
+fused optimisers, and what an optimiser changes requires a gradient.
 """
 
 from __future__ import annotations
