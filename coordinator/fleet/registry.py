@@ -84,6 +84,21 @@ class AgentLink:
     knocks: dict[str, asyncio.Future[float]] = field(default_factory=dict)
     bursts: dict[str, asyncio.Future[LinkFigures]] = field(default_factory=dict)
 
+    def send(self, command: pb.AgentCommand) -> bool:
+        """Queue a command; False if so many wait that the agent cannot be reading: then the stream is ended."""
+        if self.outgoing.full():
+            logger.warning("%s has not read its last %d commands; its stream is ended", self.agent_id, _OUTGOING_BOUND)
+            self.end()
+            return False
+        self.outgoing.put_nowait(command)
+        return True
+
+    def end(self) -> None:
+        """End the stream after what waits to be sent; an agent that does not read it has lost all of that anyway."""
+        if self.outgoing.full():
+            self.outgoing.get_nowait()
+        self.outgoing.put_nowait(None)
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerExit:
@@ -195,7 +210,7 @@ class FleetRegistry:
         )
         previous = self._links.get(link.agent_id)
         if previous is not None:
-            previous.outgoing.put_nowait(None)
+            previous.end()
         self._links[link.agent_id] = link
         self._last_join_s = self._clock()
         self._step(self.fleet.hello(_device(first.hello), link.stream, self._clock()))
@@ -222,10 +237,10 @@ class FleetRegistry:
         """A device was shut out: its stream ends, nobody waits for its lease, and the others hear of it."""
         self.revoked_ids.add(agent_id)
         for other in self._links.values():
-            other.outgoing.put_nowait(self._revoked_command())
+            other.send(self._revoked_command())
         link = self._links.pop(agent_id, None)
         if link is not None:
-            link.outgoing.put_nowait(None)
+            link.end()
         self._step(self.fleet.revoke(agent_id, reason))
 
     def _revoked_command(self) -> pb.AgentCommand:
@@ -241,7 +256,7 @@ class FleetRegistry:
             await asyncio.sleep(self._patience.heartbeat_every_s / 2)
             self._step(self.fleet.tick(self._clock()))
             for agent_id in [agent_id for agent_id in self._links if self.is_gone(agent_id)]:
-                self._links.pop(agent_id).outgoing.put_nowait(None)
+                self._links.pop(agent_id).end()
 
     def start_worker(self, agent_id: AgentId, ref: WorkerRef, assignment_json: str) -> bool:
         """Ask an agent to run a worker; False if it is not attached."""
@@ -307,10 +322,7 @@ class FleetRegistry:
 
     def _send(self, agent_id: AgentId, command: pb.AgentCommand) -> bool:
         link = self._links.get(agent_id)
-        if link is None:
-            return False
-        link.outgoing.put_nowait(command)
-        return True
+        return link is not None and link.send(command)
 
     async def _read(self, link: AgentLink, events: AsyncIterator[pb.AgentEvent]) -> None:
         try:
@@ -318,7 +330,7 @@ class FleetRegistry:
                 self._step(self.fleet.heartbeat(link.agent_id, link.stream, self._clock()))
                 self._take(link, event)
         finally:
-            link.outgoing.put_nowait(None)
+            link.end()
 
     def _take(self, link: AgentLink, event: pb.AgentEvent) -> None:
         match event.WhichOneof("event"):

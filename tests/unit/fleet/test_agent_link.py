@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import asyncio
+
+from coordinator.fleet.registry import AgentLink
+from plutino.types import AgentId
+from protos import agents_pb2 as pb
+
+
+def link(bound: int) -> AgentLink:
+    return AgentLink(agent_id=AgentId("pi"), stream=1, outgoing=asyncio.Queue(bound), workers=set())
+
+
+def waiting(of: AgentLink) -> list[pb.AgentCommand | None]:
+    return [of.outgoing.get_nowait() for _ in range(of.outgoing.qsize())]
+
+
+def test_link_ends_after_what_waits() -> None:
+    async def test() -> None:
+        pi, command = link(4), pb.AgentCommand()
+        assert pi.send(command)
+        pi.end()
+        assert waiting(pi) == [command, None]
+
+    asyncio.run(test())
+
+
+def test_link_of_an_agent_that_does_not_read_is_ended_and_raises_nothing() -> None:
+    async def test() -> None:
+        pi, command = link(2), pb.AgentCommand()
+        assert [pi.send(command) for _ in range(3)] == [True, True, False]
+        pi.end()
+        assert waiting(pi)[-1] is None
+
+    asyncio.run(test())
