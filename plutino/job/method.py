@@ -6,6 +6,7 @@ does on a stage stands in ``edge_node/methods``, its sizes in ``partitioner/adap
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ from plutino.job.base import SpecPart
 from plutino.key_value_layout import Float32Array, block_name, join_blocks, split_blocks
 
 
-class MethodPart(SpecPart):
+class MethodPart(SpecPart, ABC):
     """What is asked of every method's config."""
 
     size_setting: ClassVar[str]
@@ -94,9 +95,9 @@ class MethodPart(SpecPart):
         """What the method wants to know the token ids of; empty: nothing."""
         return ""
 
-    def with_text_ids(self, token_ids: tuple[int, ...]) -> MethodConfig:
-        """The config for devices, which have no tokenizer, with the ids of :attr:`text`."""
-        raise NotImplementedError
+    def with_text_ids(self, token_ids: tuple[int, ...]) -> MethodPart:
+        """The config for devices, which have no tokenizer, with the ids of :attr:`text`; itself if it has none."""
+        return self
 
     def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
         """The lowest block that a gradient has to reach; None if nothing below the head is trained.
@@ -106,9 +107,9 @@ class MethodPart(SpecPart):
         """
         return 0
 
+    @abstractmethod
     def for_profile(self) -> MethodConfig:
         """The same method for a model of three blocks, by which a device's seconds a block are measured."""
-        raise NotImplementedError
 
 
 class Unfreezing(SpecPart):

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from plutino.errors import ConfigError
 from plutino.hub_id import parse_hub_id
 from plutino.job.base import SpecPart
+from plutino.job.combinations import combination_problems
 from plutino.job.data import DataConfig, ScoringConfig, TaskConfig
 from plutino.job.evaluation import EvaluationConfig
 from plutino.job.method import LoraConfig, MethodConfig
@@ -56,127 +57,9 @@ class JobSpec(SpecPart):
         return values
 
     @model_validator(mode="after")
-    def _unpacked_weights_are_plain(self) -> JobSpec:
-        setting = self.method.unpacks_weights
-        if setting and self.model.quantization != "none":
-            raise ValueError(
-                f"method.{setting} takes the norm of every frozen weight, which model.quantization: "
-                f"{self.model.quantization} would have to unpack whole in each pass; set one of the two off"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _score_head_is_saved(self) -> JobSpec:
-        if self.objective.has_score_head and not self.method.saves_score_head:
-            raise ValueError(
-                f"objective.type: {self.objective.type} trains a score head, which a checkpoint of method.type: "
-                f"{self.method.type} has no place for; set method.type: lora"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _first_adapter_holds_what_is_trained(self) -> JobSpec:
-        if self.training.init_adapter is not None and self.method.no_continuation:
-            raise ValueError(f"training.init_adapter: {self.method.no_continuation}")
-        return self
-
-    @model_validator(mode="after")
-    def _trained_weights_are_whole(self) -> JobSpec:
-        if not self.method.trains_weights:
-            return self
-        model = self.model
-        if (model.quantization, model.quantize_embedding, model.quantize_head) != ("none", "keep", "keep"):
-            raise ValueError(
-                f"method.type: {self.method.type} trains the weights that model.quantization, quantize_embedding and "
-                "quantize_head would pack; leave these out, or use method.type: lora"
-            )
-        if model.dtype == "bf16":
-            raise ValueError(
-                f"method.type: {self.method.type} computes with the fp32 weights that it trains; set model.dtype: fp32"
-            )
-        if self.objective.runs_reference:
-            raise ValueError(
-                f"objective.type: {self.objective.type} compares with the base model, of which method.type: "
-                f"{self.method.type} leaves nothing; use method.type: lora"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _cached_blocks_are_left_alone(self) -> JobSpec:
-        if self.training.activation_cache != "off" and not self.method.leaves_blocks_alone:
-            raise ValueError(
-                f"training.activation_cache keeps what the model's blocks give, which method.type: {self.method.type} "
-                "changes with every step; set it to off, or use method.type: parallel_adapters"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _evaluation_has_rows(self) -> JobSpec:
-        if not self.data.has_eval:
-            wants = [
-                name
-                for name, wanted in (
-                    ("training.eval_every", self.training.eval_every is not None),
-                    ("training.keep_best", self.training.keep_best),
-                    ("training.early_stopping", self.training.early_stopping is not None),
-                    ("scoring", self.scoring is not None and not any(task.eval for task in self.data.sources)),
-                )
-                if wanted
-            ]
-            if wants:
-                raise ValueError(f"{', '.join(wants)} need held-out rows: set data.eval")
-        return self
-
-    @model_validator(mode="after")
-    def _reference_is_there(self) -> JobSpec:
-        if self.objective.runs_reference and self.method.trains_weights:
-            raise ValueError(
-                f"objective.type: {self.objective.type} compares with the base model, whose weights method.type: "
-                f"{self.method.type} changes; train an adapter, or give objective.reference: rows"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _cached_rows_stand_alone(self) -> JobSpec:
-        if self.training.activation_cache == "off":
-            return self
-        trained = [task for task in self.data.sources if task.train is not None]
-        if self.data.packing or len(trained) > 1 or self.objective.runs_reference:
-            raise ValueError(
-                "training.activation_cache repeats the first epoch's micro-batches of one data set; it goes with "
-                "neither data.packing nor several trained tasks nor a reference: leave it off"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _packing_fits(self) -> JobSpec:
-        if not self.data.packing:
-            return self
-        if self.objective.row_use not in ("answers", "text"):
-            raise ValueError(
-                f"data.packing: rows of objective.type: {self.objective.type} are scored one by one and cannot share a "
-                "sequence; leave it out"
-            )
-        if self.method.prompt_tokens or self.method.past_tokens:
-            raise ValueError(
-                f"data.packing: method.type: {self.method.type} puts its virtual tokens before a whole sequence, which "
-                "only its first row would follow; set one of the two off"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _metrics_fit(self) -> JobSpec:
-        own = self.objective.own_metric
-        allowed = {own, "perplexity"} if self.objective.counted == "label tokens" else {own}
-        if self.objective.row_use == "answers":
-            allowed |= set(GENERATED_METRICS)
-        for task in self.data.sources:
-            metric = self.metric_of(task)
-            if self.scoring is not None and task.eval is not None and metric not in allowed:
-                raise ValueError(
-                    f"scoring: {metric} is no metric of objective.type: {self.objective.type}, which has "
-                    f"{', '.join(sorted(allowed))}"
-                )
+    def _parts_go_together(self) -> JobSpec:
+        if (problem := next(combination_problems(self), None)) is not None:
+            raise ValueError(problem)
         return self
 
     def metric_of(self, task: TaskConfig) -> MetricName:

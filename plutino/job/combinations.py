@@ -1,0 +1,121 @@
+"""Which settings of different parts of a job spec go together.
+
+What one part says of itself it checks itself; here stands what only the whole spec shows. Every problem names the
+settings and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from plutino.job.objective import GENERATED_METRICS
+
+if TYPE_CHECKING:
+    from plutino.job.spec import JobSpec
+
+
+def combination_problems(spec: JobSpec) -> Iterator[str]:
+    """What does not go together, the most fundamental first."""
+    yield from _method_problems(spec)
+    yield from _activation_cache_problems(spec)
+    yield from _held_out_problems(spec)
+    yield from _packing_problems(spec)
+    yield from _metric_problems(spec)
+
+
+def _method_problems(spec: JobSpec) -> Iterator[str]:
+    method, model, objective = spec.method, spec.model, spec.objective
+    if method.unpacks_weights and model.quantization != "none":
+        yield (
+            f"method.{method.unpacks_weights} takes the norm of every frozen weight, which model.quantization: "
+            f"{model.quantization} would have to unpack whole in each pass; set one of the two off"
+        )
+    if objective.has_score_head and not method.saves_score_head:
+        yield (
+            f"objective.type: {objective.type} trains a score head, which a checkpoint of method.type: {method.type} "
+            "has no place for; set method.type: lora"
+        )
+    if spec.training.init_adapter is not None and method.no_continuation:
+        yield f"training.init_adapter: {method.no_continuation}"
+    if not method.trains_weights:
+        return
+    if (model.quantization, model.quantize_embedding, model.quantize_head) != ("none", "keep", "keep"):
+        yield (
+            f"method.type: {method.type} trains the weights that model.quantization, quantize_embedding and "
+            "quantize_head would pack; leave these out, or use method.type: lora"
+        )
+    if model.dtype == "bf16":
+        yield f"method.type: {method.type} computes with the fp32 weights that it trains; set model.dtype: fp32"
+    if objective.runs_reference:
+        yield (
+            f"objective.type: {objective.type} compares with the base model, of which method.type: {method.type} "
+            "leaves nothing; use method.type: lora, or give objective.reference: rows"
+        )
+
+
+def _activation_cache_problems(spec: JobSpec) -> Iterator[str]:
+    if spec.training.activation_cache == "off":
+        return
+    if not spec.method.leaves_blocks_alone:
+        yield (
+            f"training.activation_cache keeps what the model's blocks give, which method.type: {spec.method.type} "
+            "changes with every step; set it to off, or use method.type: parallel_adapters"
+        )
+    trained = [task for task in spec.data.sources if task.train is not None]
+    if spec.data.packing or len(trained) > 1 or spec.objective.runs_reference:
+        yield (
+            "training.activation_cache repeats the first epoch's micro-batches of one data set; it goes with "
+            "neither data.packing nor several trained tasks nor a reference: leave it off"
+        )
+
+
+def _held_out_problems(spec: JobSpec) -> Iterator[str]:
+    if spec.data.has_eval:
+        return
+    training = spec.training
+    wants = [
+        name
+        for name, wanted in (
+            ("training.eval_every", training.eval_every is not None),
+            ("training.keep_best", training.keep_best),
+            ("training.early_stopping", training.early_stopping is not None),
+            ("scoring", spec.scoring is not None and not any(task.eval for task in spec.data.sources)),
+        )
+        if wanted
+    ]
+    if wants:
+        yield f"{', '.join(wants)} need held-out rows: set data.eval"
+
+
+def _packing_problems(spec: JobSpec) -> Iterator[str]:
+    if not spec.data.packing:
+        return
+    if spec.objective.row_use not in ("answers", "text"):
+        yield (
+            f"data.packing: rows of objective.type: {spec.objective.type} are scored one by one and cannot share a "
+            "sequence; leave it out"
+        )
+    if spec.method.prompt_tokens or spec.method.past_tokens:
+        yield (
+            f"data.packing: method.type: {spec.method.type} puts its virtual tokens before a whole sequence, which "
+            "only its first row would follow; set one of the two off"
+        )
+
+
+def _metric_problems(spec: JobSpec) -> Iterator[str]:
+    if spec.scoring is None:
+        return
+    objective = spec.objective
+    allowed = {objective.own_metric}
+    if objective.counted == "label tokens":
+        allowed.add("perplexity")
+    if objective.row_use == "answers":
+        allowed.update(GENERATED_METRICS)
+    for task in spec.data.sources:
+        metric = spec.metric_of(task)
+        if task.eval is not None and metric not in allowed:
+            yield (
+                f"scoring: {metric} is no metric of objective.type: {objective.type}, which has "
+                f"{', '.join(sorted(allowed))}"
+            )
