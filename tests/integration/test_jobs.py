@@ -22,10 +22,11 @@ from tests.integration.step_gate import StepGate
 
 
 @pytest.mark.parametrize(
-    ("more_stages", "steps"), [pytest.param((3,), 5), pytest.param((2, 3, 4), 20, marks=pytest.mark.slow)]
+    ("more_stages", "steps", "loss_ratio"),
+    [pytest.param((3,), 5, 0.8), pytest.param((2, 3, 4), 20, 0.5, marks=pytest.mark.slow)],
 )
 def test_snips_on_one_to_four_workers_gives_bit_equal_losses_and_adapters(
-    cleanup: ExitStack, tmp_path: Path, more_stages: tuple[int, ...], steps: int
+    cleanup: ExitStack, tmp_path: Path, more_stages: tuple[int, ...], steps: int, loss_ratio: float
 ) -> None:
     people, _ = start(cleanup, tmp_path / "state", 4)
 
@@ -46,7 +47,7 @@ def test_snips_on_one_to_four_workers_gives_bit_equal_losses_and_adapters(
         return losses(people.detail(job_id)), adapter_bytes(output)
 
     whole = run(1)
-    assert len(whole[0]) == steps and whole[0][-1] < 0.8 * whole[0][0]
+    assert len(whole[0]) == steps and whole[0][-1] < loss_ratio * whole[0][0]
     for stages in more_stages:
         assert run(stages) == whole
 
