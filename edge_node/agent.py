@@ -18,11 +18,12 @@ from edge_node.attachment import Attachment
 from edge_node.cache_server import CacheServer
 from edge_node.guard import limit_thread_stacks, read_usage
 from edge_node.joining import Renewal
+from edge_node.pool_config import PoolConfig
 from edge_node.pool_reports import worker_id, worker_ref
 from edge_node.processors import processors_of
 from edge_node.reachability import Reachability
 from edge_node.state_dir import StateDir, host_id
-from edge_node.worker_pool import PoolConfig, WorkerPool
+from edge_node.worker_pool import WorkerPool
 from plutino.hardware import WIRE_VERSION
 from plutino.security.identity import PeerName
 from plutino.wire.hardware import hardware_to_proto

@@ -52,9 +52,9 @@ def _run(options: argparse.Namespace) -> int:
     # Imported here: gRPC would cost --help more than the rest together.
     from edge_node.agent import AgentConfig, run_agent
     from edge_node.network import DeviceNetwork
+    from edge_node.pool_config import PoolConfig
     from edge_node.state_dir import StateDir, default_state_dir
     from edge_node.weights_config import WeightsConfig
-    from edge_node.worker_pool import PoolConfig
 
     allowed = WeightsConfig(
         cache_bytes=cache_bytes,

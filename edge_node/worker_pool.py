@@ -11,16 +11,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 
 from edge_node.guard import read_usage
-from edge_node.network import DeviceNetwork
+from edge_node.pool_config import PoolConfig, Readiness
 from edge_node.pool_reports import PoolReports, worker_id
+from edge_node.pooled_worker import (
+    PooledWorker,
+    holder_of,
+    promised_bytes,
+    read_assignment,
+    refuse_too_large,
+    spare_of,
+    worker_of,
+)
 from edge_node.state_dir import StateDir, log_tail, rotate_log
 from edge_node.supervision import (
     NOT_STARTED_EXIT_CODE,
@@ -28,10 +33,8 @@ from edge_node.supervision import (
     Exiting,
     describe_end,
     over_budget,
-    refusal,
     spare_is_due,
 )
-from edge_node.weights_config import WeightsConfig
 from edge_node.worker_process import Event, WorkerProcess
 from plutino.errors import AgentError, ConfigError
 from plutino.hardware import Hardware
@@ -46,66 +49,6 @@ _WATCH_EVERY_S = 0.5
 
 _REAP_S = 10.0
 _LAST_SPARE_BACKOFF_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolConfig:
-    """What the owner of a device gives to workers."""
-
-    memory_budget_bytes: int
-    """Bound on the resident memory of all workers together."""
-    threads: int
-    """Threads of each worker."""
-    device: str = "cpu"
-    """Where workers compute: cpu, or cuda:N, whose memory is then what the budget bounds."""
-    worker_command: Sequence[str] = (sys.executable, "-m", "edge_node.worker")
-    """Program that is a worker; ``--events-fd N --threads T`` is appended."""
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    """What workers may use for weights."""
-    stop_grace_s: float = 2.0
-    """Time between SIGTERM and SIGKILL."""
-    spare_settle_s: float = 15.0
-    """Time that a job's worker gets to load before a spare's imports may compete with it."""
-    network: DeviceNetwork = field(default_factory=DeviceNetwork)
-    """How workers reach the coordinator and each other."""
-    ready_timeout_s: float = 300.0
-    """Longest time for a worker's imports; minutes on a slow disk."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Readiness:
-    """What the first worker told of itself when its imports were done."""
-
-    baseline_bytes: int
-    dtypes: tuple[str, ...]
-    versions: dict[str, str]
-    hardware: Hardware
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class _Worker:
-    process: WorkerProcess
-    log_path: Path
-    ref: WorkerRef | None = None
-    """Whom it works for; None while it is a spare."""
-    budget_bytes: int = 0
-    held_key: str = ""
-    """Key of the stage that it holds while it waits for the next job of that key."""
-    held_until_s: float = 0.0
-    profile_ids: deque[str] = field(default_factory=deque)
-    """Requests it has not answered, in the order it got them."""
-    exiting: Exiting | None = None
-    over_budget: str | None = None
-    stop_reason: str | None = None
-    end_reason: str | None = None
-
-    @property
-    def is_spare(self) -> bool:
-        return self.ref is None and not self.held_key and not self.is_ending
-
-    @property
-    def is_ending(self) -> bool:
-        return self.stop_reason is not None or self.over_budget is not None
 
 
 class WorkerPool:
@@ -124,7 +67,7 @@ class WorkerPool:
         self._state_dir = state_dir
         self._reports = PoolReports(report)
         self._clock = clock
-        self._workers: dict[_Worker, asyncio.Task[None]] = {}
+        self._workers: dict[PooledWorker, asyncio.Task[None]] = {}
         self._jobs_run: set[str] = set()
         self._readiness: Readiness | None = None
         self._changed = asyncio.Event()
@@ -202,17 +145,17 @@ class WorkerPool:
 
         The outcome is reported: WorkerStarted, or WorkerExited with the reason why not.
         """
-        worker = self._find(ref)
+        worker = worker_of(ref, self._workers)
         if worker is not None and not worker.is_ending:
             self._reports.started(ref, worker.process.pid)
             return
         try:
-            budget_bytes, stage_key = _read_assignment(assignment_json)
+            budget_bytes, stage_key = read_assignment(assignment_json)
             self._refuse_stale(ref)
-            holder = self._holder_of(stage_key)
+            holder = holder_of(stage_key, self._workers)
             await self._clear_for(ref, holder)
-            self._refuse_too_large(budget_bytes, holder)
-            worker = holder or self._spare() or await self._start_process()
+            refuse_too_large(budget_bytes, holder, self._workers, self._config.memory_budget_bytes)
+            worker = holder or spare_of(self._workers) or await self._start_process()
         except (ConfigError, AgentError, OSError) as error:
             self._reports.exited(ref, NOT_STARTED_EXIT_CODE, f"not started: {error}", out_of_memory=False)
             return
@@ -230,7 +173,7 @@ class WorkerPool:
 
     def stop(self, ref: WorkerRef, reason: str) -> None:
         """Begin to end a job's worker; its exit is reported, at once if it is gone already."""
-        worker = self._find(ref)
+        worker = worker_of(ref, self._workers)
         if worker is None:
             self._reports.exited(ref, 0, "was not running", out_of_memory=False)
         else:
@@ -240,7 +183,7 @@ class WorkerPool:
         """Let the spare measure; the result or the reason why there is none is reported."""
         try:
             request = json.loads(request_json)
-            if (spare := self._spare()) is None:
+            if (spare := spare_of(self._workers)) is None:
                 await self._end_holders(f"memory is needed to measure {request_id}")
                 spare = await self._start_spare_for_profile()
         except (ValueError, AgentError, OSError) as error:
@@ -259,19 +202,19 @@ class WorkerPool:
 
     # Private: processes.
 
-    async def _start_process(self) -> _Worker:
+    async def _start_process(self) -> PooledWorker:
         log_path = self._state_dir.new_log(in_use={worker.log_path for worker in self._workers})
         command = self._config.worker_command
         if self._config.device != "cpu":
             command = (*command, "--device", self._config.device)
         process = await WorkerProcess.start(command, self._config.threads, log_path)
-        worker = _Worker(process=process, log_path=log_path)
+        worker = PooledWorker(process=process, log_path=log_path)
         following = asyncio.create_task(self._follow(worker))
         self._workers[worker] = following
         following.add_done_callback(self._note_crash)
         return worker
 
-    async def _follow(self, worker: _Worker) -> None:
+    async def _follow(self, worker: PooledWorker) -> None:
         exit_code = await worker.process.wait(lambda event: self._on_event(worker, event))
         del self._workers[worker]
         if worker.process.violation is not None:
@@ -295,7 +238,7 @@ class WorkerPool:
             self._on_spare_lost(reason)
         self._changed.set()
 
-    def _on_event(self, worker: _Worker, event: Event) -> None:
+    def _on_event(self, worker: PooledWorker, event: Event) -> None:
         match event:
             case {
                 "ready": {
@@ -331,7 +274,7 @@ class WorkerPool:
             case _:
                 raise ValueError(f"unexpected event {str(event)[:200]}")
 
-    def _hold_stage(self, worker: _Worker, key: str, keeps_s: float, reason: str) -> None:
+    def _hold_stage(self, worker: PooledWorker, key: str, keeps_s: float, reason: str) -> None:
         if worker.ref is None or worker.is_ending:
             return  # it was told to end meanwhile, and its exit is reported then
         ref, worker.ref = worker.ref, None
@@ -359,24 +302,21 @@ class WorkerPool:
         if self._crash is not None:
             raise self._crash
 
-    def _begin_stop(self, worker: _Worker, reason: str) -> None:
+    def _begin_stop(self, worker: PooledWorker, reason: str) -> None:
         if worker.stop_reason is None:
             worker.stop_reason = reason
             worker.process.stop(self._config.stop_grace_s)
 
-    # Private: memory.
+    # Private: what gives way to what.
 
-    def _budgets_bytes(self) -> list[int]:
-        return [worker.budget_bytes for worker in self._workers if worker.ref is not None or worker.held_key]
-
-    def _enforce_budget(self, worker: _Worker) -> None:
+    def _enforce_budget(self, worker: PooledWorker) -> None:
         if self._config.device != "cpu":
             return  # the worker holds itself to its budget on the card, which cannot be seen from here
         usage = read_usage(worker.process.pid)
         if usage is None or worker.over_budget is not None:
             return
         if worker.ref is None and not worker.held_key:
-            budget_bytes = self._config.memory_budget_bytes - sum(self._budgets_bytes())
+            budget_bytes = self._config.memory_budget_bytes - sum(promised_bytes(self._workers))
             who = "the spare worker"
         else:
             budget_bytes, who = worker.budget_bytes, str(worker.ref or "a worker that holds its stage")
@@ -390,22 +330,14 @@ class WorkerPool:
         if newest > ref.plan_epoch:
             raise AgentError(f"{ref} belongs to an older plan; plan epoch {newest} of the job runs here")
 
-    def _refuse_too_large(self, budget_bytes: int, holder: _Worker | None) -> None:
-        running = self._budgets_bytes()
-        if holder is not None:
-            running.remove(holder.budget_bytes)
-        reason = refusal(budget_bytes, running, self._config.memory_budget_bytes)
-        if reason is not None:
-            raise AgentError(reason)
-
-    async def _clear_for(self, ref: WorkerRef, holder: _Worker | None) -> None:
+    async def _clear_for(self, ref: WorkerRef, holder: PooledWorker | None) -> None:
         """End what the job left of older plan epochs and all held stages but the one that it takes."""
         for worker in list(self._workers):
             if worker.ref is not None and worker.ref.job_id == ref.job_id and worker.ref.plan_epoch < ref.plan_epoch:
                 self._begin_stop(worker, f"plan epoch {ref.plan_epoch} replaces it")
         await self._end_holders(f"{ref} needs memory", but=holder)
 
-    async def _end_holders(self, reason: str, *, but: _Worker | None = None) -> None:
+    async def _end_holders(self, reason: str, *, but: PooledWorker | None = None) -> None:
         """End workers that wait with a stage, and wait for all that is ending: its memory may be needed."""
         for worker in list(self._workers):
             if worker.held_key and worker is not but:
@@ -418,20 +350,10 @@ class WorkerPool:
 
     # Private: the spare.
 
-    def _find(self, ref: WorkerRef) -> _Worker | None:
-        return next((worker for worker in self._workers if worker.ref == ref), None)
-
-    def _spare(self) -> _Worker | None:
-        return next((worker for worker in self._workers if worker.is_spare), None)
-
-    def _holder_of(self, stage_key: str) -> _Worker | None:
-        holders = (worker for worker in self._workers if worker.held_key == stage_key and not worker.is_ending)
-        return next(holders, None) if stage_key else None
-
     def _spare_is_due(self, settle_s: float) -> bool:
         return spare_is_due(
-            has_spare=self._spare() is not None,
-            running_budgets_bytes=self._budgets_bytes(),
+            has_spare=spare_of(self._workers) is not None,
+            running_budgets_bytes=promised_bytes(self._workers),
             baseline_bytes=self.readiness.baseline_bytes,
             memory_budget_bytes=self._config.memory_budget_bytes,
             since_last_start_s=self._clock() - self._last_start_s,
@@ -445,27 +367,11 @@ class WorkerPool:
             except OSError as error:
                 self._on_spare_lost(f"it could not be started: {error}")
 
-    async def _start_spare_for_profile(self) -> _Worker:
+    async def _start_spare_for_profile(self) -> PooledWorker:
         if not self._spare_is_due(settle_s=0.0):
-            taken_bytes = sum(self._budgets_bytes())
+            taken_bytes = sum(promised_bytes(self._workers))
             raise AgentError(
                 f"running workers take {format_size(taken_bytes)} of {format_size(self._config.memory_budget_bytes)}, "
                 "which leaves no room for another one to measure with; end a job there first"
             )
         return await self._start_process()
-
-
-def _read_assignment(assignment_json: str) -> tuple[int, str]:
-    """An assignment's memory budget and the key of its stage; all else is the worker's business.
-
-    Raises:
-        ConfigError: it is malformed.
-    """
-    try:
-        assignment = json.loads(assignment_json)
-        budget_bytes, stage_key = assignment["memory_budget_bytes"], assignment.get("stage_key", "")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the assignment is malformed ({error!r}); use the same version on all sides") from error
-    if not isinstance(budget_bytes, int):
-        raise ConfigError(f"the assignment's memory budget {budget_bytes!r} is not a number of bytes")
-    return budget_bytes, str(stage_key)

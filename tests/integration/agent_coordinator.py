@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from edge_node.agent import Agent, AgentConfig
+from edge_node.pool_config import PoolConfig
 from edge_node.state_dir import StateDir
-from edge_node.worker_pool import PoolConfig
 from plutino.errors import SecurityError
 from plutino.wire.channel import Lane, aio_server, bind
 from plutino.wire.status import abort_with_aio

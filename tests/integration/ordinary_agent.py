@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from edge_node.agent import AgentConfig, run_agent
+from edge_node.pool_config import PoolConfig
 from edge_node.state_dir import StateDir
-from edge_node.worker_pool import PoolConfig
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 

@@ -226,7 +226,7 @@ from pathlib import Path
 sys.path.insert(0, {str(FAKE_WORKER.parents[2])!r})
 from edge_node.agent import AgentConfig, run_agent
 from edge_node.state_dir import StateDir
-from edge_node.worker_pool import PoolConfig
+from edge_node.pool_config import PoolConfig
 pool = PoolConfig(memory_budget_bytes=2**30, threads=1, worker_command=(sys.executable, "-S", {str(FAKE_WORKER)!r}))
 run_agent(AgentConfig(coordinator_address=sys.argv[1], name="n", pool=pool), StateDir(Path({str(tmp_path)!r})))
 """

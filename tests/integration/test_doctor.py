@@ -18,8 +18,8 @@ from coordinator.doctor import DoctorOptions, examine_coordinator
 from edge_node import cli as node_cli
 from edge_node.agent import Agent, AgentConfig
 from edge_node.doctor import NodeDoctorOptions, examine_node
+from edge_node.pool_config import PoolConfig
 from edge_node.state_dir import StateDir
-from edge_node.worker_pool import PoolConfig
 from plutino.doctor.child import ChildRun
 from plutino.doctor.door import Door, knock
 from plutino.doctor.report import Finding, Verdict, fail, ok

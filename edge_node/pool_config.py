@@ -1,0 +1,45 @@
+"""What the owner of a device gives to its workers, and what the first of them told of the device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from edge_node.network import DeviceNetwork
+from edge_node.weights_config import WeightsConfig
+from plutino.hardware import Hardware
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """What the owner of a device gives to workers."""
+
+    memory_budget_bytes: int
+    """Bound on the resident memory of all workers together."""
+    threads: int
+    """Threads of each worker."""
+    device: str = "cpu"
+    """Where workers compute: cpu, or cuda:N, whose memory is then what the budget bounds."""
+    worker_command: Sequence[str] = (sys.executable, "-m", "edge_node.worker")
+    """Program that is a worker; ``--events-fd N --threads T`` is appended."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """What workers may use for weights."""
+    stop_grace_s: float = 2.0
+    """Time between SIGTERM and SIGKILL."""
+    spare_settle_s: float = 15.0
+    """Time that a job's worker gets to load before a spare's imports may compete with it."""
+    network: DeviceNetwork = field(default_factory=DeviceNetwork)
+    """How workers reach the coordinator and each other."""
+    ready_timeout_s: float = 300.0
+    """Longest time for a worker's imports; minutes on a slow disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """What the first worker told of itself when its imports were done."""
+
+    baseline_bytes: int
+    dtypes: tuple[str, ...]
+    versions: dict[str, str]
+    hardware: Hardware

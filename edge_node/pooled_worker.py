@@ -1,0 +1,97 @@
+"""The workers of one device as its pool knows them, and the memory that they have been promised."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edge_node.supervision import Exiting, refusal
+from edge_node.worker_process import WorkerProcess
+from plutino.errors import AgentError, ConfigError
+from plutino.types import WorkerRef
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class PooledWorker:
+    """One worker process."""
+
+    process: WorkerProcess
+    log_path: Path
+    ref: WorkerRef | None = None
+    """Whom it works for; None while it is a spare."""
+    budget_bytes: int = 0
+    held_key: str = ""
+    """Key of the stage that it holds while it waits for the next job of that key."""
+    held_until_s: float = 0.0
+    profile_ids: deque[str] = field(default_factory=deque)
+    """Requests it has not answered, in the order it got them."""
+    exiting: Exiting | None = None
+    over_budget: str | None = None
+    stop_reason: str | None = None
+    end_reason: str | None = None
+
+    @property
+    def is_spare(self) -> bool:
+        """It waits for a job, with nothing loaded."""
+        return self.ref is None and not self.held_key and not self.is_ending
+
+    @property
+    def is_ending(self) -> bool:
+        """It was told to end, or will be killed for what it holds."""
+        return self.stop_reason is not None or self.over_budget is not None
+
+
+def worker_of(ref: WorkerRef, workers: Collection[PooledWorker]) -> PooledWorker | None:
+    """The one that works for ``ref``."""
+    return next((worker for worker in workers if worker.ref == ref), None)
+
+
+def spare_of(workers: Collection[PooledWorker]) -> PooledWorker | None:
+    """The one that waits for a job, with nothing loaded."""
+    return next((worker for worker in workers if worker.is_spare), None)
+
+
+def holder_of(stage_key: str, workers: Collection[PooledWorker]) -> PooledWorker | None:
+    """The one that waits with that stage loaded."""
+    holders = (worker for worker in workers if worker.held_key == stage_key and not worker.is_ending)
+    return next(holders, None) if stage_key else None
+
+
+def promised_bytes(workers: Collection[PooledWorker]) -> list[int]:
+    """The budgets of those that work for a job or hold a stage."""
+    return [worker.budget_bytes for worker in workers if worker.ref is not None or worker.held_key]
+
+
+def refuse_too_large(
+    budget_bytes: int, holder: PooledWorker | None, workers: Collection[PooledWorker], memory_budget_bytes: int
+) -> None:
+    """Refuse a worker that has no room beside the others; ``holder`` would become it.
+
+    Raises:
+        AgentError: with the numbers.
+    """
+    promised = promised_bytes(workers)
+    if holder is not None:
+        promised.remove(holder.budget_bytes)
+    reason = refusal(budget_bytes, promised, memory_budget_bytes)
+    if reason is not None:
+        raise AgentError(reason)
+
+
+def read_assignment(assignment_json: str) -> tuple[int, str]:
+    """An assignment's memory budget and the key of its stage; all else is the worker's business.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    try:
+        assignment = json.loads(assignment_json)
+        budget_bytes, stage_key = assignment["memory_budget_bytes"], assignment.get("stage_key", "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the assignment is malformed ({error!r}); use the same version on all sides") from error
+    if not isinstance(budget_bytes, int):
+        raise ConfigError(f"the assignment's memory budget {budget_bytes!r} is not a number of bytes")
+    return budget_bytes, str(stage_key)
