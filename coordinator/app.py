@@ -19,7 +19,8 @@ import grpc.aio
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Change
 from coordinator.fleet.registry import FleetRegistry, Patience, WorkerExit
-from coordinator.jobs.manager import Endpoints, JobManager
+from coordinator.jobs.endpoints import Endpoints
+from coordinator.jobs.manager import JobManager
 from coordinator.scheduling.engine import Engine
 from coordinator.security.addresses import advertised_hosts, beside, dialled_here, with_port_of
 from coordinator.security.placed import PlacedDevices

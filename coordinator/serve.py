@@ -11,7 +11,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from coordinator.app import CoordinatorConfig, run_coordinator
-from coordinator.jobs.manager import Endpoints
+from coordinator.jobs.endpoints import Endpoints
 from plutino.security.tokens import DEFAULT_TTL_S
 from plutino.sizes import MIB
 from plutino.wire.channel import is_loopback, split_address

@@ -11,23 +11,21 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
+from coordinator.fleet.agent_link import OUTGOING_BOUND, AgentLink, device_of
 from coordinator.fleet.membership import Change, Device, DeviceState, Fleet
 from partitioner.device import BlockTimings, ProfileRequest
-from plutino.doctor.burst import LinkFigures
 from plutino.errors import AgentError, AgentLostError, SecurityError
 from plutino.hardware import wire_refusal
 from plutino.types import AgentId, WorkerRef
 from plutino.wire.convert import worker_from_proto, worker_to_proto
-from plutino.wire.hardware import hardware_from_proto
 from protos import agents_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 _PROFILE_TIMEOUT_S = 120.0
-_OUTGOING_BOUND = 1024
 _LOOK_AGAIN_S = 0.02
 
 
@@ -55,49 +53,6 @@ class Patience:
 
 
 _Answer = TypeVar("_Answer")
-
-
-@dataclass(slots=True)
-class WorkerUsage:
-    """What a worker last used, as its agent sees it."""
-
-    rss_bytes: int
-    peak_rss_bytes: int
-    cpu_seconds: float
-
-
-@dataclass(slots=True)
-class AgentLink:
-    """One attached agent."""
-
-    agent_id: AgentId
-    stream: int
-    outgoing: asyncio.Queue[pb.AgentCommand | None]
-    workers: set[WorkerRef]
-    """Workers it runs, as far as it has said."""
-    cache_address: str = ""
-    """Where the other devices of its jobs reach its weights cache."""
-    usage: dict[WorkerRef, WorkerUsage] = field(default_factory=dict)
-    agent_rss_bytes: int = 0
-    profiles: dict[str, asyncio.Future[BlockTimings]] = field(default_factory=dict)
-    doors: dict[str, asyncio.Future[str]] = field(default_factory=dict)
-    knocks: dict[str, asyncio.Future[float]] = field(default_factory=dict)
-    bursts: dict[str, asyncio.Future[LinkFigures]] = field(default_factory=dict)
-
-    def send(self, command: pb.AgentCommand) -> bool:
-        """Queue a command; False if so many wait that the agent cannot be reading: then the stream is ended."""
-        if self.outgoing.full():
-            logger.warning("%s has not read its last %d commands; its stream is ended", self.agent_id, _OUTGOING_BOUND)
-            self.end()
-            return False
-        self.outgoing.put_nowait(command)
-        return True
-
-    def end(self) -> None:
-        """End the stream after what waits to be sent; an agent that does not read it has lost all of that anyway."""
-        if self.outgoing.full():
-            self.outgoing.get_nowait()
-        self.outgoing.put_nowait(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +159,7 @@ class FleetRegistry:
         link = AgentLink(
             agent_id=AgentId(first.hello.agent_id),
             stream=next(self._streams),
-            outgoing=asyncio.Queue(_OUTGOING_BOUND),
+            outgoing=asyncio.Queue(OUTGOING_BOUND),
             workers={worker_from_proto(worker) for worker in first.hello.workers},
             cache_address=first.hello.cache_address,
         )
@@ -213,7 +168,7 @@ class FleetRegistry:
             previous.end()
         self._links[link.agent_id] = link
         self._last_join_s = self._clock()
-        self._step(self.fleet.hello(_device(first.hello), link.stream, self._clock()))
+        self._step(self.fleet.hello(device_of(first.hello), link.stream, self._clock()))
         yield pb.AgentCommand(
             welcome=pb.AgentWelcome(incarnation=self._incarnation, heartbeat_every_s=self._patience.heartbeat_every_s)
         )
@@ -227,10 +182,7 @@ class FleetRegistry:
             reader.cancel()
             if self._links.get(link.agent_id) is link:
                 del self._links[link.agent_id]
-            questions: list[dict[str, asyncio.Future[Any]]] = [link.profiles, link.doors, link.knocks, link.bursts]
-            for answer in (answer for answers in questions for answer in answers.values()):
-                if not answer.done():
-                    answer.set_exception(AgentLostError(f"{self.name_of(link.agent_id)} left before it answered"))
+            link.give_up_answers(self.name_of(link.agent_id))
             self._step(self.fleet.stream_lost(link.agent_id, link.stream, self._clock()))
 
     def revoke(self, agent_id: AgentId, reason: str) -> None:
@@ -344,66 +296,13 @@ class FleetRegistry:
                 self._on_worker_exit(
                     WorkerExit(ref, link.agent_id, exited.exit_code, exited.reason, exited.out_of_memory)
                 )
-            case "profile_result":
-                result = event.profile_result
-                self._settle(link, link.profiles.get(result.request_id), result.error, lambda: _timings(result))
-            case "door_opened":
-                door = event.door_opened
-                self._settle(link, link.doors.get(door.request_id), door.error, lambda: door.address)
-            case "knocked":
-                knocked = event.knocked
-                if knocked.request_id in link.bursts:
-                    self._settle(link, link.bursts[knocked.request_id], knocked.error, lambda: _figures(knocked))
-                else:
-                    self._settle(link, link.knocks.get(knocked.request_id), knocked.error, lambda: knocked.seconds)
             case "heartbeat":
-                link.agent_rss_bytes = event.heartbeat.agent_rss_bytes
-                for usage in event.heartbeat.workers:
-                    link.usage[worker_from_proto(usage.worker)] = WorkerUsage(
-                        usage.rss_bytes, usage.peak_rss_bytes, usage.cpu_seconds
-                    )
-
-    def _settle(
-        self, link: AgentLink, answer: asyncio.Future[_Answer] | None, error: str, value: Callable[[], _Answer]
-    ) -> None:
-        """Hand an agent's answer to whoever waits for it; nobody does any more once it has taken too long."""
-        if answer is None or answer.done():
-            return
-        if error:
-            answer.set_exception(AgentError(f"{self.name_of(link.agent_id)}: {error}"))
-        else:
-            answer.set_result(value())
+                link.note_usage(event.heartbeat)
+            case _:
+                link.take_answer(event, self.name_of(link.agent_id))
 
     def _step(self, step: tuple[Fleet, tuple[Change, ...]]) -> None:
         self.fleet, changes = step
         for change in changes:
             logger.info("%s", change.reason)
             self._on_change(change)
-
-
-def _timings(result: pb.ProfileResult) -> BlockTimings:
-    return BlockTimings.model_validate_json(result.timings_json)
-
-
-def _figures(knocked: pb.Knocked) -> LinkFigures:
-    return LinkFigures(
-        latency_s=knocked.latency_s,
-        up_bytes_per_s=knocked.up_bytes_per_s,
-        down_bytes_per_s=knocked.down_bytes_per_s,
-    )
-
-
-def _device(hello: pb.AgentHello) -> Device:
-    return Device(
-        agent_id=AgentId(hello.agent_id),
-        name=hello.name,
-        host_id=hello.host_id,
-        memory_budget_bytes=hello.memory_budget_bytes,
-        baseline_bytes=hello.baseline_bytes,
-        threads=hello.threads,
-        versions=dict(hello.versions),
-        dtypes=tuple(hello.dtypes),
-        hardware=hardware_from_proto(hello.hardware),
-        measures_links=hello.measures_links,
-        processors=tuple(hello.processors),
-    )

@@ -22,28 +22,23 @@ from coordinator.jobs.commands import standing_commands
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.exporting import export
 from coordinator.jobs.interrupts import CancelWish, Interrupt, Interrupts, Loss, PauseWish, ResumeWish
+from coordinator.jobs.job_scheduling import Scheduling
 from coordinator.jobs.lineage import judge_evaluations
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
-from coordinator.jobs.planning import Profiler, make_numerics, make_problem
+from coordinator.jobs.planning import Profiler
 from coordinator.jobs.record import JobState
 from coordinator.jobs.recovery import (
     Decision,
-    Fail,
     Incident,
     Park,
-    Restart,
-    Resume,
-    ReturnTo,
     decide_recovery,
+    outcome_of,
     recovery_event,
 )
 from coordinator.jobs.runner import PreparedData
 from coordinator.jobs.stepping import Stepper, repeat_last_decision
-from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
-from coordinator.scheduling.round import Verdict
-from coordinator.scheduling.scheduler import Reservation
 from plutino.errors import (
     AgentLostError,
     ConfigError,
@@ -54,8 +49,7 @@ from plutino.errors import (
     NumericsError,
     PlutinoError,
 )
-from plutino.events import DataRead, PlanMade, Recovered, Recovering, WorkerLost
-from plutino.families import family_of
+from plutino.events import DataRead, Recovered, Recovering, WorkerLost
 from plutino.types import AgentId, JobId, WorkerRef
 
 logger = logging.getLogger(__name__)
@@ -79,14 +73,14 @@ class JobDriver:
     ) -> None:
         self.context = context
         self._queue = queue
-        self._profiler = profiler
-        self._link_map = link_map
         self._default_dir = default_dir
         self._stop_runner = stop_runner
         self._interrupts = Interrupts()
         self._replanner = Replanner(context, profiler)
+        self._scheduling = Scheduling(
+            context, queue=queue, profiler=profiler, link_map=link_map, replanner=self._replanner
+        )
         self._lost_at_s: float | None = None
-        self._last_loss: str | None = None
 
     def interrupt(self, interrupt: Interrupt) -> None:
         """Tell the driver of something it did not wait for."""
@@ -173,7 +167,7 @@ class JobDriver:
                     self._queue.kick()
                 case commands.Replan():
                     assert prepared is not None
-                    await self._place(prepared)
+                    await self._scheduling.place(prepared)
                     return None
                 case commands.StartWorkers(restore_step=restore_step):
                     if (event := await self._start_workers(restore_step)) is not None:
@@ -216,95 +210,6 @@ class JobDriver:
         refs = self.context.refs()
         return tuple(sorted(set(refs) - present_workers(self.context, refs)))
 
-    # ---- planning ----
-
-    async def _place(self, prepared: PreparedData) -> None:
-        context = self.context
-        if not context.fleet.devices and context.record.state is JobState.PLANNING:
-            reason = "no device has joined; make a token for each: plutino token create"
-            await context.apply(events.Queued(reason=reason))
-        if context.record.state is JobState.PLANNING:
-            await context.fleet.settled()
-        else:
-            await self._settled_after_loss()
-        started_s = time.monotonic()
-        try:
-            problem = await self._problem(prepared)
-        except InfeasiblePlanError as error:
-            raise InfeasiblePlanError(self._after_loss(str(error))) from error
-
-        async def carry_out(verdict: Verdict) -> bool:
-            return await self._carry_out(verdict, problem, time.monotonic() - started_s)
-
-        await self._queue.place(context.job_id, problem, carry_out)
-
-    async def _settled_after_loss(self) -> None:
-        try:
-            await self.context.fleet.settled_soon()
-        except AgentLostError as error:
-            raise InfeasiblePlanError(
-                self._after_loss(f"{error}; start the agents again and submit the job anew")
-            ) from error
-
-    def _after_loss(self, reason: str) -> str:
-        """A refusal, with what was lost before it if anything was."""
-        return reason if self._last_loss is None else f"{self._last_loss}; on what is left: {reason}"
-
-    async def _problem(self, prepared: PreparedData) -> PlanningProblem:
-        context = self.context
-        is_fixed = context.record.numerics_json is not None and context.spec.placement.numerics == "fixed"
-        trial = context.trial if context.record.plan_epoch == 1 else None
-        if trial is not None and trial.problem is not None:
-            # The other trials' devices, seconds and plan: the queue looks whether they still fit.
-            return trial.problem.model_copy(update={"job_id": context.job_id, "known_plan": trial.plan})
-        if (moving := self._replanner.take_problem()) is not None:
-            return moving
-        problem = await make_problem(
-            context.job_id,
-            context.spec,
-            prepared,
-            context.fleet,
-            self._profiler,
-            numerics=context.numerics if is_fixed else None,
-            excluded=context.excluded_devices,
-            is_started=context.record.plan_epoch > 1,
-            links=self._link_map,
-            together_with=() if trial is None else trial.specs,
-        )
-        if trial is not None:
-            trial.problem = problem
-        return problem
-
-    async def _carry_out(self, verdict: Verdict, problem: PlanningProblem, search_s: float) -> bool:
-        context = self.context
-        if verdict.kind == "wait":
-            reason = f"queued: {verdict.reason}"
-            if context.record.state is JobState.PLANNING and context.record.reason != reason:
-                await context.apply(events.Queued(reason=verdict.reason))
-            return False
-        if verdict.kind in ("park", "refuse"):
-            raise InfeasiblePlanError(self._after_loss(verdict.reason))
-        assert verdict.plan is not None
-        record = context.record
-        if record.numerics_json is not None and context.spec.placement.numerics == "fixed":
-            numerics_json = record.numerics_json
-        else:
-            numerics = make_numerics(verdict.plan, family_of(problem.table.family), context.fleet.devices)
-            numerics_json = numerics.model_dump_json()
-        plan_json = verdict.plan.model_dump_json()
-        if context.trial is not None:
-            context.trial.plan = verdict.plan
-        await context.apply(
-            events.Planned(plan_json=plan_json, numerics_json=numerics_json),
-            reservations=[
-                Reservation(job_id=JobId(h.job_id), agent_id=AgentId(h.agent_id), bytes=h.bytes) for h in verdict.held
-            ],
-            events=[PlanMade(plan_epoch=record.plan_epoch, plan_json=plan_json, search_s=search_s)],
-        )
-        crash_point("plan_reserved")
-        self._replanner.begin_plan(problem, verdict.plan)
-        return True
-
     # ---- disturbances ----
 
     async def _on_interrupt(self, interrupt: Interrupt) -> None:
@@ -334,7 +239,7 @@ class JobDriver:
             await self._fail(loss.reason)
             return
         self._lost_at_s = self._lost_at_s or time.monotonic()
-        self._last_loss = loss.reason
+        self._scheduling.last_loss = loss.reason
         self._replanner.stop()
         num_left = sum(device.agent_id not in context.excluded_devices for device in context.fleet.devices)
         decision = decide_recovery(
@@ -358,7 +263,7 @@ class JobDriver:
         context = self.context
         record = context.record
         names = [context.worker_name(ref) for ref in loss.refs]
-        step, kind = _outcome(decision, record.next_step)
+        step, kind = outcome_of(decision, record.next_step)
         stopping = context.spec.training.early_stopping
         best = judge_evaluations(
             [row for row in context.store.evaluations(context.job_id) if row.step <= step],
@@ -431,17 +336,3 @@ def _data_read(prepared: PreparedData) -> DataRead:
         num_cut_rows=prepared.num_truncated,
         total_steps=prepared.total_steps,
     )
-
-
-def _outcome(decision: Decision, next_step: int) -> tuple[int, str]:
-    match decision:
-        case Resume(step=step):
-            return step, "resume"
-        case ReturnTo(step=step):
-            return step, "return"
-        case Restart():
-            return 0, "restart"
-        case Park(step=step):
-            return step, "park"
-        case Fail():
-            return next_step, "fail"

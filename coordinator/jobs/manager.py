@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,23 @@ from coordinator.fleet.membership import Change, DeviceState
 from coordinator.fleet.registry import FleetRegistry, WorkerExit
 from coordinator.jobs.context import JobContext, TrialTerms, state_event
 from coordinator.jobs.driver import JobDriver
+from coordinator.jobs.endpoints import Endpoints
 from coordinator.jobs.interrupts import CancelWish, Interrupt, PauseWish, ResumeWish
-from coordinator.jobs.planning import Profiler, make_problem, read_model
+from coordinator.jobs.job_ids import new_job_id
+from coordinator.jobs.planning import Profiler, read_model
+from coordinator.jobs.preview import Preview
 from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.runner_link import RunnerLink
 from coordinator.jobs.stepping import record_shadow
-from coordinator.jobs.worker_link import JobWorkers, WorkerStatus
+from coordinator.jobs.worker_link import JobWorkers
+from coordinator.jobs.worker_view import links_of_job, usage_of_job
 from coordinator.scheduling.engine import Engine
 from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.storage.base import NumberedEvent, Store
 from coordinator.weights.hub_models import pin_model
 from partitioner.plan import Plan
-from plutino.errors import DataError, InfeasiblePlanError, InvalidTransitionError, PlutinoError, UnknownJobError
-from plutino.events import Usage, WorkerUsage
+from plutino.errors import DataError, InvalidTransitionError, PlutinoError
 from plutino.job.spec import JobSpec
 from plutino.types import AgentId, JobId, WorkerRef
 from protos import workers_pb2 as pb
@@ -43,23 +44,6 @@ _USAGE_EVERY_S = 2.0
 _EVENTS_AT_ONCE = 500
 _CANCEL_TIMEOUT_S = 5.0
 _WISH_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoints:
-    """Where this coordinator is reached."""
-
-    devices_address: str
-    """Agents and workers."""
-    people_address: str
-    """The command line, programs and runners."""
-    bulk_address: str
-    join_addresses: tuple[str, ...] = ()
-    """Where devices join, as other machines reach it; empty without TLS."""
-    join_token: str = field(default="", repr=False)
-    """Lets one device in; empty without TLS."""
-    runner_identity: Path | None = None
-    """The identity file of jobs' runners; None without TLS."""
 
 
 class JobManager:
@@ -88,7 +72,7 @@ class JobManager:
         self.queue = PlanningQueue(store=store, fleet=fleet, engine=engine)
         self._drivers: dict[JobId, JobDriver] = {}
         self._tasks: dict[JobId, asyncio.Task[None]] = {}
-        self._plan_links: dict[JobId, RunnerLink] = {}
+        self._preview = Preview(fleet=fleet, engine=engine, profiler=self._profiler, link_map=link_map)
         self._news: dict[JobId, asyncio.Event] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -131,7 +115,7 @@ class JobManager:
         if spec.output.dir is not None:
             check_output_dir(Path(spec.output.dir), "")
         record = JobRecord(
-            job_id=JobId(_new_job_id(spec.name)),
+            job_id=JobId(new_job_id(spec.name)),
             name=spec.name,
             spec_json=spec.model_dump_json(),
             submitted_at_s=time.time(),
@@ -157,42 +141,8 @@ class JobManager:
         return self._store.job(job_id)
 
     async def plan(self, spec: JobSpec, *, must_fit: bool = True) -> tuple[PlanningProblem, Plan | str]:
-        """The plan that a job would get now if it were alone, and what it was made from; reserves nothing.
-
-        Returns:
-            The problem, and its plan, or where it need not fit and does not, the reason.
-
-        Raises:
-            InfeasiblePlanError: it does not fit.
-        """
-        spec = await self._with_pinned_model(spec)
-        job_id = JobId(_new_job_id("plan"))
-        link = RunnerLink(spec.model_dump_json(), lambda: self._engine.start_runner(job_id))
-        self._plan_links[job_id] = link
-        try:
-            prepared = await link.prepare()
-            problem = await make_problem(
-                job_id,
-                spec,
-                prepared,
-                self._fleet,
-                self._profiler,
-                numerics=None,
-                excluded={},
-                is_started=False,
-                links=self._link_map,
-                must_fit=must_fit,
-            )
-            try:
-                return problem, await asyncio.to_thread(problem.plan)
-            except InfeasiblePlanError as error:
-                if must_fit:
-                    raise
-                return problem, str(error)
-        finally:
-            link.finish()
-            self._engine.stop_runner(job_id)
-            del self._plan_links[job_id]
+        """The plan that a job would get now if it were alone; as :meth:`Preview.plan`."""
+        return await self._preview.plan(await self._with_pinned_model(spec), must_fit=must_fit)
 
     async def cancel(self, job_id: JobId) -> JobRecord:
         """End a job and free everything it holds.
@@ -282,27 +232,15 @@ class JobManager:
     def links_of(self) -> dict[AgentId, list[dict[str, Any]]]:
         """What every device's workers are connected to, for people."""
         links: dict[AgentId, list[dict[str, Any]]] = {}
-        for job_id, driver in self._drivers.items():
-            if driver.context.record.plan_json is None:
-                continue
-            for ref, agent_id in driver.context.refs().items():
-                status = driver.context.workers.status(ref)
-                links.setdefault(agent_id, []).append(
-                    {
-                        "job_id": job_id,
-                        "stage": ref.stage_index,
-                        "replica": ref.replica_index,
-                        "address": "" if status is None or status.loaded is None else status.loaded.data_address,
-                        "state": _link_state(status),
-                        "sent_bytes": 0 if status is None or status.vote is None else status.vote.times.sent_bytes,
-                    }
-                )
+        for driver in self._drivers.values():
+            for agent_id, shown in links_of_job(driver.context):
+                links.setdefault(agent_id, []).append(shown)
         return links
 
     def runner_of(self, job_id: JobId) -> RunnerLink | None:
         """The runner of a live job, or of one that is only planned."""
         driver = self._drivers.get(job_id)
-        return self._plan_links.get(job_id) if driver is None else driver.context.runner
+        return self._preview.runner_of(job_id) if driver is None else driver.context.runner
 
     def on_worker_exit(self, exit_: WorkerExit) -> None:
         """A device says that a worker has ended."""
@@ -394,15 +332,9 @@ class JobManager:
         while True:
             await asyncio.sleep(_USAGE_EVERY_S)
             for driver in list(self._drivers.values()):
-                usage = _usage(driver.context)
+                usage = usage_of_job(driver.context)
                 if usage.workers:
                     await driver.context.tell(usage)
-
-
-def _link_state(status: WorkerStatus | None) -> str:
-    if status is None or not status.is_attached:
-        return "not attached"
-    return "up" if status.is_linked else "being set up"
 
 
 async def _wait_a_moment(news: asyncio.Event) -> None:
@@ -411,46 +343,3 @@ async def _wait_a_moment(news: asyncio.Event) -> None:
         await asyncio.wait_for(news.wait(), 1.0)
     except asyncio.TimeoutError:
         return
-
-
-def _usage(context: JobContext) -> Usage:
-    if context.record.plan_json is None or context.record.is_terminal:
-        return Usage(workers=())
-    rows: list[WorkerUsage] = []
-    for ref, agent_id in context.refs().items():
-        link = context.fleet.link(agent_id)
-        used = None if link is None else link.usage.get(ref)
-        if used is not None:
-            rows.append(
-                WorkerUsage(
-                    worker=context.worker_name(ref),
-                    rss_bytes=used.rss_bytes,
-                    peak_rss_bytes=used.peak_rss_bytes,
-                    cpu_s=used.cpu_seconds,
-                    predicted_peak_bytes=context.plan.stages[ref.stage_index].peak_bytes,
-                )
-            )
-    return Usage(workers=tuple(rows))
-
-
-def _new_job_id(name: str) -> str:
-    """A short id that says what it is: the name's first letters and six random characters."""
-    letters = "".join(c for c in name.lower() if c.isalnum() or c == "-")[:20].strip("-") or "job"
-    return f"{letters}-{secrets.token_hex(3)}"
-
-
-def find_job(store: Store, text: str) -> JobRecord:
-    """The job with this id, or the only one whose id starts so.
-
-    Raises:
-        UnknownJobError: none, or several.
-    """
-    records = store.jobs()
-    exact = [record for record in records if record.job_id == text]
-    found = exact or [record for record in records if record.job_id.startswith(text)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        known = ", ".join(str(record.job_id) for record in records[-5:]) or "there are no jobs"
-        raise UnknownJobError(f"no job {text!r}; the latest: {known}")
-    raise UnknownJobError(f"{text!r} fits {len(found)} jobs: {', '.join(str(r.job_id) for r in found[:5])}")

@@ -187,3 +187,18 @@ def _name_lost(incident: Incident) -> str:
     if not incident.lost:
         return f"links broke {incident.resumes_at_step} times on step {incident.next_step}"
     return "lost: " + ", ".join(f"stage {ref.stage_index}.{ref.replica_index}" for ref in sorted(incident.lost))
+
+
+def outcome_of(decision: Decision, next_step: int) -> tuple[int, str]:
+    """The step that a job goes on from, and what people call the decision."""
+    match decision:
+        case Resume(step=step):
+            return step, "resume"
+        case ReturnTo(step=step):
+            return step, "return"
+        case Restart():
+            return 0, "restart"
+        case Park(step=step):
+            return step, "park"
+        case Fail():
+            return next_step, "fail"

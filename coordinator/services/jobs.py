@@ -16,7 +16,8 @@ from coordinator.fleet.links import check_links
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.ability import ability_json, ability_of
-from coordinator.jobs.manager import JobManager, find_job
+from coordinator.jobs.job_ids import find_job
+from coordinator.jobs.manager import JobManager
 from coordinator.jobs.record import JobRecord
 from coordinator.security.records import MemberRecord
 from coordinator.services.doctor import dial_to_proto

@@ -13,7 +13,7 @@ from pathlib import Path
 from coordinator.app import CoordinatorConfig, run_coordinator
 from coordinator.artifacts.verify_process import VerifyReport
 from coordinator.fleet.registry import Patience
-from coordinator.jobs.manager import Endpoints
+from coordinator.jobs.endpoints import Endpoints
 from coordinator.scheduling.local import LocalEngine
 
 

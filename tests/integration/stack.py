@@ -24,7 +24,7 @@ import torch
 from coordinator.app import CoordinatorConfig, run_coordinator
 from coordinator.artifacts.verify import verify_adapter
 from coordinator.fleet.registry import Patience
-from coordinator.jobs.manager import Endpoints
+from coordinator.jobs.endpoints import Endpoints
 from coordinator.scheduling.local import LocalEngine
 from edge_node.cache_server import CacheServer
 from edge_node.joining import Membership

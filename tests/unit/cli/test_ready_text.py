@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coordinator import serve
-from coordinator.jobs.manager import Endpoints
+from coordinator.jobs.endpoints import Endpoints
 
 TOKEN = "plutino1_abc"
 

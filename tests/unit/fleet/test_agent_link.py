@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from coordinator.fleet.registry import AgentLink
+from coordinator.fleet.agent_link import AgentLink
 from plutino.types import AgentId
 from protos import agents_pb2 as pb
 

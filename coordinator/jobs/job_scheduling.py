@@ -1,0 +1,146 @@
+"""A job's way to its plan: wait for devices, measure, queue, reserve, store."""
+
+from __future__ import annotations
+
+import time
+
+from coordinator.crash_points import crash_point
+from coordinator.fleet.link_map import LinkMap
+from coordinator.jobs import events
+from coordinator.jobs.context import JobContext
+from coordinator.jobs.moving import Replanner
+from coordinator.jobs.planning import Profiler, make_numerics, make_problem
+from coordinator.jobs.record import JobState
+from coordinator.jobs.runner import PreparedData
+from coordinator.scheduling.problem import PlanningProblem
+from coordinator.scheduling.queue import PlanningQueue
+from coordinator.scheduling.round import Verdict
+from coordinator.scheduling.scheduler import Reservation
+from plutino.errors import AgentLostError, InfeasiblePlanError
+from plutino.events import PlanMade
+from plutino.families import family_of
+from plutino.types import AgentId, JobId
+
+
+class Scheduling:
+    """Plans one live job, as often as it needs a plan.
+
+    Args:
+        context: the job.
+        queue: all jobs that wait for devices.
+        profiler: measures devices.
+        link_map: the ways between devices.
+        replanner: watches the job once it runs; it may have a plan to move to.
+    """
+
+    def __init__(
+        self,
+        context: JobContext,
+        *,
+        queue: PlanningQueue,
+        profiler: Profiler,
+        link_map: LinkMap,
+        replanner: Replanner,
+    ) -> None:
+        self._context = context
+        self._queue = queue
+        self._profiler = profiler
+        self._link_map = link_map
+        self._replanner = replanner
+        self.last_loss: str | None = None
+        """What was lost before the plan that is to be made; None before any loss."""
+
+    async def place(self, prepared: PreparedData) -> None:
+        """Make a plan and hold its devices' memory, waiting until the queue gives them; the record has it then.
+
+        Args:
+            prepared: the job's rows.
+
+        Raises:
+            InfeasiblePlanError: the job fits no devices that are in, or those that wait.
+        """
+        context = self._context
+        if not context.fleet.devices and context.record.state is JobState.PLANNING:
+            reason = "no device has joined; make a token for each: plutino token create"
+            await context.apply(events.Queued(reason=reason))
+        if context.record.state is JobState.PLANNING:
+            await context.fleet.settled()
+        else:
+            await self._settled_after_loss()
+        started_s = time.monotonic()
+        try:
+            problem = await self._problem(prepared)
+        except InfeasiblePlanError as error:
+            raise InfeasiblePlanError(self._after_loss(str(error))) from error
+
+        async def carry_out(verdict: Verdict) -> bool:
+            return await self._carry_out(verdict, problem, time.monotonic() - started_s)
+
+        await self._queue.place(context.job_id, problem, carry_out)
+
+    async def _settled_after_loss(self) -> None:
+        try:
+            await self._context.fleet.settled_soon()
+        except AgentLostError as error:
+            raise InfeasiblePlanError(
+                self._after_loss(f"{error}; start the agents again and submit the job anew")
+            ) from error
+
+    def _after_loss(self, reason: str) -> str:
+        """A refusal, with what was lost before it if anything was."""
+        return reason if self.last_loss is None else f"{self.last_loss}; on what is left: {reason}"
+
+    async def _problem(self, prepared: PreparedData) -> PlanningProblem:
+        context = self._context
+        is_fixed = context.record.numerics_json is not None and context.spec.placement.numerics == "fixed"
+        trial = context.trial if context.record.plan_epoch == 1 else None
+        if trial is not None and trial.problem is not None:
+            # The other trials' devices, seconds and plan: the queue looks whether they still fit.
+            return trial.problem.model_copy(update={"job_id": context.job_id, "known_plan": trial.plan})
+        if (moving := self._replanner.take_problem()) is not None:
+            return moving
+        problem = await make_problem(
+            context.job_id,
+            context.spec,
+            prepared,
+            context.fleet,
+            self._profiler,
+            numerics=context.numerics if is_fixed else None,
+            excluded=context.excluded_devices,
+            is_started=context.record.plan_epoch > 1,
+            links=self._link_map,
+            together_with=() if trial is None else trial.specs,
+        )
+        if trial is not None:
+            trial.problem = problem
+        return problem
+
+    async def _carry_out(self, verdict: Verdict, problem: PlanningProblem, search_s: float) -> bool:
+        context = self._context
+        if verdict.kind == "wait":
+            reason = f"queued: {verdict.reason}"
+            if context.record.state is JobState.PLANNING and context.record.reason != reason:
+                await context.apply(events.Queued(reason=verdict.reason))
+            return False
+        if verdict.kind in ("park", "refuse"):
+            raise InfeasiblePlanError(self._after_loss(verdict.reason))
+        assert verdict.plan is not None
+        record = context.record
+        if record.numerics_json is not None and context.spec.placement.numerics == "fixed":
+            numerics_json = record.numerics_json
+        else:
+            numerics = make_numerics(verdict.plan, family_of(problem.table.family), context.fleet.devices)
+            numerics_json = numerics.model_dump_json()
+        plan_json = verdict.plan.model_dump_json()
+        if context.trial is not None:
+            context.trial.plan = verdict.plan
+        await context.apply(
+            events.Planned(plan_json=plan_json, numerics_json=numerics_json),
+            reservations=[
+                Reservation(job_id=JobId(h.job_id), agent_id=AgentId(h.agent_id), bytes=h.bytes) for h in verdict.held
+            ],
+            events=[PlanMade(plan_epoch=record.plan_epoch, plan_json=plan_json, search_s=search_s)],
+        )
+        crash_point("plan_reserved")
+        self._replanner.begin_plan(problem, verdict.plan)
+        return True
