@@ -14,16 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.artifacts.assemble import (
+from coordinator.artifacts.durable import sync_dir, write_durable
+from coordinator.artifacts.join import PARAMETER_PREFIX, Float32Array, tensor_sha256
+from coordinator.artifacts.parts import (
     AssembledAdapter,
     AssembleRequest,
     ShadowExchange,
     check_base,
+    check_read_back,
     fetch_part,
     verify_request,
 )
-from coordinator.artifacts.durable import sync_dir, write_durable
-from coordinator.artifacts.join import PARAMETER_PREFIX, Float32Array, tensor_sha256
 from coordinator.artifacts.publish import RECORD_FILE, check_output_dir, staging_dir_of
 from coordinator.artifacts.shadows import file_sha256
 from coordinator.artifacts.verify_process import Check, VerifyReport, VerifyRequest, run_verify_process
@@ -32,7 +33,7 @@ from plutino.errors import ExportError
 from plutino.hub_id import model_folder
 from plutino.job.spec import JobSpec
 from plutino.safetensors_index import TensorEntry, read_safetensors_headers
-from plutino.sizes import GIB, format_size
+from plutino.sizes import GIB
 
 _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})
 """Configuration and tokenizer files of the base; code is never copied."""
@@ -153,18 +154,12 @@ def _copy_settings(base_dir: Path, staging_dir: Path) -> None:
 def _check_staged(staging_dir: Path, sent_sha256: dict[str, str], num_parts: int) -> Check:
     """Read the files back and compare every tensor with what its stage sent."""
     entries = read_safetensors_headers(staging_dir)
-    for name, sha256 in sent_sha256.items():
-        found = _stored_sha256(staging_dir, entries[name])
-        if found != sha256:
-            raise ExportError(
-                f"{name} has sha256 {found[:12]} in {staging_dir}, its stage sent {sha256[:12]}; nothing was "
-                "published: the disk or memory of this machine is failing"
-            )
-    total_bytes = sum(entry.end - entry.start for entry in entries.values())
-    return (
-        "joined parts",
-        f"all {len(sent_sha256)} tensors of {num_parts} parts, each once and finite, read back from the disk with the "
-        f"sha256 that its stage sent; {format_size(total_bytes)}",
+    return check_read_back(
+        sent_sha256,
+        lambda name: _stored_sha256(staging_dir, entries[name]),
+        where=staging_dir,
+        what=f"tensors of {num_parts} parts",
+        num_bytes=sum(entry.end - entry.start for entry in entries.values()),
     )
 
 

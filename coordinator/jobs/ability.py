@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict
 
 from coordinator.jobs.context import JobContext
-from coordinator.jobs.runner import PreparedData, ScoreReport
-from coordinator.jobs.scoring import Score
+from coordinator.jobs.prepared import PreparedData
+from coordinator.jobs.scoring import Score, ScoreReport
 from coordinator.jobs.units import evaluate, score
 from coordinator.storage.base import ScoringMoment
 from plutino.events import Notice

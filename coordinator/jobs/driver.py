@@ -27,6 +27,7 @@ from coordinator.jobs.lineage import judge_evaluations
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
 from coordinator.jobs.planning import Profiler
+from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.record import JobState
 from coordinator.jobs.recovery import (
     Decision,
@@ -36,7 +37,6 @@ from coordinator.jobs.recovery import (
     outcome_of,
     recovery_event,
 )
-from coordinator.jobs.runner import PreparedData
 from coordinator.jobs.stepping import Stepper, repeat_last_decision
 from coordinator.scheduling.queue import PlanningQueue
 from plutino.errors import (

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from coordinator.artifacts.assemble import AssembledAdapter, AssembleRequest
 from coordinator.artifacts.card import CardFacts, DataFile, ScoreFacts, TrainingLosses
 from coordinator.artifacts.card import Evaluation as EvaluationFacts
+from coordinator.artifacts.parts import AssembledAdapter, AssembleRequest
 from coordinator.artifacts.publish import PublishedAdapter, PublishRequest
 from coordinator.artifacts.verify_process import Check, Probe, ProbeRows
 from coordinator.crash_points import crash_point
@@ -20,7 +20,8 @@ from coordinator.jobs.ability import ability_lines, ability_of, measure_general
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import surviving
 from coordinator.jobs.placing import restorable
-from coordinator.jobs.runner import PreparedData, ScoreReport, for_devices
+from coordinator.jobs.prepared import PreparedData, for_devices
+from coordinator.jobs.scoring import ScoreReport
 from coordinator.jobs.stepping import score_once
 from coordinator.jobs.units import PROBE_ROWS, Batch, Evaluation, evaluate, probe_batch
 from partitioner.explain import explain

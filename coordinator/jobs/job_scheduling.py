@@ -10,8 +10,8 @@ from coordinator.jobs import events
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.planning import Profiler, make_numerics, make_problem
+from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.record import JobState
-from coordinator.jobs.runner import PreparedData
 from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.scheduling.round import Verdict

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
+from coordinator.jobs.prepared import for_devices
 from coordinator.jobs.recovery import durable_steps
-from coordinator.jobs.runner import for_devices
 from coordinator.scheduling.problem import first_trainable_stage, stage_shapes
 from coordinator.weights.hub_models import fetch_weights, origin_of
 from coordinator.weights.model_files import offer_model

@@ -13,7 +13,7 @@ from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
-from coordinator.jobs.runner import PreparedData
+from coordinator.jobs.prepared import PreparedData
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable, ProfileRequest

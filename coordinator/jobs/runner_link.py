@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from coordinator.jobs.runner import PreparedData
+from coordinator.jobs.prepared import PreparedData
 from plutino import errors
 from plutino.errors import JobError, PlutinoError
 from protos import runners_pb2 as pb

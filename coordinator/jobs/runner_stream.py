@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grpc
 
-from coordinator.artifacts.assemble import AssembleRequest
+from coordinator.artifacts.parts import AssembleRequest
 from coordinator.artifacts.publish import PublishRequest
 from coordinator.artifacts.verify_process import run_verify_process
 from coordinator.jobs.runner import JobRunner, Verify, rows_from_json

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from plutino.data.readers import name_lines
 from plutino.errors import DataError
@@ -61,6 +61,40 @@ class Score(BaseModel):
     def headline(self) -> float:
         """The one number of this metric: slot F1 where there is one, else the first that it measures."""
         return next(iter(self.values.values())) if self.slot_f1 is None else self.slot_f1
+
+
+class ScoredSample(BaseModel):
+    """One held-out row as people see it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    answer: str
+    truth: str
+
+
+class ScoreReport(BaseModel):
+    """A score and the first rows behind it."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    score: Score
+    """Of the first task."""
+    samples: tuple[ScoredSample, ...]
+    by_task: dict[str, Score] = Field(default_factory=dict)
+    """Of all tasks, where there are several."""
+
+    @property
+    def num_rows(self) -> int:
+        """Held-out rows of all tasks."""
+        return sum(one.num_rows for one in self.by_task.values()) if self.by_task else self.score.num_rows
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Everything that was measured, by name, with the task's before it where there are several."""
+        if not self.by_task:
+            return self.score.values
+        return {f"{task} {name}": value for task, one in self.by_task.items() for name, value in one.values.items()}
 
 
 SHARES = frozenset(

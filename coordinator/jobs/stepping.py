@@ -18,8 +18,8 @@ from coordinator.jobs.barrier import Abort, AbortKind, Barrier, Commit, Vote, de
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, judge_evaluations
 from coordinator.jobs.moving import Replanner
+from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.recovery import Shadow, obsolete_shadows
-from coordinator.jobs.runner import PreparedData
 from coordinator.jobs.shadow_policy import shadow_due, shadow_every
 from coordinator.jobs.units import Batch, end_unit, evaluate, feed, score, train_batch
 from coordinator.jobs.worker_link import WorkerStatus

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coordinator.jobs.context import JobContext
-from coordinator.jobs.runner import PreparedData, ScoreReport, TaskRows
+from coordinator.jobs.prepared import PreparedData, TaskRows
+from coordinator.jobs.scoring import ScoreReport
 from coordinator.scheduling.problem import stage_shapes
 from plutino.errors import ConfigError
 from plutino.job.assignment import StageShape

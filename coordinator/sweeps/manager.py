@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from coordinator.jobs.context import TrialTerms
 from coordinator.jobs.manager import JobManager
 from coordinator.jobs.record import JobRecord, JobState
-from coordinator.jobs.runner import ScoreReport
+from coordinator.jobs.scoring import ScoreReport
 from coordinator.storage.base import Store
 from coordinator.sweeps.choose import Rung, plan_rungs, ranked, recommend
 from coordinator.sweeps.results import result_of, trained_share

@@ -6,7 +6,7 @@ import math
 
 from coordinator.jobs.planning import read_model
 from coordinator.jobs.record import JobRecord
-from coordinator.jobs.runner import ScoreReport
+from coordinator.jobs.scoring import ScoreReport
 from coordinator.storage.base import NumberedEvent, Store
 from partitioner.adapter import adapter_params_of
 from plutino.events import StepCommitted

@@ -16,8 +16,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from coordinator.artifacts import verify
-from coordinator.artifacts.assemble import AssembleRequest, assemble_adapter
+from coordinator.artifacts.assemble import assemble_adapter
 from coordinator.artifacts.card import CardFacts, TrainingLosses
+from coordinator.artifacts.parts import AssembleRequest
 from coordinator.artifacts.publish import PublishRequest, publish_adapter
 from coordinator.artifacts.verify_process import Probe, ProbeRows, VerifyRequest
 from plutino.errors import ExportError

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from coordinator.jobs.runner import PreparedData
+from coordinator.jobs.prepared import PreparedData
 from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.ray_backend import engine as engine_module
 from coordinator.scheduling.ray_backend.cluster import OBJECT_STORE_BYTES, EmbeddedCluster, JoinedCluster

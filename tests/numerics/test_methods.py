@@ -14,8 +14,9 @@ from safetensors.torch import load, load_file, save
 
 import edge_node.methods.registry
 from coordinator.artifacts import verify
-from coordinator.artifacts.assemble import AssembleRequest, assemble_adapter
+from coordinator.artifacts.assemble import assemble_adapter
 from coordinator.artifacts.assemble_model import assemble_model
+from coordinator.artifacts.parts import AssembleRequest
 from coordinator.artifacts.verify_process import Probe, ProbeRows
 from coordinator.scheduling.problem import first_trainable_stage
 from edge_node.engine.generate import GenerateOptions

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from coordinator.artifacts.assemble import AssembleRequest
 from coordinator.artifacts.assemble_model import assemble_model
+from coordinator.artifacts.parts import AssembleRequest
 from coordinator.artifacts.verify_process import VerifyReport
 from edge_node.methods.full import attach_full
 from edge_node.transport.base import Peer

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from coordinator.artifacts.assemble import AssembledAdapter, AssembleRequest, assemble_adapter
+from coordinator.artifacts.assemble import assemble_adapter
+from coordinator.artifacts.parts import AssembledAdapter, AssembleRequest
 from coordinator.artifacts.verify_process import VerifyReport, VerifyRequest
 from plutino.errors import ConfigError, ExportError
 from plutino.job.spec import JobSpec

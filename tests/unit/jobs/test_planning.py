@@ -6,7 +6,7 @@ import pytest
 
 from coordinator.fleet.membership import Device
 from coordinator.jobs.planning import Profiler, make_problem
-from coordinator.jobs.runner import PreparedData
+from coordinator.jobs.prepared import PreparedData
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.errors import InfeasiblePlanError
