@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from partitioner.simulate import Span, Trace
+from partitioner.trace import Span, Trace
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _COLOURS = {

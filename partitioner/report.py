@@ -13,7 +13,8 @@ from partitioner.micro_batch import scaled_devices, with_rows
 from partitioner.model import JobShape, ModelTable
 from partitioner.plan import LinkUse, Plan
 from partitioner.pricing import Candidate, Pricer
-from partitioner.simulate import Noise, Trace, simulate_step
+from partitioner.simulate import Noise, simulate_step
+from partitioner.trace import Trace
 from partitioner.values import PlanValue
 from plutino.errors import PlanError
 from plutino.sizes import MIB

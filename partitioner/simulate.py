@@ -12,53 +12,9 @@ import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from partitioner.replay import StageGroup, evaluation_order
-from partitioner.values import PlanValue
-
-WorkerName = tuple[int, int]
-"""Stage and replica."""
-
-
-class Span(PlanValue):
-    """What one worker or link did for a while."""
-
-    stage: int
-    replica: int
-    kind: Literal["forward", "backward", "send down", "send up", "sum"]
-    micro_batch: int
-    """-1 for the sum over replicas."""
-    start_s: float
-    end_s: float
-
-
-class Trace(PlanValue):
-    """Everything that happened in one step; of a real run or of a simulated one."""
-
-    spans: tuple[Span, ...]
-
-    @property
-    def step_s(self) -> float:
-        """End of the last span."""
-        return max((span.end_s for span in self.spans), default=0.0)
-
-    def busy_s(self) -> dict[WorkerName, float]:
-        """Seconds of computation of every worker."""
-        found: dict[WorkerName, float] = {}
-        for span in self.spans:
-            if span.kind in ("forward", "backward"):
-                name = (span.stage, span.replica)
-                found[name] = found.get(name, 0.0) + span.end_s - span.start_s
-        return found
-
-    def durations(self) -> dict[tuple[WorkerName, bool, int], float]:
-        """Seconds of every pass by worker, whether it is forward, and micro-batch."""
-        return {
-            ((span.stage, span.replica), span.kind == "forward", span.micro_batch): span.end_s - span.start_s
-            for span in self.spans
-            if span.kind in ("forward", "backward")
-        }
+from partitioner.trace import Span, SpanKind, Trace, WorkerName
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +121,7 @@ class _Simulation:
             seconds = self._jittered(predicted_s, self._noise.compute_sigma)
 
         def end(at_s: float) -> None:
-            kind: Literal["forward", "backward"] = "forward" if is_forward else "backward"
+            kind: SpanKind = "forward" if is_forward else "backward"
             self._note(name, kind, m, now_s, at_s)
             worker.is_busy = False
             self._hand_on(name, is_forward, m, at_s)
@@ -196,7 +152,7 @@ class _Simulation:
         end_s = start_s + busy_s
         for card in cards:
             self._free_at[card] = end_s
-        kind: Literal["send down", "send up"] = "send down" if is_forward else "send up"
+        kind: SpanKind = "send down" if is_forward else "send up"
         self._note(sender, kind, m, start_s, end_s)
 
         def arrive(at_s: float) -> None:
@@ -217,7 +173,7 @@ class _Simulation:
     def _note(
         self,
         name: WorkerName,
-        kind: Literal["forward", "backward", "send down", "send up", "sum"],
+        kind: SpanKind,
         m: int,
         start_s: float,
         end_s: float,

@@ -12,7 +12,8 @@ from partitioner.gantt import gantt_svg, gantt_text
 from partitioner.orders import all_layouts
 from partitioner.pricing import Pricer
 from partitioner.replay import StageGroup
-from partitioner.simulate import Churn, Noise, Trace, simulate_run, simulate_step
+from partitioner.simulate import Churn, Noise, simulate_run, simulate_step
+from partitioner.trace import Trace
 from tests.unit.partitioner.fleet import device, job, llama
 
 DEVICES = [device("a"), device("b", speed=2), device("c", speed=0.5)]

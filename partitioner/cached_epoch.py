@@ -1,0 +1,184 @@
+"""Seconds of an epoch whose block outputs come from the activation cache (PAC, arXiv:2408.10746 sect. 4.2).
+
+Entry points: :func:`cached_step`, the price from plain numbers; :func:`cached_step_of`, from a job and its devices. The
+backbone is gone then: every device holds the whole side network with the head, reads its micro-batches' entries,
+trains on them, and the gradients are added up on one of them, micro-batch by micro-batch in a fixed order, as replicas
+of a stage do (:meth:`partitioner.pricing.Pricer.sum_s`). Shares follow speed; a device that only slows the others has
+none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partitioner.activations import micro_batch_tokens
+from partitioner.device import DeviceProfile, LinkTable
+from partitioner.layout import owners_of
+from partitioner.memory import MemoryModel, ReplicaShare
+from partitioner.model import JobShape, ModelTable
+from partitioner.values import PlanValue
+
+READ_BYTES_PER_S = 500e6
+"""Of entries from a disk whose rate nobody has measured: a SATA SSD's."""
+
+_FORWARD_SHARE = 0.5
+"""Of a backward pass: it multiplies twice where the forward pass multiplies once."""
+
+_FP32_BYTES = 4
+_LEFT_WITH_THE_BACKBONE = ("weights", "packed weights", "unpacking", "generation", "loading peak")
+
+
+class SideDevice(PlanValue):
+    """What one device needs for a micro-batch of the side network."""
+
+    agent_id: str
+    compute_s: float
+    """The whole side network with head and loss, forward and backward."""
+    read_s: float
+    """All entries of a micro-batch, from the disk."""
+
+    @property
+    def micro_batch_s(self) -> float:
+        """Nothing is read ahead."""
+        return self.compute_s + self.read_s
+
+
+class CachedStep(PlanValue):
+    """One optimiser step from the cache."""
+
+    step_s: float
+    agent_ids: tuple[str, ...]
+    """Devices that take part; the first one adds up."""
+    owners: tuple[int, ...]
+    """Place in ``agent_ids`` of the device that runs micro-batch m."""
+    compute_s: float
+    """Of the busiest device."""
+    read_s: float
+    """Of the same device."""
+    reduce_s: float
+    """Until all have the whole gradient."""
+
+
+def cached_step(
+    devices: Sequence[SideDevice],
+    bandwidth_bytes_per_s: Sequence[Sequence[float]],
+    *,
+    num_micro_batches: int,
+    gradient_bytes: int,
+) -> CachedStep | None:
+    """The quickest step over the fastest devices, as many as make it quicker; None: there is no device.
+
+    Args:
+        devices: all that can hold the side network.
+        bandwidth_bytes_per_s: between any two of them, in their order.
+        num_micro_batches: of a step.
+        gradient_bytes: of one micro-batch.
+    """
+    by_speed = sorted(range(len(devices)), key=lambda i: (devices[i].micro_batch_s, i))
+    best: CachedStep | None = None
+    for number in range(1, len(by_speed) + 1):
+        group = by_speed[:number]
+        found = min(
+            (_with_root(devices, bandwidth_bytes_per_s, group, r, num_micro_batches, gradient_bytes) for r in group),
+            key=lambda step: step.step_s,
+        )
+        if best is None or found.step_s < best.step_s:
+            best = found
+    return best
+
+
+def _with_root(
+    devices: Sequence[SideDevice],
+    bandwidth: Sequence[Sequence[float]],
+    group: Sequence[int],
+    root: int,
+    num_micro_batches: int,
+    gradient_bytes: int,
+) -> CachedStep:
+    order = [root, *(i for i in group if i != root)]
+    owners = owners_of([devices[i].micro_batch_s for i in order], num_micro_batches)
+    counts = [owners.count(place) for place in range(len(order))]
+    busiest = max(range(len(order)), key=lambda place: counts[place] * devices[order[place]].micro_batch_s)
+    # The root gets every micro-batch's gradient and sends each of the others the sum.
+    reduce_s = sum(
+        (count + 1) * gradient_bytes / bandwidth[i][root]
+        for count, i in zip(counts[1:], order[1:], strict=True)
+        if count
+    )
+    device = devices[order[busiest]]
+    return CachedStep(
+        step_s=counts[busiest] * device.micro_batch_s + reduce_s,
+        agent_ids=tuple(devices[i].agent_id for i in order),
+        owners=owners,
+        compute_s=counts[busiest] * device.compute_s,
+        read_s=counts[busiest] * device.read_s,
+        reduce_s=reduce_s,
+    )
+
+
+def cached_step_of(
+    table: ModelTable,
+    shape: JobShape,
+    devices: Sequence[DeviceProfile],
+    links: LinkTable,
+    *,
+    entry_token_bytes: int,
+    read_bytes_per_s: float = READ_BYTES_PER_S,
+) -> CachedStep | None:
+    """The same for a job; None: no device has room for the side network, or the job trains none.
+
+    Args:
+        table: the model.
+        shape: the job; its micro-batch is the one that the devices' timings are of.
+        devices: devices that may take part.
+        links: links between them.
+        entry_token_bytes: bytes of one token at one place of the model, as the cache's codec writes it.
+        read_bytes_per_s: of every device's disk.
+    """
+    if not shape.side_reduction:
+        return None
+    needed_bytes = side_worker_bytes(table, shape)
+    roomy = [device for device in devices if device.available_bytes - device.baseline_bytes >= needed_bytes]
+    matrix = links.matrix(roomy)
+    return cached_step(
+        [side_device(table, shape, device, entry_token_bytes, read_bytes_per_s) for device in roomy],
+        [[link.bandwidth_bytes_per_s for link in row] for row in matrix],
+        num_micro_batches=shape.num_micro_batches,
+        gradient_bytes=_FP32_BYTES * num_side_params(shape),
+    )
+
+
+def side_device(
+    table: ModelTable, shape: JobShape, device: DeviceProfile, entry_token_bytes: int, read_bytes_per_s: float
+) -> SideDevice:
+    """A device's seconds, from those of its blocks: in a block's backward pass only the side network computes."""
+    timings = device.timings
+    num_blocks = num_side_blocks(shape)
+    head_s = timings.head_forward_s + timings.head_backward_s
+    # What stands before the lowest side block, what each side block reads, and what the final norm gives.
+    entry_bytes = micro_batch_tokens(shape) * (num_blocks + 2) * entry_token_bytes
+    return SideDevice(
+        agent_id=device.agent_id,
+        compute_s=num_blocks * (1 + _FORWARD_SHARE) * timings.backward_s + head_s,
+        read_s=entry_bytes / read_bytes_per_s,
+    )
+
+
+def num_side_blocks(shape: JobShape) -> int:
+    """Blocks of the side network."""
+    return sum(params > 0 for params in shape.adapter_params)
+
+
+def num_side_params(shape: JobShape) -> int:
+    """Parameters that every device trains."""
+    return sum(shape.adapter_params) + shape.first_trainable_params + shape.last_trainable_params
+
+
+def side_worker_bytes(table: ModelTable, shape: JobShape) -> int:
+    """Job bytes of a worker with the whole side network and the head, and no backbone."""
+    share = ReplicaShare(in_flight=1, gradient_copies=shape.num_micro_batches + 1, num_peers=1)
+    items = MemoryModel(table, shape).items(
+        0, table.num_blocks, num_stages=1, stage_index=0, checkpointing=False, share=share
+    )
+    kept_bytes = sum(item.bytes for item in items if item.name not in _LEFT_WITH_THE_BACKBONE)
+    return kept_bytes + (table.head_params + table.final_params) * shape.dtype_bytes

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partitioner.cached_epoch import SideDevice, cached_step, cached_step_of, side_worker_bytes
+from partitioner.device import LinkProfile, LinkTable
+from plutino.job.method import LoraConfig, ParallelAdaptersConfig
+from tests.unit.partitioner.fleet import device, job, llama
+
+GIGABIT = 125e6
+
+
+def sides(*seconds):
+    return [SideDevice(agent_id=f"d{i}", compute_s=s, read_s=0.0) for i, s in enumerate(seconds)]
+
+
+def even(number, bandwidth=GIGABIT):
+    return [[bandwidth] * number for _ in range(number)]
+
+
+def test_cached_step_of_one_device_is_its_micro_batches():
+    alone = [SideDevice(agent_id="a", compute_s=0.2, read_s=0.05)]
+
+    found = cached_step(alone, even(1), num_micro_batches=8, gradient_bytes=10**9)
+
+    assert found.step_s == pytest.approx(2.0)
+    assert (found.compute_s, found.read_s, found.reduce_s) == (pytest.approx(1.6), pytest.approx(0.4), 0.0)
+
+
+def test_cached_step_shares_follow_speed_and_the_sum_costs_every_micro_batch_once():
+    found = cached_step(sides(0.1, 0.2, 0.2), even(3), num_micro_batches=8, gradient_bytes=1_250_000)
+
+    assert sorted(found.owners.count(place) for place in range(3)) == [2, 2, 4]
+    # The root keeps its own; the others send 2 + 2 or 4 + 2 gradients and get two sums: the fastest one is the root.
+    assert found.reduce_s == pytest.approx(6 * 0.01)
+    assert found.step_s == pytest.approx(0.4 + 0.06)
+
+
+def test_cached_step_leaves_out_devices_whose_gradients_cost_more_than_they_save():
+    found = cached_step(sides(0.1, 0.1, 0.1), even(3, 1e5), num_micro_batches=8, gradient_bytes=10**6)
+
+    assert found.agent_ids == ("d0",)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.floats(0.01, 1.0), min_size=1, max_size=5),
+    st.integers(1, 16),
+    st.floats(1e5, 1e9),
+    st.floats(0.01, 1.0),
+)
+def test_cached_step_is_never_slower_with_a_device_or_bandwidth_more(seconds, num_micro_batches, bandwidth, another):
+    def step_s(some, rate):
+        return cached_step(
+            sides(*some), even(len(some), rate), num_micro_batches=num_micro_batches, gradient_bytes=10**6
+        ).step_s
+
+    here_s = step_s(seconds, bandwidth)
+
+    assert step_s(seconds, 2 * bandwidth) <= here_s * (1 + 1e-9)
+    # A faster device may take the place of one that another order of the sum liked better, never of all.
+    assert here_s <= min(seconds) * num_micro_batches * (1 + 1e-9)
+    assert step_s([*seconds, max(seconds) + another], bandwidth) <= here_s * (1 + 1e-9)
+
+
+def test_cached_step_of_a_job_needs_a_side_network_and_room_for_it():
+    table = llama(4)
+    method = ParallelAdaptersConfig(reduction=4)
+    shape, links = job(table, method), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=GIGABIT))
+    needed_bytes = side_worker_bytes(table, shape)
+    roomy, tight = device("a"), device("b", available_mib=300)
+
+    found = cached_step_of(table, shape, [roomy, tight], links, entry_token_bytes=256)
+
+    assert needed_bytes > 0 and found.agent_ids == ("id-a",)
+    assert cached_step_of(table, shape, [tight], links, entry_token_bytes=256) is None
+    assert cached_step_of(table, job(table, LoraConfig()), [roomy], links, entry_token_bytes=256) is None
+
+
+def test_cached_step_needs_less_memory_than_the_whole_job_and_reads_at_the_disks_rate():
+    table = llama(8, vocab_size=200)
+    shape = job(table, ParallelAdaptersConfig(reduction=8))
+    args = (table, shape, [device("a")], LinkTable())
+
+    slow = cached_step_of(*args, entry_token_bytes=256, read_bytes_per_s=1e6)
+    quick = cached_step_of(*args, entry_token_bytes=256, read_bytes_per_s=1e9)
+
+    # 8 blocks and two places more, 2 x 64 tokens, 4 micro-batches.
+    assert slow.read_s == pytest.approx(4 * 10 * 2 * 64 * 256 / 1e6)
+    assert slow.step_s - quick.step_s == pytest.approx(slow.read_s - quick.read_s)
