@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edge_node.engine.executor import UnitInput
+from edge_node.engine.unit import UnitInput
 from edge_node.transport.inbox import UnitFence
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import PlutinoError

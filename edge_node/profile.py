@@ -18,8 +18,9 @@ from torch import Tensor
 from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.methods.registry import METHODS
 from edge_node.objectives.sft import SftObjective
-from edge_node.stage.build import COMPUTE_DTYPES, Stage, StageInput, build_stage
+from edge_node.stage.build import COMPUTE_DTYPES, build_stage
 from edge_node.stage.random_source import RandomSource
+from edge_node.stage.stage import Stage, StageInput
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.data.batches import MicroBatchRows
 from plutino.families import family_of

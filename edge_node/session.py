@@ -11,45 +11,33 @@ import logging
 import time
 from pathlib import Path
 
-import torch
 from safetensors.torch import load as load_safetensors
 
-from edge_node.activation_cache.stage_cache import CacheCounts, StageCache, namespace_of
-from edge_node.activation_cache.store import ActivationStore
+from edge_node.activation_cache.stage_cache import StageCache
 from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.control import ControlStream
-from edge_node.engine.executor import StageExecutor, StepOutcome
-from edge_node.engine.generate import GenerateOptions, generate
-from edge_node.engine.optimizer import StageOptimizer
+from edge_node.engine.executor import StageExecutor
 from edge_node.inbox import CommandTask, Inbox, UnitTask
+from edge_node.loading import StageLoading, make_executor, open_activations, read_shadows
 from edge_node.methods.score_head import attach_method
 from edge_node.network import DeviceNetwork
-from edge_node.objectives.registry import OBJECTIVES
 from edge_node.shadowing import ShadowWriter
-from edge_node.sources.opening import drawn_source, open_weights
-from edge_node.sources.shared import Progress, SharedWeights
-from edge_node.stage.build import COMPUTE_DTYPES, Stage, build_stage
-from edge_node.stage.packed_cache import PackedBlobs
 from edge_node.stage.resident import ResidentStage
+from edge_node.stage.stage import Stage
 from edge_node.stage.verify import part_difference
 from edge_node.transport.base import Peer, UnitCancelledError
 from edge_node.transport.peer import PeerTransport
+from edge_node.unit_bounds import UnitBounds
 from edge_node.weights_config import WeightsConfig
-from plutino.data.batches import MicroBatchRows
+from edge_node.worker_reports import as_plutino_error, generated_rows, step_vote
 from plutino.errors import OutOfMemoryError, PeerLostError
 from plutino.job.assignment import WorkerAssignment
 from plutino.types import JobId, Unit, UnitKind
 from plutino.wire.bulk import BulkClient
-from plutino.wire.convert import micro_batch_from_proto, row_values_to_proto, unit_to_proto, worker_to_proto
-from plutino.wire.messages import Bounds
+from plutino.wire.convert import row_values_to_proto, unit_to_proto, worker_to_proto
 from protos import workers_pb2 as pb
 
 logger = logging.getLogger(__name__)
-
-_METADATA_BYTES = 1 << 20
-_PROGRESS_EVERY_S = 0.5
-HELD = "held here"
-"""Place of weights that the worker's job before left loaded."""
 
 
 class WorkerSession:
@@ -71,17 +59,15 @@ class WorkerSession:
         self._network = network or DeviceNetwork()
         self._credentials = self._network.credentials()
         self._weights_config = weights or WeightsConfig()
-        self._weights: SharedWeights | None = None
         self._end_reason: str | None = None
-        self._progress_told_s = 0.0
         self._me = Peer(assignment.stage_index, assignment.replica_index)
         self._next_step = assignment.restore.step if assignment.restore else 0
         self._is_loaded = False
         self._is_linked = False
         self._commit_s = 0.0
         self._finish_reason = "the coordinator did not come back"
-        self._vocab_size = 0
-        self._inbox = Inbox(reads_rows=self._reads_rows, decode_rows=self._decode_rows)
+        self._bounds = UnitBounds(assignment, self._me)
+        self._inbox = Inbox(reads_rows=self._bounds.reads_rows, decode_rows=self._bounds.decode_rows)
         self._inbox.start_at(self._next_step)
         self._transport: PeerTransport | None = None
         self._control = ControlStream(
@@ -92,6 +78,14 @@ class WorkerSession:
             on_orphaned=lambda: self.end("no coordinator for too long"),
         )
         self._bulk = BulkClient(self._network.reached(assignment.bulk_address), self._credentials)
+        self._loading = StageLoading(
+            assignment,
+            self._weights_config,
+            device,
+            self._bulk,
+            credentials=self._credentials,
+            tell=self._tell_progress,
+        )
         self._shadows = ShadowWriter(assignment.ref, self._bulk, on_stored=self._on_shadow_stored)
         self._executor: StageExecutor | None = None
         self._activations: StageCache | None = None
@@ -100,8 +94,7 @@ class WorkerSession:
         """End as if the coordinator had said so; from any thread."""
         self._finish_reason = self._end_reason = reason
         self._inbox.finish(reason)
-        if self._weights is not None:
-            self._weights.stop(reason)
+        self._loading.stop(reason)
         if self._transport is not None:
             self._transport.close()
 
@@ -129,8 +122,7 @@ class WorkerSession:
             self._send(pb.WorkerEvent(failed=pb.WorkerFailed(error=type(failure).__name__, reason=str(failure))))
             raise failure from error
         finally:
-            if self._weights is not None:
-                self._weights.close()
+            self._loading.close()
             if self._activations is not None:
                 self._activations.close()
             self._shadows.close()
@@ -152,28 +144,14 @@ class WorkerSession:
         assignment = self._assignment
         spec = assignment.spec
         held, self._held = self._held, None
-        stage = self._build_stage() if held is None else held.stage
+        stage = self._loading.build() if held is None else held.stage
         self._resident = held or ResidentStage(stage, assignment.stage_key)
-        self._vocab_size = int(stage.config.vocab_size)
+        self._bounds.vocab_size = int(stage.config.vocab_size)
         method = attach_method(stage, spec)
         if spec.training.init_adapter is not None:
             method.load(load_safetensors((Path(spec.training.init_adapter) / "adapter_model.safetensors").read_bytes()))
-        optimizer = StageOptimizer(method.parameters, spec.training, assignment.total_steps)
-        self._activations = self._open_activations(stage)
-        self._executor = StageExecutor(
-            stage=stage,
-            method=method,
-            objective=OBJECTIVES[spec.objective.type](spec.objective),
-            optimizer=optimizer,
-            transport=None,
-            stages=assignment.stages,
-            me=self._me,
-            seed=spec.training.seed,
-            codec=assignment.numerics.codecs,
-            first_trainable_stage=assignment.first_trainable_stage,
-            activation_cache=self._activations,
-            unfreezing=spec.method.unfreezing,
-        )
+        self._activations = open_activations(assignment, self._weights_config, self._device, stage)
+        self._executor = make_executor(assignment, stage, method, self._me, self._activations)
         self._transport = self._open_transport(stage)
         if self._transport is not None:
             self._executor.use(self._transport)
@@ -190,71 +168,14 @@ class WorkerSession:
             trainable_parameters=sum(p.uses[0][1].numel() for p in method.parameters),
             data_address="" if self._transport is None else self._transport.address,
             adapter_config_json=json.dumps(method.peft_config(), sort_keys=True),
-            bytes_by_place={HELD: stage.bytes_read} if self._weights is None else self._weights.progress.by_place,
+            bytes_by_place=self._loading.bytes_by_place(stage),
         )
         self._send(pb.WorkerEvent(loaded=loaded), keep_as="loaded")
-
-    def _open_activations(self, stage: Stage) -> StageCache | None:
-        codec = self._assignment.spec.training.activation_cache
-        if codec == "off":
-            return None
-        numerics = self._assignment.numerics
-        namespace = namespace_of(
-            self._assignment.base_hash,
-            numerics.model_dump_json(include={"dtype", "packing", "attention", "versions"}),
-            self._assignment.threads,
-            self._device.torch,
-            codec,
-        )
-        allowed = self._weights_config
-        store = ActivationStore(allowed.activation_dir, allowed.activation_bytes) if allowed.activation_bytes else None
-        return StageCache(store, namespace, stage, codec)
-
-    def _build_stage(self) -> Stage:
-        assignment = self._assignment
-        self._weights = open_weights(
-            assignment, self._weights_config, self._bulk, credentials=self._credentials, on_progress=self._tell_progress
-        )
-        if self._end_reason is not None:
-            self._weights.stop(self._end_reason)
-        drawn = drawn_source(self._weights.manifest, self._device.torch)
-        return build_stage(
-            drawn or self._weights,
-            assignment.shape.start_block,
-            assignment.shape.end_block,
-            dtype=COMPUTE_DTYPES[assignment.numerics.dtype],
-            attention=assignment.numerics.attention,
-            checkpointing=assignment.checkpointing,
-            packing=assignment.numerics.packing,
-            device=self._device.torch,
-            cache=None if drawn else PackedBlobs(self._weights_config.cache(), assignment.base_hash),
-            has_lm_head=not assignment.spec.objective.has_score_head,
-        )
-
-    def _tell_progress(self, progress: Progress) -> None:
-        # From several threads: one event too many does no harm.
-        now_s = time.monotonic()
-        if now_s - self._progress_told_s < _PROGRESS_EVERY_S or self._is_loaded:
-            return
-        self._progress_told_s = now_s
-        self._send(
-            pb.WorkerEvent(
-                load_progress=pb.LoadProgress(
-                    done_bytes=progress.done_bytes,
-                    total_bytes=progress.total_bytes,
-                    bytes_by_place=progress.by_place,
-                )
-            )
-        )
 
     def _open_transport(self, stage: Stage) -> PeerTransport | None:
         assignment = self._assignment
         if len(assignment.stages) == 1 and assignment.shape.num_replicas == 1:
             return None
-        # Hidden states with their metadata, or gradients that several workers add up.
-        num_tokens = self._max_tokens() + assignment.spec.method.prompt_tokens
-        hidden_bytes = 4 * stage.boundary_width * self._max_rows() * num_tokens
-        largest_bytes = max(hidden_bytes, self.executor.largest_gradient_bytes) + _METADATA_BYTES
         return PeerTransport(
             job_id=JobId(assignment.job_id),
             plan_epoch=assignment.plan_epoch,
@@ -262,15 +183,12 @@ class WorkerSession:
             listen_address=f"{self._network.listen_host}:0",
             credentials=self._credentials,
             advertised_host=self._network.advertised_host,
-            bounds=Bounds(max_message_bytes=largest_bytes, max_inbox_bytes=4 * largest_bytes),
+            bounds=self._bounds.of_messages(stage.boundary_width, self.executor.largest_gradient_bytes),
             on_peer_lost=self._on_peer_lost,
         )
 
     def _restore(self, shadows: dict[str, str]) -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        for shadow_id, sha256 in shadows.items():
-            tensors |= load_safetensors(bytes(self._bulk.get_shadow(self._assignment.job_id, shadow_id, sha256)))
-        self.executor.optimizer.restore(tensors)
+        self.executor.optimizer.restore(read_shadows(self._assignment, self._bulk, shadows))
 
     @property
     def executor(self) -> StageExecutor:
@@ -291,7 +209,7 @@ class WorkerSession:
                 done.loss_sum, values = self.executor.evaluate_rows(task.work)
                 done.row_values.extend(row_values_to_proto(m, of_rows.numpy()) for m, of_rows in values.items())
             else:
-                done.rows.extend(self._generate(task))
+                done.rows.extend(generated_rows(self.executor, task, seed=self._assignment.spec.training.seed))
         except UnitCancelledError:
             done = pb.UnitDone(unit=unit_to_proto(unit), cancelled=True)
         except PeerLostError as error:
@@ -304,7 +222,16 @@ class WorkerSession:
         step = task.work.unit.serial
         outcome = self.executor.train_step(task.work)
         voted_s = time.perf_counter()
-        self._send(pb.WorkerEvent(step_ready=self._vote(step, outcome)), keep_as="step_ready")
+        vote = step_vote(
+            self._assignment.plan_epoch,
+            step,
+            outcome,
+            device=self._device,
+            transport=self._transport,
+            activations=self._activations,
+            commit_s=self._commit_s,
+        )
+        self._send(pb.WorkerEvent(step_ready=vote), keep_as="step_ready")
         decision = self._inbox.wait_decision(step)
         self._commit_s = time.perf_counter() - voted_s
         if decision is None:
@@ -324,49 +251,6 @@ class WorkerSession:
         # All replicas of a stage hold the same state to the bit: one copy is enough for all of them.
         if self._me.replica_index == 0:
             self._shadows.write(self._next_step, self.executor.snapshot())
-
-    def _vote(self, step: int, outcome: StepOutcome) -> pb.StepReady:
-        transport = self._transport
-        counts = CacheCounts() if self._activations is None else self._activations.counts
-        return pb.StepReady(
-            plan_epoch=self._assignment.plan_epoch,
-            step=step,
-            squared_norms=outcome.squared_norms,
-            finite=outcome.is_finite,
-            loss_sum=outcome.loss_sum,
-            reason=outcome.reason,
-            times=pb.StepTimes(
-                total_s=outcome.times.total_s,
-                compute_s=outcome.times.compute_s,
-                wait_s=outcome.times.wait_s,
-                serialise_s=outcome.times.send_s + (0.0 if transport is None else transport.usage.encode_s),
-                commit_s=self._commit_s,
-                sent_bytes=0 if transport is None else transport.usage.sent_bytes,
-                rss_bytes=self._device.held_bytes(),
-                peak_rss_bytes=self._device.peak_bytes(),
-                cached_rows=counts.rows_read,
-                left_out_rows=counts.rows_left_out,
-                damaged_entries=0 if self._activations is None else self._activations.num_damaged,
-            ),
-        )
-
-    def _generate(self, task: UnitTask) -> list[pb.TokenRow]:
-        if task.generate is None:
-            return []  # the first replica of every stage generates; the others got a header alone
-        options = GenerateOptions(
-            max_new_tokens=task.generate.max_new_tokens,
-            stop_tokens=tuple(task.generate.stop_tokens),
-            temperature=task.generate.temperature,
-            use_adapter=task.generate.use_adapter,
-            step=task.generate.step,
-            sample_indices=task.sample_indices,
-        )
-        groups = generate(self.executor, task.work, options, seed=self._assignment.spec.training.seed)
-        return [
-            pb.TokenRow(row=sample, tokens=tokens)
-            for samples, rows in zip(task.sample_indices, groups, strict=False)
-            for sample, tokens in zip(samples, rows, strict=True)
-        ]
 
     def _finish_unit(self, unit: Unit) -> None:
         if self._transport is not None:
@@ -406,6 +290,10 @@ class WorkerSession:
         self._send(pb.WorkerEvent(part_verified=verified), keep_as="part_verified")
 
     # ---- callbacks of other threads ----
+
+    def _tell_progress(self, progress: pb.LoadProgress) -> None:
+        if not self._is_loaded:
+            self._send(pb.WorkerEvent(load_progress=progress))
 
     def _on_command(self, command: pb.WorkerCommand) -> None:
         match command.WhichOneof("command"):
@@ -448,36 +336,6 @@ class WorkerSession:
     def _send(self, event: pb.WorkerEvent, *, keep_as: str | None = None) -> None:
         self._control.send(event, keep_as=keep_as)
 
-    # ---- bounds ----
-
-    def _max_rows(self) -> int:
-        spec = self._assignment.spec
-        scoring = spec.scoring
-        return max(
-            spec.training.batch_size * spec.objective.sequences_per_row, 0 if scoring is None else scoring.batch_rows
-        )
-
-    def _max_tokens(self) -> int:
-        scoring = self._assignment.spec.scoring
-        return self._assignment.spec.data.max_tokens + (0 if scoring is None else scoring.max_new_tokens)
-
-    def _reads_rows(self, kind: UnitKind, micro_batch: int) -> bool:
-        """Whether this worker needs a micro-batch's rows; for generation they carry the options."""
-        assignment = self._assignment
-        if kind == UnitKind.GENERATE:
-            return self._me.replica_index == 0
-        is_mine = assignment.shape.replica_of(micro_batch) == self._me.replica_index
-        return is_mine and (assignment.is_first or assignment.is_last)
-
-    def _decode_rows(self, feed: pb.Feed) -> MicroBatchRows:
-        return micro_batch_from_proto(
-            feed.rows,
-            max_rows=self._max_rows(),
-            max_tokens=self._max_tokens(),
-            vocab_size=self._vocab_size or 2**31 - 1,
-            sample_indices=feed.generate.sample_indices,
-        )
-
     def _check_memory(self) -> None:
         used_bytes = self._device.held_bytes()
         budget_bytes = self._assignment.memory_budget_bytes
@@ -486,18 +344,3 @@ class WorkerSession:
                 f"stage {self._assignment.stage_index} uses {used_bytes / 2**20:.0f} MiB, its budget is "
                 f"{budget_bytes / 2**20:.0f} MiB; give the device more (--memory), or lower micro_batch_size"
             )
-
-
-def as_plutino_error(error: Exception, assignment: WorkerAssignment) -> Exception:
-    """Name what torch only describes: it reports a failed allocation as a RuntimeError."""
-    is_allocation = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("not enough memory" in str(error).lower() or isinstance(error, torch.cuda.OutOfMemoryError))
-    )
-    if not is_allocation:
-        return error
-    return OutOfMemoryError(
-        f"stage {assignment.stage_index} could not allocate memory inside its budget of "
-        f"{assignment.memory_budget_bytes / 2**20:.0f} MiB ({error}); give the device more (--memory), or lower "
-        "micro_batch_size"
-    )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edge_node.activation_cache.codecs import StateCodec, decode, encode, token_bytes
 from edge_node.activation_cache.store import ActivationStore, StateFile
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.side_network import BackboneStates
 

@@ -19,7 +19,8 @@ from edge_node.engine.schedule import neighbour
 from edge_node.transport.base import MessageKey, MessageKind
 
 if TYPE_CHECKING:
-    from edge_node.engine.executor import StageExecutor, UnitInput
+    from edge_node.engine.executor import StageExecutor
+    from edge_node.engine.unit import UnitInput
 
 
 @dataclass(frozen=True, slots=True)

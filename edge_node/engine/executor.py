@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,56 +22,19 @@ from edge_node.engine.freezing import freeze_below, stage_of_block
 from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.schedule import Backward, Forward, Receive, Send, forward_actions, train_actions
-from edge_node.engine.shared_gradients import FOLDED, Contributions, fold, plan_groups, reduce_group
+from edge_node.engine.stage_input import first_stage_input, later_stage_input
+from edge_node.engine.step_gradients import StepGradients
+from edge_node.engine.unit import StepOutcome, StepTimes, UnitInput
 from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
 from edge_node.objectives.base import Objective
-from edge_node.stage.architecture import make_position_ids
-from edge_node.stage.build import Stage, StageInput, StageOutput
+from edge_node.stage.stage import Stage, StageInput, StageOutput
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
-from plutino.data.batches import MicroBatchRows
 from plutino.job.assignment import StageShape
 from plutino.job.method import Unfreezing
 from plutino.types import Unit
 
 # Shape suffixes: B rows of a micro-batch, T tokens, D hidden size.
-
-
-@dataclass(frozen=True, slots=True)
-class UnitInput:
-    """What a worker gets of a unit before it starts."""
-
-    unit: Unit
-    num_micro_batches: int
-    loss_weight: float
-    rows: tuple[MicroBatchRows | None, ...]
-    """One per micro-batch on the first and the last stage; None where the stage does not read tokens."""
-    without_adapter: bool = False
-    """An evaluation of the base model."""
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """Where the seconds of a unit went."""
-
-    compute_s: float = 0.0
-    wait_s: float = 0.0
-    """Waiting for a peer's tensors."""
-    send_s: float = 0.0
-    """Handing tensors to the transport; encoding runs beside the computation."""
-    total_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """A worker's vote."""
-
-    squared_norms: tuple[float, ...]
-    """Squared L2 norm of every parameter's whole gradient, in the order of the method's parameters."""
-    is_finite: bool
-    loss_sum: float
-    reason: str
-    times: StepTimes
 
 
 @dataclass(slots=True)
@@ -118,8 +80,7 @@ class StageExecutor:
         self._first_trainable_stage = self._lowest_stage = first_trainable_stage
         self._unfreezing = unfreezing
         self._trained = frozenset(p.name for p in method.parameters)
-        self._groups, self._shared_names = plan_groups(method.parameters, stages, me)
-        self._contributions: dict[str, Contributions] = {}
+        self._step_gradients = StepGradients(method.parameters, self.stages, me)
         self._gradients: dict[str, Tensor] = {}
         self._cancelled: Unit | None = None
         self._activation_cache = activation_cache
@@ -134,13 +95,12 @@ class StageExecutor:
     @property
     def partners(self) -> frozenset[Peer]:
         """The workers with which this one has a stream."""
-        return partners(self.stages, self._groups, self.me)
+        return partners(self.stages, self._step_gradients.groups, self.me)
 
     @property
     def largest_gradient_bytes(self) -> int:
         """Bytes of the largest message of shared parameters' gradients, without its header."""
-        sizes = {p.name: p.uses[0][1].numel() for p in self.method.parameters}
-        return 4 * max((sum(sizes[name] for name in group.names) for group in self._groups), default=0)
+        return self._step_gradients.largest_message_bytes
 
     @property
     def transport(self) -> Transport:
@@ -157,8 +117,8 @@ class StageExecutor:
         """
         started_s = time.perf_counter()
         times = StepTimes()
-        self.drop()
-        self._contributions = {p.name: {} for p in self.method.parameters}
+        self._gradients = {}
+        self._step_gradients.start()
         self._freeze(work.unit.serial)
         self._run_reference(work, times)
         actions = train_actions(
@@ -173,7 +133,15 @@ class StageExecutor:
             loss_sum = self._run(work, actions, times, is_training=True)
         finally:
             self._cached = {}
-        self._gradients = self._whole_gradients(work, times)
+        summed_s = time.perf_counter()
+        self._gradients = self._step_gradients.whole(
+            self._trained,
+            num_micro_batches=work.num_micro_batches,
+            unit=work.unit,
+            transport=self._transport,
+            device=self.stage.device,
+        )
+        times.wait_s += time.perf_counter() - summed_s
         norms = tuple(
             float(torch.linalg.vector_norm(self._gradients[p.name], dtype=torch.float64)) ** 2
             if p.name in self._trained
@@ -200,10 +168,7 @@ class StageExecutor:
     def drop(self) -> None:
         """Forget the gradients of the step in progress."""
         self._gradients = {}
-        self._contributions = {}
-        for parameter in self.method.parameters:
-            for _, use in parameter.uses:
-                use.grad = None
+        self._step_gradients.drop()
 
     def snapshot(self) -> dict[str, Tensor]:
         """The training state by global name, as shadows hold it, with what the checkpoint has in its place."""
@@ -295,7 +260,7 @@ class StageExecutor:
                         gradient = self._backward(in_flight.pop(m), received.pop(m, None))
                     if gradient is not None:
                         to_send[m] = gradient
-                    self._take_gradients(m)
+                    self._step_gradients.take(m)
                     times.compute_s += time.perf_counter() - started_s
                 case Send(m, kind, peer):
                     tensors = {"gradient": to_send.pop(m)}
@@ -365,53 +330,6 @@ class StageExecutor:
         # A micro-batch without label tokens has no gradient; the stages below still wait for one.
         return torch.zeros_like(trained_in) if trained_in.grad is None else trained_in.grad
 
-    def _take_gradients(self, m: int) -> None:
-        """Move .grad of every use into the step's contributions, separately only where replicas will need it."""
-        is_replicated = self.stages[self.me.stage_index].num_replicas > 1
-        for parameter in self.method.parameters:
-            for role, use in parameter.uses:
-                if use.grad is None:
-                    continue
-                key = (role, m if is_replicated else FOLDED)
-                held = self._contributions[parameter.name]
-                # Autograd would fold later micro-batches into .grad in place and in order, which is the same sum;
-                # taking it out keeps the two cases alike.
-                if key in held:
-                    held[key].add_(use.grad)
-                else:
-                    held[key] = use.grad
-                use.grad = None
-
-    def _whole_gradients(self, work: UnitInput, times: StepTimes) -> dict[str, Tensor]:
-        shapes = {p.name: p.uses[0][1].shape for p in self.method.parameters}
-        gradients: dict[str, Tensor] = {}
-        for parameter in self.method.parameters:
-            if parameter.name in self._shared_names or parameter.name not in self._trained:
-                continue
-            held = self._contributions[parameter.name]
-            if len(held) == 1:
-                (gradients[parameter.name],) = held.values()
-            elif held:
-                gradients[parameter.name] = fold(held, parameter.all_roles)
-            else:
-                gradients[parameter.name] = torch.zeros_like(parameter.uses[0][1])
-        started_s = time.perf_counter()
-        for group in self._groups:
-            totals = reduce_group(
-                group,
-                self._contributions,
-                shapes,
-                stages=self.stages,
-                num_micro_batches=work.num_micro_batches,
-                me=self.me,
-                unit=work.unit,
-                transport=self.transport,
-            )
-            gradients |= {name: total.to(self.stage.device) for name, total in totals.items() if name in self._trained}
-        times.wait_s += time.perf_counter() - started_s
-        self._contributions = {}
-        return gradients
-
     def _not_finite(self, norms: Sequence[float], loss_sum: float, step: int) -> str:
         if not math.isfinite(loss_sum):
             return f"the loss of step {step} is {loss_sum}"
@@ -419,85 +337,3 @@ class StageExecutor:
             if not math.isfinite(norm):
                 return f"the gradient of {parameter.name} has squared norm {norm} at step {step}"
         return ""
-
-
-def first_stage_input(
-    stage: Stage, rows: MicroBatchRows, num_prompt_tokens: int
-) -> tuple[StageInput, dict[str, Tensor]]:
-    """Right-padded input of the first stage, and what later stages need beside the hidden states.
-
-    Lengths and positions count virtual tokens, so that later stages need not know of them.
-    """
-    lengths = torch.as_tensor(np.asarray(rows.lengths, dtype=np.int32)) + num_prompt_tokens
-    num_tokens = rows.padded_tokens + num_prompt_tokens
-    segment_ids_BT = padded_segments(rows)
-    mask_BT = padding_mask(lengths, num_tokens, side="right")
-    position_ids_BT = make_position_ids(
-        stage.family, attention_mask=mask_BT, segment_ids=segment_ids_BT, shape=(len(rows.lengths), num_tokens)
-    )
-    inputs = StageInput(
-        position_ids=position_ids_BT,
-        input_ids=padded_ids(rows, side="right", pad_id=pad_token_id(stage)),
-        attention_mask=mask_BT,
-        segment_ids=segment_ids_BT,
-        num_prompt_tokens=num_prompt_tokens,
-    )
-    metadata = {"lengths": lengths, "position_ids": position_ids_BT}
-    return inputs, metadata if segment_ids_BT is None else {**metadata, "segment_ids": segment_ids_BT}
-
-
-def later_stage_input(
-    hidden_BTD: Tensor | None, metadata: dict[str, Tensor], side_BTR: Tensor | None = None
-) -> StageInput:
-    """Input of a stage that gets hidden states of a right-padded micro-batch from a peer."""
-    return StageInput(
-        position_ids=metadata["position_ids"],
-        hidden=hidden_BTD,
-        side=side_BTR,
-        attention_mask=padding_mask(metadata["lengths"], metadata["position_ids"].shape[1], side="right"),
-        segment_ids=metadata.get("segment_ids"),
-    )
-
-
-def pad_token_id(stage: Stage) -> int:
-    """Any token will do, because padding is masked; the model's own keeps it equal to transformers."""
-    configured = getattr(stage.config, "pad_token_id", None)
-    return 0 if configured is None else int(configured)
-
-
-def padded_ids(rows: MicroBatchRows, *, side: str, pad_id: int) -> Tensor:
-    """Token ids [B, T] of rows that travel without padding."""
-    ids_BT = np.full((len(rows.lengths), rows.padded_tokens), pad_id, dtype=np.int64)
-    start = 0
-    for row, length in enumerate(rows.lengths):
-        at = 0 if side == "right" else rows.padded_tokens - length
-        ids_BT[row, at : at + length] = rows.input_ids[start : start + length]
-        start += length
-    return torch.from_numpy(ids_BT)
-
-
-def padded_segments(rows: MicroBatchRows) -> Tensor | None:
-    """Segment of each token [B, T] of packed rows, from 0 up in every row; None: every row is one sequence.
-
-    What pads a row belongs to its first segment here; masks tell it apart.
-    """
-    if rows.segment_lengths is None:
-        return None
-    ids_BT = np.zeros((len(rows.lengths), rows.padded_tokens), dtype=np.int64)
-    row = at = segment = 0
-    for length in rows.segment_lengths.tolist():
-        if at == rows.lengths[row]:
-            row, at, segment = row + 1, 0, 0
-        ids_BT[row, at : at + length] = segment
-        at, segment = at + length, segment + 1
-    return torch.from_numpy(ids_BT)
-
-
-def padding_mask(lengths_B: Tensor, padded_tokens: int, *, side: str) -> Tensor | None:
-    """1 for real tokens, [B, T]; None when no row is padded, so that attention takes its faster path."""
-    if bool((lengths_B == padded_tokens).all()):
-        return None
-    positions_T = torch.arange(padded_tokens)
-    if side == "right":
-        return (positions_T < lengths_B[:, None]).long()
-    return (positions_T >= padded_tokens - lengths_B[:, None]).long()

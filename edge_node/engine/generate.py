@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from edge_node.engine.executor import StageExecutor, UnitInput, pad_token_id, padded_ids, padding_mask
+from edge_node.engine.executor import StageExecutor
+from edge_node.engine.stage_input import pad_token_id, padded_ids, padding_mask
+from edge_node.engine.unit import UnitInput
 from edge_node.stage.architecture import make_position_ids
-from edge_node.stage.build import StageInput
+from edge_node.stage.stage import StageInput
 from edge_node.transport.base import MessageKey, MessageKind, Peer
 
 # Shape suffixes: B rows of a group, T tokens, S tokens so far (padding included), D hidden size, V vocabulary.

@@ -14,13 +14,15 @@ from typing import TypeVar
 import torch
 
 from edge_node.activation_cache.stage_cache import StageCache
-from edge_node.engine.executor import StageExecutor, StepOutcome, UnitInput
+from edge_node.engine.executor import StageExecutor
 from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.optimizer import StageOptimizer
+from edge_node.engine.unit import StepOutcome, UnitInput
 from edge_node.methods.base import AttachedMethod
 from edge_node.methods.score_head import attach_method
 from edge_node.objectives.registry import OBJECTIVES
-from edge_node.stage.build import Stage, build_stage
+from edge_node.stage.build import build_stage
+from edge_node.stage.stage import Stage
 from edge_node.stage.weights import TensorSource
 from edge_node.transport.base import Peer, UnitCancelledError
 from edge_node.transport.in_process import InProcessHub, InProcessTransport

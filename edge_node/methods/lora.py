@@ -31,7 +31,7 @@ from edge_node.methods.lora_linear import use_lean_lora
 from edge_node.methods.seeding import seeded_generator
 from edge_node.methods.trained_copy import TrainedCopy, trainable_copy
 from edge_node.quantize.linear import QuantLinear
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.job.method import LoraConfig
 
 _ADAPTER = "default"

@@ -14,7 +14,7 @@ import peft
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from edge_node.methods.base import Role
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
 from plutino.job.method import LoraConfig
 

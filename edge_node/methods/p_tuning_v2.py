@@ -15,7 +15,7 @@ from edge_node.methods.base import TrainableParameter
 from edge_node.methods.dropout import SeededDropout
 from edge_node.methods.key_values import AttachedKeyValues, saved_config, shape_in
 from edge_node.methods.prefix import key_value_table
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.job.method import PTuningV2Config
 from plutino.key_value_layout import block_name
 

@@ -17,7 +17,7 @@ from edge_node.methods.base import TrainableParameter
 from edge_node.methods.checkpoint import load_values, parameter_state
 from edge_node.methods.pruning import Axes, choose_places, pruned_parameters
 from edge_node.methods.seeding import seeded_generator
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from partitioner.model import model_sizes
 from plutino.job.method import ParallelAdaptersConfig
 from plutino.side_layout import SideLayout, side_layout

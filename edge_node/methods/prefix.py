@@ -18,7 +18,7 @@ from torch.nn import functional
 from edge_node.methods.base import Role, TrainableParameter, block_role
 from edge_node.methods.key_values import AttachedKeyValues, KeyValueShape, saved_config, shape_in
 from edge_node.methods.seeding import seeded_generator
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.job.method import PrefixConfig
 from plutino.key_value_layout import block_name
 

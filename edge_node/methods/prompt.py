@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edge_node.methods.base import TrainableParameter
 from edge_node.methods.checkpoint import load_values, parameter_state
 from edge_node.methods.seeding import seeded_generator
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
 from plutino.job.method import PromptConfig
 

@@ -13,7 +13,7 @@ from edge_node.methods.p_tuning_v2 import attach_p_tuning_v2
 from edge_node.methods.parallel_adapters import attach_parallel_adapters
 from edge_node.methods.prefix import attach_prefix
 from edge_node.methods.prompt import attach_prompt
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 
 
 class Attach(Protocol):

@@ -16,7 +16,7 @@ from edge_node.methods.base import AttachedMethod, TrainableParameter
 from edge_node.methods.checkpoint import KEY_PREFIX, load_values
 from edge_node.methods.registry import METHODS
 from edge_node.methods.seeding import seeded_generator
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
 from plutino.job.spec import JobSpec
 

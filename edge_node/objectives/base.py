@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 
 # Shape suffixes: B rows, T tokens, D hidden size, K values of a row.

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from edge_node.objectives.base import Loss, NoReference
 from edge_node.objectives.last_token import labels_of, last_token_scores
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.job.objective import ClassificationConfig
 

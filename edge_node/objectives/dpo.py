@@ -9,7 +9,7 @@ from torch.nn import functional
 from edge_node.objectives.base import Loss
 from edge_node.objectives.label_tokens import row_logps
 from edge_node.objectives.pairs import pair_rows
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.job.objective import DpoConfig
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edge_node.objectives.base import Loss, NoReference
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 
 # Shape suffixes: B rows, T tokens, D hidden size, N positions that carry loss, V vocabulary.

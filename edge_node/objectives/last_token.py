@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 
 # Shape suffixes: B rows, T tokens, D hidden size, K outputs of the score head.

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from edge_node.stage.build import Stage
+from edge_node.stage.stage import Stage
 
 
 class ResidentStage:

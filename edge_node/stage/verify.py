@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edge_node.methods.base import AttachedMethod
-from edge_node.stage.build import Stage, StageInput
+from edge_node.stage.stage import Stage, StageInput
 
 _ROWS, _TOKENS = 2, 8
 

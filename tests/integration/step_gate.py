@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from edge_node.engine.executor import StageExecutor, StepOutcome, UnitInput
+from edge_node.engine.executor import StageExecutor
+from edge_node.engine.unit import StepOutcome, UnitInput
 from tests.integration.stack import WAIT_S
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from edge_node.engine.executor import StageExecutor, UnitInput
+from edge_node.engine.executor import StageExecutor
+from edge_node.engine.unit import UnitInput
 from edge_node.transport.base import UnitCancelledError
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.job.spec import JobSpec

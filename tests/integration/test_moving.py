@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coordinator.jobs.moving import Replanner
-from edge_node.engine.executor import StageExecutor, StepOutcome, UnitInput
+from edge_node.engine.executor import StageExecutor
+from edge_node.engine.unit import StepOutcome, UnitInput
 from partitioner.device import BlockTimings
 from partitioner.plan import Plan
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from edge_node.stage.architecture import make_position_ids
-from edge_node.stage.build import Stage, StageInput, build_stage
+from edge_node.stage.build import build_stage
+from edge_node.stage.stage import Stage, StageInput
 from edge_node.stage.weights import LocalSource
 from plutino.families import family_of
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edge_node.engine.executor import StageExecutor, UnitInput
+from edge_node.engine.executor import StageExecutor
 from edge_node.engine.optimizer import StageOptimizer
+from edge_node.engine.unit import UnitInput
 from edge_node.methods.registry import METHODS
 from edge_node.objectives.sft import SftObjective
-from edge_node.stage.build import StageInput, build_stage
+from edge_node.stage.build import build_stage
 from edge_node.stage.resident import ResidentStage
+from edge_node.stage.stage import StageInput
 from edge_node.stage.weights import LocalSource
 from edge_node.transport.base import Peer
 from plutino.job.assignment import StageShape

@@ -1,0 +1,95 @@
+"""What a stage gets of a micro-batch: its rows, which travel without padding, as right-padded tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_node.stage.architecture import make_position_ids
+from edge_node.stage.stage import Stage, StageInput
+from plutino.data.batches import MicroBatchRows
+
+# Shape suffixes: B rows of a micro-batch, T tokens, D hidden size, R side width.
+
+
+def first_stage_input(
+    stage: Stage, rows: MicroBatchRows, num_prompt_tokens: int
+) -> tuple[StageInput, dict[str, Tensor]]:
+    """Right-padded input of the first stage, and what later stages need beside the hidden states.
+
+    Lengths and positions count virtual tokens, so that later stages need not know of them.
+    """
+    lengths = torch.as_tensor(np.asarray(rows.lengths, dtype=np.int32)) + num_prompt_tokens
+    num_tokens = rows.padded_tokens + num_prompt_tokens
+    segment_ids_BT = padded_segments(rows)
+    mask_BT = padding_mask(lengths, num_tokens, side="right")
+    position_ids_BT = make_position_ids(
+        stage.family, attention_mask=mask_BT, segment_ids=segment_ids_BT, shape=(len(rows.lengths), num_tokens)
+    )
+    inputs = StageInput(
+        position_ids=position_ids_BT,
+        input_ids=padded_ids(rows, side="right", pad_id=pad_token_id(stage)),
+        attention_mask=mask_BT,
+        segment_ids=segment_ids_BT,
+        num_prompt_tokens=num_prompt_tokens,
+    )
+    metadata = {"lengths": lengths, "position_ids": position_ids_BT}
+    return inputs, metadata if segment_ids_BT is None else {**metadata, "segment_ids": segment_ids_BT}
+
+
+def later_stage_input(
+    hidden_BTD: Tensor | None, metadata: dict[str, Tensor], side_BTR: Tensor | None = None
+) -> StageInput:
+    """Input of a stage that gets hidden states of a right-padded micro-batch from a peer."""
+    return StageInput(
+        position_ids=metadata["position_ids"],
+        hidden=hidden_BTD,
+        side=side_BTR,
+        attention_mask=padding_mask(metadata["lengths"], metadata["position_ids"].shape[1], side="right"),
+        segment_ids=metadata.get("segment_ids"),
+    )
+
+
+def pad_token_id(stage: Stage) -> int:
+    """Any token will do, because padding is masked; the model's own keeps it equal to transformers."""
+    configured = getattr(stage.config, "pad_token_id", None)
+    return 0 if configured is None else int(configured)
+
+
+def padded_ids(rows: MicroBatchRows, *, side: str, pad_id: int) -> Tensor:
+    """Token ids [B, T] of rows that travel without padding."""
+    ids_BT = np.full((len(rows.lengths), rows.padded_tokens), pad_id, dtype=np.int64)
+    start = 0
+    for row, length in enumerate(rows.lengths):
+        at = 0 if side == "right" else rows.padded_tokens - length
+        ids_BT[row, at : at + length] = rows.input_ids[start : start + length]
+        start += length
+    return torch.from_numpy(ids_BT)
+
+
+def padded_segments(rows: MicroBatchRows) -> Tensor | None:
+    """Segment of each token [B, T] of packed rows, from 0 up in every row; None: every row is one sequence.
+
+    What pads a row belongs to its first segment here; masks tell it apart.
+    """
+    if rows.segment_lengths is None:
+        return None
+    ids_BT = np.zeros((len(rows.lengths), rows.padded_tokens), dtype=np.int64)
+    row = at = segment = 0
+    for length in rows.segment_lengths.tolist():
+        if at == rows.lengths[row]:
+            row, at, segment = row + 1, 0, 0
+        ids_BT[row, at : at + length] = segment
+        at, segment = at + length, segment + 1
+    return torch.from_numpy(ids_BT)
+
+
+def padding_mask(lengths_B: Tensor, padded_tokens: int, *, side: str) -> Tensor | None:
+    """1 for real tokens, [B, T]; None when no row is padded, so that attention takes its faster path."""
+    if bool((lengths_B == padded_tokens).all()):
+        return None
+    positions_T = torch.arange(padded_tokens)
+    if side == "right":
+        return (positions_T < lengths_B[:, None]).long()
+    return (positions_T >= padded_tokens - lengths_B[:, None]).long()

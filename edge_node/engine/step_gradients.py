@@ -1,0 +1,105 @@
+"""The gradients of one step on one worker: taken a micro-batch at a time, summed over all who hold a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from edge_node.engine.shared_gradients import FOLDED, Contributions, fold, plan_groups, reduce_group
+from edge_node.methods.base import TrainableParameter
+from edge_node.transport.base import Peer, Transport
+from plutino.job.assignment import StageShape
+from plutino.types import Unit
+
+
+class StepGradients:
+    """What the backward passes of a step have given so far.
+
+    Args:
+        parameters: all that the stage trains.
+        stages: all stages of the plan.
+        me: this worker.
+    """
+
+    def __init__(self, parameters: Sequence[TrainableParameter], stages: Sequence[StageShape], me: Peer) -> None:
+        self._parameters = tuple(parameters)
+        self._stages = stages
+        self._me = me
+        self._is_replicated = stages[me.stage_index].num_replicas > 1
+        self.groups, self._shared_names = plan_groups(parameters, stages, me)
+        """Parameters that other workers hold too."""
+        self._contributions: dict[str, Contributions] = {}
+
+    @property
+    def largest_message_bytes(self) -> int:
+        """Bytes of the largest message of shared parameters' gradients, without its header."""
+        sizes = {p.name: p.uses[0][1].numel() for p in self._parameters}
+        return 4 * max((sum(sizes[name] for name in group.names) for group in self.groups), default=0)
+
+    def start(self) -> None:
+        """Begin a step: nothing is held of the one before."""
+        self.drop()
+        self._contributions = {p.name: {} for p in self._parameters}
+
+    def drop(self) -> None:
+        """Forget everything."""
+        self._contributions = {}
+        for parameter in self._parameters:
+            for _, use in parameter.uses:
+                use.grad = None
+
+    def take(self, m: int) -> None:
+        """Move .grad of every use into the step's contributions, separately only where replicas will need it."""
+        for parameter in self._parameters:
+            for role, use in parameter.uses:
+                if use.grad is None:
+                    continue
+                key = (role, m if self._is_replicated else FOLDED)
+                held = self._contributions[parameter.name]
+                # Autograd would fold later micro-batches into .grad in place and in order, which is the same sum;
+                # taking it out keeps the two cases alike.
+                if key in held:
+                    held[key].add_(use.grad)
+                else:
+                    held[key] = use.grad
+                use.grad = None
+
+    def whole(
+        self,
+        trained: Collection[str],
+        *,
+        num_micro_batches: int,
+        unit: Unit,
+        transport: Transport | None,
+        device: torch.device,
+    ) -> dict[str, Tensor]:
+        """The whole gradient of every trained parameter, summed over all its holders; the contributions are used up."""
+        shapes = {p.name: p.uses[0][1].shape for p in self._parameters}
+        gradients: dict[str, Tensor] = {}
+        for parameter in self._parameters:
+            if parameter.name in self._shared_names or parameter.name not in trained:
+                continue
+            held = self._contributions[parameter.name]
+            if len(held) == 1:
+                (gradients[parameter.name],) = held.values()
+            elif held:
+                gradients[parameter.name] = fold(held, parameter.all_roles)
+            else:
+                gradients[parameter.name] = torch.zeros_like(parameter.uses[0][1])
+        for group in self.groups:
+            assert transport is not None, "what several workers hold travels between them"
+            totals = reduce_group(
+                group,
+                self._contributions,
+                shapes,
+                stages=self._stages,
+                num_micro_batches=num_micro_batches,
+                me=self._me,
+                unit=unit,
+                transport=transport,
+            )
+            gradients |= {name: total.to(device) for name, total in totals.items() if name in trained}
+        self._contributions = {}
+        return gradients

@@ -1,0 +1,163 @@
+"""How a worker's stage comes to be: weights opened and filled in, its part of the activation cache, its executor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from edge_node.activation_cache.stage_cache import StageCache, namespace_of
+from edge_node.activation_cache.store import ActivationStore
+from edge_node.compute_device import ComputeDevice
+from edge_node.engine.executor import StageExecutor
+from edge_node.engine.optimizer import StageOptimizer
+from edge_node.methods.base import AttachedMethod
+from edge_node.objectives.registry import OBJECTIVES
+from edge_node.sources.opening import drawn_source, open_weights
+from edge_node.sources.shared import Progress, SharedWeights
+from edge_node.stage.build import COMPUTE_DTYPES, build_stage
+from edge_node.stage.packed_cache import PackedBlobs
+from edge_node.stage.stage import Stage
+from edge_node.transport.base import Peer
+from edge_node.weights_config import WeightsConfig
+from plutino.job.assignment import WorkerAssignment
+from plutino.security.tls import Credentials
+from plutino.wire.bulk import BulkClient
+from protos import workers_pb2 as pb
+
+_PROGRESS_EVERY_S = 0.5
+HELD = "held here"
+"""Place of weights that the worker's job before left loaded."""
+
+
+class StageLoading:
+    """Builds a job's stage from its weights, and tells how far it is.
+
+    Args:
+        assignment: the worker's part of the job.
+        config: what the device's owner allows for weights.
+        device: where the stage computes.
+        bulk: gives what is not on the device.
+        credentials: for the other devices of the job.
+        tell: takes the progress; called from several threads.
+    """
+
+    def __init__(
+        self,
+        assignment: WorkerAssignment,
+        config: WeightsConfig,
+        device: ComputeDevice,
+        bulk: BulkClient,
+        *,
+        credentials: Credentials | None,
+        tell: Callable[[pb.LoadProgress], None],
+    ) -> None:
+        self._assignment = assignment
+        self._config = config
+        self._device = device
+        self._bulk = bulk
+        self._credentials = credentials
+        self._tell = tell
+        self._weights: SharedWeights | None = None
+        self._stop_reason: str | None = None
+        self._told_s = 0.0
+
+    def stop(self, reason: str) -> None:
+        """Let a :meth:`build` in progress fail; from any thread."""
+        self._stop_reason = reason
+        if self._weights is not None:
+            self._weights.stop(reason)
+
+    def close(self) -> None:
+        """Let go of the weights' files and connections."""
+        if self._weights is not None:
+            self._weights.close()
+
+    def build(self) -> Stage:
+        """The stage, without an adapter."""
+        assignment, config = self._assignment, self._config
+        self._weights = open_weights(
+            assignment, config, self._bulk, credentials=self._credentials, on_progress=self._on_progress
+        )
+        if self._stop_reason is not None:
+            self._weights.stop(self._stop_reason)
+        drawn = drawn_source(self._weights.manifest, self._device.torch)
+        return build_stage(
+            drawn or self._weights,
+            assignment.shape.start_block,
+            assignment.shape.end_block,
+            dtype=COMPUTE_DTYPES[assignment.numerics.dtype],
+            attention=assignment.numerics.attention,
+            checkpointing=assignment.checkpointing,
+            packing=assignment.numerics.packing,
+            device=self._device.torch,
+            cache=None if drawn else PackedBlobs(config.cache(), assignment.base_hash),
+            has_lm_head=not assignment.spec.objective.has_score_head,
+        )
+
+    def bytes_by_place(self, stage: Stage) -> Mapping[str, int]:
+        """Where the stage's bytes came from."""
+        return {HELD: stage.bytes_read} if self._weights is None else self._weights.progress.by_place
+
+    def _on_progress(self, progress: Progress) -> None:
+        # From several threads: one event too many does no harm.
+        now_s = time.monotonic()
+        if now_s - self._told_s < _PROGRESS_EVERY_S:
+            return
+        self._told_s = now_s
+        self._tell(
+            pb.LoadProgress(
+                done_bytes=progress.done_bytes,
+                total_bytes=progress.total_bytes,
+                bytes_by_place=progress.by_place,
+            )
+        )
+
+
+def open_activations(
+    assignment: WorkerAssignment, config: WeightsConfig, device: ComputeDevice, stage: Stage
+) -> StageCache | None:
+    """A stage's part of the activation cache; None: the job asks for none."""
+    codec = assignment.spec.training.activation_cache
+    if codec == "off":
+        return None
+    namespace = namespace_of(
+        assignment.base_hash,
+        assignment.numerics.model_dump_json(include={"dtype", "packing", "attention", "versions"}),
+        assignment.threads,
+        device.torch,
+        codec,
+    )
+    store = ActivationStore(config.activation_dir, config.activation_bytes) if config.activation_bytes else None
+    return StageCache(store, namespace, stage, codec)
+
+
+def make_executor(
+    assignment: WorkerAssignment, stage: Stage, method: AttachedMethod, me: Peer, activations: StageCache | None
+) -> StageExecutor:
+    """The stage with its adapter, optimiser and objective; without a transport yet."""
+    spec = assignment.spec
+    return StageExecutor(
+        stage=stage,
+        method=method,
+        objective=OBJECTIVES[spec.objective.type](spec.objective),
+        optimizer=StageOptimizer(method.parameters, spec.training, assignment.total_steps),
+        transport=None,
+        stages=assignment.stages,
+        me=me,
+        seed=spec.training.seed,
+        codec=assignment.numerics.codecs,
+        first_trainable_stage=assignment.first_trainable_stage,
+        activation_cache=activations,
+        unfreezing=spec.method.unfreezing,
+    )
+
+
+def read_shadows(assignment: WorkerAssignment, bulk: BulkClient, shadows: dict[str, str]) -> dict[str, Tensor]:
+    """Training state by global name, from shadows by id with their sha256."""
+    tensors: dict[str, Tensor] = {}
+    for shadow_id, sha256 in shadows.items():
+        tensors |= load_safetensors(bytes(bulk.get_shadow(assignment.job_id, shadow_id, sha256)))
+    return tensors

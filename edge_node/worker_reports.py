@@ -1,0 +1,96 @@
+"""What a worker says of its work: a step's vote with its times, generated rows, why it failed."""
+
+from __future__ import annotations
+
+import torch
+
+from edge_node.activation_cache.stage_cache import CacheCounts, StageCache
+from edge_node.compute_device import ComputeDevice
+from edge_node.engine.executor import StageExecutor
+from edge_node.engine.generate import GenerateOptions, generate
+from edge_node.engine.unit import StepOutcome
+from edge_node.inbox import UnitTask
+from edge_node.transport.peer import PeerTransport
+from plutino.errors import OutOfMemoryError
+from plutino.job.assignment import WorkerAssignment
+from protos import workers_pb2 as pb
+
+
+def step_vote(
+    plan_epoch: int,
+    step: int,
+    outcome: StepOutcome,
+    *,
+    device: ComputeDevice,
+    transport: PeerTransport | None,
+    activations: StageCache | None,
+    commit_s: float,
+) -> pb.StepReady:
+    """The vote on a step.
+
+    Args:
+        plan_epoch: of the plan that the worker runs.
+        step: the step.
+        outcome: what came out of it.
+        device: where it was computed.
+        transport: has counted what was sent; None: the job has one worker.
+        activations: has counted what was read; None: the job has no activation cache.
+        commit_s: seconds from the last vote to its decision.
+    """
+    counts = CacheCounts() if activations is None else activations.counts
+    return pb.StepReady(
+        plan_epoch=plan_epoch,
+        step=step,
+        squared_norms=outcome.squared_norms,
+        finite=outcome.is_finite,
+        loss_sum=outcome.loss_sum,
+        reason=outcome.reason,
+        times=pb.StepTimes(
+            total_s=outcome.times.total_s,
+            compute_s=outcome.times.compute_s,
+            wait_s=outcome.times.wait_s,
+            serialise_s=outcome.times.send_s + (0.0 if transport is None else transport.usage.encode_s),
+            commit_s=commit_s,
+            sent_bytes=0 if transport is None else transport.usage.sent_bytes,
+            rss_bytes=device.held_bytes(),
+            peak_rss_bytes=device.peak_bytes(),
+            cached_rows=counts.rows_read,
+            left_out_rows=counts.rows_left_out,
+            damaged_entries=0 if activations is None else activations.num_damaged,
+        ),
+    )
+
+
+def generated_rows(executor: StageExecutor, task: UnitTask, *, seed: int) -> list[pb.TokenRow]:
+    """Run a unit of generation; its rows where they come out, nothing elsewhere."""
+    if task.generate is None:
+        return []  # the first replica of every stage generates; the others got a header alone
+    options = GenerateOptions(
+        max_new_tokens=task.generate.max_new_tokens,
+        stop_tokens=tuple(task.generate.stop_tokens),
+        temperature=task.generate.temperature,
+        use_adapter=task.generate.use_adapter,
+        step=task.generate.step,
+        sample_indices=task.sample_indices,
+    )
+    groups = generate(executor, task.work, options, seed=seed)
+    return [
+        pb.TokenRow(row=sample, tokens=tokens)
+        for samples, rows in zip(task.sample_indices, groups, strict=False)
+        for sample, tokens in zip(samples, rows, strict=True)
+    ]
+
+
+def as_plutino_error(error: Exception, assignment: WorkerAssignment) -> Exception:
+    """Name what torch only describes: it reports a failed allocation as a RuntimeError."""
+    is_allocation = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("not enough memory" in str(error).lower() or isinstance(error, torch.cuda.OutOfMemoryError))
+    )
+    if not is_allocation:
+        return error
+    return OutOfMemoryError(
+        f"stage {assignment.stage_index} could not allocate memory inside its budget of "
+        f"{assignment.memory_budget_bytes / 2**20:.0f} MiB ({error}); give the device more (--memory), or lower "
+        "micro_batch_size"
+    )
