@@ -134,12 +134,16 @@ def unpack_in_torch(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     for start in range(0, out.numel(), piece):
         num_weights = min(piece, out.numel() - start)
         num_blocks = -(-num_weights // BLOCK)
+        piece_of_out = out[start : start + num_weights]
+        # Whole blocks of fp32 are formed where they are wanted.
+        is_direct = out.dtype == torch.float32 and num_weights % BLOCK == 0 and piece_of_out.data_ptr() % 8 == 0
         indices = workspace("indices", num_weights // 2, torch.int32, out.device)
-        values = workspace("values", num_blocks * BLOCK, torch.float32, out.device)
+        values = piece_of_out if is_direct else workspace("values", num_blocks * BLOCK, torch.float32, out.device)
         indices.copy_(codes[start // 2 : (start + num_weights) // 2])
         torch.index_select(table, 0, indices, out=values[:num_weights].view(torch.float64))
         values.view(-1, BLOCK).mul_(absmax[start // BLOCK : start // BLOCK + num_blocks].unsqueeze(1))
-        out[start : start + num_weights].copy_(values[:num_weights])
+        if not is_direct:
+            piece_of_out.copy_(values[:num_weights])
 
 
 @functools.cache
