@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -34,6 +35,9 @@ from protos import agents_pb2, agents_pb2_grpc
 
 NUM_DEVICES = (10, 100, 1000)
 NUM_JOBS = 100
+NUM_QUEUED_JOBS = {10: 100, 100: 20}
+"""By devices. A round searches once or twice for each job: 0.2 s over 10 devices, 0.7 s over 100. A search looks at 40
+devices at most, so that a thousand cost what a hundred do."""
 _ATTACH_TIMEOUT_S = 120.0
 _BEATS_S = 5.0
 
@@ -41,14 +45,20 @@ _BEATS_S = 5.0
 def growth(share: int) -> dict[str, object]:
     """All figures; with ``share`` above 1 that part of the devices and jobs, to see it run."""
     counts = [max(2, count // share) for count in NUM_DEVICES]
-    num_jobs = max(2, NUM_JOBS // share)
     return {
-        "planning": [planning(count) for count in counts],
-        # A search looks at 40 devices at most: a thousand cost what a hundred do, a hundred times.
-        "queue": [queue(count, num_jobs) for count in counts[:2]],
-        "ledger": ledger(num_jobs, steps_per_job=max(2, 50 // share)),
-        "coordinator": [attached(count) for count in counts],
+        "planning": [_told(planning(count)) for count in counts],
+        "queue": [
+            _told(queue(max(2, devices // share), max(2, jobs // share))) for devices, jobs in NUM_QUEUED_JOBS.items()
+        ],
+        "ledger": _told(ledger(max(2, NUM_JOBS // share), steps_per_job=max(2, 50 // share))),
+        "coordinator": [_told(attached(count)) for count in counts],
     }
+
+
+def _told(figures: dict[str, object]) -> dict[str, object]:
+    """Show how far this is: all of it takes minutes."""
+    print(f"growth: {figures}", file=sys.stderr, flush=True)
+    return figures
 
 
 def fleet_of(num_devices: int) -> tuple[Sequence[DeviceProfile], LinkTable, Any, Any]:

@@ -71,6 +71,26 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     return saved_bytes
 
 
+def block_kinds(table: ModelTable, shape: JobShape) -> list[int]:
+    """For every block the first one that keeps, holds and trains the same as it: what is worked out once serves all."""
+    per_block = (shape.adapter_rank_out, shape.adapter_cast_params, shape.adapted_linears, shape.adapter_kept_numbers)
+    lowest = shape.first_trainable_block
+    first_of: dict[object, int] = {}
+    kinds = []
+    for block in range(table.num_blocks):
+        key = (
+            block < lowest,
+            bool(shape.side_reduction) and block == lowest,
+            block in table.expert_blocks,
+            table.block_params[block],
+            shape.adapter_params[block],
+            *(values[block] if values else None for values in per_block),
+            *((linear.name, linear.in_features, linear.out_features) for linear in table.block_linears[block]),
+        )
+        kinds.append(first_of.setdefault(key, block))
+    return kinds
+
+
 def _past_bytes(table: ModelTable, shape: JobShape, family: Family) -> int:
     """Keys and values of the virtual tokens, which attention keeps beside those of every row."""
     if not shape.past_tokens:

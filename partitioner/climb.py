@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from partitioner.estimate import Estimator, Guess
-from partitioner.layout import Group, Layout
+from partitioner.layout import Cuts, Group, Layout
 from partitioner.orders import have_own_cores, roomiest_first, with_own_cores
-from partitioner.pricing import Candidate, Cuts, Pricer
+from partitioner.pricing import Candidate, Pricer
 
 _MAX_ROUNDS = 12
 _NUM_KEPT = 3

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from partitioner.layout import Group, Layout
+from partitioner.layout import Cuts, Group, Layout
 from partitioner.memory import Ints, Place
-from partitioner.pricing import Cuts, Pricer
+from partitioner.pricing import Pricer
 
 Floats = npt.NDArray[np.floating[Any]]
 """Single precision: guesses need no more, and twice as many fit a cache line."""

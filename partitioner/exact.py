@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from partitioner.bounds import Bounds
-from partitioner.layout import Layout
-from partitioner.pricing import Candidate, Cuts, Pricer
+from partitioner.layout import Cuts, Layout
+from partitioner.pricing import Candidate, Pricer
 
 TOLERANCE = 1e-9
 """Relative; a plan must beat another by more than rounding."""

@@ -16,8 +16,9 @@ from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Layout
 from partitioner.memory import Ints, Place
 from partitioner.model import JobShape, ModelTable
-from partitioner.pricing import Pricer, StagePlaces
+from partitioner.pricing import Pricer
 from partitioner.replay import Floats
+from partitioner.rooms import StagePlaces
 
 _MAX_SET_DEVICES = 7
 _EVEN_STEP_BYTES = 1 << 16

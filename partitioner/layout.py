@@ -18,6 +18,9 @@ Group = tuple[int, ...]
 Layout = tuple[Group, ...]
 """All stages, the first one first."""
 
+Cuts = tuple[int, ...]
+"""Block borders: stage k holds blocks ``[cuts[k], cuts[k + 1])``; begins with 0 and ends with the number of blocks."""
+
 _MESSAGES_ON_THEIR_WAY = 4
 """So many messages a worker may have waiting for another (plutino.wire.messages.Bounds.max_inbox_messages)."""
 

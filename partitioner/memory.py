@@ -144,11 +144,11 @@ class MemoryModel:
             raise PlanError(
                 f"the adapter is described for {len(shape.adapter_params)} blocks, the model has {table.num_blocks}"
             )
-        blocks = range(table.num_blocks)
         self._table = table
         self._shape = shape
-        self._saved_bytes = [activations.saved_block_bytes(table, shape, block) for block in blocks]
-        kinds = zip(table.block_params, table.block_linears, shape.adapter_params, self._saved_bytes, strict=True)
+        kinds = activations.block_kinds(table, shape)
+        saved_bytes = {block: activations.saved_block_bytes(table, shape, block) for block in set(kinds)}
+        self._saved_bytes = [saved_bytes[kind] for kind in kinds]
         self.is_uniform = len(set(kinds)) == 1
         """All blocks weigh the same, so that a stage's bytes follow from its number of blocks and its place."""
         self._sum_saved_bytes = _prefix_sums(self._saved_bytes)
@@ -162,7 +162,7 @@ class MemoryModel:
         wire_bytes = min(2, shape.dtype_bytes) if shape.codec == "bf16" else shape.dtype_bytes
         self._message_bytes = self._boundary_bytes // shape.dtype_bytes * wire_bytes
         self._generation_token_bytes = max(
-            activations.block_token_bytes(table, shape, block, shape.generate_tokens) for block in blocks
+            activations.block_token_bytes(table, shape, block, shape.generate_tokens) for block in set(kinds)
         )
 
     def job_bytes(
@@ -364,6 +364,8 @@ def _prefix_sums(values: Sequence[int]) -> Ints:
 def _range_maxima(values: Sequence[int]) -> Ints:
     """[start, end] -> the largest of values[start:end]; 0 where the range is empty."""
     num_values = len(values)
+    if len(set(values)) == 1:
+        return np.triu(np.full((num_values + 1, num_values + 1), values[0], dtype=np.int64), 1)
     maxima = np.zeros((num_values + 1, num_values + 1), dtype=np.int64)
     for start in range(num_values):
         maxima[start, start + 1 :] = np.maximum.accumulate(np.asarray(values[start:], dtype=np.int64))
