@@ -37,7 +37,8 @@ from edge_node.stage.weights import LocalSource
 from plutino.assets import TINY_LLAMA_DIR
 from plutino.data.batches import batch_indices, cut_micro_batches, prompt_micro_batch, sequential_indices
 from plutino.data.readers import read_rows
-from plutino.data.tokenisation import load_tokenizer, tokenise
+from plutino.data.tokenisation import tokenise
+from plutino.data.tokenizer import load_tokenizer
 from plutino.errors import QuantizationError
 from plutino.job.assignment import StageShape
 from plutino.job.model import Scheme, packing_of

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from coordinator.data_command import data_app
 from coordinator.member_commands import devices_app, token_app
 from coordinator.options import AsJson, StateDir
 from coordinator.sweep_command import sweep
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 
 app.command()(sweep)
+app.add_typer(data_app, name="data")
 app.add_typer(token_app, name="token")
 app.add_typer(devices_app, name="devices")
 

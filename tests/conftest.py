@@ -116,6 +116,7 @@ PART_BY_PATH = {
     "unit/data/test_formats": OBJECTIVES,
     "unit/data/test_mixture": OBJECTIVES,
     "unit/data/test_packing": OBJECTIVES,
+    "unit/data/test_preview": OBJECTIVES,
     "unit/data/test_uses": OBJECTIVES,
     "integration/test_objectives": OBJECTIVES,
 }

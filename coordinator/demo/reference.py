@@ -36,7 +36,8 @@ from plutino.data.batches import (
 )
 from plutino.data.readers import read_rows
 from plutino.data.samples import Samples
-from plutino.data.tokenisation import ModelTokenizer, load_tokenizer, tokenise
+from plutino.data.tokenisation import tokenise
+from plutino.data.tokenizer import ModelTokenizer, load_tokenizer
 from plutino.errors import ConfigError
 from plutino.job.data import ScoringConfig
 from plutino.job.method import LoraConfig

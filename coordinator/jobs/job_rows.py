@@ -19,7 +19,9 @@ from plutino.data.mixture import Mixture, make_mixture
 from plutino.data.packing import pack
 from plutino.data.readers import Rows, read_rows
 from plutino.data.samples import Batchable, JoinedSamples, Samples
-from plutino.data.tokenisation import ModelTokenizer, class_names_of, load_tokenizer, sorted_class_names, tokenise
+from plutino.data.sequences import class_names_of, sorted_class_names
+from plutino.data.tokenisation import tokenise
+from plutino.data.tokenizer import ModelTokenizer, load_tokenizer
 from plutino.errors import ConfigError, DataError
 from plutino.hub_id import model_folder
 from plutino.job.data import TaskConfig

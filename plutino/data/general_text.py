@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from plutino.data.samples import Samples
-from plutino.data.tokenisation import ModelTokenizer
+from plutino.data.tokenizer import ModelTokenizer
 from plutino.errors import DataError
 
 SCORED_TOKENS = 1024

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from plutino.assets import GENERAL_TEXT, SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.data.general_text import read_general_text
-from plutino.data.tokenisation import load_tokenizer
+from plutino.data.tokenizer import load_tokenizer
 from tests.integration.stack import People, ThreadAgent, ThreadCoordinator, make_spec, wait_until
 
 

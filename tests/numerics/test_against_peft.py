@@ -18,7 +18,8 @@ from edge_node.stage.weights import LocalSource
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.data.batches import StepBatch, batch_indices, cut_micro_batches
 from plutino.data.readers import read_rows
-from plutino.data.tokenisation import load_tokenizer, tokenise
+from plutino.data.tokenisation import tokenise
+from plutino.data.tokenizer import load_tokenizer
 from plutino.job.assignment import StageShape
 from plutino.job.data import DataConfig
 from plutino.job.method import LoraConfig

@@ -7,7 +7,8 @@ from benchmarks.model_folder import job_values, write_base
 from benchmarks.peers.workload import Workload, batch
 from plutino.data.batches import batch_indices, cut_micro_batches
 from plutino.data.readers import read_rows
-from plutino.data.tokenisation import load_tokenizer, tokenise
+from plutino.data.tokenisation import tokenise
+from plutino.data.tokenizer import load_tokenizer
 from plutino.job.spec import parse_spec
 
 WORKLOAD = Workload(

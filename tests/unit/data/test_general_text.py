@@ -9,7 +9,7 @@ from plutino.assets import GENERAL_TEXT, TINY_LLAMA_DIR
 from plutino.data.few_shot import with_examples
 from plutino.data.general_text import SCORED_TOKENS, read_general_text
 from plutino.data.readers import Message, Row, Rows
-from plutino.data.tokenisation import load_tokenizer
+from plutino.data.tokenizer import load_tokenizer
 from plutino.errors import DataError
 
 

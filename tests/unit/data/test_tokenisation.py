@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.data.readers import Message, Row, RowFormat, Rows, read_rows
-from plutino.data.tokenisation import ModelTokenizer, load_tokenizer, tokenise
+from plutino.data.tokenisation import tokenise
+from plutino.data.tokenizer import ModelTokenizer, load_tokenizer
 from plutino.errors import DataError, ModelError
 
 VOCABULARY = ["<s>", "</s>", "<end>", "a", "b", ":", "Ġ", "Ġa", "Ġb", "Ã", "©"]

@@ -16,7 +16,9 @@ from plutino.assets import TINY_LLAMA_DIR
 from plutino.data.batches import cut_micro_batches
 from plutino.data.readers import read_rows
 from plutino.data.samples import JoinedSamples, Samples
-from plutino.data.tokenisation import ModelTokenizer, class_names_of, load_tokenizer, tokenise
+from plutino.data.sequences import class_names_of
+from plutino.data.tokenisation import tokenise
+from plutino.data.tokenizer import ModelTokenizer, load_tokenizer
 from plutino.errors import DataError
 
 
@@ -146,7 +148,8 @@ import resource, sys
 from pathlib import Path
 from plutino.data.batches import batch_indices, cut_micro_batches
 from plutino.data.readers import read_rows
-from plutino.data.tokenisation import load_tokenizer, tokenise
+from plutino.data.tokenisation import tokenise
+from plutino.data.tokenizer import load_tokenizer
 tokenizer = load_tokenizer(Path(sys.argv[2]))
 tokenise(read_rows(Path(sys.argv[1]), limit=1200), tokenizer, max_tokens=512, use="text")
 data_kib = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData:"))
