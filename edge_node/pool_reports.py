@@ -34,9 +34,11 @@ class PoolReports:
         )
         self._report(agents_pb2.AgentEvent(worker_exited=exited))
 
-    def profile(self, request_id: str, *, timings_json: str = "", error: str = "") -> None:
-        """What was measured, or why nothing was."""
-        result = agents_pb2.ProfileResult(request_id=request_id, timings_json=timings_json, error=error)
+    def profile(self, request_id: str, *, timings_json: str = "", error: str = "", is_kept: bool = False) -> None:
+        """What was measured, now or for an earlier request, or why nothing was."""
+        result = agents_pb2.ProfileResult(
+            request_id=request_id, timings_json=timings_json, error=error, is_kept=is_kept
+        )
         self._report(agents_pb2.AgentEvent(profile_result=result))
 
 

@@ -7,11 +7,22 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edge_node.supervision import Exiting, refusal
 from edge_node.worker_process import WorkerProcess
 from plutino.errors import AgentError, ConfigError
 from plutino.types import WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class AskedProfile:
+    """A measurement that a worker was asked for."""
+
+    request_id: str
+    request: dict[str, Any]
+    is_undisturbed: bool
+    """No worker of this device computed for a job when it was asked."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -26,7 +37,7 @@ class PooledWorker:
     held_key: str = ""
     """Key of the stage that it holds while it waits for the next job of that key."""
     held_until_s: float = 0.0
-    profile_ids: deque[str] = field(default_factory=deque)
+    profiles: deque[AskedProfile] = field(default_factory=deque)
     """Requests it has not answered, in the order it got them."""
     exiting: Exiting | None = None
     over_budget: str | None = None

@@ -4,6 +4,7 @@ Layout::
 
     agent.lock             held while the agent runs; its text is the agent's process id
     agent_id               made at the first start
+    profiles.json          measured seconds, kept for later jobs
     logs/worker-<n>.log    stdout and stderr of the n-th worker process; .log.1 is what was rotated out
 """
 

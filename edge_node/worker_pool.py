@@ -13,11 +13,13 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from edge_node.guard import read_usage
 from edge_node.pool_config import PoolConfig, Readiness
 from edge_node.pool_reports import PoolReports, worker_id
 from edge_node.pooled_worker import (
+    AskedProfile,
     PooledWorker,
     holder_of,
     promised_bytes,
@@ -26,6 +28,8 @@ from edge_node.pooled_worker import (
     spare_of,
     worker_of,
 )
+from edge_node.processors import processor_quota, processors_of
+from edge_node.profile_book import ProfileBook
 from edge_node.state_dir import StateDir, log_tail, rotate_log
 from edge_node.supervision import (
     NOT_STARTED_EXIT_CODE,
@@ -70,6 +74,7 @@ class WorkerPool:
         self._workers: dict[PooledWorker, asyncio.Task[None]] = {}
         self._jobs_run: set[str] = set()
         self._readiness: Readiness | None = None
+        self._book: ProfileBook | None = None
         self._changed = asyncio.Event()
         self._crash: BaseException | None = None
         self._last_start_s = clock()
@@ -180,16 +185,19 @@ class WorkerPool:
             self._begin_stop(worker, reason)
 
     async def profile(self, request_id: str, request_json: str) -> None:
-        """Let the spare measure; the result or the reason why there is none is reported."""
+        """Report what was kept for such a request, or else let the spare measure; or why there is no answer."""
         try:
-            request = json.loads(request_json)
+            request = dict(json.loads(request_json))
+            if (kept := self._profile_book().find(request)) is not None:
+                self._reports.profile(request_id, timings_json=json.dumps(kept), is_kept=True)
+                return
             if (spare := spare_of(self._workers)) is None:
                 await self._end_holders(f"memory is needed to measure {request_id}")
                 spare = await self._start_spare_for_profile()
-        except (ValueError, AgentError, OSError) as error:
+        except (ValueError, TypeError, AgentError, OSError) as error:
             self._reports.profile(request_id, error=f"not measured: {error}")
             return
-        spare.profile_ids.append(request_id)
+        spare.profiles.append(AskedProfile(request_id, request, is_undisturbed=not self.running()))
         spare.process.send({"profile": request})
 
     async def end(self, reason: str) -> None:
@@ -230,8 +238,8 @@ class WorkerPool:
             )
         )
         worker.end_reason = reason
-        for request_id in worker.profile_ids:
-            self._reports.profile(request_id, error=reason)
+        for asked in worker.profiles:
+            self._reports.profile(asked.request_id, error=reason)
         if worker.ref is not None:
             self._reports.exited(worker.ref, exit_code, reason, out_of_memory=is_out_of_memory)
         elif worker.stop_reason is None:
@@ -257,10 +265,8 @@ class WorkerPool:
                         hardware=Hardware.from_values(hardware),
                     )
                 self._changed.set()
-            case {"profile": dict(result)} if worker.profile_ids:
-                timings = json.dumps(result["timings"]) if "timings" in result else ""
-                error = "" if timings else str(result["error"])
-                self._reports.profile(worker.profile_ids.popleft(), timings_json=timings, error=error)
+            case {"profile": dict(result)} if worker.profiles:
+                self._on_profile(worker.profiles.popleft(), result)
             case {
                 "idle": {"stage_key": str(key), "keeps_stage_s": (int() | float()) as keeps_s, "reason": str(reason)}
             }:
@@ -273,6 +279,29 @@ class WorkerPool:
                 )
             case _:
                 raise ValueError(f"unexpected event {str(event)[:200]}")
+
+    def _on_profile(self, asked: AskedProfile, result: dict[str, Any]) -> None:
+        if "timings" not in result:
+            self._reports.profile(asked.request_id, error=str(result["error"]))
+            return
+        timings = result["timings"]
+        # Beside a job's worker everything takes longer; the next job may find the device idle.
+        if asked.is_undisturbed and not self.running():
+            self._profile_book().keep(asked.request, timings)
+        self._reports.profile(asked.request_id, timings_json=json.dumps(timings))
+
+    def _profile_book(self) -> ProfileBook:
+        if self._book is None:
+            told, config = self.readiness, self._config
+            machine = {
+                "versions": told.versions,
+                "arithmetic": told.hardware.arithmetic,
+                "device": config.device,
+                "processors": processors_of(config.device),
+                "processor_quota": processor_quota(),
+            }
+            self._book = ProfileBook(self._state_dir.path / "profiles.json", machine)
+        return self._book
 
     def _hold_stage(self, worker: PooledWorker, key: str, keeps_s: float, reason: str) -> None:
         if worker.ref is None or worker.is_ending:

@@ -24,7 +24,9 @@ class ProfileRequest(PlanValue):
     """As its ``for_profile`` gives it."""
     threads: int
     attempt: int = 0
-    """Which of several measurements of the same this is; whoever keeps answers keeps each."""
+    """Which of several measurements of the same this is: they are taken in turns with other devices."""
+    is_fresh: bool = False
+    """An answer that the device has kept does not do: it measures."""
 
 
 class BlockTimings(PlanValue):

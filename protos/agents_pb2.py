@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/agents.proto\x12\nplutino.v1\"Z\n\x08WorkerId\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nplan_epoch\x18\x02 \x01(\r\x12\x13\n\x0bstage_index\x18\x03 \x01(\r\x12\x15\n\rreplica_index\x18\x04 \x01(\r\"\xde\x02\n\nAgentEvent\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.plutino.v1.AgentHelloH\x00\x12\x33\n\x0eworker_started\x18\x02 \x01(\x0b\x32\x19.plutino.v1.WorkerStartedH\x00\x12\x31\n\rworker_exited\x18\x03 \x01(\x0b\x32\x18.plutino.v1.WorkerExitedH\x00\x12\x33\n\x0eprofile_result\x18\x04 \x01(\x0b\x32\x19.plutino.v1.ProfileResultH\x00\x12*\n\theartbeat\x18\x05 \x01(\x0b\x32\x15.plutino.v1.HeartbeatH\x00\x12-\n\x0b\x64oor_opened\x18\x14 \x01(\x0b\x32\x16.plutino.v1.DoorOpenedH\x00\x12&\n\x07knocked\x18\x15 \x01(\x0b\x32\x13.plutino.v1.KnockedH\x00\x42\x07\n\x05\x65vent\"\xa4\x03\n\nAgentHello\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x1b\n\x13memory_budget_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x16\n\x0e\x62\x61seline_bytes\x18\x06 \x01(\x04\x12\x36\n\x08versions\x18\x07 \x03(\x0b\x32$.plutino.v1.AgentHello.VersionsEntry\x12\x0e\n\x06\x64types\x18\x08 \x03(\t\x12%\n\x07workers\x18\t \x03(\x0b\x32\x14.plutino.v1.WorkerId\x12&\n\x08hardware\x18\n \x01(\x0b\x32\x14.plutino.v1.Hardware\x12\x14\n\x0cwire_version\x18\x0b \x01(\r\x12\x15\n\rcache_address\x18\x1e \x01(\t\x12\x16\n\x0emeasures_links\x18\x1f \x01(\x08\x12\x12\n\nprocessors\x18) \x03(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x90\x01\n\x08Hardware\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07machine\x18\x03 \x01(\t\x12\x12\n\ncapability\x18\x04 \x01(\t\x12\x12\n\narithmetic\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x19\n\x11idle_accelerators\x18\x07 \x03(\t\"B\n\rWorkerStarted\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x0b\n\x03pid\x18\x02 \x01(\r\"n\n\x0cWorkerExited\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x11\n\texit_code\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rout_of_memory\x18\x04 \x01(\x08\"H\n\rProfileResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0ctimings_json\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\xcd\x01\n\tHeartbeat\x12\x32\n\x07workers\x18\x01 \x03(\x0b\x32!.plutino.v1.Heartbeat.WorkerUsage\x12\x17\n\x0f\x61gent_rss_bytes\x18\x02 \x01(\x04\x1as\n\x0bWorkerUsage\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x11\n\trss_bytes\x18\x02 \x01(\x04\x12\x16\n\x0epeak_rss_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\x04 \x01(\x01\"\xcc\x02\n\x0c\x41gentCommand\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.plutino.v1.AgentWelcomeH\x00\x12/\n\x0cstart_worker\x18\x02 \x01(\x0b\x32\x17.plutino.v1.StartWorkerH\x00\x12-\n\x0bstop_worker\x18\x03 \x01(\x0b\x32\x16.plutino.v1.StopWorkerH\x00\x12-\n\x07profile\x18\x04 \x01(\x0b\x32\x1a.plutino.v1.ProfileRequestH\x00\x12)\n\topen_door\x18\x14 \x01(\x0b\x32\x14.plutino.v1.OpenDoorH\x00\x12\"\n\x05knock\x18\x15 \x01(\x0b\x32\x11.plutino.v1.KnockH\x00\x12&\n\x07revoked\x18\x16 \x01(\x0b\x32\x13.plutino.v1.RevokedH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x07Revoked\x12\x10\n\x08node_ids\x18\x01 \x03(\t\"O\n\x0c\x41gentWelcome\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x19\n\x11heartbeat_every_s\x18\x02 \x01(\x01\x12\x0f\n\x07refused\x18\x03 \x01(\t\"L\n\x0bStartWorker\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x17\n\x0f\x61ssignment_json\x18\x02 \x01(\t\"B\n\nStopWorker\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\x0eProfileRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0crequest_json\x18\x02 \x01(\t\"/\n\x08OpenDoor\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"@\n\nDoorOpened\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"a\n\x05Knock\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x0f\n\x07measure\x18\x05 \x01(\x08\"\x82\x01\n\x07Knocked\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x11\n\tlatency_s\x18\x04 \x01(\x01\x12\x16\n\x0eup_bytes_per_s\x18\x05 \x01(\x01\x12\x18\n\x10\x64own_bytes_per_s\x18\x06 \x01(\x01\x32N\n\x0c\x41gentService\x12>\n\x06\x41ttach\x12\x16.plutino.v1.AgentEvent\x1a\x18.plutino.v1.AgentCommand(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/agents.proto\x12\nplutino.v1\"Z\n\x08WorkerId\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nplan_epoch\x18\x02 \x01(\r\x12\x13\n\x0bstage_index\x18\x03 \x01(\r\x12\x15\n\rreplica_index\x18\x04 \x01(\r\"\xde\x02\n\nAgentEvent\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.plutino.v1.AgentHelloH\x00\x12\x33\n\x0eworker_started\x18\x02 \x01(\x0b\x32\x19.plutino.v1.WorkerStartedH\x00\x12\x31\n\rworker_exited\x18\x03 \x01(\x0b\x32\x18.plutino.v1.WorkerExitedH\x00\x12\x33\n\x0eprofile_result\x18\x04 \x01(\x0b\x32\x19.plutino.v1.ProfileResultH\x00\x12*\n\theartbeat\x18\x05 \x01(\x0b\x32\x15.plutino.v1.HeartbeatH\x00\x12-\n\x0b\x64oor_opened\x18\x14 \x01(\x0b\x32\x16.plutino.v1.DoorOpenedH\x00\x12&\n\x07knocked\x18\x15 \x01(\x0b\x32\x13.plutino.v1.KnockedH\x00\x42\x07\n\x05\x65vent\"\xa4\x03\n\nAgentHello\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x1b\n\x13memory_budget_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x16\n\x0e\x62\x61seline_bytes\x18\x06 \x01(\x04\x12\x36\n\x08versions\x18\x07 \x03(\x0b\x32$.plutino.v1.AgentHello.VersionsEntry\x12\x0e\n\x06\x64types\x18\x08 \x03(\t\x12%\n\x07workers\x18\t \x03(\x0b\x32\x14.plutino.v1.WorkerId\x12&\n\x08hardware\x18\n \x01(\x0b\x32\x14.plutino.v1.Hardware\x12\x14\n\x0cwire_version\x18\x0b \x01(\r\x12\x15\n\rcache_address\x18\x1e \x01(\t\x12\x16\n\x0emeasures_links\x18\x1f \x01(\x08\x12\x12\n\nprocessors\x18) \x03(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x90\x01\n\x08Hardware\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07machine\x18\x03 \x01(\t\x12\x12\n\ncapability\x18\x04 \x01(\t\x12\x12\n\narithmetic\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x19\n\x11idle_accelerators\x18\x07 \x03(\t\"B\n\rWorkerStarted\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x0b\n\x03pid\x18\x02 \x01(\r\"n\n\x0cWorkerExited\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x11\n\texit_code\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rout_of_memory\x18\x04 \x01(\x08\"Y\n\rProfileResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0ctimings_json\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07is_kept\x18\x04 \x01(\x08\"\xcd\x01\n\tHeartbeat\x12\x32\n\x07workers\x18\x01 \x03(\x0b\x32!.plutino.v1.Heartbeat.WorkerUsage\x12\x17\n\x0f\x61gent_rss_bytes\x18\x02 \x01(\x04\x1as\n\x0bWorkerUsage\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x11\n\trss_bytes\x18\x02 \x01(\x04\x12\x16\n\x0epeak_rss_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\x04 \x01(\x01\"\xcc\x02\n\x0c\x41gentCommand\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.plutino.v1.AgentWelcomeH\x00\x12/\n\x0cstart_worker\x18\x02 \x01(\x0b\x32\x17.plutino.v1.StartWorkerH\x00\x12-\n\x0bstop_worker\x18\x03 \x01(\x0b\x32\x16.plutino.v1.StopWorkerH\x00\x12-\n\x07profile\x18\x04 \x01(\x0b\x32\x1a.plutino.v1.ProfileRequestH\x00\x12)\n\topen_door\x18\x14 \x01(\x0b\x32\x14.plutino.v1.OpenDoorH\x00\x12\"\n\x05knock\x18\x15 \x01(\x0b\x32\x11.plutino.v1.KnockH\x00\x12&\n\x07revoked\x18\x16 \x01(\x0b\x32\x13.plutino.v1.RevokedH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x07Revoked\x12\x10\n\x08node_ids\x18\x01 \x03(\t\"O\n\x0c\x41gentWelcome\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x19\n\x11heartbeat_every_s\x18\x02 \x01(\x01\x12\x0f\n\x07refused\x18\x03 \x01(\t\"L\n\x0bStartWorker\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x17\n\x0f\x61ssignment_json\x18\x02 \x01(\t\"B\n\nStopWorker\x12$\n\x06worker\x18\x01 \x01(\x0b\x32\x14.plutino.v1.WorkerId\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\x0eProfileRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0crequest_json\x18\x02 \x01(\t\"/\n\x08OpenDoor\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"@\n\nDoorOpened\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"a\n\x05Knock\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x0f\n\x07measure\x18\x05 \x01(\x08\"\x82\x01\n\x07Knocked\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x11\n\tlatency_s\x18\x04 \x01(\x01\x12\x16\n\x0eup_bytes_per_s\x18\x05 \x01(\x01\x12\x18\n\x10\x64own_bytes_per_s\x18\x06 \x01(\x01\x32N\n\x0c\x41gentService\x12>\n\x06\x41ttach\x12\x16.plutino.v1.AgentEvent\x1a\x18.plutino.v1.AgentCommand(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,31 +48,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKEREXITED']._serialized_start=1118
   _globals['_WORKEREXITED']._serialized_end=1228
   _globals['_PROFILERESULT']._serialized_start=1230
-  _globals['_PROFILERESULT']._serialized_end=1302
-  _globals['_HEARTBEAT']._serialized_start=1305
-  _globals['_HEARTBEAT']._serialized_end=1510
-  _globals['_HEARTBEAT_WORKERUSAGE']._serialized_start=1395
-  _globals['_HEARTBEAT_WORKERUSAGE']._serialized_end=1510
-  _globals['_AGENTCOMMAND']._serialized_start=1513
-  _globals['_AGENTCOMMAND']._serialized_end=1845
-  _globals['_REVOKED']._serialized_start=1847
-  _globals['_REVOKED']._serialized_end=1874
-  _globals['_AGENTWELCOME']._serialized_start=1876
-  _globals['_AGENTWELCOME']._serialized_end=1955
-  _globals['_STARTWORKER']._serialized_start=1957
-  _globals['_STARTWORKER']._serialized_end=2033
-  _globals['_STOPWORKER']._serialized_start=2035
-  _globals['_STOPWORKER']._serialized_end=2101
-  _globals['_PROFILEREQUEST']._serialized_start=2103
-  _globals['_PROFILEREQUEST']._serialized_end=2161
-  _globals['_OPENDOOR']._serialized_start=2163
-  _globals['_OPENDOOR']._serialized_end=2210
-  _globals['_DOOROPENED']._serialized_start=2212
-  _globals['_DOOROPENED']._serialized_end=2276
-  _globals['_KNOCK']._serialized_start=2278
-  _globals['_KNOCK']._serialized_end=2375
-  _globals['_KNOCKED']._serialized_start=2378
-  _globals['_KNOCKED']._serialized_end=2508
-  _globals['_AGENTSERVICE']._serialized_start=2510
-  _globals['_AGENTSERVICE']._serialized_end=2588
+  _globals['_PROFILERESULT']._serialized_end=1319
+  _globals['_HEARTBEAT']._serialized_start=1322
+  _globals['_HEARTBEAT']._serialized_end=1527
+  _globals['_HEARTBEAT_WORKERUSAGE']._serialized_start=1412
+  _globals['_HEARTBEAT_WORKERUSAGE']._serialized_end=1527
+  _globals['_AGENTCOMMAND']._serialized_start=1530
+  _globals['_AGENTCOMMAND']._serialized_end=1862
+  _globals['_REVOKED']._serialized_start=1864
+  _globals['_REVOKED']._serialized_end=1891
+  _globals['_AGENTWELCOME']._serialized_start=1893
+  _globals['_AGENTWELCOME']._serialized_end=1972
+  _globals['_STARTWORKER']._serialized_start=1974
+  _globals['_STARTWORKER']._serialized_end=2050
+  _globals['_STOPWORKER']._serialized_start=2052
+  _globals['_STOPWORKER']._serialized_end=2118
+  _globals['_PROFILEREQUEST']._serialized_start=2120
+  _globals['_PROFILEREQUEST']._serialized_end=2178
+  _globals['_OPENDOOR']._serialized_start=2180
+  _globals['_OPENDOOR']._serialized_end=2227
+  _globals['_DOOROPENED']._serialized_start=2229
+  _globals['_DOOROPENED']._serialized_end=2293
+  _globals['_KNOCK']._serialized_start=2295
+  _globals['_KNOCK']._serialized_end=2392
+  _globals['_KNOCKED']._serialized_start=2395
+  _globals['_KNOCKED']._serialized_end=2525
+  _globals['_AGENTSERVICE']._serialized_start=2527
+  _globals['_AGENTSERVICE']._serialized_end=2605
 # @@protoc_insertion_point(module_scope)

@@ -293,20 +293,24 @@ class ProfileResult(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TIMINGS_JSON_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    IS_KEPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     timings_json: _builtins.str
     """JSON of partitioner.device.BlockTimings; empty if error is set."""
     error: _builtins.str
+    is_kept: _builtins.bool
+    """Measured for an earlier request and kept since."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         timings_json: _builtins.str = ...,
         error: _builtins.str = ...,
+        is_kept: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "request_id", b"request_id", "timings_json", b"timings_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_kept", b"is_kept", "request_id", b"request_id", "timings_json", b"timings_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,6 +25,15 @@ OUTGOING_BOUND = 1024
 _Answer = TypeVar("_Answer")
 
 
+@dataclass(frozen=True, slots=True)
+class ProfileAnswer:
+    """A device's seconds for a request."""
+
+    timings: BlockTimings
+    is_kept: bool = False
+    """It had measured them for an earlier request."""
+
+
 @dataclass(slots=True)
 class WorkerUsage:
     """What a worker last used, as its agent sees it."""
@@ -47,7 +56,7 @@ class AgentLink:
     """Where the other devices of its jobs reach its weights cache."""
     usage: dict[WorkerRef, WorkerUsage] = field(default_factory=dict)
     agent_rss_bytes: int = 0
-    profiles: dict[str, asyncio.Future[BlockTimings]] = field(default_factory=dict)
+    profiles: dict[str, asyncio.Future[ProfileAnswer]] = field(default_factory=dict)
     doors: dict[str, asyncio.Future[str]] = field(default_factory=dict)
     knocks: dict[str, asyncio.Future[float]] = field(default_factory=dict)
     bursts: dict[str, asyncio.Future[LinkFigures]] = field(default_factory=dict)
@@ -114,8 +123,8 @@ def _settle(name: str, answer: asyncio.Future[_Answer] | None, error: str, value
         answer.set_result(value())
 
 
-def _timings(result: pb.ProfileResult) -> BlockTimings:
-    return BlockTimings.model_validate_json(result.timings_json)
+def _timings(result: pb.ProfileResult) -> ProfileAnswer:
+    return ProfileAnswer(BlockTimings.model_validate_json(result.timings_json), is_kept=result.is_kept)
 
 
 def _figures(knocked: pb.Knocked) -> LinkFigures:

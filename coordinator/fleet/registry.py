@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from coordinator.fleet.agent_link import OUTGOING_BOUND, AgentLink, device_of
+from coordinator.fleet.agent_link import OUTGOING_BOUND, AgentLink, ProfileAnswer, device_of
 from coordinator.fleet.membership import Change, Device, DeviceState, Fleet
-from partitioner.device import BlockTimings, ProfileRequest
+from partitioner.device import ProfileRequest
 from plutino.errors import AgentError, AgentLostError, SecurityError
 from plutino.hardware import wire_refusal
 from plutino.types import AgentId, WorkerRef
@@ -220,8 +220,8 @@ class FleetRegistry:
         stop = pb.StopWorker(worker=worker_to_proto(ref), reason=reason)
         return self._send(agent_id, pb.AgentCommand(stop_worker=stop))
 
-    async def profile(self, agent_id: AgentId, request: ProfileRequest) -> BlockTimings:
-        """Let a device measure itself.
+    async def profile(self, agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
+        """Let a device measure itself, or tell what it has kept.
 
         Raises:
             AgentLostError: it left.

@@ -26,8 +26,8 @@ from coordinator.jobs.job_scheduling import Scheduling
 from coordinator.jobs.lineage import judge_evaluations
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
-from coordinator.jobs.planning import Profiler
 from coordinator.jobs.prepared import PreparedData
+from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobState
 from coordinator.jobs.recovery import (
     Decision,

@@ -9,8 +9,9 @@ from coordinator.fleet.link_map import LinkMap
 from coordinator.jobs import events
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.moving import Replanner
-from coordinator.jobs.planning import Profiler, make_numerics, make_problem
+from coordinator.jobs.planning import make_numerics, make_problem
 from coordinator.jobs.prepared import PreparedData
+from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobState
 from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue

@@ -20,8 +20,9 @@ from coordinator.jobs.driver import JobDriver
 from coordinator.jobs.endpoints import Endpoints
 from coordinator.jobs.interrupts import CancelWish, Interrupt, PauseWish, ResumeWish
 from coordinator.jobs.job_ids import new_job_id
-from coordinator.jobs.planning import Profiler, read_model
+from coordinator.jobs.planning import read_model
 from coordinator.jobs.preview import Preview
+from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.runner_link import RunnerLink
 from coordinator.jobs.stepping import record_shadow

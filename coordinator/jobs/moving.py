@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.eligibility import eligible
-from coordinator.jobs.planning import Profiler, profiles_of
+from coordinator.jobs.planning import profiles_of
+from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.replanning import (
     Choice,
     Move,
@@ -126,6 +127,8 @@ class Replanner:
             return
         joined = present - self._seen_devices
         self._seen_factors, self._seen_devices = factors, present
+        for agent_id in factors:
+            self._profiler.doubt(AgentId(agent_id))
         self._considering = asyncio.create_task(self._consider(self._problem, factors, joined))
         self._considering.add_done_callback(self._on_considered)
 

@@ -14,6 +14,7 @@ from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
 from coordinator.jobs.prepared import PreparedData
+from coordinator.jobs.profiler import Profiler
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable, ProfileRequest
@@ -38,39 +39,6 @@ from plutino.types import AgentId, JobId
 
 _MEASURED_ROWS = 4
 """Rows of the micro-batch that devices are measured with, where the job leaves its size open."""
-
-
-class Profiler:
-    """Measured seconds of devices, asked for once per model, shape and device."""
-
-    def __init__(self, fleet: FleetRegistry) -> None:
-        self._fleet = fleet
-        self._known: dict[tuple[AgentId, str], BlockTimings] = {}
-        self._one_at_a_time: dict[str, asyncio.Lock] = {}
-
-    async def timings(self, device: Device, request: ProfileRequest) -> BlockTimings:
-        """Seconds on a device, once known for good.
-
-        Devices of one host share cores and so are measured one after the other; and twice in turn, of which the faster
-        counts. Otherwise a moment in which something else ran there would make one of two equal devices look slower,
-        and the cut would be uneven for the whole job (a block of 69 ms measured as 88 ms moves a block of twelve).
-
-        Raises:
-            AgentError: the device could not be measured.
-        """
-        key = (device.agent_id, request.model_dump_json())
-        shares_host = sum(other.host_id == device.host_id for other in self._fleet.devices) > 1
-        found: BlockTimings | None = None
-        for attempt in range(2 if shares_host else 1):
-            # The lock is fair: every device of the host has its first turn before any has its second.
-            async with self._one_at_a_time.setdefault(device.host_id, asyncio.Lock()):
-                if key in self._known:
-                    return self._known[key]
-                again = request.model_copy(update={"attempt": attempt})
-                measured = await self._fleet.profile(device.agent_id, again)
-            found = measured if found is None else found.fastest(measured)
-        assert found is not None
-        return self._known.setdefault(key, found)
 
 
 def read_model(spec: JobSpec) -> tuple[str, ModelTable]:

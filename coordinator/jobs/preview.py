@@ -7,7 +7,8 @@ import asyncio
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.job_ids import new_job_id
-from coordinator.jobs.planning import Profiler, make_problem
+from coordinator.jobs.planning import make_problem
+from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.runner_link import RunnerLink
 from coordinator.scheduling.engine import Engine
 from coordinator.scheduling.problem import PlanningProblem

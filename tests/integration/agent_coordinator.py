@@ -98,8 +98,8 @@ class FakeCoordinator(agents_pb2_grpc.AgentServiceServicer):
         stop = agents_pb2.StopWorker(worker=worker(stage, epoch), reason="cancelled by a person")
         self.commands.put_nowait(agents_pb2.AgentCommand(stop_worker=stop))
 
-    def profile(self, request: object) -> None:
-        message = agents_pb2.ProfileRequest(request_id="p1", request_json=json.dumps(request))
+    def profile(self, request: object, request_id: str = "p1") -> None:
+        message = agents_pb2.ProfileRequest(request_id=request_id, request_json=json.dumps(request))
         self.commands.put_nowait(agents_pb2.AgentCommand(profile=message))
 
 

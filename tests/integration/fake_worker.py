@@ -40,6 +40,10 @@ def main() -> None:
             match json.loads(line):
                 case {"profile": {"die": True}}:
                     os.abort()
+                case {"profile": {"config_json": _}}:
+                    print("measured", flush=True)
+                    timings = dict.fromkeys(("forward_s", "embedding_s", "head_forward_s", "head_backward_s"), 0.01)
+                    events.write(json.dumps({"profile": {"timings": {**timings, "backward_s": 0.02}}}) + "\n")
                 case {"profile": request}:
                     events.write(json.dumps({"profile": {"timings": {"asked": request}}}) + "\n")
                 case {"assign": {"act": "exit", "exit_code": code}}:

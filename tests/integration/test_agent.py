@@ -27,6 +27,8 @@ from tests.integration.agent_coordinator import (
     worker,
 )
 
+ASKED = {"config_json": "{}", "threads": 2}
+
 
 def test_agent_hello_comes_after_ready_and_carries_what_the_worker_measured(tmp_path):
     async def test():
@@ -136,6 +138,39 @@ def test_agent_profile_is_measured_by_the_spare(tmp_path):
 
         assert result.request_id == "p1"
         assert json.loads(result.timings_json) == {"asked": {"threads": 2}}
+
+    run(test())
+
+
+def test_agent_profile_is_kept_over_restarts_unless_a_fresh_one_is_asked_for(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        for number, request in enumerate((ASKED, ASKED, {**ASKED, "is_fresh": True})):
+            async with attached(coordinator, tmp_path):
+                coordinator.profile(request, f"p{number}")
+                await coordinator.event("profile_result", number=number)
+
+        results = [event.profile_result for event in coordinator.events if event.HasField("profile_result")]
+        assert [(result.request_id, result.is_kept) for result in results] == [
+            ("p0", False),
+            ("p1", True),
+            ("p2", False),
+        ]
+        assert results[1].timings_json == results[0].timings_json
+
+    run(test())
+
+
+def test_agent_profile_beside_a_jobs_worker_is_not_kept(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        async with attached(coordinator, tmp_path):
+            coordinator.start_worker()
+            await coordinator.event("worker_started")
+            for number in range(2):
+                coordinator.profile(ASKED, f"p{number}")
+                result = await coordinator.event("profile_result", number=number)
+                assert not result.is_kept
 
     run(test())
 

@@ -4,9 +4,11 @@ import asyncio
 
 import pytest
 
+from coordinator.fleet.agent_link import ProfileAnswer
 from coordinator.fleet.membership import Device
-from coordinator.jobs.planning import Profiler, make_problem
+from coordinator.jobs.planning import make_problem
 from coordinator.jobs.prepared import PreparedData
+from coordinator.jobs.profiler import Profiler
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.errors import InfeasiblePlanError
@@ -34,6 +36,8 @@ class FakeFleet:
     def __init__(self, budget_mib: int, slowdowns: tuple[float, ...] = ()) -> None:
         self.num_measured = 0
         self.measured: list[str] = []
+        self.fresh: list[bool] = []
+        self.have_kept: set[str] = set()
         self._slowdowns = slowdowns
         self.devices = [
             Device(
@@ -47,18 +51,20 @@ class FakeFleet:
             for name in ("left", "right")
         ]
 
-    async def profile(self, agent_id: AgentId, request: object) -> BlockTimings:
+    async def profile(self, agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
         slowdown = self._slowdowns[self.num_measured] if self._slowdowns else 1.0
         self.num_measured += 1
         self.measured.append(str(agent_id))
+        self.fresh.append(request.is_fresh)
         await asyncio.sleep(0)  # like a device, it does not answer at once
-        return BlockTimings(
+        timings = BlockTimings(
             forward_s=0.01 * slowdown,
             backward_s=0.02,
             embedding_s=0.0,
             head_forward_s=0.01,
             head_backward_s=0.01 * slowdown,
         )
+        return ProfileAnswer(timings, is_kept=agent_id in self.have_kept and not request.is_fresh)
 
 
 def problem(fleet: FakeFleet, micro_batch_size: int | None) -> object:
@@ -98,21 +104,23 @@ def test_make_problem_job_whose_micro_batches_may_shrink_is_measured():
     assert fleet.num_measured == 4
 
 
+REQUEST = ProfileRequest(
+    config_json="{}",
+    dtype="fp32",
+    micro_batch_rows=1,
+    row_tokens=1,
+    label_tokens=1,
+    method=LoraConfig(),
+    threads=1,
+)
+
+
 def test_profiler_devices_of_one_host_are_measured_in_turns_and_the_faster_of_two_counts():
     fleet = FakeFleet(budget_mib=500, slowdowns=(1.3, 1.0, 1.0, 2.0))
-    request = ProfileRequest(
-        config_json="{}",
-        dtype="fp32",
-        micro_batch_rows=1,
-        row_tokens=1,
-        label_tokens=1,
-        method=LoraConfig(),
-        threads=1,
-    )
     profiler = Profiler(fleet)  # type: ignore[arg-type]
 
     async def both() -> list[BlockTimings]:
-        return list(await asyncio.gather(*(profiler.timings(device, request) for device in fleet.devices)))
+        return list(await asyncio.gather(*(profiler.timings(device, REQUEST) for device in fleet.devices)))
 
     left, right = asyncio.run(both())
 
@@ -121,3 +129,35 @@ def test_profiler_devices_of_one_host_are_measured_in_turns_and_the_faster_of_tw
     assert (left.forward_s, left.head_backward_s) == (0.01, 0.01)
     assert asyncio.run(both()) == [left, right]
     assert fleet.num_measured == 4
+
+
+def test_profiler_device_that_has_kept_its_seconds_is_asked_once_and_its_neighbour_has_both_turns():
+    fleet = FakeFleet(budget_mib=500)
+    fleet.have_kept.add("a-left")
+    profiler = Profiler(fleet)  # type: ignore[arg-type]
+
+    async def both() -> None:
+        await asyncio.gather(*(profiler.timings(device, REQUEST) for device in fleet.devices))
+
+    asyncio.run(both())
+
+    assert fleet.measured == ["a-left", "a-right", "a-right"]
+    assert fleet.fresh == [False, False, True]
+
+
+def test_profiler_device_that_is_doubted_measures_anew_and_the_others_do_not():
+    fleet = FakeFleet(budget_mib=500)
+    fleet.have_kept.update(("a-left", "a-right"))
+    profiler = Profiler(fleet)  # type: ignore[arg-type]
+
+    async def both() -> None:
+        await asyncio.gather(*(profiler.timings(device, REQUEST) for device in fleet.devices))
+
+    async def test() -> None:
+        await both()
+        profiler.doubt(AgentId("a-left"))
+        await both()
+
+    asyncio.run(test())
+
+    assert list(zip(fleet.measured, fleet.fresh, strict=True))[2:] == [("a-left", True), ("a-left", True)]

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_node.processors import processor_quota
+from edge_node.profile_book import ProfileBook
+
+REQUEST = {"config_json": "{}", "threads": 2, "attempt": 0, "is_fresh": False}
+FAST, SLOW = {"forward_s": 1.0, "backward_s": 3.0}, {"forward_s": 2.0, "backward_s": 2.0}
+
+
+def test_book_gives_what_was_kept_before_a_restart(tmp_path: Path) -> None:
+    ProfileBook(tmp_path / "p.json", {"cores": ["0"]}).keep(REQUEST, FAST)
+
+    assert ProfileBook(tmp_path / "p.json", {"cores": ["0"]}).find(REQUEST) == FAST
+
+
+def test_book_another_machine_or_shape_has_no_answer(tmp_path: Path) -> None:
+    book = ProfileBook(tmp_path / "p.json", {"cores": ["0"]})
+    book.keep(REQUEST, FAST)
+
+    assert book.find({**REQUEST, "threads": 1}) is None
+    assert ProfileBook(tmp_path / "p.json", {"cores": ["0", "1"]}).find(REQUEST) is None
+
+
+def test_book_later_turn_keeps_the_faster_seconds_and_a_first_one_replaces(tmp_path: Path) -> None:
+    book = ProfileBook(tmp_path / "p.json", {})
+    book.keep(REQUEST, FAST)
+    book.keep({**REQUEST, "attempt": 1, "is_fresh": True}, SLOW)
+    assert book.find(REQUEST) == {"forward_s": 1.0, "backward_s": 2.0}
+
+    book.keep(REQUEST, SLOW)
+    assert book.find(REQUEST) == SLOW
+
+
+def test_book_fresh_first_turn_forgets_everything_and_a_later_turn_nothing(tmp_path: Path) -> None:
+    book = ProfileBook(tmp_path / "p.json", {})
+    other = {**REQUEST, "threads": 1}
+    book.keep(REQUEST, FAST)
+    book.keep(other, SLOW)
+
+    assert book.find({**REQUEST, "attempt": 1, "is_fresh": True}) is None
+    assert book.find(other) == SLOW
+    assert book.find({**REQUEST, "is_fresh": True}) is None
+    assert ProfileBook(tmp_path / "p.json", {}).find(other) is None
+
+
+def test_book_answers_grow_old(tmp_path: Path) -> None:
+    now = [0.0]
+    book = ProfileBook(tmp_path / "p.json", {}, clock=lambda: now[0])
+    book.keep(REQUEST, FAST)
+
+    now[0] = 29 * 86400.0
+    assert book.find(REQUEST) == FAST
+    now[0] = 31 * 86400.0
+    assert book.find(REQUEST) is None
+
+
+def test_book_holds_a_bounded_number_and_drops_the_oldest(tmp_path: Path) -> None:
+    book = ProfileBook(tmp_path / "p.json", {}, max_answers=2)
+    for threads in range(3):
+        book.keep({**REQUEST, "threads": threads}, FAST)
+
+    assert book.find({**REQUEST, "threads": 0}) is None
+    assert book.find({**REQUEST, "threads": 1}) == FAST
+
+
+def test_book_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"key": {"timings": 3}}')
+    book = ProfileBook(tmp_path / "p.json", {})
+
+    assert book.find(REQUEST) is None
+    book.keep(REQUEST, FAST)
+    assert ProfileBook(tmp_path / "p.json", {}).find(REQUEST) == FAST
+
+
+def test_processor_quota_is_told_of_every_cgroup_that_limits(tmp_path: Path) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/a/b\n")
+    (cgroups / "a" / "b").mkdir(parents=True)
+    (cgroups / "a" / "b" / "cpu.max").write_text("max 100000\n")
+    (cgroups / "a" / "cpu.max").write_text("50000 100000\n")
+
+    assert processor_quota(proc, cgroups) == ["50000 100000"]
+    assert processor_quota(tmp_path / "nothing", cgroups) == []
