@@ -17,6 +17,7 @@ from torch import Tensor
 
 from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.methods.registry import METHODS
+from edge_node.methods.score_head import put_score_head
 from edge_node.objectives.sft import SftObjective
 from edge_node.stage.build import COMPUTE_DTYPES, build_stage
 from edge_node.stage.random_source import RandomSource
@@ -28,6 +29,7 @@ from plutino.job.method import LoraConfig
 
 _SHORT_VOCABULARY = 8192
 """Rows of the head that are measured; its time grows linearly with them."""
+_SCORES = 8
 _REPEATS = 3
 _LEAST_S = 0.5
 """Each timing is repeated until it has taken this long, but at least _REPEATS times; the fastest counts."""
@@ -56,7 +58,7 @@ def measure(request: ProfileRequest, device: ComputeDevice = CPU) -> BlockTiming
     embedding_s = _measure_embedding(source, request, device)
     forward_s, backward_s = _measure_block(source, request, device)
     head_forward_s, head_backward_s = _measure_head(source, request, device)
-    wide = full_vocabulary / config["vocab_size"]
+    wide = full_vocabulary / config["vocab_size"] if family_of(config["model_type"]).head else 1.0
     return BlockTimings(
         forward_s=forward_s,
         backward_s=backward_s,
@@ -96,6 +98,8 @@ def _measure_block(source: RandomSource, request: ProfileRequest, device: Comput
 
 def _measure_head(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
     last = _adapted_stage(source, 2, request, device)
+    if not last.head_name:
+        return _measure_score_head(last, request, device)
     # Not the hidden size where the model projects before its head.
     width = int(last.model.get_submodule(last.head_name).in_features)  # type: ignore[arg-type]
     shape = (request.micro_batch_rows, request.row_tokens, width)
@@ -108,6 +112,14 @@ def _measure_head(source: RandomSource, request: ProfileRequest, device: Compute
         return scaled
 
     return _fastest_passes_s(device, forward, lambda loss: loss.backward())
+
+
+def _measure_score_head(last: Stage, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
+    """A few scores a row: what a vocabulary is to other heads costs nothing here."""
+    put_score_head(last, _SCORES, seed=0)
+    first = torch.randn(request.micro_batch_rows, int(last.config.hidden_size), dtype=last.dtype, device=device.torch)
+    first.requires_grad_(True)
+    return _fastest_passes_s(device, lambda: last.score(first).sum(), lambda loss: loss.backward())
 
 
 def fast_dtypes(device: ComputeDevice = CPU) -> list[str]:

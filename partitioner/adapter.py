@@ -94,6 +94,7 @@ def adapter_params_of(table: ModelTable, method: MethodConfig) -> AdapterTable:
     Raises:
         ConfigError: a setting names what the model does not have, or nothing at all would be trained.
     """
+    family_of(table.family).refuse_method(method.type)
     adapter = _SIZES[method.type](table, method)
     if adapter.num_params == 0:
         raise ConfigError("the method would train 0 parameters; set method.target_modules or layers_to_transform")
@@ -328,10 +329,10 @@ def _outer_params(table: ModelTable, method: LoraConfig) -> tuple[int, int]:
     }
     for name in method.modules_to_save:
         if not any(re.match(rf"(^|.*\.){name}$", key) for key in (embedding_key, head_key)):
-            known = " and ".join(key.rpartition(".")[2] for key in (embedding_key, head_key))
+            known = " and ".join(key.rpartition(".")[2] for key in (embedding_key, head_key) if key)
             raise ConfigError(f"method.modules_to_save: {name!r} cannot be trained in full; this model has {known}")
     if method.ensure_weight_tying and table.is_tied and any(wanted.values()):
         wanted = dict.fromkeys(wanted, True)
     # The token embedding alone, which has the head's shape: learned positions stay frozen.
-    token_params = table.head_params
+    token_params = table.token_params
     return (token_params if wanted[embedding_key] else 0), (table.head_params if wanted[head_key] else 0)

@@ -29,7 +29,7 @@ class LinearShape(PlanValue):
 
 
 class ModelTable(PlanValue):
-    """Sizes of a decoder-only transformer."""
+    """Sizes of a transformer."""
 
     family: str
     """transformers' model_type."""
@@ -50,7 +50,8 @@ class ModelTable(PlanValue):
     final_params: int
     """Parameters of the final norm."""
     head_params: int
-    """Parameters of the output head, also where it is tied to the embedding (the last stage holds a copy then)."""
+    """Parameters of the output head, also where it is tied to the embedding (the last stage holds a copy then); 0
+    where the model has none."""
     is_tied: bool
     largest_tensor_params: int
     """The biggest single tensor: it sets the loading peak."""
@@ -69,6 +70,11 @@ class ModelTable(PlanValue):
     experts_per_token: int = 0
     expert_inner: int = 0
     """Intermediate size of one expert."""
+
+    @property
+    def token_params(self) -> int:
+        """Parameters of the token embedding alone."""
+        return self.head_params or self.vocab_size * self.hidden_size
 
 
 class JobShape(PlanValue):
@@ -172,18 +178,18 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
             "config.json and the safetensors files must belong together"
         )
     block_linears = tuple(_linears(index, blocks[index], sizes, family) for index in range(num_blocks))
-    token_embedding, head_name = family.embedding[0], family.head
-    if sizes.is_tied and token_embedding not in shapes and head_name in shapes:
-        token_embedding = head_name
+    token_embedding = family.embedding[0]
+    if sizes.is_tied and token_embedding not in shapes and family.head in shapes:
+        token_embedding = family.head
     embedding = [_required(shapes, token_embedding), *(_required(shapes, name) for name in family.embedding[1:])]
     embedding += [shapes[name] for name in family.optional_embedding if name in shapes]
     width = sizes.get("embedding", sizes["hidden"])
     _check_shape(token_embedding, embedding[0], (sizes["vocab"], width))
     final = [shape for name, shape in shapes.items() if name.startswith(family.final)]
-    if not final:
-        raise ModelError(f"the checkpoint lacks the final norm ({', '.join(family.final)}*); download the model again")
-    head = embedding[0] if sizes.is_tied else _required(shapes, head_name)
-    _check_shape(head_name, head, (sizes["vocab"], width))
+    if family.final and not final:
+        what = "final norm" if family.head else "pooler"
+        raise ModelError(f"the checkpoint lacks the {what} ({', '.join(family.final)}*); use another checkpoint")
+    head_params = _head_params(shapes, embedding[0], sizes, family)
     merged_params = _merged_params(blocks, family)
     return ModelTable(
         family=family.model_type,
@@ -199,7 +205,7 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
         block_linears=block_linears,
         embedding_params=sum(map(math.prod, embedding)),
         final_params=sum(map(math.prod, final)),
-        head_params=math.prod(head),
+        head_params=head_params,
         is_tied=sizes.is_tied,
         largest_tensor_params=max(*map(math.prod, shapes.values()), *merged_params),
         merged_params=max(merged_params, default=0),
@@ -210,6 +216,14 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
         experts_per_token=sizes.get("experts_per_token", 0),
         expert_inner=sizes.get("expert_inner", 0),
     )
+
+
+def _head_params(shapes: Mapping[str, TensorShape], embedding: TensorShape, sizes: _Sizes, family: Family) -> int:
+    if not family.head:
+        return 0
+    head = embedding if sizes.is_tied else _required(shapes, family.head)
+    _check_shape(family.head, head, (sizes["vocab"], sizes.get("embedding", sizes["hidden"])))
+    return math.prod(head)
 
 
 def key_value_shape(config: Mapping[str, Any], family: Family) -> tuple[int, int]:
@@ -236,7 +250,7 @@ class _Sizes:
     """Sizes by the names of :attr:`plutino.families.Family.config_keys`, from config.json alone."""
 
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self.is_tied = bool(_first(config, ("tie_word_embeddings",), family.is_tied_by_default))
+        self.is_tied = family.is_tied(config)
         self._known: dict[str, int] = {}
         for name, keys in family.config_keys.items():
             default = family.size_defaults.get(name)
@@ -279,7 +293,9 @@ def _canonical(tensors: Mapping[str, TensorShape], family: Family) -> dict[str, 
     is_bare = not any(name.startswith(family.block_prefix) for name in tensors)
     shapes = {}
     for stored_name, shape in tensors.items():
-        name = (family.renamed or {}).get(stored_name, stored_name)
+        name = stored_name
+        for old, new in (family.renamed or {}).items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
         if name.endswith(family.ignored):
             continue
         shapes[prefix + name if is_bare and name != family.head else name] = tuple(shape)

@@ -75,8 +75,8 @@ class WeightSizes:
         self._packed_params = _prefix_sums(packed_params)
         self._packed_bytes = _prefix_sums(packed_bytes)
         self._plain_params = _prefix_sums(plain_params)
-        self._token_params = table.head_params
-        self._int8_outer_bytes = matrix_bytes("int8", table.vocab_size, table.head_params // table.vocab_size)
+        self._token_params = table.token_params
+        self._int8_outer_bytes = matrix_bytes("int8", table.vocab_size, table.token_params // table.vocab_size)
 
     def plain_params(self, start_block: Ints, end_block: Ints, *, is_first: bool, is_last: bool) -> Ints:
         """Parameters of stages that are held in the compute dtype; arrays are broadcast against each other."""
@@ -115,7 +115,7 @@ class WeightSizes:
         table, shape = self._table, self._shape
         matrices = [linear for linears in table.block_linears for linear in linears] if self.packs_blocks else []
         sizes = [(_num_weights(linear), linear.in_features) for linear in matrices]
-        if is_last and shape.packing.head != "keep":
+        if is_last and shape.packing.head != "keep" and table.head_params:
             sizes.append((self._token_params, table.hidden_size))
         if not sizes:
             return 0
@@ -141,7 +141,7 @@ class WeightSizes:
     def _num_packed_outer(self, is_first: bool, is_last: bool) -> int:
         packing = self._shape.packing
         has_embedding = is_first and packing.embedding != "keep"
-        has_head = is_last and packing.head != "keep" and not self._is_shared(is_first)
+        has_head = is_last and packing.head != "keep" and self._table.head_params > 0 and not self._is_shared(is_first)
         return has_embedding + has_head
 
     @cached_property

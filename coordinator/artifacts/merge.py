@@ -323,7 +323,7 @@ def _adapter_sha256(adapter_dir: Path) -> str:
 
 
 def _is_tied(config: Mapping[str, Any], family: Family) -> bool:
-    return bool(config.get("tie_word_embeddings", family.is_tied_by_default))
+    return family.is_tied(config)
 
 
 def _place(entry: TensorEntry) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from edge_node.methods.base import Role
 from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
+from plutino.family import Family
 from plutino.job.method import LoraConfig
 
 
@@ -94,13 +95,13 @@ def list_trained_roles(stage: Stage, config: LoraConfig) -> tuple[Role, ...]:
     role_of: dict[str, Role] = {
         embedding: "embedding",
         stage.embedding_name: "embedding",
-        stage.head_name: "head",
+        **({stage.head_name: "head"} if stage.head_name else {}),
     }
     for module in config.modules_to_save:
         if module not in role_of:
             raise ConfigError(
                 f"modules_to_save: {module!r} cannot be trained in full; "
-                f"this model offers {embedding} and {stage.head_name}"
+                f"this model offers {' and '.join(name for name in (embedding, stage.head_name) if name)}"
             )
     named = {role_of[module] for module in config.modules_to_save}
     if config.ensure_weight_tying:
@@ -138,7 +139,8 @@ def saved_peft_config(stage: Stage, config: LoraConfig, peft_config: peft.LoraCo
 
 def _resolve_target_modules(stage: Stage, config: LoraConfig) -> list[str]:
     # Without the full names, because peft passes over layers_to_transform for layers that are named in full.
-    known = sorted({name.rpartition(".")[2] for name in stage.block_linears})
+    in_block = {name.removeprefix(stage.family.block_prefix).partition(".")[2] for name in stage.block_linears}
+    known = sorted({stage.family.target_name(name) for name in in_block})
     if config.target_modules == "all-linear":
         return known
     unknown = [
@@ -152,7 +154,14 @@ def _resolve_target_modules(stage: Stage, config: LoraConfig) -> list[str]:
             f"{stage.family.why_untargetable(unknown)}; "
             f"this model has {', '.join(known)}, and all-linear means all of them"
         )
-    return sorted(set(config.target_modules))
+    return sorted({name for target in config.target_modules for name in _unambiguous(stage.family, target, in_block)})
+
+
+def _unambiguous(family: Family, target: str, in_block: Iterable[str]) -> set[str]:
+    """Names by which peft finds what a target means in blocks, and nothing outside of them."""
+    if target not in family.named_elsewhere:
+        return {target}
+    return {family.target_name(name) for name in in_block if name.rpartition(".")[2] == target}
 
 
 def _whole_if_possible(alpha: float) -> float | int:

@@ -1,4 +1,4 @@
-"""Classification: cross-entropy over classes, from a score head on the last token."""
+"""Classification: cross-entropy over classes, from a score head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edge_node.objectives.base import Loss, NoReference
-from edge_node.objectives.last_token import labels_of, last_token_scores
+from edge_node.objectives.sequence_scores import labels_of, sequence_scores
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.job.objective import ClassificationConfig
@@ -27,6 +27,6 @@ class ClassificationObjective(NoReference):
         reference_B: Tensor | None = None,
     ) -> Loss:
         """See :class:`edge_node.objectives.base.Objective`."""
-        scores_BK = last_token_scores(stage, hidden_BTD, rows)
+        scores_BK = sequence_scores(stage, hidden_BTD, rows)
         total = functional.cross_entropy(scores_BK, labels_of(rows, scores_BK.device).long(), reduction="sum")
         return Loss(total / loss_weight, float(total.detach()), scores_BK.detach())

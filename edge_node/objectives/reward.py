@@ -1,4 +1,4 @@
-"""A reward model: a score head on the last token, taught by preference pairs or by ratings."""
+"""A reward model: a score head, taught by preference pairs or by ratings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from edge_node.objectives.base import Loss, NoReference
-from edge_node.objectives.last_token import labels_of, last_token_scores
 from edge_node.objectives.pairs import pair_rows
+from edge_node.objectives.sequence_scores import labels_of, sequence_scores
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.job.objective import RewardConfig
@@ -28,7 +28,7 @@ class RewardObjective(NoReference):
         reference_B: Tensor | None = None,
     ) -> Loss:
         """See :class:`edge_node.objectives.base.Objective`."""
-        rewards_BK = last_token_scores(stage, hidden_BTD, rows)
+        rewards_BK = sequence_scores(stage, hidden_BTD, rows)
         rewards_B = rewards_BK[:, 0]
         total = self._of_pairs(rewards_B, rows) if self.config.labels == "pairs" else self._of_ratings(rewards_B, rows)
         return Loss(total / loss_weight, float(total.detach()), rewards_BK.detach())

@@ -13,12 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
 from plutino.side_network import AddsNothing
+
+_NO_INTEGER = -1
+"""Stands in integer buffers that are not computed yet; all are indices."""
+
+
+class HandsOnEmbeddings(nn.Module):
+    """Stands for an embedding module on stages whose input has been through it."""
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> Tensor:
+        """Give the input."""
+        return inputs_embeds
+
 
 # Shape suffixes: B rows, T tokens of this pass, S tokens seen so far with this pass, D hidden size.
 
@@ -37,14 +55,16 @@ def parse_config(values: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def build_meta_model(config: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The whole causal language model without a byte of weights.
+    """The whole model without a byte of weights: the class that predicts tokens, or sequences' labels if none does.
 
     Raises:
         ModelError: transformers cannot build it, for instance because it lacks the attention backend.
     """
+    predicts_tokens = bool(family_of(config.model_type).head)
+    made_by: Any = AutoModelForCausalLM if predicts_tokens else AutoModelForSequenceClassification
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+            model = made_by.from_config(config, attn_implementation=attention, dtype=dtype)
     except (ImportError, ValueError) as error:
         raise ModelError(f"transformers cannot build the {config.model_type} model: {error}") from error
     assert isinstance(model, PreTrainedModel)
@@ -93,6 +113,8 @@ def cut_to_stage(
             name = tensor.rpartition(".")[0]
             if name in modules:
                 model.set_submodule(name, AddsNothing() if name in family.entry_sums else nn.Identity())
+        for name in family.entry_modules:
+            model.set_submodule(name, HandsOnEmbeddings())
         for name in family.entry_factors:
             owner, _, attribute = name.rpartition(".")
             setattr(modules[owner], attribute, 1.0)
@@ -100,7 +122,11 @@ def cut_to_stage(
         for prefix in family.final:
             if prefix.rstrip(".") in modules:
                 model.set_submodule(prefix.rstrip("."), nn.Identity())
-    if end_block < num_blocks or not has_lm_head:
+    if not family.head:
+        # What a job trains in its place lies beside the model.
+        assert family.score_head is not None
+        model.set_submodule(family.score_head.module, nn.Identity())
+    elif end_block < num_blocks or not has_lm_head:
         model.set_submodule(family.head.removesuffix(".weight"), nn.Identity())
 
     # Blocks hold on to the whole model's configuration; the models around them read it for their loops and the cache.
@@ -126,11 +152,16 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
             continue
         # transformers' own rule, which fills buffers; the parameters beside them still are on the meta device.
         for key, buffer in computed.items():
-            module.register_buffer(key, torch.full(buffer.shape, math.nan, dtype=buffer.dtype), persistent=False)
+            nothing = math.nan if buffer.is_floating_point() else _NO_INTEGER
+            module.register_buffer(key, torch.full(buffer.shape, nothing, dtype=buffer.dtype), persistent=False)
         model._init_weights(module)
-        left = [key for key in computed if bool(module.get_buffer(key).isnan().any())]
+        left = [key for key in computed if _is_unfilled(module.get_buffer(key))]
         if left:
             raise ModelError(f"cannot compute the buffers {', '.join(left)} of {name}; this family needs own code")
+
+
+def _is_unfilled(buffer: Tensor) -> bool:
+    return bool((buffer.isnan() if buffer.is_floating_point() else buffer == _NO_INTEGER).any())
 
 
 def make_position_ids(
@@ -143,7 +174,8 @@ def make_position_ids(
     """Positions of the tokens of one pass, by the rule that transformers' own ``generate`` follows.
 
     Tokens count from 0 over what the attention mask lets through, padding gets 0; in packed rows every segment starts
-    again. All families known so far share the rule.
+    again. All families known so far share the rule; where a model's own count starts elsewhere, its first stage adds
+    that.
 
     Args:
         family: the model's family.

@@ -81,7 +81,7 @@ def build_stage(
     cut_to_stage(model, family, start_block, end_block, has_lm_head=has_lm_head)
     rebuild_buffers(model)
     bytes_before = source.bytes_read
-    is_tied = bool(config.tie_word_embeddings)
+    is_tied = bool(family.head) and bool(config.tie_word_embeddings)
     stored_names = StoredNames(model, source.names(), family, is_tied=is_tied)
     packer = StagePacker(source, stored_names.find, packing, dtype=dtype, device=device, cache=cache)
     own_linears = [name for name in block_linears if name.startswith(_block_prefixes(family, start_block, end_block))]
@@ -93,7 +93,7 @@ def build_stage(
     packer.pack_outer(
         model,
         family.embedding[0].removesuffix(".weight") if start_block == 0 else None,
-        family.head.removesuffix(".weight") if end_block == num_blocks and has_lm_head else None,
+        family.head.removesuffix(".weight") if end_block == num_blocks and has_lm_head and family.head else None,
     )
     names_read = (*packer.names_read, *_fill(model, source, stored_names, dtype=dtype, device=device))
     if is_tied:

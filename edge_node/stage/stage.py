@@ -12,7 +12,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from edge_node.stage.architecture import make_packed_masks
@@ -40,6 +39,8 @@ class StageInput:
     """[B, tokens seen so far with this pass]: 1 for tokens, 0 for padding. None: no padding."""
     segment_ids: Tensor | None = None
     """int64 [B, T], segment of each token of packed rows, from 0 up; None: every row is one sequence."""
+    token_types: Tensor | None = None
+    """int64 [B, T] on the first stage: 0 for tokens of the first text, 1 for those of the second; None: one text."""
     num_prompt_tokens: int = 0
     """Virtual tokens that come before the rows' own in this pass: counted in the other fields' T, but for input_ids."""
     cache: Cache | None = None
@@ -103,7 +104,7 @@ class _GivesItsInput(nn.Module):
 
 
 class Stage:
-    """Blocks ``[start_block, end_block)`` of a causal language model, frozen and in evaluation mode."""
+    """Blocks ``[start_block, end_block)`` of a model, frozen and in evaluation mode."""
 
     def __init__(
         self,
@@ -140,8 +141,8 @@ class Stage:
         """Names, as stored, of the tensors that were read."""
         self.bytes_read = bytes_read
         """Stored bytes that were read."""
-        self.score_weight: nn.Parameter | None = None
-        """[outputs, width] in fp32, of a score head that an objective trains; on the last stage only."""
+        self.score_head: nn.Module | None = None
+        """[rows, width] in fp32 to [rows, outputs], trained by an objective; on the last stage only."""
         self.prompt: Tensor | None = None
         """[tokens, D], embeddings that a method puts before each row's; on the first stage only."""
         self.past: Past | None = None
@@ -179,7 +180,7 @@ class Stage:
     @property
     def is_tied(self) -> bool:
         """Whether head and token embedding are one parameter of the model."""
-        return bool(self.config.tie_word_embeddings)
+        return bool(self.family.head) and bool(self.config.tie_word_embeddings)
 
     @property
     def boundary_width(self) -> int:
@@ -235,9 +236,10 @@ class Stage:
         output = self.model.base_model(
             inputs_embeds=hidden_BTD,
             attention_mask=_move(mask, self.device),
-            position_ids=inputs.position_ids.to(self.device),
+            position_ids=self._positions(inputs).to(self.device),
             past_key_values=inputs.cache,
             use_cache=inputs.cache is not None,
+            **({} if inputs.token_types is None else {"token_type_ids": inputs.token_types.to(self.device)}),
         )
         return cast(Tensor, output.last_hidden_state)
 
@@ -255,10 +257,21 @@ class Stage:
         logits = cast(Tensor, above_blocks(inputs_embeds=rows, use_cache=False).logits)
         return logits.squeeze(0) if hidden.dim() == 2 else logits
 
-    def score(self, hidden: Tensor) -> Tensor:
-        """Outputs [..., outputs] in fp32 of the score head for hidden states [..., D] of the last stage."""
-        assert self.score_weight is not None, "no score head is attached"
-        return functional.linear(hidden.float(), self.score_weight)
+    def score(self, hidden_BD: Tensor) -> Tensor:
+        """Outputs [B, outputs] in fp32 of the score head for one token's hidden states of each row."""
+        assert self.score_head is not None and self.family.score_head is not None, "no score head is attached"
+        if self.family.score_head.pooler:
+            hidden_BD = self.model.get_submodule(self.family.score_head.pooler)(hidden_BD[:, None])
+        return cast(Tensor, self.score_head(hidden_BD.float()))
+
+    def _positions(self, inputs: StageInput) -> Tensor:
+        """Positions as the model's embeddings count them."""
+        pad: int | None = getattr(self.config, "pad_token_id", None)
+        if not self.family.positions_after_pad or pad is None:
+            return inputs.position_ids
+        positions_BT = inputs.position_ids + pad + 1
+        mask = inputs.attention_mask
+        return positions_BT if mask is None else positions_BT.masked_fill(mask == 0, pad)
 
     def _mask(self, inputs: StageInput, dtype: torch.dtype) -> Tensor | dict[str, Tensor] | None:
         if inputs.segment_ids is None:

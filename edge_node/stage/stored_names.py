@@ -91,7 +91,7 @@ class StoredNames:
 
     def __init__(self, model: PreTrainedModel, stored_names: set[str], family: Family, *, is_tied: bool) -> None:
         own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        ends = (family.embedding[0], family.head)
+        ends = (family.embedding[0], family.head or family.embedding[0])
         # Of tied ends a checkpoint may keep either, whichever the stage holds; GPTQ holds a weight in several parts.
         weights = [name.removesuffix(".weight") for name in own if name.endswith(".weight")]
         known = dict.fromkeys((*own, *ends, *(f"{layer}.{part}" for layer in weights for part in PARTS)), True)

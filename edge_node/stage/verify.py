@@ -34,7 +34,7 @@ def _output(stage: Stage, num_prompt_tokens: int) -> tuple[Tensor, ...]:
     output = stage.run(_probe(stage, num_prompt_tokens))
     if not stage.is_last:
         return tuple(output.tensors.values())
-    return (stage.head(output.hidden) if stage.score_weight is None else stage.score(output.hidden),)
+    return (stage.head(output.hidden) if stage.score_head is None else stage.score(output.hidden.flatten(0, 1)),)
 
 
 def _probe(stage: Stage, num_prompt_tokens: int) -> StageInput:

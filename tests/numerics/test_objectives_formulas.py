@@ -139,4 +139,4 @@ def test_a_row_that_ends_with_the_pad_token_is_scored_where_transformers_scores_
 def test_families_with_a_score_class_are_those_that_transformers_classifies_with():
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
 
-    assert {name for name, family in FAMILIES.items() if family.has_score_class} == FAMILIES.keys() & KNOWN.keys()
+    assert {name for name, family in FAMILIES.items() if family.score_head} == FAMILIES.keys() & KNOWN.keys()

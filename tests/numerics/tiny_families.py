@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from partitioner.model import ModelTable, describe_model
 from plutino.families import family_of
@@ -161,10 +161,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Model name -> model type and configuration; a family's variants carry its name first."""
 
+_BERT = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64}
+
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", _BERT),
+    # Padding's id is also the position of padding.
+    "roberta": ("roberta", _BERT | {"pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}),
+}
+"""The same for families that score sequences and predict no tokens."""
+
 
 def make_config(name: str, **changes: Any) -> Any:
     """The transformers configuration of a tiny model."""
-    model_type, values = CONFIGS[name]
+    model_type, values = (CONFIGS | ENCODERS)[name]
     common = {"vocab_size": VOCAB, "num_hidden_layers": NUM_BLOCKS, "pad_token_id": 0, "bos_token_id": 1}
     return CONFIG_MAPPING[model_type](**(common | {"eos_token_id": None} | values | changes))
 
@@ -172,7 +181,8 @@ def make_config(name: str, **changes: Any) -> Any:
 def make_model(name: str, **changes: Any) -> PreTrainedModel:
     """A tiny model whose every parameter matters: norms, biases and attention far from where training starts."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make_config(name, **changes)).eval()
+    made_by = AutoModelForSequenceClassification if name in ENCODERS else AutoModelForCausalLM
+    model = made_by.from_config(make_config(name, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)

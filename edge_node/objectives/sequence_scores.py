@@ -1,4 +1,4 @@
-"""What the score head says of a sequence: its output at the sequence's last token."""
+"""What the score head says of a sequence: its output at the token that stands for it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from plutino.data.batches import MicroBatchRows
 # Shape suffixes: B rows, T tokens, D hidden size, K outputs of the score head.
 
 
-def last_token_scores(stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows) -> Tensor:
+def sequence_scores(stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows) -> Tensor:
     """Scores [B, K] in fp32, where transformers' ``*ForSequenceClassification`` takes them.
 
-    That is the rightmost token that is not the model's pad token: also where the row itself ends with that token, so
-    that a model whose pad token is its end token scores alike here and there.
+    Encoders give them at the first token. Decoders do at the rightmost token that is not the model's pad token: also
+    where the row itself ends with that token, so that a model whose pad token is its end token scores alike here and
+    there.
     """
+    if stage.family.score_head is not None and stage.family.score_head.reads == "first token":
+        return stage.score(hidden_BTD[:, 0])
     last_B = torch.from_numpy(_last_tokens(rows, getattr(stage.config, "pad_token_id", None)))
     hidden_BD = hidden_BTD[torch.arange(len(last_B)), last_B.to(hidden_BTD.device)]
     return stage.score(hidden_BD)

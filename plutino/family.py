@@ -1,0 +1,199 @@
+"""What plutino knows of a model family beyond what transformers does, as a value without torch.
+
+The model's own ``forward`` does masks, rotary embeddings, attention variants and the head; an entry says how its
+tensors are called, what ``forward`` does to embeddings that a later stage must not repeat, how large its parts are, and
+what its blocks keep for the backward pass. The entries are in ``plutino.families``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from plutino.errors import ConfigError
+
+
+class LinearRule(NamedTuple):
+    """One linear layer of a block; sizes are sums such as "query+2key" of the names in :attr:`Family.config_keys`."""
+
+    in_features: str
+    out_features: str
+    reads: str
+    """The tensor it reads: linears with the same one share a copy of it for the backward pass."""
+
+
+ATTENTION_OUTPUT = "attention output"
+"""What every family's output projection reads; attention itself keeps it."""
+MLP_INNER = "mlp inner"
+"""What the last layer of an MLP reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreHead:
+    """The head of a family's ``*ForSequenceClassification``, which is trained beside whatever a method trains."""
+
+    module: str
+    """Its name there; peft saves it whole."""
+    layers: tuple[str, ...]
+    """Its linear layers by their names in it, a tanh between each two; the empty name is the module itself."""
+    has_bias: bool
+    reads: Literal["last token", "first token"]
+    """Whose hidden states it gets."""
+    pooler: str = ""
+    """Module of the base model that they pass before."""
+
+
+LAST_TOKEN_SCORE = ScoreHead(module="score", layers=("",), has_bias=False, reads="last token")
+"""What transformers puts on decoders."""
+
+Kind = Literal["decoder", "encoder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One family, under the names of its transformers class."""
+
+    model_type: str
+    kind: Kind = "decoder"
+
+    # ---- names of tensors ----
+    block_prefix: str
+    """A block's tensors start with this and the block's index."""
+    optional_prefix: str
+    """Published checkpoints may lack this prefix (a base model's own save)."""
+    embedding: tuple[str, ...]
+    """Tensors of the first stage; the first one is the token embedding that a tied head shares."""
+    optional_embedding: tuple[str, ...] = ()
+    """Tensors of the first stage that only some of the family's models have."""
+    final: tuple[str, ...]
+    """Prefixes of the tensors between the last block and the head."""
+    head: str = "lm_head.weight"
+    """The output head's weight; absent from the checkpoint where it is tied. Empty: the model has none, and is trained
+    with a score head."""
+    score_head: ScoreHead | None = LAST_TOKEN_SCORE
+    """None: transformers has no ``*ForSequenceClassification`` of the family."""
+    renamed: Mapping[str, str] | None = None
+    """Ending of names in published checkpoints -> that in the transformers class. For sizes; transformers itself
+    renames."""
+    merged: Mapping[str, tuple[str, ...]] | None = None
+    """Parameter in a block -> endings of the tensors, stored one expert each, that transformers merges into it."""
+    ignored: tuple[str, ...] = ()
+    """Endings of tensors that old checkpoints carry and the model recomputes."""
+
+    # ---- what forward does ----
+    entry_sums: tuple[str, ...] = ()
+    """Modules whose output ``forward`` adds to the embeddings: later stages must not add it a second time."""
+    entry_modules: tuple[str, ...] = ()
+    """Modules that make the first block's input of the token embeddings: later stages hand their input on."""
+    positions_after_pad: bool = False
+    """Positions count from one above the pad token's id, which is the position of padding itself."""
+    has_token_types: bool = False
+    """Embeddings tell the tokens of a row's first text from those of its second."""
+    entry_factors: tuple[str, ...] = ()
+    """Attributes by which ``forward`` multiplies the embeddings: 1 on later stages."""
+    per_block_config: tuple[str, ...] = ("layer_types",)
+    """Config fields that are lists with one entry per block."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """transformers' attention backend; eager where it has no other for the family."""
+    adds_alibi: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether a config.json asks for attention biases that grow with the distance (Press et al. 2022,
+    arXiv:2108.12409); None: never. transformers makes them from a padding mask, so that rows cannot be packed."""
+    has_conv1d: bool = False
+    """Linear layers are transformers' Conv1D: weights [in, out] instead of [out, in]."""
+
+    # ---- sizes ----
+    linears: Mapping[str, LinearRule]
+    """Linear layers that a method may adapt, by their names in a block. Routers of experts are never among them."""
+    refused_methods: Mapping[str, str] = field(default_factory=dict)
+    """Method -> why it is not done for the family, and what to take instead."""
+    named_elsewhere: tuple[str, ...] = ()
+    """Last parts of names that linear layers outside of the blocks have too: peft is told what stands before it."""
+    untargetable: Mapping[str, str] | None = None
+    """Last part of a name -> why no method can adapt what it names."""
+    config_keys: Mapping[str, tuple[str, ...]]
+    """Size -> keys of config.json that give it; the first that is there counts."""
+    size_defaults: Mapping[str, int | str]
+    """Size -> number, or sum of other sizes, where config.json is silent, as in the transformers class."""
+    fix_sizes: Callable[[Mapping[str, Any], dict[str, int]], None] | None = None
+    """What of the sizes follows from other settings."""
+    is_tied_by_default: bool = False
+
+    # ---- what a block keeps for the backward pass ----
+    norm: Literal["rms", "layer"] = "rms"
+    num_norms: int = 2
+    """Norms of hidden size in a block."""
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    """Norms of queries and keys: none, of each head, or of all heads together."""
+    is_gated: bool = True
+    """The MLP multiplies an activation with a second projection."""
+    activation_keys: tuple[str, ...] = ("hidden_act",)
+    activation_default: str = "silu"
+    norm_adds_one: bool = False
+    """Norms multiply by one plus their weight, and keep the sum."""
+    has_soft_caps: bool = False
+    """Logits pass through a tanh, and so do attention's scores where the backend is eager (Gemma 2,
+    arXiv:2408.00118)."""
+    broadcasts_keys: bool = False
+    """Fewer key heads than query heads reach sdpa as they are, for which torch has no kernel that is sparing of
+    memory."""
+    keeps_fused_qkv: bool = False
+    """Values stay a view of the fused projection's output, which is thereby kept whole beside rotated queries and
+    keys."""
+
+    def refuse_method(self, method_type: str) -> None:
+        """Raise where a method is not done for the family.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if method_type in self.refused_methods:
+            raise ConfigError(
+                f"method.type: {method_type} is not done for {self.model_type}: {self.refused_methods[method_type]}"
+            )
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether head and token embedding are one parameter, by the values of config.json."""
+        said = config.get("tie_word_embeddings")
+        return bool(self.head) and bool(self.is_tied_by_default if said is None else said)
+
+    @property
+    def has_causal_blocks(self) -> bool:
+        """Whether tokens see only those before them."""
+        return self.kind == "decoder"
+
+    def target_name(self, linear: str) -> str:
+        """The last part of a linear layer's name, by which peft finds it; with the part before, where that means it."""
+        parts = linear.split(".")
+        return ".".join(parts[-2:]) if parts[-1] in self.named_elsewhere else parts[-1]
+
+    def sublayer_outputs(self, reads: Iterable[str]) -> tuple[str, ...]:
+        """Linear layers of a block, by name, whose output goes to the hidden states.
+
+        Args:
+            reads: whose: ATTENTION_OUTPUT, MLP_INNER. A family without such a layer, or where no method can adapt it,
+                has none.
+        """
+        wanted = frozenset(reads)
+        return tuple(name for name, rule in self.linears.items() if rule.reads in wanted)
+
+    def why_untargetable(self, targets: Iterable[str]) -> str:
+        """The end of a sentence that says why no method can adapt some of these names; empty if nothing is known."""
+        known = self.untargetable or {}
+        reasons = {target: known[last] for target in targets if (last := target.rpartition(".")[2]) in known}
+        return "".join(f": {target} is refused because {why}" for target, why in reasons.items())
+
+
+SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "blocks": ("num_hidden_layers",),
+    "hidden": ("hidden_size",),
+    "inner": ("intermediate_size",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "positions": ("max_position_embeddings",),
+    "vocab": ("vocab_size",),
+}
+"""Most families' :attr:`Family.config_keys`."""
+SIZE_DEFAULTS: Mapping[str, int | str] = {"kv_heads": "heads"}
+"""Most families' :attr:`Family.size_defaults`."""
