@@ -110,6 +110,10 @@ class InvalidTransitionError(JobError):
     """The job's state does not allow this."""
 
 
+class ActivationCacheError(JobError):
+    """Entries of the activation cache are gone or damaged where nothing can be computed anew."""
+
+
 class NumericsError(JobError):
     """A loss or a gradient is not finite, or a batch carries no label token."""
 

@@ -19,6 +19,7 @@ from edge_node.activation_cache.codecs import StateCodec, decode, encode, token_
 from edge_node.activation_cache.store import ActivationStore, StateFile
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
+from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates
 
 KEY_BYTES = 16
@@ -59,10 +60,15 @@ class StageCache:
         self._stage = stage
         self.codec = codec
         self.counts = CacheCounts()
-        self._names = state_names(stage)
+        self.names = state_names(stage)
+        """The states that this stage's side network reads."""
+        self._store = store
+        self._namespace = namespace
         self._files: dict[str, StateFile] = {}
+        self._further: dict[str, StateFile] = {}
+        """States of other stages, kept for epochs without the backbone."""
         if store is not None:
-            self._files = {name: store.open(namespace, name) for name in self._names}
+            self._files = {name: store.open(namespace, name) for name in self.names}
 
     @property
     def num_damaged(self) -> int:
@@ -71,23 +77,23 @@ class StageCache:
 
     def holds(self, keys: Tensor) -> bool:
         """Whether the states of all these rows are here and intact; a stage that reads none has them."""
-        if len(self._files) < len(self._names):
+        if len(self._files) < len(self.names):
             return False
         return all(file.holds(key) for file in self._files.values() for key in _each(keys))
 
     def read(self, rows: CacheKeys) -> BackboneStates:
         """States of rows that :meth:`holds` has just found."""
         states = BackboneStates()
-        for name in self._names:
+        for name in self.names:
             self._put(states, name, self._padded(self._files[name], name, rows))
-        self.counts.rows_read += len(rows.keys) if self._names else 0
+        self.counts.rows_read += len(rows.keys) if self.names else 0
         return states
 
     def write(self, rows: CacheKeys, states: BackboneStates) -> None:
         """Keep the states of one micro-batch, row by row, as far as the budget goes; what is here stays."""
         if not self._files:
             return
-        by_name = {name: self._get(states, name) for name in self._names}
+        by_name = {name: self._get(states, name) for name in self.names}
         for index, key in enumerate(_each(rows.keys)):
             length = int(rows.lengths[index])
             is_whole = True
@@ -100,9 +106,43 @@ class StageCache:
             else:
                 self.counts.rows_left_out += 1
 
+    def entries(self, name: str, keys: Tensor) -> list[Tensor] | None:
+        """The bytes of rows as they lie on the disk, uint8 each; None: one of them is not here or damaged."""
+        file = self._files.get(name)
+        if file is None:
+            return None
+        found: list[Tensor] = []
+        for key in _each(keys):
+            if (data := file.read(key)) is None:
+                return None
+            # A copy: torch knows no memory that must not be written.
+            found.append(torch.from_numpy(np.array(data)))
+        return found
+
+    def keep(self, name: str, keys: Tensor, entries: Sequence[Tensor]) -> None:
+        """Keep what :meth:`entries` of another stage gave, as far as the budget goes; empty ones are nothing new."""
+        if self._store is None:
+            return
+        if name not in self._files and name not in self._further:
+            self._further[name] = self._store.open(self._namespace, name)
+        file = self._files.get(name) or self._further[name]
+        for key, entry in zip(_each(keys), entries, strict=True):
+            if len(entry) and not file.has(key):
+                file.write(key, entry.numpy())
+
+    def count_missing(self, keys: Tensor) -> None:
+        """Count rows of which some state of the whole model has not come, or had no room."""
+        layout = self._stage.side_layout
+        assert layout is not None
+        files = self._files | self._further
+        wanted = state_names_between(layout, 0, layout.num_blocks)
+        self.counts.rows_left_out += sum(
+            not all(name in files and files[name].has(key) for name in wanted) for key in _each(keys)
+        )
+
     def close(self) -> None:
         """Let go of the files."""
-        for file in self._files.values():
+        for file in (*self._files.values(), *self._further.values()):
             file.close()
 
     def _padded(self, file: StateFile, name: str, rows: CacheKeys) -> Tensor:
@@ -143,11 +183,17 @@ class StageCache:
 def state_names(stage: Stage) -> tuple[str, ...]:
     """The states that a stage's side network reads."""
     side = stage.side
-    if side is None:
+    return () if side is None else state_names_between(side.layout, stage.start_block, stage.end_block)
+
+
+def state_names_between(layout: SideLayout, start_block: int, end_block: int) -> tuple[str, ...]:
+    """The states that the side network beside blocks ``[start_block, end_block)`` reads, lowest first."""
+    if end_block <= layout.blocks[0]:
         return ()
-    entry = (side.layout.blocks[0],) if side.has_entry else ()
-    places = sorted({*entry, *(block + 1 for block in side.own_blocks)})
-    return (*(f"h{place}" for place in places), *(("final",) if side.is_last else ()))
+    own_blocks = layout.own_blocks(start_block, end_block)
+    entry = (layout.blocks[0],) if layout.blocks[0] in own_blocks else ()
+    places = sorted({*entry, *(block + 1 for block in own_blocks)})
+    return (*(f"h{place}" for place in places), *(("final",) if end_block == layout.num_blocks else ()))
 
 
 def row_keys(rows: MicroBatchRows, codec: StateCodec) -> Tensor:

@@ -109,6 +109,10 @@ class StateFile:
         """Whether an entry is here and intact; a damaged one is forgotten."""
         return self.read(key) is not None
 
+    def has(self, key: bytes) -> bool:
+        """Whether an entry was written here; whether it is intact is seen when it is read."""
+        return key in self._records
+
     def read(self, key: bytes) -> NDArray[np.uint8] | None:
         """An entry's bytes, mapped from the file; None if it is not here or damaged."""
         record = self._records.get(key)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edge_node.activation_cache.stage_cache import CacheKeys, StageCache
 from edge_node.engine.cached_micro_batches import CachedMicroBatch, agree_on_cached
+from edge_node.engine.entry_owners import EntryOwners
 from edge_node.engine.freezing import freeze_below, stage_of_block
 from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
@@ -67,6 +68,7 @@ class StageExecutor:
         first_trainable_stage: int = 0,
         unfreezing: Unfreezing | None = None,
         activation_cache: StageCache | None = None,
+        entry_owners: Sequence[Peer] = (),
     ) -> None:
         self.stage = stage
         self.method = method
@@ -84,6 +86,7 @@ class StageExecutor:
         self._gradients: dict[str, Tensor] = {}
         self._cancelled: Unit | None = None
         self._activation_cache = activation_cache
+        self._entry_owners = EntryOwners(entry_owners)
         self._cached: dict[int, CachedMicroBatch] = {}
         self._references: dict[int, Tensor] = {}
         self._row_values: dict[int, Tensor] = {}
@@ -95,7 +98,7 @@ class StageExecutor:
     @property
     def partners(self) -> frozenset[Peer]:
         """The workers with which this one has a stream."""
-        return partners(self.stages, self._step_gradients.groups, self.me)
+        return partners(self.stages, self._step_gradients.groups, self.me, self._entry_owners.peers)
 
     @property
     def largest_gradient_bytes(self) -> int:
@@ -131,6 +134,8 @@ class StageExecutor:
             self._cached = agree_on_cached(self, work, self._activation_cache)
         try:
             loss_sum = self._run(work, actions, times, is_training=True)
+            if self._activation_cache is not None:
+                self._entry_owners.hand_over(self, work, self._activation_cache, self._cached)
         finally:
             self._cached = {}
         summed_s = time.perf_counter()

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from edge_node.engine.shared_gradients import Group
 from edge_node.transport.base import Peer
 from plutino.job.assignment import StageShape
 
 
-def partners(stages: Sequence[StageShape], groups: Sequence[Group], me: Peer) -> frozenset[Peer]:
+def partners(
+    stages: Sequence[StageShape], groups: Sequence[Group], me: Peer, entry_owners: Collection[Peer] = ()
+) -> frozenset[Peer]:
     """The workers with which one has a stream; whoever is among a worker's partners has it among its own.
 
-    Neighbouring stages exchange micro-batches, the first holder of shared parameters talks with the other holders, and
-    tokens go from the last stage's first replica straight to the first stage's.
+    Neighbouring stages exchange micro-batches, the first holder of shared parameters talks with the other holders,
+    tokens go from the last stage's first replica straight to the first stage's, and entries of the activation cache
+    from every worker to whoever keeps them.
 
     Args:
         stages: all stages of the plan.
         groups: the parameters that this worker shares, with their holders.
         me: the worker.
+        entry_owners: workers that keep entries which others compute.
     """
     found: set[Peer] = set()
     # Longer units wrap around their tables, each at its own length.
@@ -40,4 +44,7 @@ def partners(stages: Sequence[StageShape], groups: Sequence[Group], me: Peer) ->
     for group in groups:
         root = group.holders[0]
         found |= set(group.holders[1:]) if me == root else {root}
+    found |= set(entry_owners)
+    if me in entry_owners:
+        found |= {Peer(stage, replica) for stage, shape in enumerate(stages) for replica in range(shape.num_replicas)}
     return frozenset(found - {me})

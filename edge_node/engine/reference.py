@@ -51,6 +51,8 @@ class InProcessPipeline:
         packing: how frozen weights are held.
         device: where all stages compute.
         activation_cache: makes a stage's part of the activation cache; None: there is none.
+        from_cache: without the backbone, on what the activation cache holds.
+        entry_owners: who keeps the entries of a step's micro-batch m, see :mod:`edge_node.engine.entry_owners`.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class InProcessPipeline:
         packing: Packing = PLAIN,
         device: torch.device | None = None,
         activation_cache: Callable[[Stage], StageCache] | None = None,
+        from_cache: bool = False,
+        entry_owners: Sequence[Peer] = (),
     ) -> None:
         self._threads = threads
         self._spec = spec
@@ -84,6 +88,7 @@ class InProcessPipeline:
                     packing=packing,
                     device=device or torch.device("cpu"),
                     has_lm_head=not spec.objective.has_score_head,
+                    has_backbone=not from_cache,
                 )
                 method = attach_method(stage, spec)
                 attached[Peer(stage_index, replica_index)] = stage, method
@@ -103,6 +108,7 @@ class InProcessPipeline:
                 first_trainable_stage=first_trainable_stage,
                 unfreezing=spec.method.unfreezing,
                 activation_cache=None if activation_cache is None else activation_cache(stage),
+                entry_owners=entry_owners,
             )
             for me, (stage, method) in attached.items()
         }

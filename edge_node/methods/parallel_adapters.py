@@ -78,7 +78,7 @@ def attach_parallel_adapters(stage: Stage, config: ParallelAdaptersConfig, *, se
     Raises:
         ConfigError: the model has no such blocks, or they cannot be narrowed so.
     """
-    layout = _layout(stage, config)
+    layout = stage.side_layout = _layout(stage, config)
     if stage.end_block <= layout.blocks[0]:
         return AttachedParallelAdapters(None, layout)
     side = SideNetwork(
@@ -116,7 +116,8 @@ def _first_values(side: SideNetwork, stage: Stage, config: ParallelAdaptersConfi
     }
     values |= {key: torch.zeros_like(value) for key, value in values.items() if key.startswith("side.up.")}
     values |= {key: torch.zeros_like(value) for key, value in values.items() if _is_border_bias(key)}
-    if config.init == "random":
+    if config.init == "random" or not stage.has_backbone:
+        # Without blocks there is nothing to prune: such a stage takes over the values of a training under way.
         return values
     sizes = model_sizes(stage.config.to_dict(), stage.family)
     axes = Axes(hidden=sizes["hidden"], head=sizes["head_dim"], inner=sizes["inner"])

@@ -48,6 +48,7 @@ def build_stage(
     device: torch.device = _CPU,
     cache: PackedCache | None = None,
     has_lm_head: bool = True,
+    has_backbone: bool = True,
 ) -> Stage:
     """Load blocks ``[start_block, end_block)``, with the embedding if first, the final norm and the head if last.
 
@@ -65,6 +66,8 @@ def build_stage(
         device: where the stage computes.
         cache: packed tensors that earlier jobs left on this device.
         has_lm_head: whether the last stage holds the model's own head.
+        has_backbone: whether it holds its blocks and the embedding; without them only what stands beside and above
+            blocks runs, on states that the activation cache knows.
 
     Raises:
         ModelError: unknown family, blocks that the model does not have, or tensors missing or of another shape.
@@ -78,13 +81,14 @@ def build_stage(
     attention = attention or family.attention
     model = build_meta_model(config, dtype=dtype, attention=attention)
     block_linears = list_block_linears(model, family)
-    cut_to_stage(model, family, start_block, end_block, has_lm_head=has_lm_head)
+    kept_block = start_block if has_backbone else end_block
+    cut_to_stage(model, family, kept_block, end_block, has_lm_head=has_lm_head)
     rebuild_buffers(model)
     bytes_before = source.bytes_read
     is_tied = bool(family.head) and bool(config.tie_word_embeddings)
     stored_names = StoredNames(model, source.names(), family, is_tied=is_tied)
     packer = StagePacker(source, stored_names.find, packing, dtype=dtype, device=device, cache=cache)
-    own_linears = [name for name in block_linears if name.startswith(_block_prefixes(family, start_block, end_block))]
+    own_linears = [name for name in block_linears if name.startswith(_block_prefixes(family, kept_block, end_block))]
     packed_linears = own_linears if packing.scheme != "none" else ()
     names = _check_complete(model, stored_names, packer, packed_linears)
     if isinstance(source, ReadsAhead):
@@ -92,7 +96,7 @@ def build_stage(
     packer.pack_linears(model, own_linears)
     packer.pack_outer(
         model,
-        family.embedding[0].removesuffix(".weight") if start_block == 0 else None,
+        family.embedding[0].removesuffix(".weight") if kept_block == 0 else None,
         family.head.removesuffix(".weight") if end_block == num_blocks and has_lm_head and family.head else None,
     )
     names_read = (*packer.names_read, *_fill(model, source, stored_names, dtype=dtype, device=device))
@@ -116,6 +120,7 @@ def build_stage(
         block_linears=block_linears,
         tensor_names_read=names_read,
         bytes_read=source.bytes_read - bytes_before,
+        has_backbone=has_backbone,
     )
 
 

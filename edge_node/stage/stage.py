@@ -16,9 +16,10 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from edge_node.stage.architecture import make_packed_masks
 from edge_node.stage.past import FixedPast, Past, for_rows
-from plutino.errors import ModelError
+from plutino.errors import ActivationCacheError, ModelError
 from plutino.families import Family, family_of
 from plutino.job.model import Packing
+from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates, BackboneTap, SideNetwork
 
 
@@ -120,6 +121,7 @@ class Stage:
         block_linears: tuple[str, ...],
         tensor_names_read: tuple[str, ...],
         bytes_read: int,
+        has_backbone: bool = True,
     ) -> None:
         self.model = model
         """The transformers model holding only its own parts, under their global names."""
@@ -141,6 +143,8 @@ class Stage:
         """Names, as stored, of the tensors that were read."""
         self.bytes_read = bytes_read
         """Stored bytes that were read."""
+        self.has_backbone = has_backbone
+        """Whether the blocks are here; without them :meth:`run_beside` alone works."""
         self.score_head: nn.Module | None = None
         """[rows, width] in fp32 to [rows, outputs], trained by an objective; on the last stage only."""
         self.prompt: Tensor | None = None
@@ -150,6 +154,8 @@ class Stage:
         :class:`StageInput` are those of the rows' own tokens."""
         self.side: SideNetwork | None = None
         """A method's network beside these blocks, see :meth:`put_beside`."""
+        self.side_layout: SideLayout | None = None
+        """Of the job's whole side network, also on stages that have no part of it."""
         self._tap: BackboneTap | None = None
 
     @property
@@ -190,16 +196,15 @@ class Stage:
     def put_beside(self, side: SideNetwork) -> None:
         """Run a side network with every pass from now on."""
         self.side = side
-        self._tap = BackboneTap(self.model, self.family, side)
+        self._tap = BackboneTap(self.model, self.family, side) if self.has_backbone else None
 
     def run(self, inputs: StageInput) -> StageOutput:
         """The stage's whole pass: blocks, and the side network where one was put beside them.
 
         Blocks with a side network run without autograd: no gradient ever enters them.
         """
-        if self.side is None or not self.side.is_enabled:
+        if self.side is None or not self.side.is_enabled or self._tap is None:
             return StageOutput(self.forward(inputs))
-        assert self._tap is not None
         with torch.no_grad(), self._tap.recording() as states:
             hidden_BTD = self.forward(inputs)
         if self.is_last:
@@ -228,7 +233,13 @@ class Stage:
 
         Raises:
             ModelError: packed rows where they cannot be packed.
+            ActivationCacheError: the blocks are not here.
         """
+        if not self.has_backbone:
+            raise ActivationCacheError(
+                "this worker trains from the activation cache, which lacks rows of the step; the job goes back to the "
+                "pipeline, where their blocks run"
+            )
         hidden_BTD = self._entry(inputs)
         if self.past is not None and self.past.num_tokens:
             inputs = self._behind(self.past, inputs, len(hidden_BTD))

@@ -31,6 +31,8 @@ class MessageKind(IntEnum):
     """What a micro-batch's rows are called in activation caches, to the next stage."""
     CACHE_NEEDS = 8
     """Whether a micro-batch's hidden states are needed here or above, to the previous stage."""
+    CACHE_ENTRIES = 9
+    """A micro-batch's entries at one place of the model, to whoever keeps them for epochs from the cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,12 +110,21 @@ def repeated_micro_batches(
     """Rows of a step's micro-batches where later epochs repeat those of the first one, in another order.
 
     What is computed of a micro-batch with the same rows and the same padding has the same bits. A step has as many
-    micro-batches as in the first epoch, so that every epoch has as many steps and holds every row once.
+    micro-batches as in the first epoch, so that every epoch has as many steps and holds every row once. A micro-batch
+    keeps its place within a step and only comes in another step: whoever runs a place of every step needs nobody else's
+    entries of the activation cache, and as the longest rows come first, all steps take about as long.
     """
     num_per_step = math.ceil(batch_size / micro_batch_size)
     epoch, batch = divmod(step, math.ceil(len(first_epoch) / num_per_step))
-    order = range(len(first_epoch)) if epoch == 0 else sample_order(len(first_epoch), seed, epoch).tolist()
-    return tuple(first_epoch[index] for index in order[batch * num_per_step : (batch + 1) * num_per_step])
+    if epoch == 0:
+        return tuple(first_epoch[batch * num_per_step : (batch + 1) * num_per_step])
+    chosen: list[tuple[int, ...]] = []
+    for place in range(num_per_step):
+        of_place = first_epoch[place::num_per_step]
+        if batch < len(of_place):  # the last step of an epoch may have fewer
+            order = sample_order(len(of_place), seed, epoch * num_per_step + place)
+            chosen.append(of_place[int(order[batch])])
+    return tuple(chosen)
 
 
 def sequential_indices(batch: int, batch_size: int, num_samples: int) -> tuple[int, ...]:
