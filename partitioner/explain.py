@@ -48,10 +48,11 @@ def _summary(plan: Plan) -> str:
 
 def _packing(plan: Plan) -> str:
     packing = plan.packing
-    if packing.is_plain and not plan.packing_why.startswith("the least"):
-        return ""
+    if packing.is_plain:
+        return f"\nweights unquantised; {plan.packing_why}" if plan.packing_why else ""
     outer = [name for name, held in (("embedding", packing.embedding), ("head", packing.head)) if held != "keep"]
     also = f", {' and '.join(outer)} in int8" if outer else ""
+    also += ", multiplied as integers" if packing.products == "integer" else ""
     return f"\nweights {packing.scheme}{also}, {plan.unpacked_share:.1%} of them left unpacked; {plan.packing_why}"
 
 

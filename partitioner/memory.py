@@ -285,7 +285,9 @@ class MemoryModel:
         return {
             "weights": f"{weights.plain_params(start, end, **ends)} frozen parameters in {shape.dtype}",
             "packed weights": f"{num_packed} frozen parameters, {bits:.2f} bits each with all constants",
-            "unpacking": "the largest matrix, or a tile of it, as it is unpacked for one product",
+            "unpacking": "the largest matrix, or a tile of it, as it is unpacked for one product"
+            if shape.packing.products == "dequantised"
+            else "activations rounded to int8 and the int32 sums of one product",
             "adapter and optimiser": f"{self._num_trainable(start, end, place)} trainable parameters: value, gradient "
             "and two moments in fp32",
             "gradient of one micro-batch": "stands beside the step's sum until it is added"

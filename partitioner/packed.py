@@ -17,6 +17,7 @@ from plutino.gptq_index import GptqFormat
 from plutino.job.model import Scheme
 
 _FP32_BYTES = 4
+_INT32_BYTES = 4
 
 Ints = npt.NDArray[np.int64]
 
@@ -111,19 +112,25 @@ class WeightSizes:
         return plain / total
 
     def workspace_bytes(self, *, is_last: bool) -> int:
-        """Bytes of the buffer that matrices are unpacked into, a tile at a time."""
+        """Bytes of the buffer that matrices are unpacked into, a tile at a time, or of integer products' operands."""
         table, shape = self._table, self._shape
         matrices = [linear for linears in table.block_linears for linear in linears] if self.packs_blocks else []
         sizes = [(_num_weights(linear), linear.in_features) for linear in matrices]
+        product_bytes = 0
+        if shape.packing.products == "integer":
+            # Rounded activations and the sums of their products, for all tokens at once; no weight is unpacked.
+            num_tokens = max(shape.micro_batch_rows * shape.row_tokens, shape.generate_rows * shape.generate_tokens)
+            product_bytes = num_tokens * max(one.in_features + _INT32_BYTES * one.out_features for one in matrices)
+            sizes = []
         if is_last and shape.packing.head != "keep" and table.head_params:
             sizes.append((self._token_params, table.hidden_size))
         if not sizes:
-            return 0
+            return product_bytes + (UNPACK_SCRATCH_BYTES if product_bytes else 0)
         tile_bytes = min(max(size for size, _ in sizes), UNPACK_TILE_PARAMS) * shape.dtype_bytes
         # The gradients that several tiles give are added up in fp32, each beside the next one.
         tiled_inputs = max((inputs for size, inputs in sizes if size > UNPACK_TILE_PARAMS), default=0)
         sum_bytes = shape.micro_batch_rows * shape.row_tokens * tiled_inputs * (_FP32_BYTES + shape.dtype_bytes)
-        return tile_bytes + UNPACK_SCRATCH_BYTES + sum_bytes
+        return product_bytes + tile_bytes + sum_bytes + UNPACK_SCRATCH_BYTES
 
     def reading_bytes(self) -> int:
         """Bytes that stand beside the stage while it is built: what is read, and what packing or converting adds."""

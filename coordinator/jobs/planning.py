@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
+from coordinator.jobs.measuring import (
+    device_profile,
+    measure_devices,
+    measure_products,
+    with_shared_cores,
+)
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.adapter import adapter_params_of
-from partitioner.device import BlockTimings, DeviceProfile, LinkTable, ProfileRequest
+from partitioner.device import BlockTimings, DeviceProfile, LinkTable
 from partitioner.fitting import fits
 from partitioner.micro_batch import with_rows
 from partitioner.model import JobShape, ModelTable, describe_model
@@ -26,7 +31,7 @@ from partitioner.plan import Plan, RejectedPlan
 from partitioner.refusal import refuse
 from partitioner.scheme_choice import choose_scheme
 from partitioner.search import Codec
-from plutino.errors import AgentError, ConfigError, InfeasiblePlanError, ModelError
+from plutino.errors import ConfigError, InfeasiblePlanError, ModelError
 from plutino.families import Family, family_of
 from plutino.gptq_index import gptq_format, unpacked_shapes
 from plutino.hub_id import index_folder, model_folder
@@ -126,9 +131,17 @@ async def make_problem(
         # Before the devices measure themselves, which bursts would disturb.
         await links.known_among(device.agent_id for device in devices)
     threads = spec.placement.threads if numerics is None else numerics.threads_per_worker
-    profiles = await asyncio.gather(
-        *(_profile(device, config_json, shape, spec, profiler, threads) for device in devices)
-    )
+    of_job = config_json, shape, spec, profiler, threads
+    integers = shape.model_copy(update={"packing": packing.model_copy(update={"products": "integer"})})
+    if (
+        numerics is None
+        and may_multiply_integers((spec, *together_with), packing)
+        and _fits(table, integers, devices, is_micro_batch_free)
+    ):
+        shape, profiles, products_why = await measure_products(devices, *of_job, integers=integers)
+        packing_why += f"; {products_why}"
+    else:
+        profiles = await measure_devices(devices, *of_job)
     measured = with_shared_cores(devices, [p for p in profiles if isinstance(p, DeviceProfile)])
     if not measured:
         raise InfeasiblePlanError("no device could be measured: " + "; ".join(str(p) for p in profiles))
@@ -154,13 +167,6 @@ async def make_problem(
     )
 
 
-def with_shared_cores(devices: Sequence[Device], profiles: Sequence[DeviceProfile]) -> tuple[DeviceProfile, ...]:
-    """The profiles, each knowing with whom it shares its cores."""
-    threads = {AgentId(profile.agent_id): profile.threads for profile in profiles}
-    cores = shared_cores([device for device in devices if device.agent_id in threads], threads)
-    return tuple(p.model_copy(update={"cores_id": cores[AgentId(p.agent_id)]}) for p in profiles)
-
-
 def open_codecs(spec: JobSpec, shape: JobShape, numerics: NumericsRecord | None) -> tuple[Codec, ...]:
     """Codecs that the first plan of a job may choose from; empty: only the one it names.
 
@@ -173,10 +179,14 @@ def open_codecs(spec: JobSpec, shape: JobShape, numerics: NumericsRecord | None)
 def _refuse_what_cannot_fit(
     table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micro_batch_free: bool
 ) -> None:
+    if not _fits(table, shape, devices, is_micro_batch_free):
+        smallest = with_rows(shape, shape.rows_per_sample) if is_micro_batch_free else shape
+        refuse(table, smallest, [_unmeasured(device) for device in devices], LinkTable())
+
+
+def _fits(table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micro_batch_free: bool) -> bool:
     smallest = with_rows(shape, shape.rows_per_sample) if is_micro_batch_free else shape
-    unmeasured = [_unmeasured(device) for device in devices]
-    if not fits(table, smallest, unmeasured):
-        refuse(table, smallest, unmeasured, LinkTable())
+    return fits(table, smallest, [_unmeasured(device) for device in devices])
 
 
 def make_numerics(plan: Plan, family: Family, devices: Sequence[Device]) -> NumericsRecord:
@@ -214,7 +224,7 @@ def packing_for(
     *,
     is_micro_batch_free: bool,
 ) -> tuple[Packing, str]:
-    """How the frozen weights will be held, and why.
+    """How the frozen weights will be held, and why; nothing is said of a job that wants none of it.
 
     Raises:
         ConfigError: the embedding or head is to be trained and packed.
@@ -230,11 +240,12 @@ def packing_for(
                 f"set model.{setting}: keep, or leave it out of modules_to_save"
             )
     if numerics is not None:
-        return numerics.packing, "fixed by the numerics record"
+        return numerics.packing, "" if numerics.packing.is_plain else "fixed by the numerics record"
     wanted = spec.model.quantization
     if wanted != "auto":
         check_scheme(table, wanted)
-        return packing_of(spec.model, wanted), "as the job asks"
+        packing = packing_of(spec.model, wanted)
+        return packing, "" if packing.is_plain else "as the job asks"
     scheme, why = choose_scheme(
         table,
         shape.model_copy(update={"packing": packing_of(spec.model, "none")}),
@@ -245,10 +256,17 @@ def packing_for(
     return packing_of(spec.model, scheme), why
 
 
+def may_multiply_integers(specs: Sequence[JobSpec], packing: Packing) -> bool:
+    """Whether these jobs' blocks may do without a gradient, and hold what integers are multiplied of."""
+    return packing.scheme == "int8" and all(
+        spec.method.leaves_blocks_alone and spec.model.integer_products == "auto" for spec in specs
+    )
+
+
 def _unmeasured(device: Device) -> DeviceProfile:
     """A device by its memory alone: how it is measured depends on the scheme."""
     any_s = BlockTimings(forward_s=1.0, backward_s=1.0, embedding_s=1.0, head_forward_s=1.0, head_backward_s=1.0)
-    return _device_profile(device, any_s, device.threads)
+    return device_profile(device, any_s, device.threads)
 
 
 def measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
@@ -311,40 +329,5 @@ async def profiles_of(
     if not devices:
         return []
     config_json, _ = await asyncio.to_thread(read_model, spec)
-    threads = numerics.threads_per_worker
-    found = await asyncio.gather(*(_profile(one, config_json, shape, spec, profiler, threads) for one in devices))
+    found = await measure_devices(devices, config_json, shape, spec, profiler, numerics.threads_per_worker)
     return list(with_shared_cores(devices, [p for p in found if isinstance(p, DeviceProfile)]))
-
-
-async def _profile(
-    device: Device, config_json: str, shape: JobShape, spec: JobSpec, profiler: Profiler, threads: int | None
-) -> DeviceProfile | str:
-    used_threads = device.threads if threads is None else min(threads, device.threads)
-    request = ProfileRequest(
-        config_json=config_json,
-        dtype=shape.dtype,
-        packing=shape.packing,
-        micro_batch_rows=shape.micro_batch_rows,
-        row_tokens=shape.row_tokens,
-        label_tokens=shape.label_tokens,
-        method=spec.method.for_profile(),
-        threads=used_threads,
-    )
-    try:
-        timings = await profiler.timings(device, request)
-    except AgentError as error:
-        return str(error)
-    return _device_profile(device, timings, used_threads)
-
-
-def _device_profile(device: Device, timings: BlockTimings, threads: int) -> DeviceProfile:
-    return DeviceProfile(
-        agent_id=device.agent_id,
-        name=device.name,
-        host_id=device.host_id,
-        threads=threads,
-        available_bytes=device.memory_budget_bytes,
-        baseline_bytes=device.baseline_bytes,
-        timings=timings,
-        dtypes=device.dtypes,
-    )

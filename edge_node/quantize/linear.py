@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from edge_node.quantize.base import RowScaled, Scheme, check_packed, row_tiles
+from edge_node.quantize.int8 import Int8
+from edge_node.quantize.integer_product import integer_product
 from edge_node.quantize.workspace import TILE_ELEMENTS, workspace
+from plutino.errors import QuantizationError
+from plutino.job.model import Products
 
 
 class QuantLinear(nn.Linear):
@@ -30,9 +34,11 @@ class QuantLinear(nn.Linear):
         packed: the scheme's tensors; kept, not copied.
         bias: [out_features] or None; kept, not trained.
         compute_dtype: dtype of W in the matrix products; None: that of the activations.
+        products: how it multiplies: by the dequantised W, or integers by integers, which gives no gradient.
 
     Raises:
-        QuantizationError: the packed tensors are not those of such a weight.
+        QuantizationError: the packed tensors are not those of such a weight, or integers are to be multiplied and the
+            scheme is not int8.
     """
 
     def __init__(
@@ -44,11 +50,15 @@ class QuantLinear(nn.Linear):
         bias: Tensor | None = None,
         *,
         compute_dtype: torch.dtype | None = None,
+        products: Products = "dequantised",
     ) -> None:
         # nn.Linear's own constructor would allocate a weight.
         nn.Module.__init__(self)
         check_packed(scheme, out_features, in_features, packed)
+        if products == "integer" and not isinstance(scheme, Int8):
+            raise QuantizationError(f"integer products need int8 weights, not {scheme.name}; set quantization: int8")
         self.scheme = scheme
+        self.products = products
         self.out_features = out_features
         self.in_features = in_features
         self.compute_dtype = compute_dtype
@@ -100,8 +110,19 @@ class QuantLinear(nn.Linear):
         return self.scheme.unpack(packed, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in the dtype of ``x``."""
+        """[..., in_features] to [..., out_features], in the dtype of ``x``.
+
+        Raises:
+            QuantizationError: integers are multiplied, but ``x`` wants a gradient, which would get lost without a word.
+        """
         bias: Tensor | None = self.bias
+        if self.products == "integer":
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise QuantizationError(
+                    "integer products have no gradient, but the layer's input wants one; set "
+                    "model.integer_products: never"
+                )
+            return integer_product(x, self.packed, bias)
         if bias is not None and bias.requires_grad:
             return _frozen_product(x, self, None) + bias.to(x.dtype)
         return _frozen_product(x, self, bias)
@@ -110,7 +131,7 @@ class QuantLinear(nn.Linear):
         """Shape and scheme, as ``print(model)`` shows them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme.name}"
+            f"scheme={self.scheme.name}, products={self.products}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:

@@ -19,6 +19,7 @@ from edge_node.quantize.base import Scheme, check_packed
 from edge_node.quantize.embedding import QuantEmbedding
 from edge_node.quantize.gptq import Gptq
 from edge_node.quantize.int8 import Int8
+from edge_node.quantize.integer_product import check_integer_product
 from edge_node.quantize.linear import QuantLinear
 from edge_node.quantize.registry import scheme_of
 from edge_node.stage.weights import TensorSource
@@ -167,6 +168,8 @@ class StagePacker:
                 scheme.check(out_features, in_features)
             except QuantizationError as error:
                 raise QuantizationError(f"{name} cannot be held in {scheme.name}: {error}") from error
+            if self._packing.products == "integer":
+                check_integer_product(out_features, in_features, self._device)
             return scheme
         parts = self.stored_parts(name)
         if "weight" in parts:
@@ -189,7 +192,15 @@ class StagePacker:
             if self._cache is not None:
                 self._cache.save(name, scheme.name, packed)
         bias = self._read_bias(name, module)
-        linear = QuantLinear(scheme, out_features, in_features, packed, bias, compute_dtype=self._dtype)
+        linear = QuantLinear(
+            scheme,
+            out_features,
+            in_features,
+            packed,
+            bias,
+            compute_dtype=self._dtype,
+            products=self._packing.products,
+        )
         model.set_submodule(name, linear)
 
     def _pack_weight(self, name: str, scheme: Scheme, *, is_transposed: bool) -> dict[str, Tensor]:

@@ -15,6 +15,11 @@ Outer = Literal["keep", "int8"]
 """How the embedding or the head is held: in the compute dtype, or one byte a weight and one scale a word."""
 
 
+Products = Literal["dequantised", "integer"]
+"""How int8 layers multiply: by the dequantised weight, or integers by integers, for which every token's activations are
+rounded to int8 as well. That has no gradient."""
+
+
 class ModelConfig(SpecPart):
     """The frozen base model."""
 
@@ -30,6 +35,9 @@ class ModelConfig(SpecPart):
     """keep the token embedding in the compute dtype, or hold it in int8."""
     quantize_head: Outer = "keep"
     """keep the output head in the compute dtype, or hold it in int8."""
+    integer_products: Literal["auto", "never"] = "auto"
+    """How int8 layers multiply where a method leaves the blocks alone (parallel_adapters): auto multiplies integers
+    where the devices are faster with that, which they measure before step 0; never keeps to dequantised weights."""
 
 
 class Packing(SpecPart):
@@ -38,6 +46,8 @@ class Packing(SpecPart):
     scheme: Scheme = "none"
     embedding: Outer = "keep"
     head: Outer = "keep"
+    products: Products = "dequantised"
+    """Of the blocks' layers; the head always multiplies by the dequantised weight."""
 
     @property
     def is_plain(self) -> bool:

@@ -34,14 +34,26 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Iterator[People]:
         yield people
 
 
-def submit(people: People, tmp_path: Path, *, stages: int, quantization: str, steps: int = STEPS) -> str:
+LORA = {"type": "lora", "rank": 4}
+BESIDE = {"type": "parallel_adapters", "reduction": 4}
+
+
+def submit(
+    people: People,
+    tmp_path: Path,
+    *,
+    stages: int,
+    quantization: str,
+    steps: int = STEPS,
+    method: dict[str, Any] = LORA,
+) -> str:
     spec = make_spec(
         TINY_LLAMA_DIR,
         SNIPS_DIR / "train.jsonl",
         tmp_path / f"adapter{stages}",
         training={"steps": steps, "batch_size": 4, "micro_batch_size": 2, "lr": 2e-3},
         placement={"stages": stages},
-        method={"type": "lora", "rank": 4},
+        method=method,
     )
     spec = spec.model_copy(
         update={"model": spec.model.model_copy(update={"quantization": quantization, "quantize_head": "int8"})}
@@ -66,11 +78,28 @@ def test_nf4_job_gives_the_same_bits_on_one_and_two_workers_and_the_second_job_r
     read = [sum(values.get("bytes_read", 0) for values in events) for events in (first, second)]
     assert read[1] < read[0] / 2
     plan = json.loads(next(values["plan_json"] for values in first if "plan_json" in values))
-    assert plan["packing"] == {"scheme": "nf4", "embedding": "keep", "head": "int8"}
+    assert plan["packing"] == {
+        "scheme": "nf4",
+        "embedding": "keep",
+        "head": "int8",
+        "products": "dequantised",
+    }
     assert 0 < plan["unpacked_share"] < 0.4
     card = (tmp_path / "adapter1" / "README.md").read_text()
     assert "whose base was held in nf4: not comparable" in card
     assert "head in int8" in card
+
+
+def test_int8_job_beside_the_blocks_measures_how_to_multiply_and_keeps_the_answer_in_its_record(people, tmp_path):
+    job_id = run(people, tmp_path, stages=2, quantization="int8", steps=2, method=BESIDE)
+
+    plan = json.loads(
+        next(values["plan_json"] for kind, values in people.events(job_id) if values and "plan_json" in values)
+    )
+    assert "times the rate of dequantised weights on these devices" in plan["packing_why"]
+    is_faster = "integer products, because" in plan["packing_why"]
+    products = people.detail(job_id)["numerics"]["packing"]["products"]
+    assert products == plan["packing"]["products"] == ("integer" if is_faster else "dequantised")
 
 
 def test_auto_on_roomy_devices_quantises_nothing_and_says_so(people, tmp_path):

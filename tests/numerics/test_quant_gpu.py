@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_node.quantize.dynamic import forward_only
 from edge_node.quantize.linear import QuantLinear
 from edge_node.quantize.registry import SCHEMES
 
@@ -75,8 +74,9 @@ def test_nothing_of_the_weights_size_lives_between_forward_and_backward(name: st
 
 @pytest.mark.parametrize("tokens", [3, TOKENS])
 def test_integer_products_are_those_of_the_cpu(tokens: int) -> None:
-    layer = QuantLinear.from_weight(SCHEMES["int8"], gaussian(OUT, IN) * 0.02, gaussian(OUT, seed=1))
+    packed = SCHEMES["int8"].pack(gaussian(OUT, IN) * 0.02)
+    layer = QuantLinear(SCHEMES["int8"], OUT, IN, packed, gaussian(OUT, seed=1), products="integer")
     x = gaussian(tokens, IN, seed=2)
-    here = forward_only(layer, x)
-    there = forward_only(layer.cuda(), x.cuda()).cpu()
+    here = layer(x)
+    there = layer.cuda()(x.cuda()).cpu()
     assert torch.allclose(there, here, rtol=1e-5, atol=1e-5)

@@ -9,10 +9,14 @@ from coordinator.fleet.membership import Device
 from coordinator.jobs.planning import make_problem
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
+from coordinator.scheduling.problem import PlanningProblem
 from partitioner.device import BlockTimings, ProfileRequest
+from partitioner.explain import explain
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
-from plutino.errors import InfeasiblePlanError
+from plutino.errors import AgentError, InfeasiblePlanError
 from plutino.job.method import LoraConfig
+from plutino.job.model import Packing
+from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import parse_spec
 from plutino.sizes import MIB
 from plutino.types import AgentId, JobId
@@ -67,11 +71,34 @@ class FakeFleet:
         return ProfileAnswer(timings, is_kept=agent_id in self.have_kept and not request.is_fresh)
 
 
-def problem(fleet: FakeFleet, micro_batch_size: int | None) -> object:
+class ProductFleet(FakeFleet):
+    """Of which one device runs blocks so many times as fast when integers are multiplied, or cannot at all."""
+
+    def __init__(self, gain: float | None) -> None:
+        super().__init__(budget_mib=4000)
+        self._gain = gain
+
+    async def profile(self, agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
+        found = await super().profile(agent_id, request)
+        if request.packing.products == "dequantised" or agent_id == "a-left":
+            return found
+        if self._gain is None:
+            raise AgentError("integers cannot be multiplied here")
+        gained = found.timings.model_copy(update={"forward_s": found.timings.forward_s / self._gain})
+        return ProfileAnswer(gained, is_kept=False)
+
+
+def problem(
+    fleet: FakeFleet,
+    micro_batch_size: int | None,
+    numerics: NumericsRecord | None = None,
+    **changes: dict[str, object],
+) -> PlanningProblem:
     values = {
-        "model": {"path": str(TINY_LLAMA_DIR), "dtype": "fp32"},
+        "model": {"path": str(TINY_LLAMA_DIR), "dtype": "fp32", **changes.get("model", {})},
         "data": {"train": str(SNIPS_DIR / "train.jsonl")},
         "training": {"steps": 10, "batch_size": 512, "micro_batch_size": micro_batch_size},
+        **({"method": changes["method"]} if "method" in changes else {}),
     }
     return asyncio.run(
         make_problem(
@@ -80,9 +107,9 @@ def problem(fleet: FakeFleet, micro_batch_size: int | None) -> object:
             PREPARED,
             fleet,  # type: ignore[arg-type]
             Profiler(fleet),  # type: ignore[arg-type]
-            numerics=None,
+            numerics=numerics,
             excluded={},
-            is_started=False,
+            is_started=numerics is not None,
         )
     )
 
@@ -161,3 +188,53 @@ def test_profiler_device_that_is_doubted_measures_anew_and_the_others_do_not():
     asyncio.run(test())
 
     assert list(zip(fleet.measured, fleet.fresh, strict=True))[2:] == [("a-left", True), ("a-left", True)]
+
+
+INT8_BESIDE = {"model": {"quantization": "int8"}, "method": {"type": "parallel_adapters", "reduction": 4}}
+
+
+@pytest.mark.parametrize(("gain", "products"), [(1.5, "integer"), (1.05, "dequantised"), (None, "dequantised")])
+def test_int8_layers_that_want_no_gradient_multiply_as_the_fleet_is_faster(gain, products):
+    found = problem(ProductFleet(gain), 4, **INT8_BESIDE)
+
+    assert found.shape.packing == Packing(scheme="int8", products=products)
+    assert len(found.devices) == 2
+    # The sum of both devices' rates, of which one gains.
+    expected = "cannot be multiplied here" if gain is None else f"{(1 + gain) / 2:.2f} times the rate"
+    assert expected in found.packing_why
+    plan = explain(found.plan())
+    assert ("multiplied as integers" in plan) == (products == "integer")
+    assert expected in plan
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"quantization": "int8"}},
+        {"model": {"quantization": "nf4"}, "method": INT8_BESIDE["method"]},
+        {"model": {"quantization": "int8", "integer_products": "never"}, "method": INT8_BESIDE["method"]},
+    ],
+)
+def test_other_jobs_are_measured_once_and_never_multiply_integers(changes):
+    fleet = ProductFleet(gain=5.0)
+
+    assert problem(fleet, 4, **changes).shape.packing.products == "dequantised"
+    assert fleet.num_measured == 4
+
+
+def test_later_plans_keep_the_products_of_the_numerics_record():
+    packing = Packing(scheme="int8", products="integer")
+    record = NumericsRecord(
+        dtype="fp32",
+        packing=packing,
+        attention="sdpa",
+        micro_batch_size=4,
+        threads_per_worker=1,
+        codecs="raw",
+        versions={},
+    )
+    fleet = ProductFleet(gain=0.1)
+
+    found = problem(fleet, 4, record, **INT8_BESIDE)
+
+    assert (found.shape.packing, fleet.num_measured) == (packing, 4)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from partitioner.device import LinkTable
 from partitioner.explain import explain
-from partitioner.packed import WeightSizes, check_scheme, matrix_bytes
+from partitioner.packed import UNPACK_SCRATCH_BYTES, WeightSizes, check_scheme, matrix_bytes
 from partitioner.scheme_choice import choose_scheme
 from partitioner.search import search
 from plutino.errors import PlanError, QuantizationError
@@ -145,6 +145,23 @@ def test_plan_prints_scheme_reason_and_the_share_left_unpacked():
 
     assert "weights nf4, head in int8, 3.1% of them left unpacked; as the job asks" in text
     assert "packed weights" in text
+
+
+def test_plan_says_why_auto_left_weights_unquantised_and_nothing_where_nobody_asked():
+    plan = search(WIDE, job(WIDE), [device("a")])
+
+    assert "weights" not in explain(plan).splitlines()[1]
+    chosen = plan.model_copy(update={"packing_why": "it fits without any"})
+    assert explain(chosen).splitlines()[1] == "weights unquantised; it fits without any"
+
+
+def test_integer_products_need_room_for_rounded_activations_and_their_sums_and_unpack_no_weight():
+    shape = job(WIDE, packing=Packing(scheme="int8", products="integer"), micro_batch_rows=3, row_tokens=50)
+
+    found = WeightSizes(WIDE, shape).workspace_bytes(is_last=False)
+
+    widest = max(one.in_features + 4 * one.out_features for one in WIDE.block_linears[0])
+    assert found == 3 * 50 * widest + UNPACK_SCRATCH_BYTES
 
 
 def test_card_holds_no_messages_and_no_snapshot():

@@ -1,4 +1,4 @@
-"""Integer products: near the layer's own values, refused where a gradient would get lost, chosen by their time."""
+"""Integer products: near the layer's own values, refused where a gradient would get lost."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_node.quantize import dynamic
-from edge_node.quantize.dynamic import ForwardTimes, forward_only, measure_forward
+from edge_node.quantize import integer_product
+from edge_node.quantize.integer_product import check_integer_product
 from edge_node.quantize.linear import QuantLinear
 from edge_node.quantize.registry import SCHEMES
 from plutino.errors import QuantizationError
@@ -20,7 +20,16 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def layer_of(name: str = "int8", *, bias: bool = False) -> QuantLinear:
-    return QuantLinear.from_weight(SCHEMES[name], gaussian(OUT, IN) * 0.02, gaussian(OUT, seed=1) if bias else None)
+    weight, bias_values = gaussian(OUT, IN) * 0.02, gaussian(OUT, seed=1) if bias else None
+    return QuantLinear.from_weight(SCHEMES[name], weight, bias_values)
+
+
+def as_integers(layer: QuantLinear) -> QuantLinear:
+    return QuantLinear(layer.scheme, OUT, IN, layer.packed, layer.bias, products="integer")
+
+
+def forward_only(layer: QuantLinear, x: Tensor) -> Tensor:
+    return as_integers(layer)(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,7 +64,7 @@ def test_token_of_zeros_gives_zeros() -> None:
 def test_pieces_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_of(bias=True), gaussian(37, IN)
     whole = forward_only(layer, x)
-    monkeypatch.setattr(dynamic, "scratch_elements", lambda device: 5 * IN)
+    monkeypatch.setattr(integer_product, "scratch_elements", lambda device: 5 * IN)
     assert torch.equal(forward_only(layer, x), whole)
 
 
@@ -69,20 +78,12 @@ def test_other_schemes_are_refused_with_the_way_out() -> None:
         forward_only(layer_of("nf4"), gaussian(2, IN))
 
 
-@pytest.mark.parametrize(("dequantised_s", "dynamic_s", "path"), [(2.0, 1.0, "dynamic"), (1.0, 2.0, "dequantised")])
-def test_choice_is_the_faster_path(dequantised_s: float, dynamic_s: float, path: str) -> None:
-    assert ForwardTimes(dequantised_s=dequantised_s, dynamic_s=dynamic_s).faster == path
+def test_pass_without_autograd_may_have_an_input_that_wants_a_gradient_elsewhere() -> None:
+    with torch.no_grad():
+        assert not forward_only(layer_of(), gaussian(2, IN).requires_grad_()).requires_grad
 
 
-def test_measurement_runs_both_paths_at_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[tuple[int, ...]] = []
-
-    def watched(layer: QuantLinear, x: Tensor) -> Tensor:
-        shapes.append((layer.in_features, layer.out_features, len(x)))
-        return forward_only(layer, x)
-
-    monkeypatch.setattr(dynamic, "forward_only", watched)
-    times = measure_forward(64, 32, 7, dtype=torch.bfloat16, num_turns=2)
-    assert shapes == [(64, 32, 7)] * 3
-    assert 0 < times.dynamic_s < float("inf")
-    assert 0 < times.dequantised_s < float("inf")
+def test_sizes_that_cuda_cannot_multiply_are_refused_before_anything_is_read() -> None:
+    check_integer_product(96, 250, torch.device("cpu"))
+    with pytest.raises(QuantizationError, match=r"multiples of 8, not \[96, 250\]; set model.integer_products: never"):
+        check_integer_product(96, 250, torch.device("cuda"))

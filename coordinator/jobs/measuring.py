@@ -1,0 +1,120 @@
+"""What a job's devices measure before it is planned: seconds at its real shape, and how int8 layers multiply faster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from coordinator.fleet.cores import shared_cores
+from coordinator.fleet.membership import Device
+from coordinator.jobs.profiler import Profiler
+from partitioner.device import BlockTimings, DeviceProfile, ProfileRequest
+from partitioner.model import JobShape
+from plutino.errors import AgentError
+from plutino.job.spec import JobSpec
+from plutino.types import AgentId
+
+LEAST_GAIN = 1.05
+"""Integer products round every token's activations; they must raise the fleet's forward rate by this to be worth it."""
+
+Measured = list[DeviceProfile | str]
+"""Devices in their order, or why one could not be measured."""
+
+
+async def measure_devices(
+    devices: Sequence[Device],
+    config_json: str,
+    shape: JobShape,
+    spec: JobSpec,
+    profiler: Profiler,
+    threads: int | None,
+) -> Measured:
+    """All devices, measured at once but for those that share a host."""
+    return list(await asyncio.gather(*(_profile(one, config_json, shape, spec, profiler, threads) for one in devices)))
+
+
+async def measure_products(
+    devices: Sequence[Device],
+    config_json: str,
+    shape: JobShape,
+    spec: JobSpec,
+    profiler: Profiler,
+    threads: int | None,
+    *,
+    integers: JobShape,
+) -> tuple[JobShape, Measured, str]:
+    """Devices measured with either of two shapes: the second differs in that its int8 layers multiply integers.
+
+    Returns:
+        The faster shape, the devices measured in it, and why it is the one.
+    """
+    dequantised = await measure_devices(devices, config_json, shape, spec, profiler, threads)
+    integer = await measure_devices(devices, config_json, integers, spec, profiler, threads)
+    is_faster, why = faster_products(dequantised, integer)
+    return (integers, integer, why) if is_faster else (shape, dequantised, why)
+
+
+def faster_products(dequantised: Measured, integer: Measured) -> tuple[bool, str]:
+    """Whether int8 layers shall multiply integers on these devices, and why.
+
+    Blocks are dealt out by speed, so that what counts is the sum of the devices' rates.
+    """
+    lost = [found for found, plain in zip(integer, dequantised, strict=True) if _is_lost(found, plain)]
+    if lost:
+        return False, f"integer products are left alone: {lost[0]}"
+    rates = [
+        sum(1 / one.timings.forward_s for one in found if not isinstance(one, str)) for found in (dequantised, integer)
+    ]
+    if not rates[0]:
+        return False, "nothing was measured"
+    gain = rates[1] / rates[0]
+    figures = f"they run blocks at {gain:.2f} times the rate of dequantised weights on these devices"
+    if gain >= LEAST_GAIN:
+        return True, f"integer products, because {figures}"
+    return False, f"no integer products: {figures}, and {LEAST_GAIN:g} is the least that counts"
+
+
+def _is_lost(found: DeviceProfile | str, plain: DeviceProfile | str) -> bool:
+    return isinstance(found, str) and not isinstance(plain, str)
+
+
+def with_shared_cores(devices: Sequence[Device], profiles: Sequence[DeviceProfile]) -> tuple[DeviceProfile, ...]:
+    """The profiles, each knowing with whom it shares its cores."""
+    threads = {AgentId(profile.agent_id): profile.threads for profile in profiles}
+    cores = shared_cores([device for device in devices if device.agent_id in threads], threads)
+    return tuple(p.model_copy(update={"cores_id": cores[AgentId(p.agent_id)]}) for p in profiles)
+
+
+async def _profile(
+    device: Device, config_json: str, shape: JobShape, spec: JobSpec, profiler: Profiler, threads: int | None
+) -> DeviceProfile | str:
+    used_threads = device.threads if threads is None else min(threads, device.threads)
+    request = ProfileRequest(
+        config_json=config_json,
+        dtype=shape.dtype,
+        packing=shape.packing,
+        micro_batch_rows=shape.micro_batch_rows,
+        row_tokens=shape.row_tokens,
+        label_tokens=shape.label_tokens,
+        method=spec.method.for_profile(),
+        threads=used_threads,
+    )
+    try:
+        timings = await profiler.timings(device, request)
+    except AgentError as error:
+        return str(error)
+    return device_profile(device, timings, used_threads)
+
+
+def device_profile(device: Device, timings: BlockTimings, threads: int) -> DeviceProfile:
+    """A device as the planner sees it."""
+    return DeviceProfile(
+        agent_id=device.agent_id,
+        name=device.name,
+        host_id=device.host_id,
+        threads=threads,
+        available_bytes=device.memory_budget_bytes,
+        baseline_bytes=device.baseline_bytes,
+        timings=timings,
+        dtypes=device.dtypes,
+    )
