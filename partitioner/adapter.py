@@ -54,6 +54,8 @@ class AdapterTable(PlanValue):
     """Trainable parameters of the head."""
     stage_params: int = 0
     """Trainable parameters that all blocks use: every stage holds them."""
+    tied_params: int = 0
+    """Trainable parameters that embedding and head share: first and last stage hold them both."""
     past_tokens: int = 0
     """Virtual tokens whose keys and values stand before each row in every block."""
     trains_weights: bool = False
@@ -65,8 +67,9 @@ class AdapterTable(PlanValue):
 
     @property
     def num_params(self) -> int:
-        """All trainable parameters."""
-        return sum(block.params for block in self.blocks) + self.first_params + self.last_params + self.stage_params
+        """All trainable parameters, each counted once."""
+        ends = self.first_params + self.last_params - self.tied_params
+        return sum(block.params for block in self.blocks) + ends + self.stage_params
 
     @property
     def shape_fields(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ def _lora(table: ModelTable, method: LoraConfig) -> AdapterTable:
         blocks=blocks,
         first_params=first_params,
         last_params=last_params,
+        tied_params=last_params if method.ensure_weight_tying and table.is_tied else 0,
         use_dora=method.use_dora,
         size_setting=method.size_setting,
     )
@@ -219,6 +223,7 @@ def _full(table: ModelTable, method: FullConfig) -> AdapterTable:
         ),
         first_params=table.embedding_params,
         last_params=table.final_params + table.head_params,
+        tied_params=table.head_params if table.is_tied else 0,
         trains_weights=True,
         size_setting=method.size_setting,
     )

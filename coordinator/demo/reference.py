@@ -1,10 +1,10 @@
 """The yardstick that plutino is measured with: the same job in ONE process of plain transformers and peft.
 
 ``python -m coordinator.demo.reference SPEC OUT.json`` trains SPEC (a job file) on this machine and writes what it
-measured. Rows, their order and the padding come from plutino.data; model, LoRA, loss, optimiser and generation are
+measured. Rows, their order and the padding come from plutino.data; model, method, loss, optimiser and generation are
 the libraries' own, used as their documentation recommends. Initial adapters are peft's, so losses agree with plutino's
-in course, not in digits. Placement settings other than ``threads`` do not apply, nor do evaluation during training,
-keep_best and early stopping.
+in course, not in digits; method.type: full is plain transformers. Placement settings other than ``threads`` do not
+apply, nor do evaluation during training, keep_best and early stopping.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import peft
@@ -40,7 +40,7 @@ from plutino.data.tokenisation import tokenise
 from plutino.data.tokenizer import ModelTokenizer, load_tokenizer
 from plutino.errors import ConfigError
 from plutino.job.data import ScoringConfig
-from plutino.job.method import LoraConfig
+from plutino.job.method import FullConfig, LoraConfig, PrefixConfig, PromptConfig, PTuningV2Config
 from plutino.job.spec import JobSpec, load_spec
 
 if TYPE_CHECKING:
@@ -139,21 +139,45 @@ def run_reference(spec: JobSpec) -> ReferenceResult:
 
 def _load_model(spec: JobSpec) -> peft.PeftModel:
     dtype = torch.bfloat16 if _dtype_name(spec) == "bf16" else torch.float32
-    base = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, dtype=dtype)
+    base: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(spec.model.path, dtype=dtype)
     base.config.use_cache = False
     if spec.training.init_adapter is not None:
         model = peft.PeftModel.from_pretrained(base, spec.training.init_adapter, is_trainable=True)
+    elif isinstance(spec.method, FullConfig):
+        model = cast("peft.PeftModel", base)  # what is asked of it below, both have
     else:
-        model = peft.get_peft_model(base, _lora(spec))
+        model = peft.get_peft_model(base, peft_config_of(spec))
     if spec.training.checkpointing == "on":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def _lora(spec: JobSpec) -> peft.LoraConfig:
+def peft_config_of(spec: JobSpec) -> peft.PeftConfig:
+    """The job's method as a person would ask stock peft for it.
+
+    Raises:
+        ConfigError: peft has no such method.
+    """
     method = spec.method
-    if not isinstance(method, LoraConfig):
-        raise ConfigError(f"the yardstick trains LoRA, not {method.type}; set method.type: lora")
+    if isinstance(method, PromptConfig) and method.init != "text":
+        return peft.PromptTuningConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            num_virtual_tokens=method.num_virtual_tokens,
+            prompt_tuning_init="SAMPLE_VOCAB" if method.init == "vocabulary" else "RANDOM",
+        )
+    if isinstance(method, PrefixConfig | PTuningV2Config) and not method.has_dropout and method.init == "random":
+        projection: dict[str, Any] = {}
+        if isinstance(method, PrefixConfig) and method.projection:
+            projection = {"prefix_projection": True, "encoder_hidden_size": method.encoder_hidden_size}
+        return peft.PrefixTuningConfig(
+            task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=method.num_virtual_tokens, **projection
+        )
+    if isinstance(method, LoraConfig) and method.unfreeze is None:
+        return _lora(method)
+    raise ConfigError(f"stock peft has no method.type: {method.type} with these settings")
+
+
+def _lora(method: LoraConfig) -> peft.LoraConfig:
     return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=method.rank,
@@ -206,7 +230,9 @@ def _score(spec: JobSpec, model: peft.PeftModel, tokenizer: ModelTokenizer, *, u
     held_out = read_rows(Path(spec.data.eval), spec.data.format, spec.data.eval_limit)
     samples = tokenise(held_out, tokenizer, max_tokens=spec.data.max_tokens, train_on=spec.objective.labelled_tokens)
     model.eval()
-    with contextlib.nullcontext() if use_adapter else model.disable_adapter():
+    # Of a model trained in full the base is scored before the first step, while it is still itself.
+    is_itself = use_adapter or spec.method.trains_weights
+    with contextlib.nullcontext() if is_itself else model.disable_adapter():
         answers = list(_generate(spec.scoring, model, tokenizer, samples))
     return score(spec.metric_of(spec.data.sources[0]), answers, [row.answer for row in held_out.rows])
 

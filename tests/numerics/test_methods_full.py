@@ -16,6 +16,7 @@ from coordinator.artifacts.parts import AssembleRequest
 from coordinator.artifacts.verify_process import VerifyReport
 from edge_node.methods.full import attach_full
 from edge_node.transport.base import Peer
+from partitioner.adapter import adapter_params_of
 from partitioner.memory import stage_memory
 from plutino.errors import ConfigError, ExportError
 from plutino.families import family_of
@@ -35,7 +36,7 @@ from tests.numerics.pipelines import (
 )
 from tests.numerics.test_family_memory import TINY_TOKENS, describe, job_shape, kept_ratio
 from tests.numerics.tiny_families import CONFIGS as FAMILY_CONFIGS
-from tests.numerics.tiny_families import make_config, save_model
+from tests.numerics.tiny_families import describe_folder, make_config, save_model
 from tests.sampling import sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -160,6 +161,13 @@ def test_packed_narrow_and_expert_weights_are_refused_on_the_device(model_dirs, 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_saved_bytes_of_a_block_stay_below_the_planners_and_near(family):
     assert 1.0 <= kept_ratio(make_config(family).to_dict(), "fp32", TINY_TOKENS, FULL) <= 1.05
+
+
+@pytest.mark.parametrize("model", ["llama", "tied_llama", "gpt2"])
+def test_trained_parameters_are_the_models_own_with_a_tied_embedding_counted_once(model_dirs, model):
+    whole = AutoModelForCausalLM.from_pretrained(model_dirs[model])
+
+    assert adapter_params_of(describe_folder(model_dirs[model]), FULL).num_params == whole.num_parameters()
 
 
 def test_bill_has_the_weight_once_and_gradient_and_moments_beside_it():
