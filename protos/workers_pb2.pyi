@@ -791,6 +791,7 @@ class MicroBatch(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     PAIR_IDS_FIELD_NUMBER: _builtins.int
     REFERENCE_LOGPS_FIELD_NUMBER: _builtins.int
+    SECOND_STARTS_FIELD_NUMBER: _builtins.int
     input_ids: _builtins.bytes
     """Little-endian int32, rows one after the other."""
     label_mask: _builtins.bytes
@@ -815,6 +816,10 @@ class MicroBatch(_message.Message):
     def reference_logps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Log-probability of each row under the reference, where the data set knows it; empty otherwise."""
 
+    @_builtins.property
+    def second_starts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of each row before the second of its two texts; empty: nobody tells them apart."""
+
     def __init__(
         self,
         *,
@@ -826,10 +831,11 @@ class MicroBatch(_message.Message):
         labels: _abc.Iterable[_builtins.float] | None = ...,
         pair_ids: _abc.Iterable[_builtins.int] | None = ...,
         reference_logps: _abc.Iterable[_builtins.float] | None = ...,
+        second_starts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_ids", b"input_ids", "label_mask", b"label_mask", "labels", b"labels", "lengths", b"lengths", "padded_tokens", b"padded_tokens", "pair_ids", b"pair_ids", "reference_logps", b"reference_logps", "segment_lengths", b"segment_lengths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_ids", b"input_ids", "label_mask", b"label_mask", "labels", b"labels", "lengths", b"lengths", "padded_tokens", b"padded_tokens", "pair_ids", b"pair_ids", "reference_logps", b"reference_logps", "second_starts", b"second_starts", "segment_lengths", b"segment_lengths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

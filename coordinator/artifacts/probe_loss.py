@@ -84,9 +84,18 @@ def _scores(model: Any, rows: ProbeRows) -> Tensor:
         scores_BK = torch.cat(scores)
     else:
         ids_BT = ids_BT.masked_fill(attention_BT == 0, pad_token_id)
-        scores_BK = model(input_ids=ids_BT, attention_mask=attention_BT).logits
+        scores_BK = model(input_ids=ids_BT, attention_mask=attention_BT, **_token_types(model, rows, ids_BT)).logits
     _require_finite(scores_BK, rows)
     return scores_BK.float()
+
+
+def _token_types(model: Any, rows: ProbeRows, ids_BT: Tensor) -> dict[str, Tensor]:
+    """Which tokens are of the second of two texts, for models that tell."""
+    if not rows.second_starts or getattr(model.config, "type_vocab_size", 1) < 2:
+        return {}
+    is_behind_BT = torch.arange(ids_BT.shape[1]) >= torch.tensor(rows.second_starts)[:, None]
+    is_own_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(rows.lengths)[:, None]
+    return {"token_type_ids": (is_behind_BT & is_own_BT).long()}
 
 
 def _scored(objective: Any, scores_BK: Tensor, rows: ProbeRows) -> Tensor:

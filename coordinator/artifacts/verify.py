@@ -173,6 +173,9 @@ def _losses(base_dir: Path, adapter_dir: Path, probe: Probe) -> tuple[float, flo
     def load(folder: Path) -> Any:
         base_class, settings = _base_class(probe)
         dtype = DTYPES[probe.dtype]
+        if "num_labels" in settings:
+            # A base that was trained to score has a head of its own, which the adapter's replaces.
+            settings = settings | {"ignore_mismatched_sizes": True}
         return base_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **settings).eval()
 
     if _is_model(adapter_dir):

@@ -48,6 +48,8 @@ class ProbeRows(_Value):
     """[num_rows], class, number or rating; empty: the objective has none."""
     pair_ids: tuple[int, ...] = ()
     """[num_rows], the same number for both rows of a pair, the chosen one first; empty: no pairs."""
+    second_starts: tuple[int, ...] = ()
+    """[num_rows], tokens before the second of two texts; empty: nobody tells them apart."""
     reference_logps: tuple[float, ...] = ()
     """[num_rows], as the data set gave them; empty: it did not."""
 
@@ -60,6 +62,7 @@ class ProbeRows(_Value):
             label_mask=tuple(rows.label_mask.tolist()),
             padded_tokens=rows.padded_tokens,
             labels=() if rows.labels is None else tuple(rows.labels.tolist()),
+            second_starts=() if rows.second_starts is None else tuple(rows.second_starts.tolist()),
             pair_ids=() if rows.pair_ids is None else tuple(rows.pair_ids.tolist()),
             reference_logps=() if rows.reference_logps is None else tuple(rows.reference_logps.tolist()),
         )

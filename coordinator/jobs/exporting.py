@@ -103,6 +103,7 @@ def _probe(context: JobContext, prepared: PreparedData, batch: Batch, measured: 
             label_mask=tuple(part.rows.label_mask),
             padded_tokens=part.rows.padded_tokens,
             labels=tuple(part.rows.labels),
+            second_starts=tuple(part.rows.second_starts),
             pair_ids=tuple(part.rows.pair_ids),
             reference_logps=tuple(part.rows.reference_logps),
         )

@@ -32,6 +32,7 @@ def first_stage_input(
         input_ids=padded_ids(rows, side="right", pad_id=pad_token_id(stage)),
         attention_mask=mask_BT,
         segment_ids=segment_ids_BT,
+        token_types=token_types(rows) if stage.family.has_token_types else None,
         num_prompt_tokens=num_prompt_tokens,
     )
     metadata = {"lengths": lengths, "position_ids": position_ids_BT}
@@ -49,6 +50,15 @@ def later_stage_input(
         attention_mask=padding_mask(metadata["lengths"], metadata["position_ids"].shape[1], side="right"),
         segment_ids=metadata.get("segment_ids"),
     )
+
+
+def token_types(rows: MicroBatchRows) -> Tensor | None:
+    """0 for tokens of a row's first text and for padding, 1 for those of the second, [B, T]; None: there are none."""
+    if rows.second_starts is None:
+        return None
+    starts_B, lengths_B = (torch.as_tensor(np.asarray(of, np.int64)) for of in (rows.second_starts, rows.lengths))
+    index_T = torch.arange(rows.padded_tokens)
+    return ((index_T >= starts_B[:, None]) & (index_T < lengths_B[:, None])).long()
 
 
 def pad_token_id(stage: Stage) -> int:

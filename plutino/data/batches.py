@@ -40,6 +40,9 @@ class MicroBatchRows:
     """Of packed rows: tokens of each segment, row by row. None: every row is one sequence."""
     labels: NDArray[np.float32] | None = None
     """[num_rows], class index, number or rating of each row; None where the objective has none."""
+    second_starts: NDArray[np.int32] | None = None
+    """[num_rows], tokens before the second of two texts, all of them where there is one; None: nobody tells them
+    apart."""
     pair_ids: NDArray[np.int32] | None = None
     """[num_rows], the same number for both rows of a preference pair, the chosen one first."""
     reference_logps: NDArray[np.float32] | None = None
@@ -200,6 +203,7 @@ def _gather(samples: Batchable, indices: Sequence[int]) -> MicroBatchRows:
         sample_indices=tuple(int(index) for index in indices),
         segment_lengths=np.array(segments, np.int32) if segments else None,
         labels=_values(rows, "label"),
+        second_starts=None if rows[0].second_start is None else np.array([row.second_start for row in rows], np.int32),
         pair_ids=np.repeat(np.arange(num_pairs, dtype=np.int32), 2) if num_pairs else None,
         reference_logps=_values(rows, "reference_logp"),
     )

@@ -21,6 +21,8 @@ class TokenRow:
     """1 where the token carries loss as a label."""
     segment_lengths: tuple[int, ...] = ()
     """Of a packed row."""
+    second_start: int | None = None
+    """Tokens before the second of two texts; all of them where there is one."""
     label: float | None = None
     reference_logp: float | None = None
 
@@ -71,6 +73,8 @@ class Samples:
     """Sequences cut at max_tokens."""
     sequences_per_sample: int = 1
     """Sample i has the sequences i * sequences_per_sample and those after it."""
+    has_second_texts: bool = False
+    """``prompt_tokens`` are those before a second text, for encoders that tell the two apart."""
     counted: Counted = "label tokens"
     """What a loss is the mean over."""
     labels: NDArray[np.float32] | None = None
@@ -107,6 +111,7 @@ class Samples:
             TokenRow(
                 ids=self.ids(sequence),
                 mask=self.mask(sequence),
+                second_start=int(self.prompt_tokens[sequence]) if self.has_second_texts else None,
                 label=label,
                 reference_logp=None if self.reference_logps is None else float(self.reference_logps[sequence]),
             )

@@ -72,6 +72,8 @@ def sequences_of(rows: Rows, row: Row, tokenizer: ModelTokenizer, use: RowUse) -
     Raises:
         DataError: the chat template cannot be used for it.
     """
+    if use == "label" and tokenizer.ended is not None:
+        return [RenderedRow(row.text, (), 0, is_chat=False, second=row.text_pair)]
     if use in ("label", "text"):
         text = f"{row.text}\n{row.text_pair}" if row.text_pair else row.text
         # Every token of raw text carries loss, of labelled text none.
@@ -109,6 +111,18 @@ def number_of(row: Row, class_names: Sequence[str]) -> float:
     if not math.isfinite(number):
         raise LabelError(f"the label {row.label!r} is not finite; correct or remove the row")
     return number
+
+
+def ended_tokens(row: RenderedRow, tokenizer: ModelTokenizer, max_tokens: int) -> tuple[list[int], int, int]:
+    """Tokens of a text, or two, as an encoder reads them.
+
+    Returns:
+        Ids, cut at ``max_tokens``; how many stand before the second text; how many ids there were.
+    """
+    encoding = tokenizer.encode_ended(row.text, row.second, max_tokens)
+    types = encoding.type_ids
+    num_first = types.index(1) if 1 in types else len(types)
+    return encoding.ids, num_first, len(encoding.ids) + sum(len(cut.ids) for cut in encoding.overflowing)
 
 
 def label_tokens(

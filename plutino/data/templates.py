@@ -42,6 +42,9 @@ class RenderedRow:
     """False for plain text (a prompt with its completion, a document): the tokenizer adds its own bos."""
     ends: bool = True
     """Of plain text: eos ends the row."""
+    second: str | None = None
+    """For models with an encoder: the second of two texts, or what is to be written. Special tokens are the
+    tokenizer's own then."""
 
 
 @dataclass(frozen=True, slots=True)

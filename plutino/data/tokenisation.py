@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from plutino.data.formats import Row
 from plutino.data.readers import Rows, name_lines
 from plutino.data.samples import Samples
-from plutino.data.sequences import LabelError, check_format, label_tokens, number_of, sequences_of
+from plutino.data.sequences import LabelError, check_format, ended_tokens, label_tokens, number_of, sequences_of
 from plutino.data.templates import RenderedRow
 from plutino.data.token_store import TokenStore
 from plutino.data.tokenizer import ModelTokenizer
@@ -45,6 +45,10 @@ class Reading:
     def sequences_per_row(self) -> int:
         """2 for pairs."""
         return 2 if self.use == "pairs" else 1
+
+    def reads_ended(self, tokenizer: ModelTokenizer) -> bool:
+        """Whether texts are given as to an encoder, with the tokenizer's own special tokens."""
+        return self.use == "label" and tokenizer.ended is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +159,7 @@ def tokenise(
         line_numbers=np.array(line_numbers, np.int64),
         num_truncated=num_truncated,
         sequences_per_sample=reading.sequences_per_row,
+        has_second_texts=reading.reads_ended(tokenizer),
         counted=counted,
         labels=np.array(labels, np.float32) if labels else None,
         reference_logps=np.array(reference_logps, np.float32) if has_logps and reference_logps else None,
@@ -177,6 +182,10 @@ def tokenise_range(
             part = _Part(reading)
     if part.rows:
         yield part.encode(tokenizer)
+
+
+_Sequence = tuple[NDArray[np.int32], NDArray[np.uint8], int, int]
+"""Ids, label mask, tokens before the answer or the second text, and how many ids there were before a cut."""
 
 
 @dataclass(slots=True)
@@ -209,12 +218,11 @@ class _Part:
 
     def encode(self, tokenizer: ModelTokenizer) -> PartTokens:
         reading = self.reading
-        encoded = iter(zip(self.texts, tokenizer.encode([text.text for text in self.texts]), strict=True))
+        sequences = self._ended(tokenizer) if reading.reads_ended(tokenizer) else self._plain(tokenizer)
         for row in self.rows:
             for _ in range(reading.sequences_per_row):
-                text, encoding = next(encoded)
-                ids, mask, num_prompt = label_tokens(text, encoding, tokenizer, reading.train_on)
-                self.row_tokens.append(len(ids))
+                ids, mask, num_prompt, num_ids = next(sequences)
+                self.row_tokens.append(num_ids)
                 if reading.use == "text":
                     self._add_pieces(ids, mask, row.line_number)
                 else:
@@ -242,6 +250,17 @@ class _Part:
             unlabelled=tuple(dict.fromkeys(self.unlabelled)),
             bad_labels=tuple((problem, tuple(lines)) for problem, lines in self.bad_labels.items()),
         )
+
+    def _plain(self, tokenizer: ModelTokenizer) -> Iterator[_Sequence]:
+        encodings = tokenizer.encode([text.text for text in self.texts])
+        for text, encoding in zip(self.texts, encodings, strict=True):
+            ids, mask, num_prompt = label_tokens(text, encoding, tokenizer, self.reading.train_on)
+            yield ids, mask, num_prompt, len(ids)
+
+    def _ended(self, tokenizer: ModelTokenizer) -> Iterator[_Sequence]:
+        for text in self.texts:
+            ids, num_first, num_ids = ended_tokens(text, tokenizer, self.reading.max_tokens)
+            yield np.array(ids, np.int32), np.zeros(len(ids), np.uint8), num_first, num_ids
 
     def _add(self, ids: NDArray[np.int32], mask: NDArray[np.uint8], num_prompt: int, line_number: int) -> None:
         self.ids.append(ids)

@@ -24,6 +24,8 @@ class ModelTokenizer:
 
     tokenizer: Tokenizer
     """Without a post-processor: special tokens come from the template or from prefix_ids, and offsets are untrimmed."""
+    ended: Tokenizer | None
+    """With its post-processor, where that puts an end token behind a text, as those of models with an encoder do."""
     template: ChatTemplate | None
     prefix_ids: tuple[int, ...]
     """What the tokenizer itself puts before a plain text: bos, or nothing."""
@@ -37,6 +39,12 @@ class ModelTokenizer:
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode texts as they are, special tokens in them included, without adding any."""
         return self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+
+    def encode_ended(self, first: str, second: str | None, max_tokens: int) -> Encoding:
+        """Encode a text, or two, with the tokenizer's own special tokens; the longer one is cut first."""
+        assert self.ended is not None, "the tokenizer ends texts"
+        self.ended.enable_truncation(max_tokens)
+        return self.ended.encode(first, second)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of generated tokens up to the first stop token, special tokens left out."""
@@ -74,7 +82,8 @@ def load_tokenizer(model_dir: Path) -> ModelTokenizer:
     named = {**special_tokens(_read_json(model_dir / "special_tokens_map.json"))}
     named |= special_tokens(_read_json(model_dir / "tokenizer_config.json"))
     template = load_chat_template(model_dir)
-    ends = _token_ids(bare, "eos", named, configs)
+    prefix_ids, suffix_ids = _added_ids(whole)
+    ends = _token_ids(bare, "eos", named, configs) or list(suffix_ids[-1:])
     if not ends:
         raise ModelError(f"{model_dir} names no end-of-sequence token; set eos_token in tokenizer_config.json")
     pads = _token_ids(bare, "pad", named, configs)
@@ -82,7 +91,8 @@ def load_tokenizer(model_dir: Path) -> ModelTokenizer:
     return ModelTokenizer(
         tokenizer=bare,
         template=template,
-        prefix_ids=_prefix_ids(whole),
+        ended=whole if suffix_ids else None,
+        prefix_ids=prefix_ids,
         eos_token_id=ends[0],
         pad_token_id=pads[0] if pads else ends[0],
         stop_token_ids=tuple(sorted(stops)),
@@ -110,10 +120,11 @@ def _end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
     return [token_id for token_id in ids if token_id in special][:1]
 
 
-def _prefix_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+def _added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer itself puts before and behind a plain text."""
     encoding = tokenizer.encode("a", add_special_tokens=True)
-    num_before = next(index for index, is_special in enumerate(encoding.special_tokens_mask) if not is_special)
-    return tuple(encoding.ids[:num_before])
+    own = [index for index, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
+    return tuple(encoding.ids[: own[0]]), tuple(encoding.ids[own[-1] + 1 :])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def micro_batch_to_proto(rows: MicroBatchRows) -> workers_pb2.MicroBatch:
         labels=_listed(rows.labels),
         pair_ids=_listed(rows.pair_ids),
         reference_logps=_listed(rows.reference_logps),
+        second_starts=_listed(rows.second_starts),
     )
 
 
@@ -65,6 +66,10 @@ def micro_batch_from_proto(
     _check(mask_bytes == num_tokens, f"{mask_bytes} bytes of label mask for {num_tokens} tokens of 1 byte")
     _check(len(sample_indices) in (0, num_rows), f"{len(sample_indices)} sample indices for {num_rows} rows")
     _check_segments(message.segment_lengths, lengths)
+    second_starts = np.array(message.second_starts, np.int64)
+    if len(second_starts):
+        fits = len(second_starts) == num_rows and bool((second_starts <= lengths).all())
+        _check(fits, f"{len(second_starts)} second texts that do not begin inside {num_rows} rows")
     for name, values in (("labels", message.labels), ("reference log-probabilities", message.reference_logps)):
         _check(len(values) in (0, num_rows), f"{len(values)} {name} for {num_rows} rows")
         _check(bool(np.isfinite(np.array(values, np.float32)).all()), f"{name} that are not finite")
@@ -89,6 +94,7 @@ def micro_batch_from_proto(
         labels=np.array(message.labels, np.float32) if message.labels else None,
         pair_ids=pair_ids.astype(np.int32) if len(pair_ids) else None,
         reference_logps=np.array(message.reference_logps, np.float32) if message.reference_logps else None,
+        second_starts=second_starts.astype(np.int32) if len(second_starts) else None,
     )
 
 
