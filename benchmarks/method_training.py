@@ -20,7 +20,8 @@ import torch
 
 from coordinator.demo.reference import run_reference
 from coordinator.jobs.barrier import Commit, Vote, decide, open_barrier
-from coordinator.jobs.runner import JobRunner, PreparedData, for_devices
+from coordinator.jobs.prepared import PreparedData, for_devices
+from coordinator.jobs.runner import JobRunner
 from edge_node.engine.generate import GenerateOptions
 from edge_node.engine.reference import InProcessPipeline
 from edge_node.stage.weights import LocalSource
