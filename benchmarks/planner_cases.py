@@ -111,9 +111,9 @@ def budgets_share(seed: int, num_fleets: int) -> Figures:
             row_tokens=generator.choice([32, 128, 512]),
             rank=generator.choice([1, 4]) if allow_replicas else 8,
         )
-        num_devices, tightness = generator.randint(1, 6), (0.5, 0.8, 1.0, 1.5, 3.0)
+        num_devices, tightness = generator.randint(1, 6), [0.5, 0.8, 1.0, 1.5, 3.0]
         if allow_replicas:
-            num_devices, tightness = generator.randint(2, 6), (1.5, 2.5, 4.0, 6.0)
+            num_devices, tightness = generator.randint(2, 6), [1.5, 2.5, 4.0, 6.0]
             shape = shape.model_copy(update={"exact_stages": generator.choice([1, 2])})
         devices, links = random_fleet(generator, table, shape, num_devices, tightness=tightness)
         if allow_replicas:
