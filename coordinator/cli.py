@@ -16,7 +16,8 @@ from typer.core import TyperGroup
 
 from coordinator.data_command import data_app
 from coordinator.member_commands import devices_app, token_app
-from coordinator.options import AsJson, StateDir
+from coordinator.options import AsJson, JobIdText, StateDir
+from coordinator.show_command import show
 from coordinator.sweep_command import sweep
 from plutino.errors import JobError, PlutinoError
 
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 
 app.command()(sweep)
+app.command()(show)
 app.add_typer(data_app, name="data")
 app.add_typer(token_app, name="token")
 app.add_typer(devices_app, name="devices")
@@ -58,7 +60,6 @@ _INTERRUPTED_EXIT_CODE = 130
 """What a shell gives a command that SIGINT ended."""
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.YAML", help="The job file, YAML or JSON.")]
-JobIdText = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or its beginning.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrule the job file: training.steps=50. May be repeated."),
@@ -216,18 +217,6 @@ def watch(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -
     """Show a job until it has ended. Ctrl-C detaches; the job goes on."""
     with _client(state_dir) as client:
         _watch(client, client.job(job).summary.job_id, state_dir, as_json=as_json)
-
-
-@app.command()
-def show(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
-    """Show everything that is stored of a job."""
-    with _client(state_dir) as client:
-        found = client.job(job)
-    if as_json:
-        return _print_json(found)
-    from coordinator.screens import job_detail, make_console
-
-    make_console().print(job_detail(found))
 
 
 @app.command()

@@ -50,6 +50,7 @@ class _Gathering:
     needed: frozenset[int]
     """Micro-batches whose rows this worker reads."""
     without_adapter: bool = False
+    is_recorded: bool = False
     rows: dict[int, MicroBatchRows] = field(default_factory=dict)
     generate: dict[int, pb.GenerateOptions] = field(default_factory=dict)
 
@@ -168,7 +169,9 @@ class Inbox:
         gathering = self._gathering.get(unit)
         if gathering is None:
             needed = frozenset(m for m in range(feed.num_micro_batches) if self._reads_rows(unit.kind, m))
-            gathering = _Gathering(unit, feed.num_micro_batches, feed.loss_weight, needed, feed.without_adapter)
+            gathering = _Gathering(
+                unit, feed.num_micro_batches, feed.loss_weight, needed, feed.without_adapter, feed.recorded
+            )
             self._gathering[unit] = gathering
             self._order.append(unit)
         if feed.micro_batch < feed.num_micro_batches:
@@ -198,6 +201,7 @@ class Inbox:
             gathering.loss_weight,
             tuple(gathering.rows.get(m) for m in m_range),
             gathering.without_adapter,
+            gathering.is_recorded,
         )
         if not gathering.generate:
             return UnitTask(work, None, ())

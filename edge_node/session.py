@@ -29,7 +29,7 @@ from edge_node.transport.base import Peer, UnitCancelledError
 from edge_node.transport.peer import PeerTransport
 from edge_node.unit_bounds import UnitBounds
 from edge_node.weights_config import WeightsConfig
-from edge_node.worker_reports import as_plutino_error, generated_rows, step_vote
+from edge_node.worker_reports import as_plutino_error, generated_rows, step_trace, step_vote
 from plutino.errors import OutOfMemoryError, PeerLostError
 from plutino.job.assignment import WorkerAssignment
 from plutino.types import JobId, Unit, UnitKind
@@ -233,13 +233,19 @@ class WorkerSession:
         )
         self._send(pb.WorkerEvent(step_ready=vote), keep_as="step_ready")
         decision = self._inbox.wait_decision(step)
-        self._commit_s = time.perf_counter() - voted_s
+        decided_s = time.perf_counter()
+        self._commit_s = decided_s - voted_s
+        if outcome.recorder is not None:
+            outcome.recorder.end("wait", -1, voted_s)
         if decision is None:
             return
         if isinstance(decision, pb.Commit):
             self.executor.commit(step, decision.clip_scale)
         else:
             self.executor.drop()
+        if outcome.recorder is not None:
+            outcome.recorder.end("update", -1, decided_s)
+            self._send(pb.WorkerEvent(step_trace=step_trace(step, outcome.recorder)))
         self._next_step = step + 1
         self._inbox.start_at(self._next_step)
         self._control.forget("step_ready")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from edge_node.activation_cache.stage_cache import CacheCounts, StageCache
 from edge_node.compute_device import ComputeDevice
 from edge_node.engine.executor import StageExecutor
 from edge_node.engine.generate import GenerateOptions, generate
+from edge_node.engine.recorder import StepRecorder
 from edge_node.engine.unit import StepOutcome
 from edge_node.inbox import UnitTask
 from edge_node.transport.peer import PeerTransport
+from partitioner.trace import SpanKind
 from plutino.errors import OutOfMemoryError
 from plutino.job.assignment import WorkerAssignment
 from protos import workers_pb2 as pb
+
+_KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
 
 
 def step_vote(
@@ -58,6 +64,20 @@ def step_vote(
             left_out_rows=counts.rows_left_out,
             damaged_entries=0 if activations is None else activations.num_damaged,
         ),
+    )
+
+
+def step_trace(step: int, recorder: StepRecorder) -> pb.StepTrace:
+    """What a worker recorded of a step, from its first span on."""
+    spans = recorder.spans
+    zero_s = min((span.start_s for span in spans), default=0.0)
+    return pb.StepTrace(
+        step=step,
+        kinds=[_KINDS.index(span.kind) for span in spans],
+        micro_batches=[span.micro_batch for span in spans],
+        start_us=[round((span.start_s - zero_s) * 1e6) for span in spans],
+        duration_us=[round((span.end_s - span.start_s) * 1e6) for span in spans],
+        num_left_out=recorder.num_left_out,
     )
 
 

@@ -214,6 +214,23 @@ class Client:
         response: pb.GetResponse = self._call(self._stub.Get, pb.GetRequest(job_id=job_id))
         return JobDetail(summary=_summary(response.summary), detail=json.loads(response.detail_json))
 
+    def trace(self, job_id: str, step: int | None = None) -> tuple[str, str]:
+        """A recorded step and what was predicted of it.
+
+        Args:
+            job_id: the job, or the unambiguous beginning of its id.
+            step: which one; None: the newest that is recorded.
+
+        Returns:
+            JSON of ``partitioner.trace.StepTrace`` and of ``coordinator.artifacts.traces.PlannedEpoch``; the latter is
+            empty where the plan was not kept.
+
+        Raises:
+            UnknownJobError: no job has this id, or no such step was recorded.
+        """
+        response: pb.TraceResponse = self._call(self._stub.Trace, pb.TraceRequest(job_id=job_id, step=step))
+        return response.trace_json, response.planned_json
+
     def watch(self, job_id: str, *, after: int = 0, reconnect_s: float = 60.0) -> Iterator[NumberedEvent]:
         """Events of a job in order, each once, as they come; ends when the job has ended.
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import doctor_pb2 as protos_dot_doctor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/jobs.proto\x12\nplutino.v1\x1a\x13protos/doctor.proto\";\n\rSubmitRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\" \n\x0eSubmitResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"9\n\x0bPlanRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x17\n\x0f\x65ven_if_refused\x18\x02 \x01(\x08\"H\n\x0cPlanResponse\x12\x11\n\tplan_json\x18\x01 \x01(\t\x12\x14\n\x0cproblem_json\x18\x02 \x01(\t\x12\x0f\n\x07refusal\x18\x03 \x01(\t\"\r\n\x0bListRequest\"4\n\x0cListResponse\x12$\n\x04jobs\x18\x01 \x03(\x0b\x32\x16.plutino.v1.JobSummary\"\xad\x01\n\nJobSummary\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\r\x12\x13\n\x0btotal_steps\x18\x06 \x01(\r\x12\x16\n\x0esubmitted_at_s\x18\x07 \x01(\x01\x12\x12\n\nended_at_s\x18\x08 \x01(\x01\x12\x13\n\x0b\x61\x64\x61pter_dir\x18\t \x01(\t\"\x1c\n\nGetRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"K\n\x0bGetResponse\x12\'\n\x07summary\x18\x01 \x01(\x0b\x32\x16.plutino.v1.JobSummary\x12\x13\n\x0b\x64\x65tail_json\x18\x02 \x01(\t\"-\n\x0cWatchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"I\n\rWatchResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04json\x18\x04 \x01(\t\"\x1f\n\rCancelRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x1e\n\x0cPauseRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1e\n\rPauseResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\x0eResumeResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65vicesRequest\"\'\n\x0f\x44\x65vicesResponse\x12\x14\n\x0c\x64\x65vices_json\x18\x01 \x01(\t\"\x13\n\x11\x43heckLinksRequest\"5\n\x12\x43heckLinksResponse\x12\x1f\n\x05\x64ials\x18\x01 \x03(\x0b\x32\x10.plutino.v1.Dial2\x8c\x05\n\nJobService\x12?\n\x06Submit\x12\x19.plutino.v1.SubmitRequest\x1a\x1a.plutino.v1.SubmitResponse\x12\x39\n\x04Plan\x12\x17.plutino.v1.PlanRequest\x1a\x18.plutino.v1.PlanResponse\x12\x39\n\x04List\x12\x17.plutino.v1.ListRequest\x1a\x18.plutino.v1.ListResponse\x12\x36\n\x03Get\x12\x16.plutino.v1.GetRequest\x1a\x17.plutino.v1.GetResponse\x12>\n\x05Watch\x12\x18.plutino.v1.WatchRequest\x1a\x19.plutino.v1.WatchResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.plutino.v1.CancelRequest\x1a\x1a.plutino.v1.CancelResponse\x12<\n\x05Pause\x12\x18.plutino.v1.PauseRequest\x1a\x19.plutino.v1.PauseResponse\x12?\n\x06Resume\x12\x19.plutino.v1.ResumeRequest\x1a\x1a.plutino.v1.ResumeResponse\x12\x42\n\x07\x44\x65vices\x12\x1a.plutino.v1.DevicesRequest\x1a\x1b.plutino.v1.DevicesResponse\x12K\n\nCheckLinks\x12\x1d.plutino.v1.CheckLinksRequest\x1a\x1e.plutino.v1.CheckLinksResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/jobs.proto\x12\nplutino.v1\x1a\x13protos/doctor.proto\";\n\rSubmitRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\" \n\x0eSubmitResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"9\n\x0bPlanRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x17\n\x0f\x65ven_if_refused\x18\x02 \x01(\x08\"H\n\x0cPlanResponse\x12\x11\n\tplan_json\x18\x01 \x01(\t\x12\x14\n\x0cproblem_json\x18\x02 \x01(\t\x12\x0f\n\x07refusal\x18\x03 \x01(\t\"\r\n\x0bListRequest\"4\n\x0cListResponse\x12$\n\x04jobs\x18\x01 \x03(\x0b\x32\x16.plutino.v1.JobSummary\"\xad\x01\n\nJobSummary\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\r\x12\x13\n\x0btotal_steps\x18\x06 \x01(\r\x12\x16\n\x0esubmitted_at_s\x18\x07 \x01(\x01\x12\x12\n\nended_at_s\x18\x08 \x01(\x01\x12\x13\n\x0b\x61\x64\x61pter_dir\x18\t \x01(\t\"\x1c\n\nGetRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"K\n\x0bGetResponse\x12\'\n\x07summary\x18\x01 \x01(\x0b\x32\x16.plutino.v1.JobSummary\x12\x13\n\x0b\x64\x65tail_json\x18\x02 \x01(\t\":\n\x0cTraceRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_step\"9\n\rTraceResponse\x12\x12\n\ntrace_json\x18\x01 \x01(\t\x12\x14\n\x0cplanned_json\x18\x02 \x01(\t\"-\n\x0cWatchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"I\n\rWatchResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04json\x18\x04 \x01(\t\"\x1f\n\rCancelRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x1e\n\x0cPauseRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1e\n\rPauseResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\x0eResumeResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65vicesRequest\"\'\n\x0f\x44\x65vicesResponse\x12\x14\n\x0c\x64\x65vices_json\x18\x01 \x01(\t\"\x13\n\x11\x43heckLinksRequest\"5\n\x12\x43heckLinksResponse\x12\x1f\n\x05\x64ials\x18\x01 \x03(\x0b\x32\x10.plutino.v1.Dial2\xca\x05\n\nJobService\x12?\n\x06Submit\x12\x19.plutino.v1.SubmitRequest\x1a\x1a.plutino.v1.SubmitResponse\x12\x39\n\x04Plan\x12\x17.plutino.v1.PlanRequest\x1a\x18.plutino.v1.PlanResponse\x12\x39\n\x04List\x12\x17.plutino.v1.ListRequest\x1a\x18.plutino.v1.ListResponse\x12\x36\n\x03Get\x12\x16.plutino.v1.GetRequest\x1a\x17.plutino.v1.GetResponse\x12>\n\x05Watch\x12\x18.plutino.v1.WatchRequest\x1a\x19.plutino.v1.WatchResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.plutino.v1.CancelRequest\x1a\x1a.plutino.v1.CancelResponse\x12<\n\x05Pause\x12\x18.plutino.v1.PauseRequest\x1a\x19.plutino.v1.PauseResponse\x12?\n\x06Resume\x12\x19.plutino.v1.ResumeRequest\x1a\x1a.plutino.v1.ResumeResponse\x12\x42\n\x07\x44\x65vices\x12\x1a.plutino.v1.DevicesRequest\x1a\x1b.plutino.v1.DevicesResponse\x12<\n\x05Trace\x12\x18.plutino.v1.TraceRequest\x1a\x19.plutino.v1.TraceResponse\x12K\n\nCheckLinks\x12\x1d.plutino.v1.CheckLinksRequest\x1a\x1e.plutino.v1.CheckLinksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,30 +50,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETREQUEST']._serialized_end=555
   _globals['_GETRESPONSE']._serialized_start=557
   _globals['_GETRESPONSE']._serialized_end=632
-  _globals['_WATCHREQUEST']._serialized_start=634
-  _globals['_WATCHREQUEST']._serialized_end=679
-  _globals['_WATCHRESPONSE']._serialized_start=681
-  _globals['_WATCHRESPONSE']._serialized_end=754
-  _globals['_CANCELREQUEST']._serialized_start=756
-  _globals['_CANCELREQUEST']._serialized_end=787
-  _globals['_CANCELRESPONSE']._serialized_start=789
-  _globals['_CANCELRESPONSE']._serialized_end=820
-  _globals['_PAUSEREQUEST']._serialized_start=822
-  _globals['_PAUSEREQUEST']._serialized_end=852
-  _globals['_PAUSERESPONSE']._serialized_start=854
-  _globals['_PAUSERESPONSE']._serialized_end=884
-  _globals['_RESUMEREQUEST']._serialized_start=886
-  _globals['_RESUMEREQUEST']._serialized_end=917
-  _globals['_RESUMERESPONSE']._serialized_start=919
-  _globals['_RESUMERESPONSE']._serialized_end=950
-  _globals['_DEVICESREQUEST']._serialized_start=952
-  _globals['_DEVICESREQUEST']._serialized_end=968
-  _globals['_DEVICESRESPONSE']._serialized_start=970
-  _globals['_DEVICESRESPONSE']._serialized_end=1009
-  _globals['_CHECKLINKSREQUEST']._serialized_start=1011
-  _globals['_CHECKLINKSREQUEST']._serialized_end=1030
-  _globals['_CHECKLINKSRESPONSE']._serialized_start=1032
-  _globals['_CHECKLINKSRESPONSE']._serialized_end=1085
-  _globals['_JOBSERVICE']._serialized_start=1088
-  _globals['_JOBSERVICE']._serialized_end=1740
+  _globals['_TRACEREQUEST']._serialized_start=634
+  _globals['_TRACEREQUEST']._serialized_end=692
+  _globals['_TRACERESPONSE']._serialized_start=694
+  _globals['_TRACERESPONSE']._serialized_end=751
+  _globals['_WATCHREQUEST']._serialized_start=753
+  _globals['_WATCHREQUEST']._serialized_end=798
+  _globals['_WATCHRESPONSE']._serialized_start=800
+  _globals['_WATCHRESPONSE']._serialized_end=873
+  _globals['_CANCELREQUEST']._serialized_start=875
+  _globals['_CANCELREQUEST']._serialized_end=906
+  _globals['_CANCELRESPONSE']._serialized_start=908
+  _globals['_CANCELRESPONSE']._serialized_end=939
+  _globals['_PAUSEREQUEST']._serialized_start=941
+  _globals['_PAUSEREQUEST']._serialized_end=971
+  _globals['_PAUSERESPONSE']._serialized_start=973
+  _globals['_PAUSERESPONSE']._serialized_end=1003
+  _globals['_RESUMEREQUEST']._serialized_start=1005
+  _globals['_RESUMEREQUEST']._serialized_end=1036
+  _globals['_RESUMERESPONSE']._serialized_start=1038
+  _globals['_RESUMERESPONSE']._serialized_end=1069
+  _globals['_DEVICESREQUEST']._serialized_start=1071
+  _globals['_DEVICESREQUEST']._serialized_end=1087
+  _globals['_DEVICESRESPONSE']._serialized_start=1089
+  _globals['_DEVICESRESPONSE']._serialized_end=1128
+  _globals['_CHECKLINKSREQUEST']._serialized_start=1130
+  _globals['_CHECKLINKSREQUEST']._serialized_end=1149
+  _globals['_CHECKLINKSRESPONSE']._serialized_start=1151
+  _globals['_CHECKLINKSRESPONSE']._serialized_end=1204
+  _globals['_JOBSERVICE']._serialized_start=1207
+  _globals['_JOBSERVICE']._serialized_end=1921
 # @@protoc_insertion_point(module_scope)

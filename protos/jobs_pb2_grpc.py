@@ -80,6 +80,11 @@ class JobServiceStub:
                 request_serializer=protos_dot_jobs__pb2.DevicesRequest.SerializeToString,
                 response_deserializer=protos_dot_jobs__pb2.DevicesResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/plutino.v1.JobService/Trace',
+                request_serializer=protos_dot_jobs__pb2.TraceRequest.SerializeToString,
+                response_deserializer=protos_dot_jobs__pb2.TraceResponse.FromString,
+                _registered_method=True)
         self.CheckLinks = channel.unary_unary(
                 '/plutino.v1.JobService/CheckLinks',
                 request_serializer=protos_dot_jobs__pb2.CheckLinksRequest.SerializeToString,
@@ -148,6 +153,13 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """A recorded step of a job, and what was predicted of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckLinks(self, request, context):
         """Every device dials every other one.
         """
@@ -202,6 +214,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.Devices,
                     request_deserializer=protos_dot_jobs__pb2.DevicesRequest.FromString,
                     response_serializer=protos_dot_jobs__pb2.DevicesResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=protos_dot_jobs__pb2.TraceRequest.FromString,
+                    response_serializer=protos_dot_jobs__pb2.TraceResponse.SerializeToString,
             ),
             'CheckLinks': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckLinks,
@@ -453,6 +470,33 @@ class JobService:
             '/plutino.v1.JobService/Devices',
             protos_dot_jobs__pb2.DevicesRequest.SerializeToString,
             protos_dot_jobs__pb2.DevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plutino.v1.JobService/Trace',
+            protos_dot_jobs__pb2.TraceRequest.SerializeToString,
+            protos_dot_jobs__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,7 @@ class WorkerEvent(_message.Message):
     PEER_LOST_FIELD_NUMBER: _builtins.int
     RESTORED_FIELD_NUMBER: _builtins.int
     LOAD_PROGRESS_FIELD_NUMBER: _builtins.int
+    STEP_TRACE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___WorkerHello: ...
     @_builtins.property
@@ -79,6 +80,8 @@ class WorkerEvent(_message.Message):
     def restored(self) -> Global___Restored: ...
     @_builtins.property
     def load_progress(self) -> Global___LoadProgress: ...
+    @_builtins.property
+    def step_trace(self) -> Global___StepTrace: ...
     def __init__(
         self,
         *,
@@ -93,12 +96,13 @@ class WorkerEvent(_message.Message):
         peer_lost: Global___PeerLost | None = ...,
         restored: Global___Restored | None = ...,
         load_progress: Global___LoadProgress | None = ...,
+        step_trace: Global___StepTrace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "hello", b"hello", "links_up", b"links_up", "load_progress", b"load_progress", "loaded", b"loaded", "part_verified", b"part_verified", "peer_lost", b"peer_lost", "restored", b"restored", "shadow_stored", b"shadow_stored", "step_ready", b"step_ready", "unit_done", b"unit_done"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "hello", b"hello", "links_up", b"links_up", "load_progress", b"load_progress", "loaded", b"loaded", "part_verified", b"part_verified", "peer_lost", b"peer_lost", "restored", b"restored", "shadow_stored", b"shadow_stored", "step_ready", b"step_ready", "step_trace", b"step_trace", "unit_done", b"unit_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "hello", b"hello", "links_up", b"links_up", "load_progress", b"load_progress", "loaded", b"loaded", "part_verified", b"part_verified", "peer_lost", b"peer_lost", "restored", b"restored", "shadow_stored", b"shadow_stored", "step_ready", b"step_ready", "unit_done", b"unit_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "failed", b"failed", "hello", b"hello", "links_up", b"links_up", "load_progress", b"load_progress", "loaded", b"loaded", "part_verified", b"part_verified", "peer_lost", b"peer_lost", "restored", b"restored", "shadow_stored", b"shadow_stored", "step_ready", b"step_ready", "step_trace", b"step_trace", "unit_done", b"unit_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "loaded", "step_ready", "unit_done", "shadow_stored", "failed", "part_verified", "links_up", "peer_lost", "restored", "load_progress"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "loaded", "step_ready", "unit_done", "shadow_stored", "failed", "part_verified", "links_up", "peer_lost", "restored", "load_progress", "step_trace"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -262,6 +266,55 @@ class LoadProgress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadProgress: _TypeAlias = LoadProgress  # noqa: Y015
+
+@_typing.final
+class StepTrace(_message.Message):
+    """What the worker did in a step that the coordinator chose, span by span; lost if the stream breaks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    MICRO_BATCHES_FIELD_NUMBER: _builtins.int
+    START_US_FIELD_NUMBER: _builtins.int
+    DURATION_US_FIELD_NUMBER: _builtins.int
+    NUM_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    num_left_out: _builtins.int
+    """Spans beyond the bound."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One entry a span in each of the four, at most partitioner.trace.MAX_SPANS.
+        Place of the kind in partitioner.trace.SpanKind.
+        """
+
+    @_builtins.property
+    def micro_batches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """-1: of no single one."""
+
+    @_builtins.property
+    def start_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Since the first span."""
+
+    @_builtins.property
+    def duration_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        kinds: _abc.Iterable[_builtins.int] | None = ...,
+        micro_batches: _abc.Iterable[_builtins.int] | None = ...,
+        start_us: _abc.Iterable[_builtins.int] | None = ...,
+        duration_us: _abc.Iterable[_builtins.int] | None = ...,
+        num_left_out: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_us", b"duration_us", "kinds", b"kinds", "micro_batches", b"micro_batches", "num_left_out", b"num_left_out", "start_us", b"start_us", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTrace: _TypeAlias = StepTrace  # noqa: Y015
 
 @_typing.final
 class LinksUp(_message.Message):
@@ -743,6 +796,7 @@ class Feed(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     GENERATE_FIELD_NUMBER: _builtins.int
     WITHOUT_ADAPTER_FIELD_NUMBER: _builtins.int
+    RECORDED_FIELD_NUMBER: _builtins.int
     num_micro_batches: _builtins.int
     loss_weight: _builtins.float
     """Loss weight of the whole step: number of label tokens over all its micro-batches."""
@@ -750,6 +804,8 @@ class Feed(_message.Message):
     """Which of the unit's micro-batches this message carries; equal to num_micro_batches in a header-only message."""
     without_adapter: _builtins.bool
     """An evaluation of the base model, the adapter switched off."""
+    recorded: _builtins.bool
+    """The worker records what it does in this step, and tells when it is committed."""
     @_builtins.property
     def unit(self) -> Global___UnitId: ...
     @_builtins.property
@@ -768,10 +824,11 @@ class Feed(_message.Message):
         rows: Global___MicroBatch | None = ...,
         generate: Global___GenerateOptions | None = ...,
         without_adapter: _builtins.bool = ...,
+        recorded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "rows", b"rows", "unit", b"unit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "num_micro_batches", b"num_micro_batches", "rows", b"rows", "unit", b"unit", "without_adapter", b"without_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "num_micro_batches", b"num_micro_batches", "recorded", b"recorded", "rows", b"rows", "unit", b"unit", "without_adapter", b"without_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

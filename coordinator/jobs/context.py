@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.artifacts.shadows import ShadowStore
+from coordinator.artifacts.traces import TraceStore
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.events import Event
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow
@@ -16,15 +18,20 @@ from coordinator.jobs.record import JobRecord
 from coordinator.jobs.recovery import Shadow, durable_steps
 from coordinator.jobs.runner_link import RunnerLink
 from coordinator.jobs.state import Transition, transition
+from coordinator.jobs.tracing import TraceGatherer
 from coordinator.jobs.worker_link import JobWorkers
 from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.scheduler import Reservation
 from coordinator.storage.base import Change, Store
 from partitioner.plan import Plan
+from plutino.errors import WireError
 from plutino.events import JobEvent, JobStateChanged, WorkerName
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
 from plutino.types import AgentId, JobId, Unit, UnitKind, WorkerRef
+from protos import workers_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 _SERIALS_AT_ONCE = 64
 
@@ -53,6 +60,7 @@ class JobContext:
         workers: JobWorkers,
         runner: RunnerLink,
         shadow_files: ShadowStore,
+        traces: TraceStore,
         coordinator_address: str,
         bulk_address: str,
         on_events: Callable[[JobId], None],
@@ -65,12 +73,14 @@ class JobContext:
         self.workers = workers
         self.runner = runner
         self.shadow_files = shadow_files
+        self.traces = traces
         self.coordinator_address = coordinator_address
         self.bulk_address = bulk_address
         self._on_events = on_events
         self.trial = trial
         """What the job shares with the other trials of its sweep; None: it is no trial."""
         self._serials: list[int] = []
+        self._traced = TraceGatherer()
         self._plan: tuple[str, Plan] | None = None
         self.slowest_upload_s: float | None = None
         """Seconds of the slowest shadow upload so far; None before the first."""
@@ -175,6 +185,17 @@ class JobContext:
         """Steps to which the job could return, each with the shadows that hold its state."""
         return durable_steps(self.store.shadows(self.job_id), frozenset(self.record.parameter_names))
 
+    def take_trace(self, ref: WorkerRef, message: pb.StepTrace) -> None:
+        """Take in what a worker recorded of a step; the whole step is written once all have told."""
+        try:
+            trace = self._traced.add(ref, message, self.refs())
+        except WireError as error:
+            logger.warning("%s", error)
+            return
+        if trace is not None:
+            written = asyncio.get_running_loop().run_in_executor(None, self.traces.put_step, self.job_id, trace)
+            written.add_done_callback(_log_failure)
+
     async def new_unit(self, kind: UnitKind) -> Unit:
         """A unit whose serial no unit of this job ever had."""
         if not self._serials:
@@ -186,6 +207,11 @@ class JobContext:
         await asyncio.wrap_future(self.store.save(change))
         self.record = after
         self._on_events(self.job_id)
+
+
+def _log_failure(written: asyncio.Future[None]) -> None:
+    if not written.cancelled() and (error := written.exception()) is not None:
+        logger.warning("a recorded step is not kept: %s", error)
 
 
 def state_event(record: JobRecord) -> JobStateChanged:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
+from coordinator.artifacts.traces import PlannedEpoch
 from coordinator.crash_points import crash_point
 from coordinator.fleet.link_map import LinkMap
 from coordinator.jobs import events
@@ -143,5 +145,7 @@ class Scheduling:
             events=[PlanMade(plan_epoch=record.plan_epoch, plan_json=plan_json, search_s=search_s)],
         )
         crash_point("plan_reserved")
+        planned = PlannedEpoch(plan=verdict.plan, problem=problem)
+        await asyncio.to_thread(context.traces.put_plan, context.job_id, record.plan_epoch, planned)
         self._replanner.begin_plan(problem, verdict.plan)
         return True

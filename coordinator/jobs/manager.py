@@ -11,6 +11,7 @@ from typing import Any
 
 from coordinator.artifacts.publish import check_output_dir
 from coordinator.artifacts.shadows import ShadowStore
+from coordinator.artifacts.traces import TraceStore
 from coordinator.crash_points import crash_point
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Change, DeviceState
@@ -25,7 +26,7 @@ from coordinator.jobs.preview import Preview
 from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.runner_link import RunnerLink
-from coordinator.jobs.stepping import record_shadow
+from coordinator.jobs.shadow_recording import record_shadow
 from coordinator.jobs.worker_link import JobWorkers
 from coordinator.jobs.worker_view import links_of_job, usage_of_job
 from coordinator.scheduling.engine import Engine
@@ -69,6 +70,7 @@ class JobManager:
         self._incarnation = incarnation
         self._state_dir = state_dir
         self._shadow_files = ShadowStore(state_dir)
+        self.traces = TraceStore(state_dir)
         self._profiler = Profiler(fleet)
         self.queue = PlanningQueue(store=store, fleet=fleet, engine=engine)
         self._drivers: dict[JobId, JobDriver] = {}
@@ -290,13 +292,19 @@ class JobManager:
         def on_trouble(ref: WorkerRef, error: str, reason: str) -> None:
             self._drivers[job_id].worker_in_trouble(ref, error, reason)
 
+        def on_trace(ref: WorkerRef, message: pb.StepTrace) -> None:
+            self._drivers[job_id].context.take_trace(ref, message)
+
         return JobContext(
             record,
             store=self._store,
             fleet=self._fleet,
-            workers=JobWorkers(incarnation=self._incarnation, on_shadow=on_shadow, on_trouble=on_trouble),
+            workers=JobWorkers(
+                incarnation=self._incarnation, on_shadow=on_shadow, on_trouble=on_trouble, on_trace=on_trace
+            ),
             runner=RunnerLink(record.spec_json, lambda: self._engine.start_runner(job_id)),
             shadow_files=self._shadow_files,
+            traces=self.traces,
             coordinator_address=self._endpoints.devices_address,
             bulk_address=self._endpoints.bulk_address,
             on_events=self._wake_watchers,

@@ -19,8 +19,8 @@ from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, judge_evaluations
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.prepared import PreparedData
-from coordinator.jobs.recovery import Shadow, obsolete_shadows
 from coordinator.jobs.shadow_policy import shadow_due, shadow_every
+from coordinator.jobs.tracing import is_recorded
 from coordinator.jobs.units import Batch, end_unit, evaluate, feed, score, train_batch
 from coordinator.jobs.worker_link import WorkerStatus
 from coordinator.storage.base import ScoringMoment
@@ -31,13 +31,12 @@ from plutino.events import (
     PlanChanges,
     ScoredRow,
     ScoringDone,
-    ShadowDurable,
     StepCommitted,
     StepSkipped,
     WorkerStepTimes,
 )
 from plutino.job.training import learning_rate
-from plutino.types import Unit, UnitKind, WorkerRef
+from plutino.types import Unit, UnitKind
 from protos import workers_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -165,7 +164,9 @@ class Stepper:
         for ahead in range(step, min(step + _BATCHES_AHEAD, self._context.record.end_step)):
             if ahead not in self._batches:
                 self._batches[ahead] = asyncio.create_task(train_batch(self._context, ahead))
-        feed(self._context, Unit(UnitKind.TRAIN, step), await self._batches[step])
+        record = self._context.record
+        recorded = is_recorded(step, start_step=record.start_step, end_step=record.end_step)
+        feed(self._context, Unit(UnitKind.TRAIN, step), await self._batches[step], is_recorded=recorded)
         self._fed.add(step)
         crash_point("step_fed")
 
@@ -296,45 +297,6 @@ def repeat_last_decision(context: JobContext) -> None:
             commit=pb.Commit(plan_epoch=row.plan_epoch, step=row.step, clip_scale=row.clip_scale or 1.0, shadow=is_last)
         )
     context.workers.tell(decision, key=f"decision {row.step}")
-
-
-async def record_shadow(context: JobContext, ref: WorkerRef, stored: pb.ShadowStored) -> None:
-    """Write down a verified shadow, tell of the step if it became durable, and drop what nobody will need."""
-    async with context.shadow_lock:  # one after the other: each must see whether it completed a step
-        await _record_shadow(context, ref, stored)
-
-
-async def _record_shadow(context: JobContext, ref: WorkerRef, stored: pb.ShadowStored) -> None:
-    before = context.durable()
-    shadow = Shadow(
-        shadow_id=stored.shadow_id,
-        step=stored.step,
-        plan_epoch=ref.plan_epoch,
-        sha256=stored.sha256,
-        bytes=stored.bytes,
-        parameter_names=tuple(stored.parameter_names),
-    )
-    await asyncio.wrap_future(context.store.add_shadow(context.job_id, shadow))
-    crash_point("shadow_recorded")
-    context.slowest_upload_s = max(context.slowest_upload_s or 0.0, stored.seconds)
-    after = context.durable()
-    for step in sorted(after.keys() - before.keys()):
-        shadows = after[step]
-        await context.tell(ShadowDurable(step=step, bytes=sum(s.bytes for s in shadows), num_shadows=len(shadows)))
-    await _drop_obsolete(context)
-    await context.workers.wake()
-
-
-async def _drop_obsolete(context: JobContext) -> None:
-    record = context.record
-    pinned = {record.start_step} | ({record.best_step} if record.best_step is not None else set())
-    obsolete = obsolete_shadows(
-        context.store.shadows(context.job_id), frozenset(record.parameter_names), pinned_steps=frozenset(pinned)
-    )
-    if obsolete:
-        ids = [shadow.shadow_id for shadow in obsolete]
-        await asyncio.wrap_future(context.store.remove_shadows(context.job_id, ids))
-        await asyncio.to_thread(context.shadow_files.delete, context.job_id, ids)
 
 
 async def score_once(context: JobContext, prepared: PreparedData, moment: ScoringMoment) -> None:

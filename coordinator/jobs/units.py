@@ -63,6 +63,7 @@ def feed(
     generate: pb.GenerateOptions | None = None,
     *,
     without_adapter: bool = False,
+    is_recorded: bool = False,
 ) -> None:
     """Send a unit to all workers: rows to those that read them, a header to the others.
 
@@ -83,6 +84,7 @@ def feed(
             micro_batch=part.micro_batch,
             rows=part.rows,
             without_adapter=without_adapter,
+            recorded=is_recorded,
         )
         if generate is not None:
             message.generate.CopyFrom(generate)
@@ -102,6 +104,7 @@ def feed(
             loss_weight=batch.loss_weight,
             micro_batch=len(batch.parts),
             without_adapter=without_adapter,
+            recorded=is_recorded,
         )
         context.workers.tell(pb.WorkerCommand(feed=header), key=f"feed {unit} header", only=others)
 

@@ -54,10 +54,12 @@ class JobWorkers:
         incarnation: int,
         on_shadow: Callable[[WorkerRef, pb.ShadowStored], None],
         on_trouble: Callable[[WorkerRef, str, str], None],
+        on_trace: Callable[[WorkerRef, pb.StepTrace], None],
     ) -> None:
         self._incarnation = incarnation
         self._on_shadow = on_shadow
         self._on_trouble = on_trouble
+        self._on_trace = on_trace
         self._statuses: dict[WorkerRef, WorkerStatus] = {}
         self._outstanding: dict[str, tuple[frozenset[WorkerRef] | None, pb.WorkerCommand]] = {}
         self._known_units: set[Unit] = set()
@@ -182,6 +184,8 @@ class JobWorkers:
                     status.done_units[unit] = event.unit_done
             case "shadow_stored":
                 self._on_shadow(status.ref, event.shadow_stored)
+            case "step_trace":
+                self._on_trace(status.ref, event.step_trace)
             case "restored":
                 status.restored_step = event.restored.step
             case "part_verified":

@@ -83,6 +83,18 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             await abort_with_aio(context, error)
         return pb.GetResponse(summary=_summary(record), detail_json=json.dumps(_detail(self._store, record)))
 
+    async def Trace(self, request: pb.TraceRequest, context: Context) -> pb.TraceResponse:
+        """A recorded step and what was predicted of it."""
+        try:
+            record = find_job(self._store, request.job_id)
+            step = request.step if request.HasField("step") else None
+            trace, planned = await asyncio.to_thread(self._manager.traces.step, record.job_id, step)
+        except PlutinoError as error:
+            await abort_with_aio(context, error)
+        return pb.TraceResponse(
+            trace_json=trace.model_dump_json(), planned_json="" if planned is None else planned.model_dump_json()
+        )
+
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         """Events as they come."""
         try:

@@ -22,7 +22,8 @@ from edge_node.engine.entry_owners import EntryOwners
 from edge_node.engine.freezing import freeze_below, stage_of_block
 from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
-from edge_node.engine.schedule import Backward, Forward, Receive, Send, forward_actions, train_actions
+from edge_node.engine.recorder import StepRecorder
+from edge_node.engine.schedule import Action, Backward, Forward, Receive, Send, forward_actions, train_actions
 from edge_node.engine.stage_input import first_stage_input, later_stage_input
 from edge_node.engine.step_gradients import StepGradients
 from edge_node.engine.unit import StepOutcome, StepTimes, UnitInput
@@ -120,6 +121,7 @@ class StageExecutor:
         """
         started_s = time.perf_counter()
         times = StepTimes()
+        recorder = StepRecorder(self.stage.device) if work.is_recorded else None
         self._gradients = {}
         self._step_gradients.start()
         self._freeze(work.unit.serial)
@@ -133,7 +135,7 @@ class StageExecutor:
         if self._activation_cache is not None:
             self._cached = agree_on_cached(self, work, self._activation_cache)
         try:
-            loss_sum = self._run(work, actions, times, is_training=True)
+            loss_sum = self._run(work, actions, times, is_training=True, recorder=recorder)
             if self._activation_cache is not None:
                 self._entry_owners.hand_over(self, work, self._activation_cache, self._cached)
         finally:
@@ -147,6 +149,8 @@ class StageExecutor:
             device=self.stage.device,
         )
         times.wait_s += time.perf_counter() - summed_s
+        if recorder is not None and self._step_gradients.groups:
+            recorder.end("sum", -1, summed_s)
         norms = tuple(
             float(torch.linalg.vector_norm(self._gradients[p.name], dtype=torch.float64)) ** 2
             if p.name in self._trained
@@ -155,7 +159,7 @@ class StageExecutor:
         )
         reason = self._not_finite(norms, loss_sum, work.unit.serial)
         times.total_s = time.perf_counter() - started_s
-        return StepOutcome(norms, not reason, loss_sum, reason, times)
+        return StepOutcome(norms, not reason, loss_sum, reason, times, recorder)
 
     def _freeze(self, step: int) -> None:
         """Leave out what is not unfrozen yet: a function of the step alone, alike on every stage."""
@@ -231,11 +235,12 @@ class StageExecutor:
     def _run(
         self,
         work: UnitInput,
-        actions: Sequence[object],
+        actions: Sequence[Action],
         times: StepTimes,
         *,
         is_training: bool,
         is_reference: bool = False,
+        recorder: StepRecorder | None = None,
     ) -> float:
         runs_backward = is_training and self.me.stage_index >= self._lowest_stage
         in_flight: dict[int, _InFlight] = {}
@@ -273,6 +278,8 @@ class StageExecutor:
                     times.send_s += time.perf_counter() - started_s
                 case _:
                     raise AssertionError(f"unknown action {action}")
+            if recorder is not None:
+                recorder.end_action(action, started_s)
         return loss_sum
 
     def _position(self, work: UnitInput, m: int, *, is_training: bool) -> AbstractContextManager[None]:

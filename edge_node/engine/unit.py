@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edge_node.engine.recorder import StepRecorder
 from plutino.data.batches import MicroBatchRows
 from plutino.types import Unit
 
@@ -19,6 +20,8 @@ class UnitInput:
     """One per micro-batch on the first and the last stage; None where the stage does not read tokens."""
     without_adapter: bool = False
     """An evaluation of the base model."""
+    is_recorded: bool = False
+    """A training step of which every span is kept."""
 
 
 @dataclass(slots=True)
@@ -43,3 +46,5 @@ class StepOutcome:
     loss_sum: float
     reason: str
     times: StepTimes
+    recorder: StepRecorder | None = None
+    """What was recorded, where the unit asked for it."""

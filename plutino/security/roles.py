@@ -23,6 +23,7 @@ METHOD_ROLES: dict[str, frozenset[Role]] = {
     "/plutino.v1.JobService/Plan": _PEOPLE,
     "/plutino.v1.JobService/List": _PEOPLE,
     "/plutino.v1.JobService/Get": _PEOPLE,
+    "/plutino.v1.JobService/Trace": _PEOPLE,
     "/plutino.v1.JobService/Watch": _PEOPLE,
     "/plutino.v1.JobService/Cancel": _PEOPLE,
     "/plutino.v1.JobService/Pause": _PEOPLE,

@@ -1,0 +1,58 @@
+"""``plutino show``: all that is stored of a job, or one of its steps drawn beside its prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coordinator.options import AsJson, JobIdText, StateDir
+
+
+def show(
+    job: JobIdText,
+    state_dir: StateDir = None,
+    as_json: AsJson = False,
+    gantt: Annotated[
+        str | None,
+        typer.Option(metavar="STEP.SVG", help="Draw a recorded step beside its prediction; - draws it as text."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Which recorded step; by default the newest.")] = None,
+) -> None:
+    """Show everything that is stored of a job, or draw one of its steps."""
+    from plutino.client import Client
+
+    if gantt is not None:
+        return _draw(job, state_dir, gantt, step, as_json=as_json)
+    with Client.local(state_dir) as client:
+        found = client.job(job)
+    if as_json:
+        return _print_json(found)
+    from coordinator.screens import job_detail, make_console
+
+    make_console().print(job_detail(found))
+
+
+def _draw(job: str, state_dir: Path | None, gantt: str, step: int | None, *, as_json: bool) -> None:
+    from coordinator.artifacts.traces import PlannedEpoch
+    from coordinator.trace_command import TO_STDOUT, draw_step, write_step
+    from partitioner.trace import StepTrace
+    from plutino.client import Client
+
+    with Client.local(state_dir) as client:
+        trace_json, planned_json = client.trace(job, step)
+    trace = StepTrace.model_validate_json(trace_json)
+    planned = PlannedEpoch.model_validate_json(planned_json) if planned_json else None
+    if as_json:
+        _print_json(trace.model_dump(mode="json"))
+    if gantt != TO_STDOUT:
+        write_step(draw_step(trace, planned, as_picture=True), Path(gantt))
+    elif not as_json:
+        print(draw_step(trace, planned, as_picture=False), end="")
+
+
+def _print_json(value: Any) -> None:
+    from coordinator.json_output import to_json
+
+    print(to_json(value))
