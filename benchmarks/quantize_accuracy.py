@@ -4,9 +4,9 @@
     python -m benchmarks.quantize_accuracy --quick     # does it run at all
 
 Every trial is one process with the stages' own engine in it (``edge_node/engine/reference.py``): the demo's rows, LoRA,
-learning rate and steps, then greedy answers to the held-out rows. Told beside the share of exact answers: processor
-seconds, which another process on the machine hardly moves, and the bytes that the frozen weights take. Figures are
-written after every trial, and trials that a file holds already are not run again.
+learning rate and steps, then greedy answers to the held-out rows. Told beside the score: processor seconds, which other
+processes hardly move, and the bytes that the frozen weights take. Figures are written after every trial, and trials
+that a file holds already are not run again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from plutino.job.spec import JobSpec, parse_spec
 SCHEMES: tuple[Scheme, ...] = ("none", "int8", "nf4", "int4")
 HELD_TO_GOAL: tuple[Scheme, ...] = ("int8", "nf4")
 MOST_LOST_POINTS = 2.0
-"""Percentage points of exact answers, in the mean over seeds."""
+"""Percentage points of exact answers (of slot F1, --task json), in the mean over seeds."""
 FURTHER_MODELS = ("tiny-llama-28m",)
 """Folders of ``--data`` that are trained too."""
 
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         for finished in as_completed([pool.submit(run_trial, trial) for trial in open_trials]):
             key, figures = finished.result()
             done[key] = figures
-            told = figures.get("refused") or f"{figures['exact_match']:.1%}, {figures['train_cpu_s']:.1f} s"
+            told = figures.get("refused") or f"{figures['score']:.1%}, {figures['train_cpu_s']:.1f} s"
             print(f"{key}: {told}", file=sys.stderr, flush=True)
             write_results(path, {"machine": machine, "settings": settings, "trials": dict(sorted(done.items()))})
     names = [Path(model).name for model in models]
@@ -149,10 +149,10 @@ def run_trial(trial: Trial) -> tuple[str, dict[str, object]]:
         adapters = {id(use) for parameter in executor.method.parameters for _, use in parameter.uses}
         held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in adapters}
         losses, train_s, train_cpu_s = _train(spec, pipeline)
-        exact_match, score_cpu_s = _score(spec, pipeline)
+        task_score, score_cpu_s = _score(spec, pipeline)
     return trial.key, {
         **facts,
-        "exact_match": exact_match,
+        "score": task_score,
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "train_s": train_s,
@@ -182,7 +182,7 @@ def _train(spec: JobSpec, pipeline: InProcessPipeline) -> tuple[list[float], flo
 
 
 def _score(spec: JobSpec, pipeline: InProcessPipeline) -> tuple[float, float]:
-    """Share of exact answers to the held-out rows, and processor seconds of giving them."""
+    """The task's score on the held-out rows (exact answers, or slot F1), and processor seconds of giving them."""
     scoring = spec.scoring
     assert scoring is not None and spec.data.eval is not None
     started_cpu_s = time.process_time()
@@ -195,31 +195,30 @@ def _score(spec: JobSpec, pipeline: InProcessPipeline) -> tuple[float, float]:
         for group in range(-(-len(samples) // scoring.batch_rows))
     ]
     answers = [tokenizer.decode(row) for rows in pipeline.generate(0, groups, options) for row in rows]
-    result = score("exact_match", answers, [row.answer for row in held_out.rows])
-    assert result.exact_match is not None
-    return result.exact_match, time.process_time() - started_cpu_s
+    result = score(spec.metric_of(spec.data.sources[0]), answers, [row.answer for row in held_out.rows])
+    return result.headline, time.process_time() - started_cpu_s
 
 
 def accuracy_goals(trials: Mapping[str, Mapping[str, object]], models: Sequence[str]) -> list[Goal]:
     """Points that int8 and nf4 lose against unquantised weights, in the mean over seeds."""
     goals = []
     for model in models:
-        plain = _mean(trials, model, "none", "exact_match")
+        plain = _mean(trials, model, "none", "score")
         for scheme in HELD_TO_GOAL:
-            found = _mean(trials, model, scheme, "exact_match")
+            found = _mean(trials, model, scheme, "score")
             if plain is not None and found is not None:
-                name = f"{model}, {scheme}: points of exact answers lost"
+                name = f"{model}, {scheme}: points of the score lost"
                 goals.append(Goal(name=name, measured=100 * (plain - found), at_most=MOST_LOST_POINTS))
     return goals
 
 
 def table(trials: Mapping[str, Mapping[str, object]], models: Sequence[str]) -> str:
     """Plain text: a line a model and scheme, means over seeds, times as ratios to unquantised weights."""
-    lines = [f"{'model':<18} {'scheme':<7} {'seeds':>5} {'exact':>7} {'+-':>6} {'train':>6} {'score':>6} {'MiB':>7}"]
+    lines = [f"{'model':<18} {'scheme':<7} {'seeds':>5} {'score':>7} {'+-':>6} {'train':>6} {'answer':>6} {'MiB':>7}"]
     for model in models:
         plain_s = [_mean(trials, model, "none", what) for what in ("train_cpu_s", "score_cpu_s")]
         for scheme in SCHEMES:
-            found = _values(trials, model, scheme, "exact_match")
+            found = _values(trials, model, scheme, "score")
             if not found:
                 continue
             spread = statistics.stdev(found) if len(found) > 1 else 0.0

@@ -286,7 +286,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of adapters and data order.")] = 0,
     quantization: Annotated[
         Literal["none", "int8", "nf4", "int4"], typer.Option(help="How the devices hold the frozen weights.")
-    ] = "none",
+    ] = "nf4",
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the bundled model over three devices made of processes on this machine, and compare."""

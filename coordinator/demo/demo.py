@@ -23,7 +23,7 @@ from rich.text import Text
 
 from coordinator.demo.bag_of_words import BagOfWordsResult, bag_of_words
 from coordinator.demo.children import Child, Children, interrupted_by_termination
-from coordinator.demo.job import DEVICES, DemoDevice, Task, job_values, reference_values, whole_job_values
+from coordinator.demo.job import DEVICES, QUANTIZATION, DemoDevice, Task, job_values, reference_values, whole_job_values
 from coordinator.demo.result import DemoResult, ReferenceRun, comparison
 from coordinator.job_view import JobView
 from coordinator.screens import follow, make_console, summary
@@ -63,7 +63,7 @@ class DemoOptions:
     is_quiet: bool = False
     """Leave stdout alone: what people read goes to stderr."""
     seed: int = 0
-    quantization: Scheme = "none"
+    quantization: Scheme = QUANTIZATION
     """How the devices hold the frozen weights; the reference holds them as they are stored."""
 
 

@@ -14,6 +14,8 @@ from plutino.sizes import MIB
 Task = Literal["intent", "json"]
 
 NUM_FAST_STEPS = 10
+QUANTIZATION: Scheme = "nf4"
+"""How the demo's devices hold the frozen weights, unless asked otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from edge_node.quantize.base import PackedTensor, check_finite, check_weight
+from edge_node.quantize.fused import nf4_launch
 from edge_node.quantize.native import nf4_kernel
 from edge_node.quantize.workspace import scratch_elements, workspace
 from plutino.errors import QuantizationError
@@ -54,7 +55,7 @@ class Nf4:
 
     name: Literal["nf4"] = "nf4"
     has_native: bool = True
-    """Whether bitsandbytes' kernel may be used where it gives the same bits; it only saves time."""
+    """Whether bitsandbytes' kernel, or ours on a card, is used where it gives the same bits; it only saves time."""
 
     def check(self, out_features: int, in_features: int) -> None:
         """Two weights share a byte."""
@@ -114,6 +115,11 @@ class Nf4:
         first_block, last_block = start // BLOCK, -(-(start + out.numel()) // BLOCK)
         absmax = _unpack_constants(packed, first_block, last_block)
         codes = packed["codes"][start // 2 : start // 2 + out.numel() // 2]
+        if out.is_cuda and self.has_native:
+            launch = nf4_launch(out.dtype, out.device, _unpack_pieces)
+            if launch is not None:
+                launch(codes, absmax, _levels(out.device), out)
+                return out
         kernel = nf4_kernel(out.dtype, out.device, unpack_in_torch) if self.has_native else None
         if kernel is not None and out.numel() % BLOCK == 0:
             kernel(codes, absmax, out)
@@ -144,6 +150,19 @@ def unpack_in_torch(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
         values.view(-1, BLOCK).mul_(absmax[start // BLOCK : start // BLOCK + num_blocks].unsqueeze(1))
         if not is_direct:
             piece_of_out.copy_(values[:num_weights])
+
+
+def _unpack_pieces(codes: Tensor, absmax: Tensor, levels: Tensor, out: Tensor) -> None:
+    """What a card's kernel has to give for any 16 levels."""
+    both = torch.stack([levels[(codes >> 4).int()], levels[(codes & 15).int()]], dim=1).flatten()
+    out.copy_(both * absmax.repeat_interleave(BLOCK)[: both.numel()])
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """The values of the codes, fp32 [16]."""
+    with torch.inference_mode(False):
+        return torch.tensor(LEVELS, dtype=torch.float32).to(device)
 
 
 @functools.cache
@@ -215,7 +234,10 @@ def _unpack_constants(packed: Mapping[str, Tensor], first_block: int, last_block
     """The fp32 constants of blocks [first_block, last_block)."""
     codes = packed["absmax"][first_block:last_block]
     first, last = first_block // NESTED_BLOCK, -(-last_block // NESTED_BLOCK)
-    scales = packed["nested_absmax"][first:last].repeat_interleave(NESTED_BLOCK)
-    skipped = first_block - first * NESTED_BLOCK
+    scales, skipped = packed["nested_absmax"][first:last], first_block - first * NESTED_BLOCK
     values = constant_levels(codes.device).index_select(0, codes.int())
-    return values.mul_(scales[skipped : skipped + len(codes)]).add_(packed["nested_offset"])
+    if skipped == 0 and len(values) % NESTED_BLOCK == 0:
+        values.view(-1, NESTED_BLOCK).mul_(scales.unsqueeze(1))
+    else:
+        values.mul_(scales.repeat_interleave(NESTED_BLOCK)[skipped : skipped + len(codes)])
+    return values.add_(packed["nested_offset"])

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from edge_node.quantize.int4 import Int4, int4_launch
+from edge_node.quantize.int4 import _unpack_in_torch as unpack_int4
 from edge_node.quantize.linear import QuantLinear
+from edge_node.quantize.nf4 import Nf4, _unpack_pieces, nf4_launch
 from edge_node.quantize.registry import SCHEMES
 
 pytestmark = pytest.mark.gpu
@@ -80,3 +83,23 @@ def test_integer_products_are_those_of_the_cpu(tokens: int) -> None:
     here = layer(x)
     there = layer.cuda()(x.cuda()).cpu()
     assert torch.allclose(there, here, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_kernels_are_used_where_triton_is_and_give_torchs_bits(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    card = torch.device("cuda", torch.cuda.current_device())
+    assert nf4_launch(dtype, card, _unpack_pieces) is not None
+    assert int4_launch(dtype, card, unpack_int4) is not None
+    for fused, plain in ((Nf4(), Nf4(has_native=False)), (Int4(), Int4(has_native=False))):
+        # Blocks of nf4 that end inside a row, and rows that no program of the kernel fills.
+        shapes = ((OUT, IN), (33, 384), (3, 128), *(((5, 70),) if fused.name == "nf4" else ()))
+        for shape in shapes:
+            packed = fused.pack((gaussian(*shape) * 0.02).cuda())
+            for start_row in (0, fused.row_multiple(shape[1])):
+                if start_row >= shape[0]:
+                    continue
+                found, expected = (torch.empty(shape[0] - start_row, shape[1], dtype=dtype).cuda() for _ in range(2))
+                fused.unpack(packed, found, start_row=start_row)
+                plain.unpack(packed, expected, start_row=start_row)
+                assert torch.equal(found, expected), (fused.name, shape, start_row)

@@ -12,7 +12,7 @@ def trials_of(**exact: list[float]) -> dict[str, dict[str, object]]:
         f"{scheme} {seed}": {
             "model_dir": MODEL,
             "scheme": scheme,
-            "exact_match": value,
+            "score": value,
             "train_cpu_s": 2.0 if scheme == "nf4" else 1.0,
             "score_cpu_s": 1.0,
             "frozen_bytes": 1 << 20,

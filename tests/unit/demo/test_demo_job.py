@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
-from coordinator.demo.job import DEVICES, job_values, reference_values, whole_job_values
+from coordinator.cli import app
+from coordinator.demo.demo import DemoOptions
+from coordinator.demo.job import DEVICES, QUANTIZATION, job_values, reference_values, whole_job_values
 from plutino.job.spec import load_spec, parse_spec
 from plutino.sizes import MIB
 
@@ -49,6 +52,13 @@ def test_reference_takes_the_same_steps_with_the_whole_batch_at_once():
     assert reference.placement.threads == 2
     assert reference.training.micro_batch_size is None
     assert reference.training.steps == values()["training"]["steps"]
+
+
+def test_demo_holds_weights_in_nf4_unless_asked_otherwise(tmp_path):
+    demo = next(command for command in app.registered_commands if command.callback.__name__ == "demo")
+    option = inspect.signature(demo.callback).parameters["quantization"]
+
+    assert DemoOptions(out_dir=tmp_path).quantization == QUANTIZATION == option.default == "nf4"
 
 
 def test_demo_job_quantises_the_devices_but_not_the_reference(tmp_path):
