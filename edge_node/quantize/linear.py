@@ -7,7 +7,7 @@ the backward pass. This one saves nothing: forward and backward each dequantise 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from edge_node.quantize.int8 import Int8
 from edge_node.quantize.integer_product import integer_product
 from edge_node.quantize.workspace import TILE_ELEMENTS, workspace
 from plutino.errors import QuantizationError
-from plutino.job.model import Products
+
+if TYPE_CHECKING:
+    # Layers run where specs are not read, and pydantic is not installed.
+    from plutino.job.model import Products
 
 
 class QuantLinear(nn.Linear):
