@@ -95,6 +95,7 @@ class StageLoading:
             device=self._device.torch,
             cache=None if drawn else PackedBlobs(config.cache(), assignment.base_hash),
             has_lm_head=not assignment.spec.objective.has_score_head,
+            has_backbone=not assignment.from_cache,
         )
 
     def bytes_by_place(self, stage: Stage) -> Mapping[str, int]:
@@ -151,6 +152,7 @@ def make_executor(
         codec=assignment.numerics.codecs,
         first_trainable_stage=assignment.first_trainable_stage,
         activation_cache=activations,
+        entry_owners=[Peer(*owner) for owner in assignment.entry_owners],
         unfreezing=spec.method.unfreezing,
     )
 

@@ -16,6 +16,7 @@ from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import owners_of
 from partitioner.memory import MemoryModel, ReplicaShare
 from partitioner.model import JobShape, ModelTable
+from partitioner.plan import CachedStep
 from partitioner.values import PlanValue
 
 READ_BYTES_PER_S = 500e6
@@ -41,22 +42,6 @@ class SideDevice(PlanValue):
     def micro_batch_s(self) -> float:
         """Nothing is read ahead."""
         return self.compute_s + self.read_s
-
-
-class CachedStep(PlanValue):
-    """One optimiser step from the cache."""
-
-    step_s: float
-    agent_ids: tuple[str, ...]
-    """Devices that take part; the first one adds up."""
-    owners: tuple[int, ...]
-    """Place in ``agent_ids`` of the device that runs micro-batch m."""
-    compute_s: float
-    """Of the busiest device."""
-    read_s: float
-    """Of the same device."""
-    reduce_s: float
-    """Until all have the whole gradient."""
 
 
 def cached_step(

@@ -100,6 +100,22 @@ class LinkUse(PlanValue):
     """Whether the two before were measured, and how long ago, or assumed."""
 
 
+class CachedStep(PlanValue):
+    """One optimiser step from the cache."""
+
+    step_s: float
+    agent_ids: tuple[str, ...]
+    """Devices that take part; the first one adds up."""
+    owners: tuple[int, ...]
+    """Place in ``agent_ids`` of the device that runs micro-batch m."""
+    compute_s: float
+    """Of the busiest device."""
+    read_s: float
+    """Of the same device."""
+    reduce_s: float
+    """Until all have the whole gradient."""
+
+
 class RejectedPlan(PlanValue):
     """An alternative and why it lost."""
 
@@ -134,6 +150,10 @@ class Plan(PlanValue):
     bottleneck: str
     relief: str
     """What would make it faster or smaller."""
+    cached: CachedStep | None = None
+    """How these devices would train from the activation cache, without the backbone; None: the job will not."""
+    from_cache: bool = False
+    """This is how: one stage without blocks, with the whole side network on every replica."""
     rejected: tuple[RejectedPlan, ...] = ()
     unused_devices: tuple[RejectedPlan, ...] = ()
 

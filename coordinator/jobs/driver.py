@@ -25,6 +25,7 @@ from coordinator.jobs.interrupts import CancelWish, Interrupt, Interrupts, Loss,
 from coordinator.jobs.job_scheduling import Scheduling
 from coordinator.jobs.lineage import judge_evaluations
 from coordinator.jobs.moving import Replanner
+from coordinator.jobs.phases import Phases
 from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
@@ -77,8 +78,14 @@ class JobDriver:
         self._stop_runner = stop_runner
         self._interrupts = Interrupts()
         self._replanner = Replanner(context, profiler)
+        self._phases = Phases(context.spec)
         self._scheduling = Scheduling(
-            context, queue=queue, profiler=profiler, link_map=link_map, replanner=self._replanner
+            context,
+            queue=queue,
+            profiler=profiler,
+            link_map=link_map,
+            replanner=self._replanner,
+            phases=self._phases,
         )
         self._lost_at_s: float | None = None
 
@@ -177,7 +184,7 @@ class JobDriver:
                 case commands.BeginSteps():
                     assert prepared is not None
                     repeat_last_decision(self.context)
-                    return await Stepper(self.context, prepared, self._replanner).run()
+                    return await Stepper(self.context, prepared, self._replanner, self._phases).run()
                 case commands.BeginExport():
                     assert prepared is not None
                     repeat_last_decision(self.context)
@@ -241,6 +248,7 @@ class JobDriver:
         self._lost_at_s = self._lost_at_s or time.monotonic()
         self._scheduling.last_loss = loss.reason
         self._replanner.stop()
+        self._phases.forget()
         num_left = sum(device.agent_id not in context.excluded_devices for device in context.fleet.devices)
         decision = decide_recovery(
             Incident(

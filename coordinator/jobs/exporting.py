@@ -22,7 +22,7 @@ from coordinator.jobs.lineage import surviving
 from coordinator.jobs.placing import restorable
 from coordinator.jobs.prepared import PreparedData, for_devices
 from coordinator.jobs.scoring import ScoreReport
-from coordinator.jobs.stepping import score_once
+from coordinator.jobs.scoring_moments import score_once
 from coordinator.jobs.units import PROBE_ROWS, Batch, Evaluation, evaluate, probe_batch
 from partitioner.explain import explain
 from plutino.errors import ExportError

@@ -11,6 +11,7 @@ from coordinator.fleet.link_map import LinkMap
 from coordinator.jobs import events
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.moving import Replanner
+from coordinator.jobs.phases import Phases, with_cached_step
 from coordinator.jobs.planning import make_numerics, make_problem
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
@@ -34,6 +35,7 @@ class Scheduling:
         profiler: measures devices.
         link_map: the ways between devices.
         replanner: watches the job once it runs; it may have a plan to move to.
+        phases: knows whether the job should run from its activation cache.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class Scheduling:
         profiler: Profiler,
         link_map: LinkMap,
         replanner: Replanner,
+        phases: Phases,
     ) -> None:
         self._context = context
         self._queue = queue
         self._profiler = profiler
         self._link_map = link_map
         self._replanner = replanner
+        self._phases = phases
         self.last_loss: str | None = None
         """What was lost before the plan that is to be made; None before any loss."""
 
@@ -102,6 +106,8 @@ class Scheduling:
             return trial.problem.model_copy(update={"job_id": context.job_id, "known_plan": trial.plan})
         if (moving := self._replanner.take_problem()) is not None:
             return moving
+        if (changing := self._phases.take_problem()) is not None:
+            return changing
         problem = await make_problem(
             context.job_id,
             context.spec,
@@ -134,7 +140,8 @@ class Scheduling:
         else:
             numerics = make_numerics(verdict.plan, family_of(problem.table.family), context.fleet.devices)
             numerics_json = numerics.model_dump_json()
-        plan_json = verdict.plan.model_dump_json()
+        plan = with_cached_step(verdict.plan, problem, context.spec) if context.trial is None else verdict.plan
+        plan_json = plan.model_dump_json()
         if context.trial is not None:
             context.trial.plan = verdict.plan
         await context.apply(
@@ -145,7 +152,8 @@ class Scheduling:
             events=[PlanMade(plan_epoch=record.plan_epoch, plan_json=plan_json, search_s=search_s)],
         )
         crash_point("plan_reserved")
-        planned = PlannedEpoch(plan=verdict.plan, problem=problem)
+        planned = PlannedEpoch(plan=plan, problem=problem)
         await asyncio.to_thread(context.traces.put_plan, context.job_id, record.plan_epoch, planned)
-        self._replanner.begin_plan(problem, verdict.plan)
+        self._replanner.begin_plan(problem, plan)
+        self._phases.begin_plan(problem, plan)
         return True

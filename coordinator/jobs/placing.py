@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
+from coordinator.jobs.phases import entry_owners
 from coordinator.jobs.prepared import for_devices
 from coordinator.jobs.recovery import durable_steps
 from coordinator.scheduling.problem import first_trainable_stage, stage_shapes
@@ -261,7 +262,9 @@ def _assignments(
             coordinator_address=context.coordinator_address,
             bulk_address=context.bulk_address,
             restore=restore,
-            stage_key=stage_key(
+            stage_key=""
+            if plan.from_cache
+            else stage_key(
                 manifest.base_hash,
                 shapes[ref.stage_index],
                 context.numerics,
@@ -269,6 +272,8 @@ def _assignments(
                 has_lm_head=not spec.objective.has_score_head,
             ),
             keeps_stage_s=context.keeps_stage_s,
+            entry_owners=entry_owners(plan),
+            from_cache=plan.from_cache,
             caches=tuple(cache for cache in caches if cache.agent_id != agent_id),
         )
         for ref, agent_id in context.refs().items()

@@ -18,19 +18,18 @@ from coordinator.jobs.barrier import Abort, AbortKind, Barrier, Commit, Vote, de
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, judge_evaluations
 from coordinator.jobs.moving import Replanner
+from coordinator.jobs.phases import Phases
 from coordinator.jobs.prepared import PreparedData
+from coordinator.jobs.scoring_moments import score_once
 from coordinator.jobs.shadow_policy import shadow_due, shadow_every
 from coordinator.jobs.tracing import is_recorded
-from coordinator.jobs.units import Batch, end_unit, evaluate, feed, score, train_batch
+from coordinator.jobs.units import Batch, end_unit, evaluate, feed, train_batch
 from coordinator.jobs.worker_link import WorkerStatus
-from coordinator.storage.base import ScoringMoment
 from plutino.errors import JobError, NumericsError
 from plutino.events import (
     Evaluated,
     Notice,
     PlanChanges,
-    ScoredRow,
-    ScoringDone,
     StepCommitted,
     StepSkipped,
     WorkerStepTimes,
@@ -42,16 +41,16 @@ from protos import workers_pb2 as pb
 logger = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 4
-_SHOWN_ROWS = 5
 
 
 class Stepper:
     """Runs the steps of one plan epoch, from the record's next step to the end of training."""
 
-    def __init__(self, context: JobContext, prepared: PreparedData, replanner: Replanner) -> None:
+    def __init__(self, context: JobContext, prepared: PreparedData, replanner: Replanner, phases: Phases) -> None:
         self._context = context
         self._prepared = prepared
         self._replanner = replanner
+        self._phases = phases
         self._batches: dict[int, asyncio.Task[Batch]] = {}
         self._fed: set[int] = set()
         self._step_s: float | None = None
@@ -62,10 +61,14 @@ class Stepper:
         context = self._context
         try:
             while True:
-                await self._border()
                 step = context.record.next_step
+                if context.plan.from_cache and self._needs_backbone(step) and step not in self._fed:
+                    return await self._leave(step, self._phases.return_to_pipeline())
+                await self._border()
                 if (reason := self._done_reason()) is not None:
                     return job_events.TrainingDone(reason=reason)
+                if (change := self._leaves_pipeline(step)) is not None and step not in self._fed:
+                    return await self._leave(step, change)
                 if (move := self._replanner.move) is not None and step not in self._fed:
                     return await self._leave(step, move.reason)
                 await self._feed(step)
@@ -78,8 +81,26 @@ class Stepper:
 
     def _may_feed_ahead(self, step: int) -> bool:
         # A step that is fed is run: before a move there must be none.
-        is_moving = self._replanner.move is not None
-        return not is_moving and not self._evaluation_due(step) and step < self._context.record.end_step
+        record = self._context.record
+        is_moving = self._replanner.move is not None or self._phases.may_change_before(
+            step, record.start_step, self._prepared.num_train
+        )
+        return not is_moving and not self._evaluation_due(step) and step < record.end_step
+
+    def _needs_backbone(self, step: int) -> bool:
+        """Whether something is due before a step, or after the last one, that runs through the blocks."""
+        return self._done_reason() is not None or (self._evaluation_due(step) and not self._is_evaluated(step))
+
+    def _leaves_pipeline(self, step: int) -> str | None:
+        """Why the job should train without its backbone from this step on; None: it stays as it is."""
+        context, record = self._context, self._context.record
+        if context.plan.from_cache:
+            return None
+        left_out = (s.vote.times.left_out_rows for s in context.workers.statuses if s.vote is not None)
+        self._phases.note(step, record.start_step, self._prepared.num_train, left_out)
+        every = context.spec.training.eval_every if context.spec.data.has_eval else None
+        until = record.end_step if every is None else min(record.end_step, (step // every + 1) * every)
+        return self._phases.leave_pipeline(until - step, move_s=self._replanner.load_s)
 
     async def _leave(self, steps_done: int, reason: str) -> job_events.MoveDecided:
         """The state must be durable before the workers that hold it end."""
@@ -297,25 +318,6 @@ def repeat_last_decision(context: JobContext) -> None:
             commit=pb.Commit(plan_epoch=row.plan_epoch, step=row.step, clip_scale=row.clip_scale or 1.0, shadow=is_last)
         )
     context.workers.tell(decision, key=f"decision {row.step}")
-
-
-async def score_once(context: JobContext, prepared: PreparedData, moment: ScoringMoment) -> None:
-    """Score the held-out rows, unless that was done before a restart."""
-    if moment in context.store.scores(context.job_id):
-        return
-    report, seconds = await score(context, prepared, use_adapter=moment == "after")
-    seen = ScoringDone(
-        when=moment,
-        num_rows=report.num_rows,
-        metrics=report.values,
-        sample_rows=tuple(
-            ScoredRow(prompt=s.prompt, expected=s.truth, answer=s.answer, is_right=s.answer.strip() == s.truth.strip())
-            for s in report.samples[:_SHOWN_ROWS]
-        ),
-        seconds=seconds,
-    )
-    await asyncio.wrap_future(context.store.put_scores(context.job_id, moment, report.model_dump_json()))
-    await context.tell(seen)
 
 
 def _vote(status: WorkerStatus) -> Vote:

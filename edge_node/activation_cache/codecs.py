@@ -7,27 +7,37 @@ A token's bytes depend on nothing but that token, so that padding, order and nei
 | raw | h numbers in the backbone's dtype | none |
 | bf16 | 2 h | 2^-8 of each number |
 | int8 | h + 4 | 1/254 of the token's largest number |
-| int4 | h / 2 + h / 32 | 1/14 of the largest of 64 neighbours, and a 256th of that |
+| int4 | h / 2 | 1/12 of the largest of at least 128 neighbours |
+
+int4 has 15 levels, and 15^16 is less than 2^63: 16 numbers are the digits of one in base 15, and the topmost bits of
+8 such words are their scale, one of 256 that lie a sixth of an octave apart: it takes no bytes of its own. Widths
+below 128 have a byte for it; what 128 does not divide belongs to the last scale; the last word is filled with zeros.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from plutino.errors import ConfigError
+from plutino.state_codecs import INT4_GROUP_WORDS, INT4_WORD, StateCodec
 
-StateCodec = Literal["raw", "bf16", "int8", "int4"]
+_LEVELS = 15
+_HALF = _LEVELS // 2
+_CHUNK = _LEVELS**4
+"""A word is taken apart by a table of four digits."""
+_TOP_BIT = -(1 << 63)
+SCALES = torch.tensor([2.0 ** ((code - 128) / 6) for code in range(256)])
+"""By code, 4e-7 to 2e6: seven times that is the largest number that is not cut off."""
+_DIGITS = torch.tensor(
+    [[code // _LEVELS**place % _LEVELS - _HALF for place in range(4)] for code in range(_CHUNK)], dtype=torch.float32
+)
+_PLACES = torch.tensor([_LEVELS**place for place in range(INT4_WORD)])
 
-GROUP = 64
-"""Numbers that share a scale in int4."""
-
-_SCALE_BYTES = {"int8": 4, "int4": 2}
-
-# Shape suffixes: T tokens, D width, G groups of a token.
+# Shape suffixes: T tokens, D width, W words of a token, G groups of a token, P places of a word.
 
 
 def check_codec(codec: str) -> None:
@@ -40,20 +50,6 @@ def check_codec(codec: str) -> None:
         raise ConfigError(
             f"activation cache codec {codec!r} is not known; choose one of {', '.join(get_args(StateCodec))}"
         )
-
-
-def token_bytes(codec: StateCodec, width: int, dtype: torch.dtype) -> int:
-    """Bytes of one token's hidden state."""
-    match codec:
-        case "raw":
-            return width * dtype.itemsize
-        case "bf16":
-            return 2 * width
-        case "int8":
-            return width + _SCALE_BYTES["int8"]
-        case "int4":
-            groups = -(-width // GROUP)
-            return groups * (GROUP // 2 + _SCALE_BYTES["int4"])
 
 
 def encode(codec: StateCodec, states_TD: Tensor) -> Tensor:
@@ -89,22 +85,51 @@ def decode(codec: StateCodec, data: Tensor, width: int, dtype: torch.dtype) -> T
 
 def _encode_int4(states_TD: Tensor) -> Tensor:
     num_tokens, width = states_TD.shape
-    padded = functional.pad(states_TD, (0, -width % GROUP)).view(num_tokens, -1, GROUP)
-    scales_TG1 = _scales((padded.abs().amax(dim=2, keepdim=True) / 7).to(torch.bfloat16).float())
-    codes = (padded / scales_TG1).round().clamp(-7, 7).to(torch.int8) + 8
-    codes = codes.view(num_tokens, -1, 2).to(torch.uint8)
-    packed = codes[..., 0] | (codes[..., 1] << 4)
-    scales = scales_TG1.squeeze(2).to(torch.bfloat16).contiguous().view(torch.uint8)
-    return torch.cat([scales, packed], dim=1)
+    padded_TWP = functional.pad(states_TD, (0, -width % INT4_WORD)).view(num_tokens, -1, INT4_WORD)
+    group_of_word = _group_of_word(padded_TWP.shape[1])
+    num_groups = int(group_of_word[-1]) + 1
+    largest_TW = padded_TWP.abs().amax(dim=2)
+    largest_TG = torch.stack([largest_TW[:, group_of_word == group].amax(dim=1) for group in range(num_groups)], dim=1)
+    # The smallest scale with which nothing is cut off.
+    codes_TG = torch.bucketize(largest_TG / _HALF, SCALES).clamp(max=255)
+    scales_TW1 = SCALES[codes_TG][:, group_of_word].unsqueeze(2)
+    digits_TWP = (padded_TWP / scales_TW1).round().clamp(-_HALF, _HALF).long() + _HALF
+    words_TW = (digits_TWP * _PLACES).sum(dim=2)
+    if len(group_of_word) < INT4_GROUP_WORDS:
+        return torch.cat([codes_TG.to(torch.uint8), words_TW.view(torch.uint8)], dim=1)
+    bits_TGb = (codes_TG.unsqueeze(2) >> torch.arange(INT4_GROUP_WORDS)) & 1
+    words_TW[:, : num_groups * INT4_GROUP_WORDS] |= bits_TGb.flatten(1) * _TOP_BIT
+    return words_TW.view(torch.uint8)
 
 
 def _decode_int4(data: Tensor, width: int) -> Tensor:
-    num_tokens, groups = len(data), -(-width // GROUP)
-    scale_bytes = groups * _SCALE_BYTES["int4"]
-    scales_TG = data[:, :scale_bytes].contiguous().view(torch.bfloat16).float()
-    packed = data[:, scale_bytes:]
-    codes = torch.stack([packed & 15, packed >> 4], dim=2).view(num_tokens, groups, GROUP).float() - 8
-    return (codes * scales_TG.unsqueeze(2)).view(num_tokens, -1)[:, :width]
+    num_tokens, num_words = len(data), -(-width // INT4_WORD)
+    group_of_word = _group_of_word(num_words)
+    if num_words < INT4_GROUP_WORDS:
+        codes_TG = data[:, :1].long()
+        words_TW = data[:, 1:].contiguous().view(torch.int64)
+    else:
+        words_TW = data.contiguous().view(torch.int64)
+        num_groups = int(group_of_word[-1]) + 1
+        bits_TGb = (words_TW[:, : num_groups * INT4_GROUP_WORDS] < 0).view(num_tokens, num_groups, -1).long()
+        codes_TG = (bits_TGb << torch.arange(INT4_GROUP_WORDS)).sum(dim=2)
+        words_TW = words_TW & ~_TOP_BIT
+    parts = []
+    for _ in range(INT4_WORD // 4):
+        rest_TW = torch.div(words_TW, _CHUNK, rounding_mode="floor")
+        parts.append(words_TW - rest_TW * _CHUNK)
+        words_TW = rest_TW
+    numbers_TWP = functional.embedding(torch.stack(parts, dim=2), _DIGITS).flatten(2)
+    scales_TW1 = SCALES[codes_TG][:, group_of_word].unsqueeze(2)
+    return (numbers_TWP * scales_TW1).view(num_tokens, -1)[:, :width]
+
+
+def _group_of_word(num_words: int) -> Tensor:
+    return (
+        torch.arange(num_words)
+        .div(INT4_GROUP_WORDS, rounding_mode="floor")
+        .clamp(max=max(1, num_words // INT4_GROUP_WORDS) - 1)
+    )
 
 
 def _scales(scales: Tensor) -> Tensor:

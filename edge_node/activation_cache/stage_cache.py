@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_node.activation_cache.codecs import StateCodec, decode, encode, token_bytes
+from edge_node.activation_cache.codecs import decode, encode
 from edge_node.activation_cache.store import ActivationStore, StateFile
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates
+from plutino.state_codecs import StateCodec, token_bytes
 
 KEY_BYTES = 16
 
@@ -91,6 +92,8 @@ class StageCache:
 
     def write(self, rows: CacheKeys, states: BackboneStates) -> None:
         """Keep the states of one micro-batch, row by row, as far as the budget goes; what is here stays."""
+        if self._store is None:
+            self.counts.rows_left_out += len(rows.keys) if self.names else 0
         if not self._files:
             return
         by_name = {name: self._get(states, name) for name in self.names}
@@ -147,7 +150,7 @@ class StageCache:
 
     def _padded(self, file: StateFile, name: str, rows: CacheKeys) -> Tensor:
         width = self._width(name)
-        row_bytes = token_bytes(self.codec, width, self._stage.dtype)
+        row_bytes = token_bytes(self.codec, width, self._stage.dtype.itemsize)
         padded = torch.zeros(len(rows.keys), rows.padded_tokens, width, dtype=self._stage.dtype)
         for index, key in enumerate(_each(rows.keys)):
             data = file.read(key)
@@ -218,7 +221,7 @@ def row_keys(rows: MicroBatchRows, codec: StateCodec) -> Tensor:
 
 def namespace_of(*parts: object) -> str:
     """A folder's name for everything that states follow from beside rows and blocks."""
-    text = "\n".join(("plutino activations 1", *map(str, parts)))
+    text = "\n".join(("plutino activations 2", *map(str, parts)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

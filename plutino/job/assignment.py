@@ -81,6 +81,11 @@ class WorkerAssignment(_Part):
     """What the loaded stage will be, see :func:`stage_key`."""
     keeps_stage_s: float = 0.0
     """After a good end the stage stays loaded for so many seconds, for the next job of the same stage key."""
+    entry_owners: tuple[tuple[int, int], ...] = ()
+    """Stage and replica of the worker that keeps what is computed of a step's micro-batch m, for epochs without the
+    backbone; longer steps wrap around. Empty: everyone keeps its own."""
+    from_cache: bool = False
+    """The worker has no backbone: it trains on what the activation cache holds."""
     caches: tuple[DeviceCache, ...] = ()
     """Of the other devices of the plan."""
 

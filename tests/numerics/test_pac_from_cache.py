@@ -78,7 +78,14 @@ def uncached(spec, batches):
         return decisions, pipeline.state()
 
 
-@pytest.mark.parametrize(("model", "method"), [("llama", UPPER), ("tied_llama", SIDE), ("gpt2", SIDE)])
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        ("llama", UPPER),
+        pytest.param("tied_llama", SIDE, marks=pytest.mark.slow),
+        pytest.param("gpt2", SIDE, marks=pytest.mark.slow),
+    ],
+)
 def test_epochs_without_the_backbone_on_1_2_and_3_devices_have_the_bits_of_uncached_ones(
     model_dirs, tmp_path, model, method
 ):
@@ -145,6 +152,7 @@ def test_row_that_a_device_without_backbone_lacks_ends_its_worker_with_the_reaso
     devices.close()
 
 
+@pytest.mark.slow
 def test_pruned_side_network_goes_on_from_the_trained_values(model_dirs, tmp_path):
     pruned = ParallelAdaptersConfig(reduction=2, init="pruning")
     spec = make_spec(model_dirs["llama"]).model_copy(update={"method": pruned})

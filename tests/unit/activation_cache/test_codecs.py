@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edge_node.activation_cache.codecs import GROUP, check_codec, decode, encode, token_bytes
+from edge_node.activation_cache.codecs import check_codec, decode, encode
 from plutino.errors import ConfigError
+from plutino.state_codecs import token_bytes
 
 CODECS = ("raw", "bf16", "int8", "int4")
-WIDTHS = (32, 64, 200)
+WIDTHS = (32, 200, 256, 288)
 
 
 def states(width, num_tokens=23):
@@ -29,7 +30,7 @@ def test_encoded_tokens_have_the_promised_size_and_are_coded_alone(codec, width,
 
     data = encode(codec, values)
 
-    assert data.shape == (len(values), token_bytes(codec, width, dtype))
+    assert data.shape == (len(values), token_bytes(codec, width, dtype.itemsize))
     assert torch.equal(encode(codec, values[5:9]), data[5:9])
     back = decode(codec, data, width, dtype)
     assert back.dtype == dtype
@@ -41,20 +42,39 @@ def test_encoded_tokens_have_the_promised_size_and_are_coded_alone(codec, width,
 def test_errors_stay_below_what_each_codec_promises(width):
     values = states(width)
     largest = values.abs().amax(dim=1, keepdim=True)
-    groups = torch.nn.functional.pad(values, (0, -width % GROUP)).view(len(values), -1, GROUP)
-    of_group = groups.abs().amax(dim=2, keepdim=True).expand_as(groups).reshape(len(values), -1)[:, :width]
+    # Scales of int4 are shared by 128 neighbours, the last one of a token by what is left as well.
+    starts = range(0, max(width - 127, 1), 128)
+    ends = [*starts[1:], width]
+    of_group = torch.cat(
+        [values[:, a:b].abs().amax(dim=1, keepdim=True).expand(-1, b - a) for a, b in zip(starts, ends, strict=True)],
+        dim=1,
+    )
     bounds = {
         "raw": torch.zeros_like(values),
         "bf16": values.abs() * 2.0**-8,
         "int8": (largest / 254).expand_as(values),
-        # The scale is rounded to bf16, which moves it by up to a 256th.
-        "int4": of_group / 14 * (1 + 2.0**-7),
+        "int4": of_group / 14 * 2 ** (1 / 6),
     }
 
     for codec in CODECS:
         error = (decode(codec, encode(codec, values), width, torch.float32) - values).abs()
         assert bool((error <= bounds[codec] * (1 + 1e-5)).all()), codec
-    assert token_bytes("int4", 4096, torch.float32) <= 0.54 * 4096
+
+
+@pytest.mark.parametrize("width", [128, 288, 384, 512, 768, 1024, 4096])
+def test_int4_takes_half_a_byte_a_number_with_all_its_scales(width):
+    values = states(width, num_tokens=7)
+
+    assert encode("int4", values).numel() == 7 * width // 2
+    assert token_bytes("int4", width, 4) == width // 2
+
+
+def test_int4_survives_the_smallest_and_the_largest_states():
+    values = torch.stack([torch.full((256,), 10.0**power) for power in range(-5, 8)])
+
+    found = decode("int4", encode("int4", values), 256, torch.float32)
+
+    assert bool(((found - values).abs() <= values / 14 * 2 ** (1 / 6)).all())
 
 
 def test_unknown_codec_is_refused_with_the_known_ones():

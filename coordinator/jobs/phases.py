@@ -1,0 +1,176 @@
+"""The two phases of a job with an activation cache: the pipeline, which fills it, and epochs from the cache.
+
+In the first phase the job's devices are a pipeline, and every entry goes to the device that owns its place of a step.
+Once a whole epoch has run so, the job moves: the backbone's workers end, and each of the devices trains the whole side
+network on its places of every step. Whatever needs the backbone (an evaluation, the verification of the adapter) moves
+it back to the pipeline, and so does a lost device or a lost entry.
+
+The decisions are pure functions of the plan and of what workers have told. What :class:`Phases` remembers lives in this
+process alone: after a restart of the coordinator a job that is in the pipeline runs an epoch there before it moves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from coordinator.jobs.replanning import as_running
+from coordinator.scheduling.problem import PlanningProblem
+from partitioner.cached_epoch import cached_step_of, side_device, side_worker_bytes
+from partitioner.plan import MemoryItem, Plan, ReplicaPlan, StagePlan
+from plutino.data.batches import steps_per_epoch
+from plutino.job.spec import JobSpec
+from plutino.state_codecs import token_bytes
+
+logger = logging.getLogger(__name__)
+
+WORTH_FACTOR = 10.0
+"""Epochs from the cache must last so many times as long as moving there and back."""
+
+
+def with_cached_step(plan: Plan, problem: PlanningProblem, spec: JobSpec) -> Plan:
+    """A pipeline's plan with how its devices would train from the cache; without, where the job would not."""
+    codec = spec.training.activation_cache
+    is_one_each = len(set(plan.agent_ids)) == len(plan.agent_ids)
+    if plan.from_cache or codec == "off" or spec.placement.cached_epochs == "pipeline" or not is_one_each:
+        return plan
+    running = as_running(problem, plan)
+    step = cached_step_of(
+        running.table,
+        running.shape,
+        [device for device in running.devices if device.agent_id in plan.agent_ids],
+        running.links,
+        entry_token_bytes=token_bytes(codec, running.table.hidden_size, running.shape.dtype_bytes),
+    )
+    return plan.model_copy(update={"cached": step})
+
+
+def plan_from_cache(plan: Plan, problem: PlanningProblem, spec: JobSpec) -> Plan:
+    """The plan of the second phase, over the devices of a pipeline's plan."""
+    step, codec = plan.cached, spec.training.activation_cache
+    assert step is not None and codec != "off", "the pipeline's plan says how"
+    running = as_running(problem, plan)
+    table, shape = running.table, running.shape
+    entry_bytes = token_bytes(codec, table.hidden_size, shape.dtype_bytes)
+    devices = {device.agent_id: device for device in running.devices}
+    present = {replica.agent_id: replica for stage in plan.stages for replica in stage.replicas}
+    job_bytes = side_worker_bytes(table, shape)
+    items = (
+        MemoryItem(name="side network", bytes=job_bytes, why="all of it with the head, and no block of the model"),
+    )
+    replicas = []
+    for agent_id in step.agent_ids:
+        compute_s = side_device(table, shape, devices[agent_id], entry_bytes, 1.0).compute_s
+        replicas.append(
+            present[agent_id].model_copy(
+                update={
+                    "forward_s": compute_s / 3,
+                    "backward_s": compute_s * 2 / 3,
+                    "memory": items,
+                    "job_bytes": job_bytes,
+                }
+            )
+        )
+    return plan.model_copy(
+        update={
+            "stages": (_stage(replicas, table.num_blocks),),
+            "micro_batch_owners": (step.owners,),
+            "checkpointing": False,
+            "from_cache": True,
+            "step_s": step.step_s,
+            "bound_s": None,
+            "links": (),
+            "bubble_share": 0.0,
+            "bottleneck": "the side network, which every device trains on its own micro-batches",
+            "relief": "another device, or a larger training.reduction",
+            "rejected": (),
+        }
+    )
+
+
+def _stage(replicas: list[ReplicaPlan], num_blocks: int) -> StagePlan:
+    first = replicas[0].model_dump(exclude={"agent_id", "device_name"})
+    return StagePlan(
+        stage_index=0,
+        start_block=0,
+        end_block=num_blocks,
+        agent_ids=tuple(replica.agent_id for replica in replicas),
+        device_names=tuple(replica.device_name for replica in replicas),
+        further_replicas=tuple(replicas[1:]),
+        **first,
+    )
+
+
+def entry_owners(plan: Plan) -> tuple[tuple[int, int], ...]:
+    """Stage and replica of the pipeline's worker that keeps the entries of a step's micro-batch m."""
+    if plan.cached is None or plan.from_cache:
+        return ()
+    worker_of = {agent: (s.stage_index, r) for s in plan.stages for r, agent in enumerate(s.agent_ids)}
+    return tuple(worker_of[plan.cached.agent_ids[owner]] for owner in plan.cached.owners)
+
+
+def has_run_an_epoch(next_step: int, start_step: int, epoch_steps: int) -> bool:
+    """Whether the plan that began at ``start_step`` has run the whole epoch that ends before ``next_step``."""
+    return next_step % epoch_steps == 0 and start_step <= next_step - epoch_steps
+
+
+class Phases:
+    """Which phase one job is in, and which it should be in.
+
+    Args:
+        spec: the job.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
+        self._problem: PlanningProblem | None = None
+        self._pipeline: Plan | None = None
+        self._are_entries_placed = False
+        self._next: Plan | None = None
+
+    def begin_plan(self, problem: PlanningProblem, plan: Plan) -> None:
+        """A plan was stored; its workers come next."""
+        if not plan.from_cache and plan != self._pipeline:
+            self._problem, self._pipeline, self._are_entries_placed = problem, plan, False
+
+    def forget(self) -> None:
+        """A worker was lost: where entries are is not known any more."""
+        self._problem = self._pipeline = self._next = None
+        self._are_entries_placed = False
+
+    def take_problem(self) -> PlanningProblem | None:
+        """What a job that changes its phase is planned from; None if it does not."""
+        plan, self._next = self._next, None
+        return None if plan is None or self._problem is None else self._problem.model_copy(update={"known_plan": plan})
+
+    def note(self, next_step: int, start_step: int, num_rows: int, left_out_rows: Iterable[int]) -> None:
+        """A step of the pipeline was committed; learn whether all entries are where they are needed."""
+        epoch_steps = steps_per_epoch(num_rows, self._spec.training.batch_size)
+        if has_run_an_epoch(next_step, start_step, epoch_steps) and not any(left_out_rows):
+            self._are_entries_placed = True
+
+    def may_change_before(self, step: int, start_step: int, num_rows: int) -> bool:
+        """Whether a pipeline may end before a step that is still to come."""
+        if self._pipeline is None or self._pipeline.cached is None or self._are_entries_placed:
+            return False
+        return has_run_an_epoch(step, start_step, steps_per_epoch(num_rows, self._spec.training.batch_size))
+
+    def leave_pipeline(self, num_steps: int, *, move_s: float) -> str | None:
+        """Why the job should now train from the cache for so many steps; None if it should not."""
+        plan, problem = self._pipeline, self._problem
+        if plan is None or problem is None or plan.cached is None or not self._are_entries_placed or num_steps <= 0:
+            return None
+        seconds = num_steps * plan.cached.step_s
+        if self._spec.placement.cached_epochs == "auto" and seconds < WORTH_FACTOR * 2 * move_s:
+            return None
+        self._next = plan_from_cache(plan, problem, self._spec)
+        devices = ", ".join(replica.device_name for replica in self._next.stages[0].replicas)
+        return (
+            f"what the blocks give of every row is in the activation cache: {devices} train the side network on "
+            f"their own rows for {num_steps} steps, and the backbone leaves their memory"
+        )
+
+    def return_to_pipeline(self) -> str:
+        """Why a job without its backbone needs it again; the plan is the pipeline's before, where that is known."""
+        self._next = self._pipeline
+        return "what comes next runs through the blocks, which are loaded again"

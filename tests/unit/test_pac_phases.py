@@ -1,0 +1,100 @@
+"""When a job with an activation cache leaves its pipeline: pure decisions."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.jobs.phases import Phases, entry_owners, has_run_an_epoch
+from partitioner.plan import CachedStep, Plan, StagePlan
+from plutino.job.data import DataConfig
+from plutino.job.method import ParallelAdaptersConfig
+from plutino.job.model import ModelConfig
+from plutino.job.placement import PlacementConfig
+from plutino.job.spec import JobSpec
+from plutino.job.training import TrainingConfig
+
+CACHED = CachedStep(step_s=2.0, agent_ids=("b", "a"), owners=(0, 1, 0), compute_s=1.5, read_s=0.3, reduce_s=0.2)
+
+
+def stage(index, agent_id):
+    return StagePlan(
+        stage_index=index,
+        start_block=2 * index,
+        end_block=2 * index + 2,
+        agent_ids=(agent_id,),
+        device_names=(agent_id,),
+        forward_s=1.0,
+        backward_s=1.0,
+        memory=(),
+        job_bytes=1,
+        baseline_bytes=1,
+        budget_bytes=10,
+        threads=1,
+    )
+
+
+def plan(cached=CACHED):
+    return Plan(
+        stages=(stage(0, "a"), stage(1, "b")),
+        micro_batch_rows=2,
+        num_micro_batches=3,
+        micro_batch_owners=((0, 0, 0), (0, 0, 0)),
+        checkpointing=False,
+        dtype="fp32",
+        codec="raw",
+        step_s=9.0,
+        bubble_share=0.1,
+        bottleneck="",
+        relief="",
+        cached=cached,
+    )
+
+
+def phases(cached_epochs="auto"):
+    spec = JobSpec(
+        model=ModelConfig(path="model"),
+        method=ParallelAdaptersConfig(reduction=2),
+        data=DataConfig(train="rows.jsonl"),
+        training=TrainingConfig(batch_size=6, activation_cache="raw"),
+        placement=PlacementConfig(cached_epochs=cached_epochs),
+    )
+    return Phases(spec)
+
+
+def test_owners_of_places_are_workers_of_the_pipeline():
+    assert entry_owners(plan()) == ((1, 0), (0, 0), (1, 0))
+    assert entry_owners(plan(cached=None)) == ()
+
+
+@pytest.mark.parametrize(
+    ("next_step", "start_step", "expected"), [(4, 0, True), (3, 0, False), (8, 4, True), (8, 5, False), (8, 0, True)]
+)
+def test_epoch_counts_only_if_this_plan_ran_all_of_it(next_step, start_step, expected):
+    assert has_run_an_epoch(next_step, start_step, epoch_steps=4) is expected
+
+
+def test_job_stays_in_its_pipeline_until_entries_are_placed_and_the_move_is_worth_it(monkeypatch):
+    monkeypatch.setattr("coordinator.jobs.phases.plan_from_cache", lambda plan, problem, spec: plan)
+    problem = object()
+    jobs = phases()
+    jobs.begin_plan(problem, plan())
+
+    jobs.note(2, 0, 12, [0, 3])
+    assert jobs.leave_pipeline(100, move_s=1.0) is None  # a row was left out
+    jobs.note(3, 0, 12, [0, 0])
+    assert jobs.leave_pipeline(100, move_s=1.0) is None  # in the middle of an epoch
+    jobs.note(4, 0, 12, [0, 0])
+    assert jobs.leave_pipeline(9, move_s=1.0) is None  # 18 s from the cache, 2 s of moving
+    assert "activation cache" in jobs.leave_pipeline(10, move_s=1.0)
+    jobs.forget()
+    assert jobs.leave_pipeline(100, move_s=1.0) is None
+
+
+def test_job_that_was_told_to_leave_asks_for_no_price(monkeypatch):
+    monkeypatch.setattr("coordinator.jobs.phases.plan_from_cache", lambda plan, problem, spec: plan)
+    jobs = phases("data-parallel")
+    jobs.begin_plan(object(), plan())
+    jobs.note(2, 0, 12, [0, 0])
+
+    assert jobs.leave_pipeline(1, move_s=1e9) is not None
+    assert jobs.leave_pipeline(0, move_s=1e9) is None
