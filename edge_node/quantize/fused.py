@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from edge_node.quantize.nf4_levels import constant_levels, levels
+
 _BYTES_AT_ONCE = 1024
-"""Of codes, by one program of the kernel."""
+"""Of codes, by one program of a kernel."""
+_NF4_BLOCK = 64
+_INT4_GROUP = 128
 _logger = logging.getLogger(__name__)
 
-Nf4Launch = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""Codes [N / 2], fp32 constants [ceil(N / 64)], 16 fp32 levels; N weights out."""
-Int4Launch = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""Codes [rows, K / 2], scales and zero points [rows, K / 128]; weights [rows, K] out."""
+Launch = Callable[[Mapping[str, Tensor], Tensor, int], None]
+"""Packed tensors; weights [rows, in_features] out; the first row."""
 
 
 @functools.cache
@@ -34,76 +36,115 @@ def _programs() -> ModuleType | None:
     return programs
 
 
-def _launch_nf4(codes: Tensor, absmax: Tensor, levels: Tensor, out: Tensor) -> None:
+def launch_nf4(packed: Mapping[str, Tensor], out: Tensor, start_row: int) -> None:
+    """Dequantise nf4's rows from ``start_row`` on, which begins a block."""
     programs = _programs()
     assert programs is not None
-    num_bytes = codes.numel()
-    with torch.cuda.device(out.device):
-        programs.unpack_nf4[(-(-num_bytes // _BYTES_AT_ONCE),)](
-            codes, absmax, levels, out, num_bytes, SIZE=_BYTES_AT_ONCE
-        )
+    start, num_bytes, device = start_row * out.shape[1], out.numel() // 2, out.device
+    programs.unpack_nf4[(-(-num_bytes // _BYTES_AT_ONCE),)](
+        packed["codes"][start // 2 :],
+        packed["absmax"],
+        packed["nested_absmax"],
+        packed["nested_offset"],
+        constant_levels(device),
+        levels(device),
+        out,
+        num_bytes,
+        start // _NF4_BLOCK,
+        SIZE=_BYTES_AT_ONCE,
+        # A constant is a product and a sum, each rounded: as one operation it would have other bits.
+        enable_fp_fusion=False,
+    )
 
 
-def _launch_int4(codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensor) -> None:
+def launch_int4(packed: Mapping[str, Tensor], out: Tensor, start_row: int) -> None:
+    """Dequantise int4's rows from ``start_row`` on."""
     programs = _programs()
     assert programs is not None
-    num_rows, half = codes.shape
-    with torch.cuda.device(out.device):
-        programs.unpack_int4[(num_rows, -(-half // _BYTES_AT_ONCE))](
-            codes, scales, zeros, out, half, SIZE=_BYTES_AT_ONCE
-        )
+    codes, scales, zeros = (packed[name][start_row:] for name in ("codes", "scales", "zeros"))
+    half = out.shape[1] // 2
+    programs.unpack_int4[(len(out), -(-half // _BYTES_AT_ONCE))](codes, scales, zeros, out, half, SIZE=_BYTES_AT_ONCE)
 
 
 @functools.cache
-def nf4_launch(dtype: torch.dtype, device: torch.device, reference: Nf4Launch) -> Nf4Launch | None:
-    """The kernel for this dtype on this card, if it gives the reference's bits; else None."""
-    if device.type != "cuda" or _programs() is None:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (3 * _BYTES_AT_ONCE + 7,), dtype=torch.uint8, generator=generator).to(device)
-    exponents = torch.randint(-6, 3, (-(-2 * len(codes) // 64),), generator=generator)
-    absmax = (torch.rand(len(exponents), generator=generator) * 10.0**exponents).to(device)
-    levels = torch.linspace(-1, 1, 16, device=device)
+def nf4_launch(dtype: torch.dtype, device: torch.device, reference: Callable[..., Tensor]) -> Launch | None:
+    """The kernel for this dtype on this card, if it gives the reference's bits; else None.
 
-    def run(launch: Nf4Launch) -> Tensor:
-        out = torch.empty(2 * len(codes), dtype=dtype, device=device)
-        launch(codes, absmax, levels, out)
-        return out
+    Args:
+        dtype: of the weights.
+        device: the card.
+        reference: the scheme's unpacking by torch alone.
+    """
+    num_rows, in_features = 3 * 64, 2 * 65
+    num_blocks = num_rows * in_features // _NF4_BLOCK
 
-    return _if_equal("nf4", lambda: run(_launch_nf4), lambda: run(reference), _launch_nf4)
+    def packed(generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            "codes": _bytes(num_rows * in_features // 2, generator=generator),
+            "absmax": _bytes(num_blocks, generator=generator),
+            "nested_absmax": _magnitudes(-(-num_blocks // 256), generator=generator),
+            "nested_offset": torch.rand((), generator=generator),
+        }
+
+    return _if_equal("nf4", packed, (num_rows, in_features), 32, dtype, device, launch_nf4, reference)
 
 
 @functools.cache
-def int4_launch(dtype: torch.dtype, device: torch.device, reference: Int4Launch) -> Int4Launch | None:
+def int4_launch(dtype: torch.dtype, device: torch.device, reference: Callable[..., Tensor]) -> Launch | None:
     """The same of int4."""
-    if device.type != "cuda" or _programs() is None:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    num_rows, num_inputs = 3, 2 * _BYTES_AT_ONCE + 384
-    codes = torch.randint(0, 256, (num_rows, num_inputs // 2), dtype=torch.uint8, generator=generator).to(device)
-    groups = (num_rows, num_inputs // 128)
-    exponents = torch.randint(-6, 3, groups, generator=generator)
-    scales = (torch.rand(groups, generator=generator) * 10.0**exponents).bfloat16().to(device)
-    zeros = torch.randint(0, 16, groups, dtype=torch.uint8, generator=generator).to(device)
+    num_rows, in_features = 3, 2 * _BYTES_AT_ONCE + 3 * _INT4_GROUP
 
-    def run(launch: Int4Launch) -> Tensor:
-        out = torch.empty(num_rows, num_inputs, dtype=dtype, device=device)
-        launch(codes, scales, zeros, out)
-        return out
+    def packed(generator: torch.Generator) -> dict[str, Tensor]:
+        groups = (num_rows, in_features // _INT4_GROUP)
+        return {
+            "codes": _bytes(num_rows, in_features // 2, generator=generator),
+            "scales": _magnitudes(*groups, generator=generator).bfloat16(),
+            "zeros": _bytes(*groups, generator=generator) & 15,
+        }
 
-    return _if_equal("int4", lambda: run(_launch_int4), lambda: run(reference), _launch_int4)
+    return _if_equal("int4", packed, (num_rows, in_features), 1, dtype, device, launch_int4, reference)
 
 
 def _if_equal(
-    scheme: str, kernel: Callable[[], Tensor], reference: Callable[[], Tensor], launch: Nf4Launch
-) -> Nf4Launch | None:
-    try:
-        found = kernel()
-        torch.cuda.synchronize(found.device)
-    except Exception as error:  # Triton has its own ways to fail: no compiler, an unknown card
-        _logger.warning("no kernel for %s, which torch will dequantise: %s", scheme, str(error).splitlines()[:1])
+    scheme: str,
+    packed: Callable[[torch.Generator], dict[str, Tensor]],
+    shape: tuple[int, int],
+    start_row: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    launch: Launch,
+    reference: Callable[..., Tensor],
+) -> Launch | None:
+    if device.type != "cuda" or _programs() is None:
         return None
-    if not torch.equal(found, reference()):
-        _logger.warning("the kernel for %s gives other bits here; torch will dequantise it", scheme)
-        return None
-    return launch
+    on_card = {name: tensor.to(device) for name, tensor in packed(torch.Generator().manual_seed(0)).items()}
+
+    @functools.wraps(launch)
+    def on_its_card(packed: Mapping[str, Tensor], out: Tensor, start_row: int) -> None:
+        if device.index == torch.cuda.current_device():
+            launch(packed, out, start_row)
+            return
+        with torch.cuda.device(device):
+            launch(packed, out, start_row)
+
+    for first in (0, start_row):
+        found, expected = (torch.empty(shape[0] - first, shape[1], dtype=dtype, device=device) for _ in range(2))
+        try:
+            on_its_card(on_card, found, first)
+            torch.cuda.synchronize(device)
+        except Exception as error:  # Triton has its own ways to fail: no compiler, an unknown card
+            _logger.warning("no kernel for %s, which torch will dequantise: %s", scheme, str(error).splitlines()[:1])
+            return None
+        if not torch.equal(found, reference(on_card, expected, start_row=first)):
+            _logger.warning("the kernel for %s gives other bits here; torch will dequantise it", scheme)
+            return None
+    return on_its_card
+
+
+def _bytes(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def _magnitudes(*shape: int, generator: torch.Generator) -> Tensor:
+    """Numbers of all sizes that constants have."""
+    return torch.rand(shape, generator=generator) * 10.0 ** torch.randint(-6, 3, shape, generator=generator)

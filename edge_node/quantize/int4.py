@@ -82,29 +82,27 @@ class Int4:
 
     def unpack(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
         """Dequantise rows from ``start_row`` on; see :class:`edge_node.quantize.base.Scheme`."""
-        rows = slice(start_row, start_row + len(out))
-        parts = packed["codes"][rows], packed["scales"][rows], packed["zeros"][rows]
-        launch = int4_launch(out.dtype, out.device, _unpack_in_torch) if out.is_cuda and self.has_native else None
-        (launch or _unpack_in_torch)(*parts, out)
+        if out.is_cuda and self.has_native:
+            launch = int4_launch(out.dtype, out.device, Int4(has_native=False).unpack)
+            if launch is not None:
+                launch(packed, out, start_row)
+                return out
+        in_features = out.shape[1]
+        # All of (code - zero) is exact in bf16, so that the product is the only rounding; fp16 lacks bf16's range.
+        dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+        for start, end in row_tiles(len(out), in_features, multiple=1, max_elements=scratch_elements(out.device)):
+            rows = slice(start_row + start, start_row + end)
+            codes = packed["codes"][rows]
+            halves = workspace("halves", codes.numel(), torch.uint8, out.device).view(codes.shape)
+            piece = out[start:end] if dtype == out.dtype else torch.empty_like(out[start:end], dtype=dtype)
+            piece[:, : in_features // 2].copy_(torch.bitwise_and(codes, _LARGEST_CODE, out=halves))
+            piece[:, in_features // 2 :].copy_(torch.bitwise_right_shift(codes, 4, out=halves))
+            groups = piece.view(end - start, -1, GROUP)
+            groups.sub_(packed["zeros"][rows].to(dtype).unsqueeze(2))
+            groups.mul_(packed["scales"][rows].to(dtype).unsqueeze(2))
+            if piece.dtype != out.dtype:
+                out[start:end] = piece
         return out
-
-
-def _unpack_in_torch(codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensor) -> None:
-    """Weights [rows, in_features] of codes [rows, in_features / 2] and the constants of groups [rows, groups]."""
-    in_features = out.shape[1]
-    # All of (code - zero) is exact in bf16, so that the product is the only rounding; fp16 lacks bf16's range.
-    dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
-    for start, end in row_tiles(len(out), in_features, multiple=1, max_elements=scratch_elements(out.device)):
-        tile = codes[start:end]
-        halves = workspace("halves", tile.numel(), torch.uint8, out.device).view(tile.shape)
-        piece = out[start:end] if dtype == out.dtype else torch.empty_like(out[start:end], dtype=dtype)
-        piece[:, : in_features // 2].copy_(torch.bitwise_and(tile, _LARGEST_CODE, out=halves))
-        piece[:, in_features // 2 :].copy_(torch.bitwise_right_shift(tile, 4, out=halves))
-        groups = piece.view(end - start, -1, GROUP)
-        groups.sub_(zeros[start:end].to(dtype).unsqueeze(2))
-        groups.mul_(scales[start:end].to(dtype).unsqueeze(2))
-        if piece.dtype != out.dtype:
-            out[start:end] = piece
 
 
 def _pack_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,20 +6,19 @@ level times block constant in fp32, rounded once.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from edge_node.quantize.base import PackedTensor, check_finite, check_weight
 from edge_node.quantize.fused import nf4_launch
 from edge_node.quantize.native import nf4_kernel
+from edge_node.quantize.nf4_levels import bounds as level_bounds
+from edge_node.quantize.nf4_levels import constant_levels, pairs
 from edge_node.quantize.workspace import scratch_elements, workspace
 from plutino.errors import QuantizationError
 
@@ -27,26 +26,6 @@ BLOCK = 64
 """Weights that share a constant; blocks run on over row ends."""
 NESTED_BLOCK = 256
 """Block constants that share an fp32 constant of their own."""
-
-LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-"""The values of the 16 codes: quantiles of the normal distribution, the paper's appendix E."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +66,7 @@ class Nf4:
         flat = weight.reshape(-1)
         num_weights = flat.numel()
         device = flat.device
-        bounds = [bound.item() for bound in _bounds()]
+        bounds = [bound.item() for bound in level_bounds()]
         codes = torch.empty(num_weights // 2, dtype=torch.uint8, device=device)
         absmax = torch.empty(-(-num_weights // BLOCK), dtype=torch.float32, device=device)
         piece = scratch_elements(device)
@@ -109,17 +88,17 @@ class Nf4:
 
     def unpack(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
         """Dequantise rows from ``start_row`` on; see :class:`edge_node.quantize.base.Scheme`."""
+        if out.is_cuda and self.has_native:
+            launch = nf4_launch(out.dtype, out.device, Nf4(has_native=False).unpack)
+            if launch is not None:
+                launch(packed, out, start_row)
+                return out
         in_features = out.shape[1]
         start = start_row * in_features
         assert start % BLOCK == 0, f"row {start_row} of {in_features} weights starts inside a block"
         first_block, last_block = start // BLOCK, -(-(start + out.numel()) // BLOCK)
         absmax = _unpack_constants(packed, first_block, last_block)
         codes = packed["codes"][start // 2 : start // 2 + out.numel() // 2]
-        if out.is_cuda and self.has_native:
-            launch = nf4_launch(out.dtype, out.device, _unpack_pieces)
-            if launch is not None:
-                launch(codes, absmax, _levels(out.device), out)
-                return out
         kernel = nf4_kernel(out.dtype, out.device, unpack_in_torch) if self.has_native else None
         if kernel is not None and out.numel() % BLOCK == 0:
             kernel(codes, absmax, out)
@@ -134,7 +113,7 @@ def unpack_in_torch(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     One lookup gives both weights of a byte: a table of 256 pairs of fp32, which torch sees as one fp64 each. Pieces are
     small enough to stay in a core's cache from the lookup to the rounding.
     """
-    table = _pairs(out.device)
+    table = pairs(out.device)
     out = out.view(-1)
     piece = scratch_elements(out.device)
     for start in range(0, out.numel(), piece):
@@ -152,35 +131,6 @@ def unpack_in_torch(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
             piece_of_out.copy_(values[:num_weights])
 
 
-def _unpack_pieces(codes: Tensor, absmax: Tensor, levels: Tensor, out: Tensor) -> None:
-    """What a card's kernel has to give for any 16 levels."""
-    both = torch.stack([levels[(codes >> 4).int()], levels[(codes & 15).int()]], dim=1).flatten()
-    out.copy_(both * absmax.repeat_interleave(BLOCK)[: both.numel()])
-
-
-@functools.cache
-def _levels(device: torch.device) -> Tensor:
-    """The values of the codes, fp32 [16]."""
-    with torch.inference_mode(False):
-        return torch.tensor(LEVELS, dtype=torch.float32).to(device)
-
-
-@functools.cache
-def _pairs(device: torch.device) -> Tensor:
-    """Both values of a byte as the bytes of one fp64, [256]."""
-    with torch.inference_mode(False):
-        byte = torch.arange(256)
-        levels = torch.tensor(LEVELS, dtype=torch.float32)
-        return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).view(torch.float64).flatten().to(device)
-
-
-@functools.cache
-def _bounds() -> Tensor:
-    """Where one level ends and the next begins, fp32 [15]."""
-    levels = torch.tensor(LEVELS, dtype=torch.float32)
-    return (levels[:-1] + levels[1:]) / 2
-
-
 def _count_below(values: Tensor, bounds: Sequence[float]) -> Tensor:
     """How many bounds lie below each value, uint8: torch.bucketize, in a tenth of its time on CPU.
 
@@ -190,31 +140,6 @@ def _count_below(values: Tensor, bounds: Sequence[float]) -> Tensor:
     for bound in bounds:
         counts += torch.gt(values, bound, out=is_above)
     return counts.to(torch.int8).view(torch.uint8)
-
-
-@functools.cache
-def constant_levels(device: torch.device) -> Tensor:
-    """Values of the codes of block constants, fp32 [256], rising: the dynamic type of Dettmers (arXiv:1511.04561).
-
-    Seven decades below 1, the i-th lowest cut into 2^i equal parts whose middles are levels, with both signs; 0 and 1.
-    """
-    f32 = np.float32
-    levels = [0.0, 1.0]
-    low = f32(0.1)
-    for decade in range(7):
-        parts = 2**decade
-        step = (f32(1) - low) / f32(parts)
-        # The edges as a fused multiply-add gives them, from the nearer end: products in fp64 are exact. bitsandbytes'
-        # own table comes out of torch.linspace, whose bits depend on the processor.
-        edges = [
-            f32(float(low) + float(step) * part) if part < (parts + 1) // 2 else f32(1 - float(step) * (parts - part))
-            for part in range(parts + 1)
-        ]
-        scale = f32(10.0 ** (decade - 6))
-        middles = [float((left + right) / f32(2) * scale) for left, right in pairwise(edges)]
-        levels += [*middles, *(-middle for middle in middles)]
-    with torch.inference_mode(False):
-        return torch.tensor(sorted(levels), dtype=torch.float32).to(device)
 
 
 def _pack_constants(values: Tensor) -> tuple[Tensor, Tensor]:

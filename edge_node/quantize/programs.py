@@ -1,8 +1,7 @@
 # mypy: ignore-errors
 """The kernels of :mod:`edge_node.quantize.fused` in Triton's language: needs triton, which most devices lack.
 
-Products are formed in fp32 and rounded once, as torch's operations have it. None is followed by a sum, so that nothing
-can be fused into an operation of other bits.
+Weights are products in fp32, rounded once, as torch's operations have it.
 """
 
 from __future__ import annotations
@@ -12,13 +11,21 @@ import triton.language as tl
 
 
 @triton.jit
-def unpack_nf4(codes, absmax, levels, out, num_bytes, SIZE: tl.constexpr):
-    """SIZE bytes of codes [num_bytes] to weights [2 num_bytes]; the first of a pair is in the high half-byte."""
+def unpack_nf4(
+    codes, absmax, nested_absmax, nested_offset, constants, levels, out, num_bytes, first_block, SIZE: tl.constexpr
+):
+    """SIZE bytes of codes [num_bytes] to weights [2 num_bytes]; the first of a pair is in the high half-byte.
+
+    Codes begin with block ``first_block`` of the matrix, absmax and nested_absmax with the matrix.
+    """
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
     is_there = at < num_bytes
+    block = first_block + at // 32
+    constant = tl.load(constants + tl.load(absmax + block, mask=is_there, other=0).to(tl.int32))
+    nested = tl.load(nested_absmax + block // 256, mask=is_there, other=0.0)
+    scale = constant * nested + tl.load(nested_offset)
     byte = tl.load(codes + at, mask=is_there, other=0).to(tl.int32)
-    scale = tl.load(absmax + at // 32, mask=is_there, other=0.0)
     high = tl.load(levels + (byte >> 4)) * scale
     low = tl.load(levels + (byte & 15)) * scale
     both = 2 * first + tl.arange(0, 2 * SIZE)

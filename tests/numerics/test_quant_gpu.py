@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_node.quantize.int4 import Int4, int4_launch
-from edge_node.quantize.int4 import _unpack_in_torch as unpack_int4
+from edge_node.quantize.fused import int4_launch, nf4_launch
+from edge_node.quantize.int4 import Int4
 from edge_node.quantize.linear import QuantLinear
-from edge_node.quantize.nf4 import Nf4, _unpack_pieces, nf4_launch
+from edge_node.quantize.nf4 import Nf4
 from edge_node.quantize.registry import SCHEMES
 
 pytestmark = pytest.mark.gpu
@@ -89,8 +89,8 @@ def test_integer_products_are_those_of_the_cpu(tokens: int) -> None:
 def test_fused_kernels_are_used_where_triton_is_and_give_torchs_bits(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     card = torch.device("cuda", torch.cuda.current_device())
-    assert nf4_launch(dtype, card, _unpack_pieces) is not None
-    assert int4_launch(dtype, card, unpack_int4) is not None
+    assert nf4_launch(dtype, card, Nf4(has_native=False).unpack) is not None
+    assert int4_launch(dtype, card, Int4(has_native=False).unpack) is not None
     for fused, plain in ((Nf4(), Nf4(has_native=False)), (Int4(), Int4(has_native=False))):
         # Blocks of nf4 that end inside a row, and rows that no program of the kernel fills.
         shapes = ((OUT, IN), (33, 384), (3, 128), *(((5, 70),) if fused.name == "nf4" else ()))

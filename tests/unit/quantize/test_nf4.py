@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from edge_node.quantize import native, nf4
-from edge_node.quantize.nf4 import LEVELS, Nf4, constant_levels, unpack_in_torch
+from edge_node.quantize.nf4 import Nf4, unpack_in_torch
+from edge_node.quantize.nf4_levels import LEVELS, constant_levels
 from edge_node.quantize.workspace import release_workspace
 from plutino.errors import QuantizationError
 
@@ -95,12 +96,12 @@ def test_kernel_that_gives_other_values_is_not_used(monkeypatch: pytest.MonkeyPa
 
 
 def test_tables_made_in_inference_mode_serve_training() -> None:
-    for cached in (nf4._pairs, nf4.constant_levels):
+    for cached in (nf4_levels.pairs, nf4_levels.constant_levels):
         cached.cache_clear()
     release_workspace()
     with torch.inference_mode():
         Nf4().unpack(Nf4().pack(weight_of(4, 96)), torch.empty(4, 96))
-    assert not nf4.constant_levels(torch.device("cpu")).is_inference()
+    assert not nf4_levels.constant_levels(torch.device("cpu")).is_inference()
     assert not nf4._pairs(torch.device("cpu")).is_inference()
 
 
@@ -109,7 +110,8 @@ _AGAINST_BITSANDBYTES = """
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
 from edge_node.quantize import native
-from edge_node.quantize.nf4 import Nf4, constant_levels, unpack_in_torch
+from edge_node.quantize.nf4 import Nf4, unpack_in_torch
+from edge_node.quantize.nf4_levels import constant_levels
 
 generator = torch.Generator().manual_seed(0)
 scheme = Nf4()
