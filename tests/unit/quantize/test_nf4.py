@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_node.quantize import native, nf4
+from edge_node.quantize import native, nf4_levels
 from edge_node.quantize.nf4 import Nf4, unpack_in_torch
 from edge_node.quantize.nf4_levels import LEVELS, constant_levels
 from edge_node.quantize.workspace import release_workspace
@@ -102,7 +102,7 @@ def test_tables_made_in_inference_mode_serve_training() -> None:
     with torch.inference_mode():
         Nf4().unpack(Nf4().pack(weight_of(4, 96)), torch.empty(4, 96))
     assert not nf4_levels.constant_levels(torch.device("cpu")).is_inference()
-    assert not nf4._pairs(torch.device("cpu")).is_inference()
+    assert not nf4_levels.pairs(torch.device("cpu")).is_inference()
 
 
 # bitsandbytes' import warns and is slow, and with it peft changes what it imports: one child process does it all.
