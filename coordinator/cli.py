@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from coordinator.data_command import data_app
+from coordinator.evaluate_command import evaluate
 from coordinator.member_commands import devices_app, token_app
 from coordinator.options import AsJson, JobIdText, StateDir
 from coordinator.show_command import show
@@ -52,6 +53,7 @@ app = typer.Typer(
 
 app.command()(sweep)
 app.command()(show)
+app.command()(evaluate)
 app.add_typer(data_app, name="data")
 app.add_typer(token_app, name="token")
 app.add_typer(devices_app, name="devices")

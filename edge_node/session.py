@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from pathlib import Path
 
 from safetensors.torch import load as load_safetensors
 
@@ -148,8 +147,9 @@ class WorkerSession:
         self._resident = held or ResidentStage(stage, assignment.stage_key)
         self._bounds.vocab_size = int(stage.config.vocab_size)
         method = attach_method(stage, spec)
-        if spec.training.init_adapter is not None:
-            method.load(load_safetensors((Path(spec.training.init_adapter) / "adapter_model.safetensors").read_bytes()))
+        if (initial := assignment.initial) is not None:
+            stored = self._bulk.get_shadow(assignment.job_id, initial.shadow_id, initial.sha256)
+            method.load(load_safetensors(bytes(stored)))
         self._activations = open_activations(assignment, self._weights_config, self._device, stage)
         self._executor = make_executor(assignment, stage, method, self._me, self._activations)
         self._transport = self._open_transport(stage)

@@ -38,6 +38,8 @@ class SweepSpec(_Value):
     trials: tuple[Trial, ...]
     halving: Halving | None = None
     """None: every trial runs in full."""
+    trains: bool = True
+    """False: trials only score, with adapters that are there; none is recommended, and none is trained once more."""
 
     @model_validator(mode="after")
     def _steps_are_known(self) -> SweepSpec:

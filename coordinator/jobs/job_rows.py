@@ -233,6 +233,20 @@ class JobRows:
                 found.append(TaskRows(name=task.source.name, start_row=start, end_row=end, metric=metric))
         return tuple(found)
 
+    def scored_rows(self) -> tuple[TaskRows, ...]:
+        """What of the held-out rows is scored: all, or the range that the job names.
+
+        Raises:
+            ConfigError: there are not so many rows.
+        """
+        tasks, scoring = self.task_rows(), self._spec.scoring
+        if scoring is None or scoring.rows is None or not tasks:
+            return tasks
+        (only,), (first, end) = tasks, scoring.rows
+        if end > only.end_row:
+            raise ConfigError(f"scoring.rows ends at {end}, but there are {only.end_row} held-out rows; set it lower")
+        return (only.model_copy(update={"start_row": first, "end_row": end}),)
+
     def method_text_ids(self) -> tuple[int, ...]:
         """Tokens of the text that the method starts from."""
         text = self._spec.method.text

@@ -84,7 +84,7 @@ class JobRunner:
             files=self._rows.files(),
             method_text_ids=self._rows.method_text_ids(),
             class_names=self._rows.class_names,
-            tasks=self._rows.task_rows(),
+            tasks=self._rows.scored_rows(),
             num_probe=len(self._rows.unpacked_train),
         )
 
@@ -149,10 +149,12 @@ class JobRunner:
         """
         scores: dict[str, Score] = {}
         shown: list[ScoredSample] = []
-        for task in self._rows.task_rows():
+        first_rows = {task.name: task.start_row for task in self._rows.task_rows()}
+        for task in self._rows.scored_rows():
             held_out = next(one.held_out for one in self._rows.tasks if one.source.name == task.name)
             assert held_out is not None, "only tasks with held-out rows are listed"
-            own = {row - task.start_row: values for row, values in rows.items() if task.start_row <= row < task.end_row}
+            first = first_rows[task.name]
+            own = {row - first: values for row, values in rows.items() if task.start_row <= row < task.end_row}
             if task.metric == "perplexity":
                 num_rows = task.end_row - task.start_row
                 scores[task.name] = Score(metric=task.metric, num_rows=num_rows, perplexity=perplexities[task.name])
@@ -164,7 +166,12 @@ class JobRunner:
                 true = [] if labels is None else [float(labels[row]) for row in sorted(own)]
                 scores[task.name] = score_values(task.metric, [own[row] for row in sorted(own)], true)
         by_task = scores if self._spec.data.tasks else {}
-        return ScoreReport(score=next(iter(scores.values())), samples=tuple(shown[:_SHOWN_SAMPLES]), by_task=by_task)
+        return ScoreReport(score=next(iter(scores.values())), samples=tuple(shown[: self._num_shown]), by_task=by_task)
+
+    @property
+    def _num_shown(self) -> int | None:
+        scoring = self._spec.scoring
+        return None if scoring is not None and scoring.keep_answers else _SHOWN_SAMPLES
 
     def _score_answers(
         self, metric: MetricName, held_out: RowSet, rows: Mapping[int, list[float]]
@@ -175,7 +182,7 @@ class JobRunner:
         truths = [row.answer for row in truth_rows]
         samples = [
             ScoredSample(prompt=row.question, answer=answer, truth=row.answer)
-            for row, answer in list(zip(truth_rows, answers, strict=True))[:_SHOWN_SAMPLES]
+            for row, answer in list(zip(truth_rows, answers, strict=True))[: self._num_shown]
         ]
         return score(metric, answers, truths), samples
 

@@ -81,6 +81,7 @@ class ScoreReport(BaseModel):
     score: Score
     """Of the first task."""
     samples: tuple[ScoredSample, ...]
+    """The first rows that were answered, in their order; all of them with scoring.keep_answers."""
     by_task: dict[str, Score] = Field(default_factory=dict)
     """Of all tasks, where there are several."""
 

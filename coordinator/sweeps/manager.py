@@ -22,6 +22,7 @@ from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.scoring import ScoreReport
 from coordinator.storage.base import Store
 from coordinator.sweeps.choose import Rung, plan_rungs, ranked, recommend
+from coordinator.sweeps.grid import label
 from coordinator.sweeps.results import result_of, trained_share
 from plutino.errors import InvalidTransitionError, PlutinoError, UnknownJobError
 from plutino.job.spec import JobSpec
@@ -189,6 +190,8 @@ class SweepManager:
                 await self._jobs.ended(job.job_id)
             results = [self._result(record, number, rung_number) for number in chosen]
             chosen = [result.trial for result in ranked([result for result in results if result is not None])]
+        if not record.spec.trains:
+            return self._check_all_scored(record)
         recommendation = self._recommendation(record)
         if recommendation is None:
             numbers = range(len(record.spec.trials))
@@ -200,6 +203,12 @@ class SweepManager:
         ended = await self._jobs.ended(job.job_id)
         if ended.state is not JobState.SUCCEEDED:
             raise PlutinoError(f"the recommended trial's job {job.job_id} is {ended.state.value}: {ended.reason}")
+
+    def _check_all_scored(self, record: _Record) -> None:
+        results = [self._latest(record, number) for number in range(len(record.spec.trials))]
+        if failed := [result for result in results if not result.is_measured]:
+            names = ", ".join(label(result.settings) for result in failed)
+            raise PlutinoError(f"{len(failed)} of {len(results)} could not be answered ({names}): {failed[0].reason}")
 
     # ---- reading ----
 
@@ -255,6 +264,8 @@ class SweepManager:
 
     def _recommendation(self, record: _Record) -> Recommendation | None:
         """Among the jobs of the highest rung that has a measured one: only they had the same steps."""
+        if not record.spec.trains:
+            return None
         for rung in reversed(range(len(_rungs(record.spec)))):
             results = [self._result(record, number, rung) for number in range(len(record.spec.trials))]
             if (found := recommend([result for result in results if result is not None])) is not None:
@@ -320,7 +331,7 @@ def _group(spec: JobSpec) -> str:
             "placement": spec.placement.model_dump(mode="json"),
             "scoring": None
             if spec.scoring is None
-            else spec.scoring.model_dump(mode="json", exclude={"before", "few_shot"}),
+            else spec.scoring.model_dump(mode="json", exclude={"before", "few_shot", "rows", "metric"}),
             "training": spec.training.model_dump(mode="json", include=kept),
         },
         sort_keys=True,

@@ -40,6 +40,13 @@ class RestorePoint(_Part):
     """Shadow id -> sha256 of its file; together they hold every global parameter with its moments."""
 
 
+class StoredAdapter(_Part):
+    """A published checkpoint that the bulk process hands out as a shadow of the job."""
+
+    shadow_id: str
+    sha256: str
+
+
 class DeviceCache(_Part):
     """Where another device of the job hands out its weights cache."""
 
@@ -76,6 +83,8 @@ class WorkerAssignment(_Part):
     """malloc keeps freed blocks on the heap."""
     coordinator_address: str
     bulk_address: str
+    initial: StoredAdapter | None = None
+    """What training starts from, or what only scores; None: fresh."""
     restore: RestorePoint | None = None
     stage_key: str = ""
     """What the loaded stage will be, see :func:`stage_key`."""

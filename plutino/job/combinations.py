@@ -20,6 +20,7 @@ def combination_problems(spec: JobSpec) -> Iterator[str]:
     yield from _method_problems(spec)
     yield from _activation_cache_problems(spec)
     yield from _held_out_problems(spec)
+    yield from _scoring_problems(spec)
     yield from _packing_problems(spec)
     yield from _metric_problems(spec)
 
@@ -86,6 +87,14 @@ def _held_out_problems(spec: JobSpec) -> Iterator[str]:
     ]
     if wants:
         yield f"{', '.join(wants)} need held-out rows: set data.eval"
+
+
+def _scoring_problems(spec: JobSpec) -> Iterator[str]:
+    scoring = spec.scoring
+    if spec.training.steps == 0 and (scoring is None or spec.output.publish):
+        yield "training.steps: 0 trains nothing: set scoring and output.publish: false, or more steps"
+    if scoring is not None and scoring.rows is not None and spec.data.tasks:
+        yield "scoring.rows counts the rows of a single data set; leave it out beside data.tasks"
 
 
 def _packing_problems(spec: JobSpec) -> Iterator[str]:

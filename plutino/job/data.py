@@ -112,3 +112,13 @@ class ScoringConfig(SpecPart):
     """Score the base model with so many training rows as examples in its prompt, too; 0: not."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy; otherwise sampling, seeded by (job, step, sample, position)."""
+    rows: tuple[int, int] | None = None
+    """Score only held-out rows of this half-open range, counted from 0; None: all. For a single data set."""
+    keep_answers: bool = False
+    """Report the answers to all scored rows in place of the first few."""
+
+    @model_validator(mode="after")
+    def _rows_are_a_range(self) -> ScoringConfig:
+        if self.rows is not None and not 0 <= self.rows[0] < self.rows[1]:
+            raise ValueError(f"rows: {list(self.rows)} is no range; give the first row and the one after the last")
+        return self

@@ -24,8 +24,8 @@ class TrainingConfig(SpecPart):
 
     epochs: float | None = Field(None, gt=0)
     """Passes over the training rows; give this or steps. Neither means one epoch."""
-    steps: int | None = Field(None, ge=1)
-    """Optimiser steps; give this or epochs."""
+    steps: int | None = Field(None, ge=0)
+    """Optimiser steps; give this or epochs. 0: the job trains nothing and only scores."""
     batch_size: int = Field(16, ge=1)
     """Rows of one optimiser step."""
     micro_batch_size: int | None = Field(None, ge=1)
