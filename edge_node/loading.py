@@ -126,7 +126,7 @@ def open_activations(
         return None
     namespace = namespace_of(
         assignment.base_hash,
-        assignment.numerics.model_dump_json(include={"dtype", "packing", "attention", "versions"}),
+        assignment.numerics.model_dump_json(exclude={"micro_batch_size", "threads_per_worker", "arithmetic"}),
         assignment.threads,
         device.torch,
         codec,
@@ -139,7 +139,8 @@ def make_executor(
     assignment: WorkerAssignment, stage: Stage, method: AttachedMethod, me: Peer, activations: StageCache | None
 ) -> StageExecutor:
     """The stage with its adapter, optimiser and objective; without a transport yet."""
-    spec = assignment.spec
+    spec, numerics, shape = assignment.spec, assignment.numerics, assignment.shape
+    stage.round_at(numerics.bf16_borders)
     return StageExecutor(
         stage=stage,
         method=method,
@@ -149,7 +150,8 @@ def make_executor(
         stages=assignment.stages,
         me=me,
         seed=spec.training.seed,
-        codec=assignment.numerics.codecs,
+        codec_above=numerics.codec_at(shape.start_block),
+        codec_below=numerics.codec_at(shape.end_block),
         first_trainable_stage=assignment.first_trainable_stage,
         activation_cache=activations,
         entry_owners=[Peer(*owner) for owner in assignment.entry_owners],

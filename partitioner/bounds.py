@@ -187,7 +187,7 @@ class Bounds:
     def _quickest_link(self, group: Group, below: Group) -> tuple[float, float]:
         if not below:
             return 0.0, 0.0
-        busy_s = self._pricer.busy_s[np.ix_(group, below)]
+        busy_s = self._pricer.least_busy_s[np.ix_(group, below)]
         latency_s = self._pricer.latency_s[np.ix_(group, below)]
         return float(busy_s.min()), float(latency_s.min())
 

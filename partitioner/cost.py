@@ -83,7 +83,9 @@ def stage_cost(
     )
 
 
-def message_bytes(table: ModelTable, shape: JobShape) -> int:
-    """Bytes of the hidden states (or of their gradient) of one micro-batch on the wire."""
+def message_bytes(table: ModelTable, shape: JobShape, codec: str | None = None) -> int:
+    """Bytes of the hidden states (or of their gradient) of one micro-batch on the wire; None: in the job's codec."""
     compute_bytes = boundary_bytes(table, shape)
-    return compute_bytes if shape.codec == "raw" else compute_bytes * min(2, shape.dtype_bytes) // shape.dtype_bytes
+    if (codec or shape.codec) == "raw":
+        return compute_bytes
+    return compute_bytes * min(2, shape.dtype_bytes) // shape.dtype_bytes

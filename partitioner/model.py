@@ -124,6 +124,9 @@ class JobShape(PlanValue):
     has_dropout: bool = False
     checkpointing: Literal["auto", "on", "off"] = "auto"
     codec: Literal["raw", "bf16"] = "raw"
+    """Of every boundary between stages that bf16_borders does not name."""
+    bf16_borders: tuple[int, ...] = ()
+    """Block borders at which a boundary carries bf16. Memory is billed as if it did not."""
     generate_rows: int = 0
     """Rows generated together (all groups in flight); 0 means the job never generates."""
     generate_tokens: int = 0

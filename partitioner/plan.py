@@ -57,6 +57,8 @@ class StagePlan(PlanValue):
     """malloc keeps freed blocks for the next step instead of giving them back: faster, where the budget has room."""
     checkpointing: bool = False
     """The stage's blocks are recomputed in the backward pass."""
+    codec: str | None = None
+    """Of the boundary behind it; None: the plan's, or there is none."""
     further_replicas: tuple[ReplicaPlan, ...] = ()
     """Replicas 1 and on."""
 
@@ -140,6 +142,7 @@ class Plan(PlanValue):
     unpacked_share: float = 1.0
     """Share of the model's weights that stay in the compute dtype."""
     codec: str
+    """Of every boundary whose stage does not name another."""
     step_s: float
     """Predicted seconds of one optimiser step."""
     bound_s: float | None = None
@@ -156,6 +159,19 @@ class Plan(PlanValue):
     """This is how: one stage without blocks, with the whole side network on every replica."""
     rejected: tuple[RejectedPlan, ...] = ()
     unused_devices: tuple[RejectedPlan, ...] = ()
+
+    @property
+    def bf16_borders(self) -> tuple[int, ...]:
+        """Block borders at which a boundary of this plan carries bf16."""
+        return tuple(stage.end_block for stage in self.stages[:-1] if (stage.codec or self.codec) == "bf16")
+
+    @property
+    def codec_in_words(self) -> str:
+        """Of all boundaries."""
+        if self.codec != "raw" or not self.bf16_borders:
+            return self.codec
+        number = len(self.bf16_borders)
+        return f"bf16 at {number} of {len(self.stages) - 1} boundaries"
 
     @property
     def has_replicas(self) -> bool:

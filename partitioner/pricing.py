@@ -65,6 +65,8 @@ class Pricer(Rooms):
         super().__init__(table, shape, devices)
         self.links = links
         self.message_bytes = message_bytes(table, shape)
+        self.rounded_bytes = message_bytes(table, shape, "bf16")
+        """Of a message over a boundary in bf16."""
         self._costs: dict[tuple[int, int, int, bool], StageCost] = {}
         self._sum_s_per_byte: dict[Group, float] = {}
         self._options: dict[Layout, list[dict[int, StageOption | None]]] = {}
@@ -89,9 +91,22 @@ class Pricer(Rooms):
         return np.array([[link.latency_s for link in row] for row in self._profiles])
 
     @cached_property
-    def _links(self) -> list[list[tuple[float, float]]]:
-        rows = zip(self.busy_s.tolist(), self.latency_s.tolist(), strict=True)
-        return [list(zip(*row, strict=True)) for row in rows]
+    def least_busy_s(self) -> Floats:
+        """The same of the smallest message that any boundary carries."""
+        return (self.rounded_bytes if self.shape.bf16_borders else self.message_bytes) / self.bandwidth
+
+    @cached_property
+    def _links(self) -> tuple[list[list[tuple[float, float]]], list[list[tuple[float, float]]]]:
+        """Of boundaries in the job's codec, and of those in bf16."""
+        found = []
+        for num_bytes in (self.message_bytes, self.rounded_bytes):
+            rows = zip((num_bytes / self.bandwidth).tolist(), self.latency_s.tolist(), strict=True)
+            found.append([list(zip(*row, strict=True)) for row in rows])
+        return found[0], found[1]
+
+    def codec_at(self, border: int) -> str:
+        """What a boundary at a block border carries."""
+        return "bf16" if border in self.shape.bf16_borders else self.shape.codec
 
     @cached_property
     def _params_before(self) -> Floats:
@@ -154,10 +169,11 @@ class Pricer(Rooms):
         """One stage of a layout with its seconds."""
         group = layout[k]
         below = layout[k + 1] if k + 1 < len(layout) else ()
+        links = self._links[end in self.shape.bf16_borders]
         return StageGroup(
             replicas=tuple(self.cost(device, start, end, checkpointing=checkpointing) for device in group),
             owners=self.owners(group),
-            links=tuple(tuple(self._links[device][other] for other in below) for device in group),
+            links=tuple(tuple(links[device][other] for other in below) for device in group),
             sum_s=self.sum_s(layout, k, start, end),
         )
 
@@ -220,7 +236,9 @@ class Pricer(Rooms):
             chosen.append(numbers)
         found = np.full(len(many), np.inf)
         fits = np.ones(len(many), dtype=bool)
-        trained = np.zeros((len(many), len(layout)), dtype=bool)
+        # What cuts must have in common to be replayed at once: which stages train, and which boundaries are in bf16.
+        trained = np.zeros((len(many), 2 * len(layout)), dtype=bool)
+        trained[:, len(layout) :] = np.isin(borders[:, 1:], self.shape.bf16_borders)
         for k, of_stage in enumerate(options):
             fits &= np.array([option is not None for option in of_stage])[chosen[k]]
             has_backward = [option is not None and option.group.replicas[0].has_backward for option in of_stage]

@@ -59,6 +59,11 @@ class Outcome:
         known = self._by_variant.get(id(pricer))
         return math.inf if known is None or known[1] is None else known[1].step_s
 
+    def decide(self, candidate: Candidate, pricer: Pricer) -> None:
+        """Take a candidate whatever else was found."""
+        self.best, self._pricer = candidate, pricer
+        self.by_num_stages[len(candidate.layout)] = candidate
+
     def chosen(self) -> tuple[Candidate, Pricer]:
         """The best candidate and what priced it."""
         assert self.best is not None and self._pricer is not None, "only asked where something fits"
@@ -115,6 +120,7 @@ def _stage(pricer: Pricer, best: Candidate, k: int) -> StagePlan:
         agent_ids=tuple(worker.agent_id for worker in workers),
         device_names=tuple(worker.device_name for worker in workers),
         checkpointing=best.checkpointing[k],
+        codec="bf16" if end in pricer.shape.bf16_borders else None,
         further_replicas=tuple(workers[1:]),
         **first.model_dump(exclude={"agent_id", "device_name", "memory"}),
         memory=first.memory,
@@ -156,7 +162,8 @@ def _link_uses(pricer: Pricer, best: Candidate) -> tuple[LinkUse, ...]:
         here, there = best.groups[k], best.groups[k + 1]
         gets_gradient = here.replicas[0].gets_gradient
         for (i, j), count in sorted(Counter(zip(here.owners, there.owners, strict=True)).items()):
-            num_bytes = count * pricer.message_bytes
+            is_rounded = pricer.codec_at(best.cuts[k + 1]) == "bf16"
+            num_bytes = count * (pricer.rounded_bytes if is_rounded else pricer.message_bytes)
             pair = (group[i], below[j])
             uses.append(
                 LinkUse(

@@ -12,29 +12,26 @@ proves the best one or finds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal
 
+from partitioner.border_codecs import least_lossy
 from partitioner.climb import Guesses, Limits, improve, polish, settle, starts
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.exact import TOLERANCE, prove
 from partitioner.fitting import fitting_layout
 from partitioner.layout import Layout
-from partitioner.micro_batch import candidate_rows, scaled_devices, with_rows
 from partitioner.model import JobShape, ModelTable
 from partitioner.orders import all_layouts
 from partitioner.plan import Plan
 from partitioner.pricing import Candidate, Pricer
+from partitioner.question import Codec, Question, open_question
 from partitioner.reasons import Outcome, make_plan
 from partitioner.refusal import refuse
-from partitioner.spread import MAX_POLISHED, Fan, PartResult, SearchPart, climb_parts, in_turn, is_long, run_part
+from partitioner.spread import MAX_POLISHED, Fan, SearchPart, climb_parts, in_turn, is_long
 
 MAX_PROOF_WORK = 60_000
 """Cuts that the proof may look at, over all micro-batches and codecs."""
-_MAX_CONSIDERED = 40
-"""Devices that a search looks at, unless the model needs more."""
 _NUM_IMPROVED = 2
 """Of the choices of micro-batch and codec so many, those with the best guesses, look for layouts."""
 _NUM_DEEP = 3
@@ -45,8 +42,6 @@ _FEW_CUTS = 200
 """Layouts of at most so many stages times blocks are all improved: it takes no time."""
 _HOPE = 1.1
 """A candidate this much slower than the best is not worth improving; of few cuts one twice as slow is."""
-
-Codec = Literal["raw", "bf16"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,61 +125,6 @@ def choose_micro_batch(
     return answer(question, proof_work=proof_work, fan=fan)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """All that a search is asked."""
-
-    table: ModelTable
-    inputs: tuple[tuple[JobShape, tuple[DeviceProfile, ...]], ...]
-    """Choices of micro-batch and codec, each with the devices' seconds at its size; the smallest size last."""
-    links: LinkTable
-    allow_replicas: bool
-
-    @property
-    def limits(self) -> Limits:
-        """Which layouts are allowed."""
-        shape, devices = self.inputs[-1]
-        return Limits(
-            max_stages=min(len(devices), self.table.num_blocks),
-            exact_stages=shape.exact_stages,
-            allow_replicas=self.allow_replicas,
-        )
-
-    def priced(self) -> Iterator[tuple[JobShape, Pricer]]:
-        """The choices that any device can compute, on the devices that a search looks at."""
-        for shape, devices in self.inputs:
-            usable = considered(self.table, shape, [device for device in devices if shape.dtype in device.dtypes])
-            if usable:
-                yield shape, Pricer(self.table, shape, usable, self.links)
-
-    def run_part(self, part: SearchPart) -> PartResult:
-        """What a part of a long search finds, wherever this runs."""
-        _, pricer = next(islice(self.priced(), part.variant, None))
-        return run_part(part, pricer, self.limits)
-
-
-def open_question(
-    table: ModelTable,
-    shape: JobShape,
-    devices: Sequence[DeviceProfile],
-    links: LinkTable | None = None,
-    *,
-    label_tokens_of: Callable[[int], int] | None = None,
-    codecs: Sequence[Codec] = (),
-    allow_replicas: bool = False,
-) -> Question:
-    """The question of :func:`choose_micro_batch`."""
-    inputs = tuple(
-        (
-            with_rows(shape, rows, label_tokens_of).model_copy(update={"codec": codec}),
-            tuple(scaled_devices(devices, shape.micro_batch_rows, rows)),
-        )
-        for rows in candidate_rows(shape.batch_rows, shape.rows_per_sample)
-        for codec in codecs or (shape.codec,)
-    )
-    return Question(table, inputs, links or LinkTable(), allow_replicas)
-
-
 def answer(question: Question, *, proof_work: int = MAX_PROOF_WORK, fan: Fan = in_turn) -> Plan:
     """The best plan; see :func:`search`.
 
@@ -199,26 +139,9 @@ def answer(question: Question, *, proof_work: int = MAX_PROOF_WORK, fan: Fan = i
     first_shape, all_devices = question.inputs[-1]
     if outcome is None:
         refuse(table, first_shape, all_devices, links)
+    if question.is_codec_open:
+        outcome.decide(*least_lossy(*outcome.chosen()))
     return make_plan(outcome, all_devices, _freed(table, outcome, links, limits))
-
-
-def considered(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile]) -> list[DeviceProfile]:
-    """The fastest and the roomiest devices of a large fleet, as many as a search can look at, in their given order."""
-    if len(devices) <= _MAX_CONSIDERED:
-        return list(devices)
-    by_room = sorted(range(len(devices)), key=lambda i: (devices[i].baseline_bytes - devices[i].available_bytes, i))
-    by_speed = sorted(range(len(devices)), key=lambda i: (devices[i].timings.forward_s, i))
-    weight_bytes = sum(table.block_params) * shape.dtype_bytes
-    needed, room_bytes = 0, 0
-    for i in by_room:
-        needed += 1
-        room_bytes += max(0, devices[i].available_bytes - devices[i].baseline_bytes)
-        if room_bytes > 2 * weight_bytes:
-            break
-    # Half of them for speed; of the roomy ones as many as hold the frozen weights twice over.
-    roomy = max(_MAX_CONSIDERED // 2, needed)
-    chosen = {*by_room[:roomy], *by_speed[: _MAX_CONSIDERED // 2]}
-    return [device for i, device in enumerate(devices) if i in chosen]
 
 
 def _find(

@@ -138,7 +138,12 @@ class Scheduling:
         if record.numerics_json is not None and context.spec.placement.numerics == "fixed":
             numerics_json = record.numerics_json
         else:
-            numerics = make_numerics(verdict.plan, family_of(problem.table.family), context.fleet.devices)
+            numerics = make_numerics(
+                verdict.plan,
+                family_of(problem.table.family),
+                context.fleet.devices,
+                is_beside=problem.shape.side_reduction > 0,
+            )
             numerics_json = numerics.model_dump_json()
         plan = with_cached_step(verdict.plan, problem, context.spec) if context.trial is None else verdict.plan
         plan_json = plan.model_dump_json()

@@ -28,9 +28,9 @@ from partitioner.micro_batch import with_rows
 from partitioner.model import JobShape, ModelTable, describe_model
 from partitioner.packed import check_scheme
 from partitioner.plan import Plan, RejectedPlan
+from partitioner.question import Codec
 from partitioner.refusal import refuse
 from partitioner.scheme_choice import choose_scheme
-from partitioner.search import Codec
 from plutino.errors import ConfigError, InfeasiblePlanError, ModelError
 from plutino.families import Family, family_of
 from plutino.gptq_index import gptq_format, unpacked_shapes
@@ -116,6 +116,7 @@ async def make_problem(
         raise InfeasiblePlanError(f"no device can take part: {why}")
     dtype = numerics.dtype if numerics is not None else _dtype(spec, devices)
     rows = measured_rows(spec, numerics)
+    recorded = {} if numerics is None else {"codec": numerics.codecs, "bf16_borders": numerics.bf16_borders}
     is_micro_batch_free = numerics is None and spec.training.micro_batch_size is None
     shape = shape_for(spec, prepared, table, dtype, rows)
     for other in together_with:
@@ -123,7 +124,7 @@ async def make_problem(
     offers = [_unmeasured(device) for device in devices]
     packing, packing_why = packing_for(spec, table, shape, offers, numerics, is_micro_batch_free=is_micro_batch_free)
     is_on_cards = all(device.hardware.kind != "cpu" for device in devices)
-    shape = shape.model_copy(update={"packing": packing, "is_on_cards": is_on_cards})
+    shape = shape.model_copy(update={"packing": packing, "is_on_cards": is_on_cards, **recorded})
     if must_fit and not is_started:
         # Known without a second of measuring, which an absurd job would keep devices busy with.
         await asyncio.to_thread(_refuse_what_cannot_fit, table, shape, devices, is_micro_batch_free)
@@ -170,10 +171,11 @@ async def make_problem(
 def open_codecs(spec: JobSpec, shape: JobShape, numerics: NumericsRecord | None) -> tuple[Codec, ...]:
     """Codecs that the first plan of a job may choose from; empty: only the one it names.
 
-    Rounding hidden states to bf16 changes the job's bits, so the job must have left its numerics free.
+    Rounding hidden states to bf16 changes the job's bits, so the job must have left its numerics or its codec free.
     """
-    is_open = numerics is None and spec.placement.numerics == "free" and shape.dtype == "fp32"
-    return ("raw", "bf16") if is_open and spec.placement.codec == "raw" else ()
+    placement = spec.placement
+    is_asked = placement.codec == "auto" or (placement.numerics == "free" and placement.codec == "raw")
+    return ("raw", "bf16") if numerics is None and is_asked and shape.dtype == "fp32" else ()
 
 
 def _refuse_what_cannot_fit(
@@ -189,8 +191,16 @@ def _fits(table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micr
     return fits(table, smallest, [_unmeasured(device) for device in devices])
 
 
-def make_numerics(plan: Plan, family: Family, devices: Sequence[Device]) -> NumericsRecord:
-    """The record that fixes the job's bits, from its first plan."""
+def make_numerics(plan: Plan, family: Family, devices: Sequence[Device], *, is_beside: bool = False) -> NumericsRecord:
+    """The record that fixes the job's bits, from its first plan.
+
+    Args:
+        plan: the plan.
+        family: of the model.
+        devices: those of the fleet.
+        is_beside: a side network runs beside the blocks; its state is not rounded in place, so that the codec is
+            that of every boundary, wherever stages end.
+    """
     chosen = {device.agent_id: device for device in devices}
     members = [chosen[AgentId(agent_id)] for agent_id in plan.agent_ids]
     threads = {replica.threads for stage in plan.stages for replica in stage.replicas}
@@ -200,7 +210,8 @@ def make_numerics(plan: Plan, family: Family, devices: Sequence[Device]) -> Nume
         attention=family.attention,
         micro_batch_size=plan.micro_batch_rows,
         threads_per_worker=threads.pop() if len(threads) == 1 else None,
-        codecs=plan.codec,
+        codecs=plan.codec if is_beside else "raw",
+        bf16_borders=() if is_beside else plan.bf16_borders,
         versions=agreed_versions(members),
         arithmetic=shared_arithmetic(members),
     )
@@ -295,7 +306,7 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         **fields,
         has_dropout=spec.method.has_dropout,
         checkpointing=spec.training.checkpointing,
-        codec=spec.placement.codec,
+        codec="bf16" if spec.placement.codec == "bf16" else "raw",
         generate_rows=0 if scoring is None else scoring.batch_rows,
         generate_tokens=0
         if scoring is None

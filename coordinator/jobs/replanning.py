@@ -17,6 +17,7 @@ from itertools import groupby
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.device import BlockTimings, DeviceProfile
 from partitioner.micro_batch import scaled_devices, with_rows
+from partitioner.model import JobShape
 from partitioner.plan import Plan
 from partitioner.pricing import Pricer
 from partitioner.replay import replay
@@ -103,7 +104,7 @@ def as_running(problem: PlanningProblem, plan: Plan) -> PlanningProblem:
         shape = with_rows(shape, rows, lambda number: number * problem.label_tokens_per_row)
     return problem.model_copy(
         update={
-            "shape": shape.model_copy(update={"codec": plan.codec}),
+            "shape": shape.model_copy(update=codecs_of(plan, shape)),
             "devices": tuple(devices),
             "is_micro_batch_free": False,
             "codecs": (),
@@ -111,6 +112,16 @@ def as_running(problem: PlanningProblem, plan: Plan) -> PlanningProblem:
             "known_plan": None,
         }
     )
+
+
+def codecs_of(plan: Plan, shape: JobShape) -> dict[str, object]:
+    """Fields of a shape: borders that carry bf16 do so in every later plan, all others never.
+
+    A side network's state is no part of what is rounded in place: there the codec is that of every boundary.
+    """
+    if shape.side_reduction:
+        return {"codec": plan.codec}
+    return {"codec": "raw", "bf16_borders": plan.bf16_borders}
 
 
 def corrected(problem: PlanningProblem, factors: Mapping[str, float]) -> PlanningProblem:

@@ -9,7 +9,8 @@ from partitioner.device import DeviceProfile, LinkTable
 from partitioner.model import JobShape, ModelTable
 from partitioner.packed import WeightSizes
 from partitioner.plan import Plan, RejectedPlan
-from partitioner.search import Question, answer, open_question
+from partitioner.question import Question, open_question
+from partitioner.search import answer
 from partitioner.spread import Fan, PartResult, SearchPart, in_turn
 from partitioner.values import PlanValue
 from plutino.errors import InfeasiblePlanError

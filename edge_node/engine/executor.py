@@ -65,7 +65,8 @@ class StageExecutor:
         stages: Sequence[StageShape],
         me: Peer,
         seed: int,
-        codec: str = "raw",
+        codec_above: str = "raw",
+        codec_below: str = "raw",
         first_trainable_stage: int = 0,
         unfreezing: Unfreezing | None = None,
         activation_cache: StageCache | None = None,
@@ -76,7 +77,10 @@ class StageExecutor:
         self.me = me
         self.stages = tuple(stages)
         self.seed = seed
-        self.codec = codec
+        self.codec_above = codec_above
+        """Of gradients to the stage before."""
+        self.codec_below = codec_below
+        """Of hidden states to the next stage."""
         self._objective = objective
         self.optimizer = optimizer
         self._transport = transport
@@ -263,7 +267,7 @@ class StageExecutor:
                     times.compute_s += time.perf_counter() - started_s
                 case Send(m, MessageKind.FORWARD | MessageKind.REFERENCE as kind, peer):
                     flight = in_flight[m] if runs_backward else in_flight.pop(m)
-                    self.transport.send(peer, MessageKey(kind, work.unit, m), flight.message, codec=self.codec)
+                    self.transport.send(peer, MessageKey(kind, work.unit, m), flight.message, codec=self.codec_below)
                     times.send_s += time.perf_counter() - started_s
                 case Backward(m):
                     with self._position(work, m, is_training=is_training):
@@ -274,7 +278,7 @@ class StageExecutor:
                     times.compute_s += time.perf_counter() - started_s
                 case Send(m, kind, peer):
                     tensors = {"gradient": to_send.pop(m)}
-                    self.transport.send(peer, MessageKey(kind, work.unit, m), tensors, codec=self.codec)
+                    self.transport.send(peer, MessageKey(kind, work.unit, m), tensors, codec=self.codec_above)
                     times.send_s += time.perf_counter() - started_s
                 case _:
                     raise AssertionError(f"unknown action {action}")

@@ -193,7 +193,7 @@ class _Generation:
     def _send_forward(self, g: int, position: int, tensors: dict[str, Tensor]) -> None:
         assert self._next is not None
         key = self._key(MessageKind.FORWARD, g, position)
-        self._executor.transport.send(self._next, key, tensors, codec=self._executor.codec)
+        self._executor.transport.send(self._next, key, tensors, codec=self._executor.codec_below)
 
     def _sample(self, g: int, position: int, logits_BV: Tensor) -> None:
         group = self._groups[g]

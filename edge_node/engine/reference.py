@@ -71,6 +71,7 @@ class InProcessPipeline:
         activation_cache: Callable[[Stage], StageCache] | None = None,
         from_cache: bool = False,
         entry_owners: Sequence[Peer] = (),
+        bf16_borders: Sequence[int] = (),
     ) -> None:
         self._threads = threads
         self._spec = spec
@@ -90,8 +91,13 @@ class InProcessPipeline:
                     has_lm_head=not spec.objective.has_score_head,
                     has_backbone=not from_cache,
                 )
+                stage.round_at(bf16_borders)
                 method = attach_method(stage, spec)
                 attached[Peer(stage_index, replica_index)] = stage, method
+
+        def codec_at(border: int) -> str:
+            return "bf16" if spec.placement.codec == "bf16" or border in bf16_borders else "raw"
+
         first_trainable_stage = min(me.stage_index for me, (_, method) in attached.items() if method.parameters)
         self._transports: dict[Peer, InProcessTransport] = {me: hub.transport(me) for me in attached}
         self.executors: dict[Peer, StageExecutor] = {
@@ -104,7 +110,8 @@ class InProcessPipeline:
                 stages=stages,
                 me=me,
                 seed=spec.training.seed,
-                codec=spec.placement.codec,
+                codec_above=codec_at(stage.start_block),
+                codec_below=codec_at(stage.end_block),
                 first_trainable_stage=first_trainable_stage,
                 unfreezing=spec.method.unfreezing,
                 activation_cache=None if activation_cache is None else activation_cache(stage),

@@ -7,15 +7,18 @@ the whole model computes. :func:`edge_node.stage.build.build_stage` makes one; m
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from edge_node.stage.architecture import make_packed_masks
 from edge_node.stage.past import FixedPast, Past, for_rows
+from edge_node.stage.rounding import round_inputs
 from plutino.errors import ActivationCacheError, ModelError
 from plutino.families import Family, family_of
 from plutino.job.model import Packing
@@ -157,6 +160,7 @@ class Stage:
         self.side_layout: SideLayout | None = None
         """Of the job's whole side network, also on stages that have no part of it."""
         self._tap: BackboneTap | None = None
+        self._rounding: list[RemovableHandle] = []
 
     @property
     def is_first(self) -> bool:
@@ -197,6 +201,16 @@ class Stage:
         """Run a side network with every pass from now on."""
         self.side = side
         self._tap = BackboneTap(self.model, self.family, side) if self.has_backbone else None
+
+    def round_at(self, borders: Iterable[int]) -> None:
+        """Round hidden states to bf16 at these block borders, as a codec does where a stage ends there.
+
+        Borders outside the stage, and those that it begins or ends with, are not its own to round.
+        """
+        for handle in self._rounding:
+            handle.remove()
+        inside = [b for b in borders if self.has_backbone and self.start_block < b < self.end_block]
+        self._rounding = round_inputs(self.model.get_submodule(f"{self.family.block_prefix}{b}") for b in inside)
 
     def run(self, inputs: StageInput) -> StageOutput:
         """The stage's whole pass: blocks, and the side network where one was put beside them.

@@ -27,9 +27,16 @@ class NumericsRecord(SpecPart):
 
     Two thread counts may differ in the last bit of an fp32 matrix product (5e-7 measured)."""
     codecs: str
-    """Codec of every boundary: raw or bf16."""
+    """Codec of every boundary between stages that bf16_borders does not name: raw or bf16."""
+    bf16_borders: tuple[int, ...] = ()
+    """Block borders at which hidden states and their gradients are rounded to bf16: by the codec where a stage ends
+    there, in place where a re-plan put both blocks into one stage."""
     versions: dict[str, str]
     """Versions of torch, transformers and peft on the workers."""
     arithmetic: str | None = None
     """What the first plan's devices round by (plutino.hardware.Hardware.arithmetic), or None where they differ: then
     the job runs on all of them, and moving a block in a re-plan may change the last bit of its products."""
+
+    def codec_at(self, border: int) -> str:
+        """Codec of the boundary between two stages that meet at a block border."""
+        return "bf16" if border in self.bf16_borders else self.codecs

@@ -14,8 +14,10 @@ class PlacementConfig(SpecPart):
 
     numerics: Literal["fixed", "free"] = "fixed"
     """fixed: a re-plan may never change the job's bits. free: the planner may choose codecs and micro-batches anew."""
-    codec: Literal["raw", "bf16"] = "raw"
-    """How hidden states travel between stages: as they are, or rounded to bf16 (half the bytes of fp32)."""
+    codec: Literal["raw", "bf16", "auto"] = "raw"
+    """How hidden states travel between stages: as they are, or rounded to bf16 (half the bytes of fp32). auto: the
+    first plan rounds them where that makes a step notably shorter. Under ``numerics: fixed`` they are rounded at the
+    first plan's borders for the whole job, wherever its stages end later."""
     devices: tuple[str, ...] = ()
     """Names of the devices to use; empty means any."""
     stages: int | None = Field(None, ge=1)

@@ -123,14 +123,16 @@ class Fleet:
         ]
 
 
-def spec_for(model_dir: Path, rows_file: Path, output: Path, *, stages: int | None, replan: str = "auto") -> JobSpec:
+def spec_for(
+    model_dir: Path, rows_file: Path, output: Path, *, stages: int | None, replan: str = "auto", codec: str = "raw"
+) -> JobSpec:
     return make_spec(
         model_dir,
         rows_file,
         output,
         method={"type": "lora", "rank": 4, "target_modules": ["q_proj"], "dropout": 0.1},
         training={"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, "lr": 1e-2, "shadow_every": 1000},
-        placement={"stages": stages, "replicas": "never", "replan": replan},
+        placement={"stages": stages, "replicas": "never", "replan": replan, "codec": codec},
     )
 
 
@@ -159,6 +161,27 @@ def test_device_that_becomes_ten_times_slower_loses_its_blocks_at_a_commit_and_n
     assert f"from {slow} to" in moved["reason"] and f"{slow} takes 10 times as long" in moved["reason"]
     assert SLOW_FROM < moved["step"] <= HELD_AT + 1
     assert detail["recoveries"] == 0 and all(row["status"] == "committed" for row in detail["ledger"])
+
+
+def test_job_in_bf16_that_moves_to_another_cut_still_rounds_where_its_first_plan_did(
+    stack: ExitStack, tmp_path: Path, model_dir: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(stack, tmp_path / "state", monkeypatch)
+    fleet.join("a", "b")
+    calm = spec_for(model_dir, rows_file, tmp_path / "calm", stages=2, replan="never", codec="bf16")
+    calm_id = fleet.people.submit(calm)
+    undisturbed = fleet.finish(calm_id, calm)
+
+    spec = spec_for(model_dir, rows_file, tmp_path / "adapter", stages=2, codec="bf16")
+    fleet.factors["b"] = 10.0
+    fleet.at_step[HELD_AT] = fleet.wait_for_price
+    job_id = fleet.people.submit(spec)
+
+    assert fleet.finish(job_id, spec) == undisturbed
+    before, after = fleet.plans(job_id)
+    (border,) = before.bf16_borders
+    assert border not in [stage.end_block for stage in after.stages[:-1]]
+    assert fleet.people.detail(job_id)["numerics"]["bf16_borders"] == [border]
 
 
 @pytest.mark.slow

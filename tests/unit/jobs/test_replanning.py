@@ -210,6 +210,22 @@ def test_running_problem_keeps_micro_batch_and_codec():
     assert again.num_micro_batches == plan.num_micro_batches
 
 
+def test_running_problem_rounds_where_the_plan_does_wherever_it_cuts_next():
+    table, slow = llama(4), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=2e5))
+    shape = job(table, micro_batch_rows=2, exact_stages=2)
+    free = problem_of(1, 1, num_blocks=4, shape=shape, is_micro_batch_free=True, codecs=("raw", "bf16"))
+    free = free.model_copy(update={"links": slow})
+    plan = free.plan()
+    assert plan.bf16_borders
+
+    running = as_running(free, plan)
+    again = corrected(running, {plan.agent_ids[0]: 10.0}).plan()
+
+    assert running.shape.bf16_borders == plan.bf16_borders and running.shape.codec == "raw"
+    assert step_s_of(running, plan) == pytest.approx(plan.step_s)
+    assert set(again.bf16_borders) <= set(plan.bf16_borders)
+
+
 def test_moving_to_a_device_without_weights_costs_what_it_must_fetch():
     problem = problem_of(1, 1, 1, num_blocks=4, allow_replicas=False, shape=job(llama(4), exact_stages=1))
     present = plan_over(problem, 0)

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.fleets import llama_table, lora_job, random_fleet
 from partitioner import search as search_module
-from partitioner.search import Question, answer, open_question
+from partitioner.question import Question, open_question
+from partitioner.search import answer
 from partitioner.spread import PartResult, SearchPart, estimated_s, in_turn, is_long
 
 
