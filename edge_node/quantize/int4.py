@@ -83,7 +83,7 @@ class Int4:
     def unpack(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
         """Dequantise rows from ``start_row`` on; see :class:`edge_node.quantize.base.Scheme`."""
         if out.is_cuda and self.has_native:
-            launch = int4_launch(out.dtype, out.device, Int4(has_native=False).unpack)
+            launch = int4_launch(out.dtype, out.device, _unpack_without_kernel)
             if launch is not None:
                 launch(packed, out, start_row)
                 return out
@@ -103,6 +103,11 @@ class Int4:
             if piece.dtype != out.dtype:
                 out[start:end] = piece
         return out
+
+
+def _unpack_without_kernel(packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
+    """What a card's kernel is held against; one function, by which what came of that is remembered."""
+    return Int4(has_native=False).unpack(packed, out, start_row=start_row)
 
 
 def _pack_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

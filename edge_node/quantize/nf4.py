@@ -89,7 +89,7 @@ class Nf4:
     def unpack(self, packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
         """Dequantise rows from ``start_row`` on; see :class:`edge_node.quantize.base.Scheme`."""
         if out.is_cuda and self.has_native:
-            launch = nf4_launch(out.dtype, out.device, Nf4(has_native=False).unpack)
+            launch = nf4_launch(out.dtype, out.device, _unpack_without_kernel)
             if launch is not None:
                 launch(packed, out, start_row)
                 return out
@@ -105,6 +105,11 @@ class Nf4:
         else:
             unpack_in_torch(codes, absmax, out)
         return out
+
+
+def _unpack_without_kernel(packed: Mapping[str, Tensor], out: Tensor, *, start_row: int = 0) -> Tensor:
+    """What a card's kernel is held against; one function, by which what came of that is remembered."""
+    return Nf4(has_native=False).unpack(packed, out, start_row=start_row)
 
 
 def unpack_in_torch(codes: Tensor, absmax: Tensor, out: Tensor) -> None:

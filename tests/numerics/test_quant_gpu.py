@@ -8,8 +8,10 @@ from torch import Tensor
 
 from edge_node.quantize.fused import int4_launch, nf4_launch
 from edge_node.quantize.int4 import Int4
+from edge_node.quantize.int4 import _unpack_without_kernel as int4_in_torch
 from edge_node.quantize.linear import QuantLinear
 from edge_node.quantize.nf4 import Nf4
+from edge_node.quantize.nf4 import _unpack_without_kernel as nf4_in_torch
 from edge_node.quantize.registry import SCHEMES
 
 pytestmark = pytest.mark.gpu
@@ -89,8 +91,8 @@ def test_integer_products_are_those_of_the_cpu(tokens: int) -> None:
 def test_fused_kernels_are_used_where_triton_is_and_give_torchs_bits(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     card = torch.device("cuda", torch.cuda.current_device())
-    assert nf4_launch(dtype, card, Nf4(has_native=False).unpack) is not None
-    assert int4_launch(dtype, card, Int4(has_native=False).unpack) is not None
+    for launch in (nf4_launch, int4_launch):
+        launch.cache_clear()
     for fused, plain in ((Nf4(), Nf4(has_native=False)), (Int4(), Int4(has_native=False))):
         # Blocks of nf4 that end inside a row, and rows that no program of the kernel fills.
         shapes = ((OUT, IN), (33, 384), (3, 128), *(((5, 70),) if fused.name == "nf4" else ()))
@@ -103,3 +105,9 @@ def test_fused_kernels_are_used_where_triton_is_and_give_torchs_bits(dtype: torc
                 fused.unpack(packed, found, start_row=start_row)
                 plain.unpack(packed, expected, start_row=start_row)
                 assert torch.equal(found, expected), (fused.name, shape, start_row)
+    # Each is held against torch once, not with every product.
+    for launch in (nf4_launch, int4_launch):
+        assert launch.cache_info().misses == 1 < launch.cache_info().hits
+    assert nf4_launch(dtype, card, nf4_in_torch) is not None
+    assert int4_launch(dtype, card, int4_in_torch) is not None
+    assert nf4_launch.cache_info().misses == int4_launch.cache_info().misses == 1
