@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from coordinator.fleet.membership import Change
 from coordinator.fleet.registry import FleetRegistry, Patience, WorkerExit
 from coordinator.jobs.endpoints import Endpoints
 from coordinator.jobs.manager import JobManager
+from coordinator.llm2llm.manager import LoopManager
 from coordinator.scheduling.engine import Engine
 from coordinator.security.addresses import advertised_hosts, beside, dialled_here, with_port_of
 from coordinator.security.placed import PlacedDevices
@@ -29,6 +29,7 @@ from coordinator.services.agents import AgentServicer
 from coordinator.services.doctor import DoctorServicer
 from coordinator.services.jobs import JobServicer
 from coordinator.services.join import CertificateServicer, JoinServicer
+from coordinator.services.llm2llm import Llm2LlmServicer
 from coordinator.services.runners import RunnerServicer
 from coordinator.services.security import SecurityServicer
 from coordinator.services.sweeps import SweepServicer
@@ -36,7 +37,8 @@ from coordinator.services.workers import WorkerServicer
 from coordinator.storage.base import Store
 from coordinator.storage.sqlite import SqliteStore
 from coordinator.sweeps.manager import SweepManager
-from plutino.errors import ConfigError, JobError, SecurityError, StoreError
+from coordinator.weights.bulk_process import start_bulk
+from plutino.errors import ConfigError, SecurityError, StoreError
 from plutino.security.certificates import LIFETIME_S
 from plutino.security.identity import COORDINATOR
 from plutino.security.tokens import DEFAULT_TTL_S
@@ -46,6 +48,7 @@ from protos import (
     agents_pb2_grpc,
     doctor_pb2_grpc,
     jobs_pb2_grpc,
+    llm2llm_pb2_grpc,
     runners_pb2_grpc,
     security_pb2_grpc,
     sweeps_pb2_grpc,
@@ -57,7 +60,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BULK_START_TIMEOUT_S = 30.0
 _STOP_GRACE_S = 1.0
 _JOIN_OFFSET, _BULK_OFFSET = 2, 3
 """Ports behind the devices' one; the one between is the people's."""
@@ -130,7 +132,13 @@ async def run_coordinator(
         if not config.is_plaintext:
             warden = Warden(config.state_dir, lifetime_s=config.certificate_lifetime_s)
             stack.callback(warden.close)
-        bulk_address = await _start_bulk(config, store, warden, stack)
+        bulk_address = await start_bulk(
+            stack,
+            address=with_port_of(beside(config.devices_address, _BULK_OFFSET), store.value("bulk_address")),
+            state_dir=config.state_dir,
+            rate_bytes_per_s=config.bulk_rate_bytes_per_s,
+            identity=None if warden is None else warden.coordinator_path,
+        )
         await _serve(
             config, store, warden, incarnation, bulk_address, stack, stop, on_ready, make_engine or _make_engine
         )
@@ -207,6 +215,8 @@ async def _serve(
     )
     sweeps = SweepManager(store, manager)
     sweeps_pb2_grpc.add_SweepServiceServicer_to_server(SweepServicer(sweeps), people_server)
+    loops = LoopManager(store, manager, config.state_dir)
+    llm2llm_pb2_grpc.add_Llm2LlmServiceServicer_to_server(Llm2LlmServicer(loops), people_server)
     members = None if warden is None else warden.members
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(manager, store, fleet, link_map, members), people_server)
     security = SecurityServicer(warden, join_addresses, lambda node_id, reason: fleet.revoke(AgentId(node_id), reason))
@@ -227,6 +237,8 @@ async def _serve(
     manager.resume_all()
     sweeps.resume_all()
     stack.push_async_callback(sweeps.close)
+    loops.resume_all()
+    stack.push_async_callback(loops.close)
     await _write_endpoints(config, store, warden, endpoints)
     on_ready(endpoints)
     forever = [
@@ -350,43 +362,3 @@ async def _write_endpoints(
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values))
     temporary.replace(path)
-
-
-async def _start_bulk(config: CoordinatorConfig, store: Store, warden: Warden | None, stack: AsyncExitStack) -> str:
-    """Start the bulk process on the port it had before, so that workers that outlived a restart still reach it."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "coordinator.weights.bulk",
-        "--address",
-        with_port_of(beside(config.devices_address, _BULK_OFFSET), store.value("bulk_address")),
-        "--state-dir",
-        str(config.state_dir),
-        "--rate-bytes-per-s",
-        str(config.bulk_rate_bytes_per_s),
-        "--parent-pid",
-        str(os.getpid()),
-        *(() if warden is None else ("--identity", str(warden.coordinator_path))),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    stack.push_async_callback(_stop_process, process)
-    assert process.stdout is not None
-    try:
-        line = await asyncio.wait_for(process.stdout.readline(), _BULK_START_TIMEOUT_S)
-    except asyncio.TimeoutError:
-        raise JobError(f"the bulk process did not start within {_BULK_START_TIMEOUT_S:.0f} s") from None
-    if not line:
-        raise JobError(f"the bulk process ended with exit code {await process.wait()}; its message is above")
-    address: str = json.loads(line)["address"]
-    return address
-
-
-async def _stop_process(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), 5.0)
-        except asyncio.TimeoutError:
-            process.kill()
-            await process.wait()

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from coordinator.data_command import data_app
 from coordinator.evaluate_command import evaluate
+from coordinator.llm2llm_command import llm2llm
 from coordinator.member_commands import devices_app, token_app
 from coordinator.options import AsJson, JobIdText, StateDir
 from coordinator.show_command import show
@@ -54,6 +55,7 @@ app = typer.Typer(
 app.command()(sweep)
 app.command()(show)
 app.command()(evaluate)
+app.command()(llm2llm)
 app.add_typer(data_app, name="data")
 app.add_typer(token_app, name="token")
 app.add_typer(devices_app, name="devices")

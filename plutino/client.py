@@ -29,6 +29,7 @@ from plutino.endpoint import default_state_dir, read_endpoint
 from plutino.errors import PlutinoError, UnreachableError
 from plutino.events import JobEvent, parse_event
 from plutino.job.spec import JobSpec
+from plutino.llm2llm_client import Loops
 from plutino.members import Members
 from plutino.security.tls import Credentials
 from plutino.sweep_client import Sweeps
@@ -142,6 +143,11 @@ class Client:
     def sweeps(self) -> Sweeps:
         """Jobs that are compared with each other."""
         return Sweeps(self._channel.current, self._call)
+
+    @property
+    def loops(self) -> Loops:
+        """LLM2LLM loops."""
+        return Loops(self._channel.current, self._call)
 
     def __enter__(self) -> Client:
         return self

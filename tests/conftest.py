@@ -117,6 +117,7 @@ PART_BY_PATH = {
     "unit/engine/test_neighbours": PLANNER_AND_RAY,
     "numerics/test_objectives": OBJECTIVES,
     "unit/objectives/": OBJECTIVES,
+    "unit/llm2llm/": OBJECTIVES,
     "unit/data/test_formats": OBJECTIVES,
     "unit/data/test_mixture": OBJECTIVES,
     "unit/data/test_packing": OBJECTIVES,

@@ -128,7 +128,7 @@ def run_verify_process(request: VerifyRequest) -> VerifyReport:
             errors="replace",
             # The process bounds itself; this is for the case that it cannot any more.
             timeout=request.time_limit_s + 10,
-            env=_environment(),
+            env=module_environment(),
         )
     except subprocess.TimeoutExpired as error:
         raise ExportError(_too_long(request)) from error
@@ -171,8 +171,8 @@ def read_report(exit_code: int, stdout: str, stderr: str) -> VerifyReport:
     return report
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment, with its import path and without a way to the network."""
+def module_environment() -> dict[str, str]:
+    """This process's environment for one of our modules, with its import path and without a way to the network."""
     # The caller may stand in any folder, and an actor of Ray has its import path from elsewhere.
     package_root = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH")

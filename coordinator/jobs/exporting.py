@@ -43,7 +43,7 @@ async def export(context: JobContext, prepared: PreparedData, *, default_dir: Pa
         ExportError: a check failed; nothing was published.
     """
     step = await _choose_state(context)
-    if context.spec.scoring is not None:
+    if context.spec.scoring is not None and context.spec.scoring.after:
         await score_once(context, prepared, "after")
     await measure_general(context, prepared, "general_after")
     if not context.spec.output.publish:

@@ -18,8 +18,8 @@ from coordinator.artifacts.publish import PublishedAdapter, PublishRequest, publ
 from coordinator.artifacts.verify_process import VerifyReport, VerifyRequest, run_verify_process
 from coordinator.jobs.job_rows import JobRows, RowSet
 from coordinator.jobs.prepared import PreparedData
-from coordinator.jobs.scoring import Score, ScoredSample, ScoreReport, score
-from coordinator.jobs.value_scores import score_values
+from coordinator.jobs.scoring import RowVerdict, Score, ScoredSample, ScoreReport, is_right, score
+from coordinator.jobs.value_scores import class_verdicts, score_values
 from plutino.data.batches import (
     MicroBatchRows,
     StepBatch,
@@ -149,6 +149,7 @@ class JobRunner:
         """
         scores: dict[str, Score] = {}
         shown: list[ScoredSample] = []
+        kept: dict[str, tuple[RowVerdict, ...]] = {}
         first_rows = {task.name: task.start_row for task in self._rows.task_rows()}
         for task in self._rows.scored_rows():
             held_out = next(one.held_out for one in self._rows.tasks if one.source.name == task.name)
@@ -159,14 +160,21 @@ class JobRunner:
                 num_rows = task.end_row - task.start_row
                 scores[task.name] = Score(metric=task.metric, num_rows=num_rows, perplexity=perplexities[task.name])
             elif task.metric in GENERATED_METRICS:
-                scores[task.name], samples = self._score_answers(task.metric, held_out, own)
+                scores[task.name], samples, kept[task.name] = self._score_answers(task.metric, held_out, own)
                 shown += samples
             else:
                 labels = held_out.samples.labels
                 true = [] if labels is None else [float(labels[row]) for row in sorted(own)]
                 scores[task.name] = score_values(task.metric, [own[row] for row in sorted(own)], true)
-        by_task = scores if self._spec.data.tasks else {}
-        return ScoreReport(score=next(iter(scores.values())), samples=tuple(shown[: self._num_shown]), by_task=by_task)
+                if task.metric == "classes":
+                    by_row = dict(zip(sorted(own), true, strict=True))
+                    kept[task.name] = class_verdicts(own, by_row, self._rows.class_names)
+        return ScoreReport(
+            score=next(iter(scores.values())),
+            samples=tuple(shown[: self._num_shown]),
+            by_task=scores if self._spec.data.tasks else {},
+            rows=kept if self._num_shown is None else {},
+        )
 
     @property
     def _num_shown(self) -> int | None:
@@ -175,7 +183,7 @@ class JobRunner:
 
     def _score_answers(
         self, metric: MetricName, held_out: RowSet, rows: Mapping[int, list[float]]
-    ) -> tuple[Score, list[ScoredSample]]:
+    ) -> tuple[Score, list[ScoredSample], tuple[RowVerdict, ...]]:
         indices = sorted(rows)
         answers = [self._rows.tokenizer.decode(int(token) for token in rows[index]) for index in indices]
         truth_rows = [held_out.rows.rows[index] for index in indices]
@@ -184,7 +192,11 @@ class JobRunner:
             ScoredSample(prompt=row.question, answer=answer, truth=row.answer)
             for row, answer in list(zip(truth_rows, answers, strict=True))[: self._num_shown]
         ]
-        return score(metric, answers, truths), samples
+        verdicts = tuple(
+            RowVerdict(row=index, is_right=is_right(metric, answer, truth), answer=answer)
+            for index, answer, truth in zip(indices, answers, truths, strict=True)
+        )
+        return score(metric, answers, truths), samples, verdicts
 
     def assemble(self, request: AssembleRequest) -> AssembledAdapter:
         """Join the stages' parts into one verified, staged adapter."""

@@ -73,6 +73,18 @@ class ScoredSample(BaseModel):
     truth: str
 
 
+class RowVerdict(BaseModel):
+    """What came of one held-out row."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    row: int
+    """Its place among the task's held-out rows."""
+    is_right: bool
+    answer: str
+    """Generated text, or the name of a class."""
+
+
 class ScoreReport(BaseModel):
     """A score and the first rows behind it."""
 
@@ -84,6 +96,8 @@ class ScoreReport(BaseModel):
     """The first rows that were answered, in their order; all of them with scoring.keep_answers."""
     by_task: dict[str, Score] = Field(default_factory=dict)
     """Of all tasks, where there are several."""
+    rows: dict[str, tuple[RowVerdict, ...]] = Field(default_factory=dict)
+    """Every row of the tasks that tell right from wrong, by task, where scoring.keep_answers asks for it."""
 
     @property
     def num_rows(self) -> int:
@@ -123,6 +137,13 @@ def score(metric: MetricName, answers: Sequence[str], truths: Sequence[str]) -> 
     assert metric == "exact_match", f"{metric} is not made of answers"
     num_right = sum(answer.strip() == truth.strip() for answer, truth in zip(answers, truths, strict=True))
     return Score(metric=metric, num_rows=len(truths), exact_match=num_right / len(truths))
+
+
+def is_right(metric: MetricName, answer: str, truth: str) -> bool:
+    """Whether one generated answer is right in full."""
+    if metric == "json_slots":
+        return _parse(answer) is not None and _parse(answer) == _parse(truth)
+    return answer.strip() == truth.strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ Entry point: :func:`score_values`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.jobs.scoring import Score
+from coordinator.jobs.scoring import RowVerdict, Score
 from plutino.job.objective import MetricName
 
 Floats = NDArray[np.float64]
@@ -60,6 +60,17 @@ def score_values(metric: MetricName, values: Sequence[Sequence[float]], labels: 
         num_rows=num_rows,
         auc=_auc(given[:, 0], true),
         spearman=_correlation(_ranks(given[:, 0]), _ranks(true)),
+    )
+
+
+def class_verdicts(
+    values: Mapping[int, Sequence[float]], labels: Mapping[int, float], class_names: Sequence[str]
+) -> tuple[RowVerdict, ...]:
+    """Whether each row's largest logit is that of its class."""
+    chosen = {row: int(np.argmax(logits)) for row, logits in values.items()}
+    return tuple(
+        RowVerdict(row=row, is_right=chosen[row] == labels[row], answer=class_names[chosen[row]])
+        for row in sorted(values)
     )
 
 

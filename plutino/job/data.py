@@ -106,6 +106,8 @@ class ScoringConfig(SpecPart):
     max_new_tokens: int = Field(32, ge=1)
     before: bool = True
     """Score the base model too, before the first step."""
+    after: bool = True
+    """Score the trained model, at the end."""
     batch_rows: int = Field(16, ge=1)
     """Rows generated together in one group."""
     few_shot: int = Field(0, ge=0, le=64)
