@@ -1,50 +1,49 @@
-"""Do more devices train faster, and does the plan know by how much? ``python -m benchmarks.scaling``.
+"""Do more devices train faster? ``python -m benchmarks.scaling``.
 
-Agents are processes with processors of their own; jobs are planned, trained and watched as anybody's. Three questions:
+Agents are processes with processors of their own (:mod:`benchmarks.agent_runs`). Two questions:
 
 - equal agents, 1, 2, 4 and 8: tokens/s beside those of one;
-- agents of 4, 2 and 1 threads: together beside the sum of each alone;
-- all these and more: the predicted seconds of a step beside the measured, and the bytes of each worker.
+- agents of 4, 2 and 1 threads: together beside the sum of each alone.
 
-``--cuda`` asks another: two cards beside torch.distributed.pipelining over NCCL (:mod:`benchmarks.scaling_cuda`).
-Whatever plan comes is taken: a pipeline, replicas, or fewer devices than there are.
+The predictions of all these runs are judged as well; benchmarks.predicted asks about nothing else. ``--at-once`` gives
+each part processors of its own and runs them beside each other. ``--cuda`` asks another question: two cards beside
+torch.distributed.pipelining over NCCL (:mod:`benchmarks.scaling_cuda`). Whatever plan comes is taken: a pipeline,
+replicas, or fewer devices than there are. Figures are written after every run; a run that fails is named with the
+reason, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import statistics
+import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from benchmarks.contender import START_TIMEOUT_S, STEP_TIMEOUT_S, ContenderError
+from benchmarks.agent_runs import (
+    LEAST_STEPS,
+    Figures,
+    Run,
+    measure_all,
+    physical_first,
+    prediction_goals,
+    scaling_table,
+)
 from benchmarks.goals import Goal, goal_table
-from benchmarks.job_watch import JobWatch
 from benchmarks.measure import RESULTS_DIR, machine_facts, write_results
-from benchmarks.model_folder import DtypeName, job_values, write_drawn_base
 from benchmarks.peers.workload import Workload
-from benchmarks.stack import PlutinoStack
-from partitioner.explain import explain
-from partitioner.plan import Plan
-from plutino.events import PlanMade, StepCommitted
-from plutino.job.spec import parse_spec
-from plutino.sizes import GIB, MIB
 
-MOST_ERROR = 0.15
-"""Of a predicted step, beside the machine's own A/A noise."""
 LEAST_EQUAL = 0.92
 LEAST_UNEQUAL = 0.85
-LEAST_JOB_BYTES = 300 * MIB
-"""Below it a worker's own unevenness weighs too much to say anything about a prediction."""
-NO_SHADOWS = 1_000_000
-_NUM_SPARE_STEPS = 4
-"""Steps beyond those that are looked at: the job is cancelled before it would export what nobody wants."""
-_LEAST_STEPS = 4
+PARTS = ("equal", "unequal")
+_UNEQUAL = (4, 2, 1)
+_OWN_CORES = 2
+_PATIENCE_S = 60.0
+"""Beyond the minutes that a part gives itself, until it is ended from outside."""
 
 FULL = Workload(
     num_blocks=24,
@@ -69,195 +68,19 @@ TINY = Workload(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One job on agents of so many threads each."""
-
-    name: str
-    threads: tuple[int, ...]
-    workload: Workload
-    dtype: DtypeName = "fp32"
-    checkpointing: Literal["on", "off"] = "off"
-    budget_bytes: int = 3 * GIB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerBytes:
-    """A worker's job bytes."""
-
-    device: str
-    predicted_bytes: int
-    measured_bytes: int
-    keeps_heap: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """What a run showed."""
-
-    run: Run
-    plan: str
-    num_stages: int
-    num_workers: int
-    shares_cores: bool
-    """There were fewer processors than threads: nothing is to be concluded."""
-    predicted_step_s: float
-    step_s: tuple[float, ...]
-    workers: tuple[WorkerBytes, ...]
-    compute_s: tuple[float, ...]
-    """Median seconds of computation of each worker in a step."""
-    predicted_compute_s: tuple[float, ...]
-
-    @property
-    def median_step_s(self) -> float:
-        """Measured."""
-        return statistics.median(self.step_s)
-
-    @property
-    def a_a_noise(self) -> float:
-        """How far even and odd steps are apart."""
-        return abs(statistics.median(self.step_s[0::2]) / statistics.median(self.step_s[1::2]) - 1)
-
-    @property
-    def error(self) -> float:
-        """How far the measured step is from the predicted one, as a share of the predicted."""
-        return self.median_step_s / self.predicted_step_s - 1
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens trained."""
-        return self.run.workload.tokens_per_step / self.median_step_s
-
-
 def runs_of(part: str, workload: Workload, *, most_agents: int) -> list[Run]:
-    """The runs of a part."""
+    """The runs of a part; those that take longest come last, because time may be up before."""
     if part == "equal":
-        counts = [count for count in (1, 2, 4, 8) if count <= most_agents]
+        counts = [count for count in (8, 4, 2, 1) if count <= most_agents]
         return [Run(name=f"equal {count}", threads=(1,) * count, workload=workload) for count in counts]
-    if part == "unequal":
-        fast = (4, 2, 1) if most_agents > 2 else (2, 1)
-        alone = [Run(name=f"alone {threads}", threads=(threads,), workload=workload) for threads in fast]
-        return [*alone, Run(name=f"unequal {':'.join(map(str, fast))}", threads=fast, workload=workload)]
-    two = (1, 1)
-    half_tokens = replace(workload, seq_len_tokens=workload.seq_len_tokens // 2)
-    few = replace(workload, batch_size=workload.batch_size // 2, num_micro_batches=workload.num_micro_batches // 4)
-    return [
-        Run(name="short rows", threads=two, workload=half_tokens),
-        Run(name="few micro-batches", threads=two, workload=few),
-        Run(name="checkpointing", threads=two, workload=workload, checkpointing="on"),
-        Run(name="bf16", threads=two, workload=workload, dtype="bf16"),
-    ]
+    fast = _UNEQUAL if most_agents > 2 else (2, 1)
+    together = Run(name=f"unequal {':'.join(map(str, fast))}", threads=fast, workload=workload)
+    return [together, *(Run(name=f"alone {threads}", threads=(threads,), workload=workload) for threads in fast)]
 
 
-def cores_for(run: Run, available: Sequence[int]) -> tuple[dict[str, set[int]], bool]:
-    """Processors of each agent, and whether there are too few for all to have their own."""
-    found: dict[str, set[int]] = {}
-    at = 0
-    for index, threads in enumerate(run.threads):
-        found[agent_name(run, index)] = {available[(at + i) % len(available)] for i in range(threads)}
-        at += threads
-    return found, at > len(available)
-
-
-def agent_name(run: Run, index: int) -> str:
-    """An agent's name; each run has its own agents."""
-    return f"{run.name.replace(' ', '-').replace(':', '-')}-{index}"
-
-
-def measure(run: Run, stack: PlutinoStack, scratch: Path, cores: Sequence[int], *, num_steps: int) -> Figures:
-    """Start the run's agents, train, end them.
-
-    Raises:
-        ContenderError: the job failed or stopped telling.
-        PlutinoError: a process does not start, or the job does not fit.
-    """
-    pins, shares_cores = cores_for(run, cores)
-    threads = {agent_name(run, index): count for index, count in enumerate(run.threads)}
-    stack.start_agents(dict.fromkeys(threads, run.budget_bytes), threads=threads, cores=pins)
-    try:
-        folder = scratch / run.name.replace(" ", "-")
-        written = write_drawn_base(run.workload, folder, num_steps=num_steps + _NUM_SPARE_STEPS)
-        values = job_values(
-            run.workload,
-            written,
-            dtype=run.dtype,
-            checkpointing=run.checkpointing,
-            shadow_every=NO_SHADOWS,
-            num_stages=1,
-        )
-        values["placement"] = {"devices": list(threads)}
-        job_id = stack.client.submit(parse_spec(values, base_dir=folder))
-        watch = JobWatch(stack.client, job_id)
-        plan, steps = collect(watch, num_steps)
-        stack.client.cancel(job_id)
-        watch.join()
-    except ContenderError as error:
-        raise ContenderError(f"{run.name}: {error}\n{stack.logs()}") from error
-    finally:
-        stack.stop_agents()
-    return figures_of(run, plan, steps, shares_cores=shares_cores)
-
-
-def collect(watch: JobWatch, num_steps: int) -> tuple[Plan, list[StepCommitted]]:
-    """The plan and so many steps, the first of which warms up.
-
-    Raises:
-        ContenderError: the job failed, or ended before.
-    """
-    plan: Plan | None = None
-    steps: list[StepCommitted] = []
-    while len(steps) < num_steps:
-        event = watch.next(STEP_TIMEOUT_S if steps else START_TIMEOUT_S)
-        if event is None:
-            raise ContenderError(f"the job ended after {len(steps)} of {num_steps} steps")
-        if isinstance(event, PlanMade):
-            plan = Plan.model_validate_json(event.plan_json)
-            print(explain(plan), file=sys.stderr, flush=True)
-        elif isinstance(event, StepCommitted):
-            steps.append(event)
-            print(f"step {event.step}: {event.seconds:.3f} s, loss {event.loss:.4f}", file=sys.stderr, flush=True)
-    if plan is None:
-        raise ContenderError("the job trained without telling its plan")
-    return plan, steps
-
-
-def figures_of(run: Run, plan: Plan, steps: Sequence[StepCommitted], *, shares_cores: bool) -> Figures:
-    """A run's figures from its plan and its steps."""
-    warm = steps[1:]
-    planned = {
-        (stage.stage_index, r): (replica, plan.micro_batch_owners[stage.stage_index].count(r))
-        for stage in plan.stages
-        for r, replica in enumerate(stage.replicas)
-    }
-    peaks: dict[tuple[int, int], int] = {}
-    compute_s: dict[tuple[int, int], list[float]] = {}
-    for step in warm:
-        for times in step.workers:
-            place = (times.worker.stage_index, times.worker.replica_index)
-            peaks[place] = max(peaks.get(place, 0), times.peak_rss_bytes)
-            compute_s.setdefault(place, []).append(times.compute_s)
-    return Figures(
-        run=run,
-        plan=", ".join(
-            f"{' + '.join(stage.device_names)} [{stage.start_block}, {stage.end_block})" for stage in plan.stages
-        ),
-        num_stages=len(plan.stages),
-        num_workers=len(plan.agent_ids),
-        shares_cores=shares_cores,
-        predicted_step_s=plan.step_s,
-        step_s=tuple(step.seconds for step in warm),
-        workers=tuple(
-            WorkerBytes(
-                device=replica.device_name,
-                predicted_bytes=replica.job_bytes,
-                measured_bytes=peaks[place] - replica.baseline_bytes,
-                keeps_heap=replica.keeps_heap,
-            )
-            for place, (replica, _) in planned.items()
-        ),
-        compute_s=tuple(statistics.median(compute_s[place]) for place in planned),
-        predicted_compute_s=tuple(count * (r.forward_s + r.backward_s) for r, count in planned.values()),
-    )
+def cores_needed(part: str, *, most_agents: int) -> int:
+    """Processors that a part's largest run takes, with two for its coordinator."""
+    return _OWN_CORES + (most_agents if part == "equal" else sum(_UNEQUAL))
 
 
 def goals_of(found: Mapping[str, Figures]) -> list[Goal]:
@@ -272,89 +95,136 @@ def goals_of(found: Mapping[str, Figures]) -> list[Goal]:
         if name.startswith("unequal") and all(parts):
             together = figures.tokens_per_s / sum(part.tokens_per_s for part in parts if part)
             goals.append(Goal(name=f"{name} beside the sum", measured=together, at_least=LEAST_UNEQUAL))
-        most = MOST_ERROR + figures.a_a_noise
-        goals.append(Goal(name=f"{name}: step beside the predicted", measured=abs(figures.error), at_most=most))
-    for name, figures in found.items():
-        for worker in figures.workers:
-            ratio = worker.measured_bytes / worker.predicted_bytes
-            is_judged = worker.predicted_bytes >= LEAST_JOB_BYTES and not worker.keeps_heap
-            least = 0.9 if is_judged else None
-            goals.append(
-                Goal(name=f"{name}, {worker.device}: bytes / predicted", measured=ratio, at_least=least, at_most=1.0)
-            )
+    for figures in found.values():
+        goals += prediction_goals(figures)
     return goals
-
-
-def scaling_table(found: Sequence[Figures]) -> str:
-    """Plain text: a line a run."""
-    lines = [f"{'run':<20} {'workers':>7} {'s/step':>8} {'predicted':>9} {'error':>7} {'A/A':>5} {'tokens/s':>9}"]
-    for each in found:
-        note = "  (agents share processors)" if each.shares_cores else ""
-        lines.append(
-            f"{each.run.name:<20} {each.num_workers:>7} {each.median_step_s:>8.3f} {each.predicted_step_s:>9.3f} "
-            f"{each.error:>+7.1%} {each.a_a_noise:>5.1%} {each.tokens_per_s:>9.0f}{note}"
-        )
-    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; gives the process's exit status."""
     options = _parser().parse_args(arguments)
-    if options.steps < _LEAST_STEPS:
-        raise SystemExit(f"--steps must be at least {_LEAST_STEPS}: one warms up, and even and odd ones are compared")
+    if options.steps < LEAST_STEPS:
+        raise SystemExit(f"--steps must be at least {LEAST_STEPS}: one warms up, and even and odd ones are compared")
     if options.cuda:
         from benchmarks.scaling_cuda import run_cuda
 
-        return run_cuda(options.out or RESULTS_DIR / "scaling_cuda.json", quick=options.quick, num_steps=options.steps)
+        out = options.out or RESULTS_DIR / "scaling_cuda.json"
+        return run_cuda(out, quick=options.quick, num_steps=options.steps, minutes=options.minutes)
+    out = options.out or RESULTS_DIR / ("scaling_quick.json" if options.quick else "scaling.json")
+    if options.at_once:
+        return _at_once(options, out)
     workload = TINY if options.quick else FULL
     if options.rows is not None:
         workload = replace(workload, batch_size=options.rows, num_micro_batches=options.rows)
-    out = options.out or RESULTS_DIR / ("scaling_quick.json" if options.quick else "scaling.json")
     machine = machine_facts(("torch", "transformers", "peft", "grpcio"))
-    cores = sorted(os.sched_getaffinity(0))
-    # Two for the coordinator and this program, where the largest run leaves them.
-    own = cores[-2:] if len(cores) >= 10 else cores
     found: dict[str, Figures] = {}
-    with tempfile.TemporaryDirectory(prefix="plutino-scaling-") as scratch_name:
-        scratch = Path(scratch_name)
-        state_dir = scratch / "state"
-        state_dir.mkdir()
-        os.sched_setaffinity(0, own)
-        with PlutinoStack(state_dir) as stack:
-            for part in options.parts:
-                for run in runs_of(part, workload, most_agents=options.agents):
-                    left = [core for core in cores if core not in own] or cores
-                    found[run.name] = measure(run, stack, scratch, left, num_steps=options.steps)
-                    print(scaling_table([found[run.name]]), flush=True)
+
+    def note(figures: Figures) -> None:
+        found[figures.run.name] = figures
+        _write(out, machine, workload, found, {})
+
+    runs = [run for part in options.parts for run in runs_of(part, workload, most_agents=options.agents)]
+    cores = sorted(os.sched_getaffinity(0))
+    failed = measure_all(runs, cores, num_steps=options.steps, minutes=options.minutes, on_figures=note)
     print(scaling_table(list(found.values())))
-    goals = goals_of(found)
-    print(goal_table(goals))
+    if goals := goals_of(found):
+        print(goal_table(goals))
+    _write(out, machine, workload, found, failed)
+    print(f"all figures: {out}")
+    return 1 if failed else 0
+
+
+def _write(
+    out: Path,
+    machine: Mapping[str, object],
+    workload: Workload,
+    found: Mapping[str, Figures],
+    failed: Mapping[str, str],
+) -> None:
     document = {
         "machine": machine,
         "workload": asdict(workload),
-        "runs": {
-            name: {
-                **asdict(figures),
-                "median_step_s": figures.median_step_s,
-                "error": figures.error,
-                "a_a_noise": figures.a_a_noise,
-                "tokens_per_s": figures.tokens_per_s,
-            }
-            for name, figures in found.items()
-        },
-        "goals": [goal.to_dict() for goal in goals],
+        "runs": {name: figures.values for name, figures in found.items()},
+        "failed": dict(failed),
+        "goals": [goal.to_dict() for goal in goals_of(found)],
     }
     write_results(out, document)
+
+
+def shares_of_cores(cores: Sequence[int], parts: Sequence[str], *, most_agents: int) -> dict[str, list[int]]:
+    """Processors for each part, physical cores for the agents as long as there are some.
+
+    Raises:
+        SystemExit: there are too few for all parts at once.
+    """
+    wanted = {part: cores_needed(part, most_agents=most_agents) for part in parts}
+    if sum(wanted.values()) > len(cores):
+        raise SystemExit(f"--at-once needs {sum(wanted.values())} processors, there are {len(cores)}; leave it out")
+    ordered = physical_first(cores)
+    found: dict[str, list[int]] = {}
+    for part, count in wanted.items():
+        found[part] = ordered[: count - _OWN_CORES]
+        ordered = ordered[count - _OWN_CORES :]
+    for part in parts:
+        # What is left last: a coordinator computes little.
+        found[part] += ordered[-_OWN_CORES:]
+        ordered = ordered[:-_OWN_CORES]
+    return found
+
+
+def _at_once(options: argparse.Namespace, out: Path) -> int:
+    shares = shares_of_cores(sorted(os.sched_getaffinity(0)), options.parts, most_agents=options.agents)
+    before = os.sched_getaffinity(0)
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for part, cores in shares.items():
+            command = [sys.executable, "-m", "benchmarks.scaling", "--parts", part, "--agents", str(options.agents)]
+            command += ["--steps", str(options.steps), "--minutes", str(options.minutes)]
+            command += ["--out", str(_part_path(out, part))]
+            command += ["--quick"] if options.quick else []
+            command += ["--rows", str(options.rows)] if options.rows is not None else []
+            os.sched_setaffinity(0, cores)
+            children[part] = subprocess.Popen(command)
+        for child in children.values():
+            child.wait(60 * options.minutes + _PATIENCE_S)
+    except subprocess.TimeoutExpired as error:
+        print(f"a part is not through: {error}", file=sys.stderr)
+    finally:
+        os.sched_setaffinity(0, before)
+        for child in children.values():
+            if child.poll() is None:
+                child.terminate()
+        for child in children.values():
+            _reap(child)
+    documents = {part: _read(_part_path(out, part)) for part in shares}
+    write_results(out, {"at_once": documents})
     print(f"all figures: {out}")
-    return 0
+    return int(max(abs(child.returncode) for child in children.values()))
+
+
+def _reap(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _part_path(out: Path, part: str) -> Path:
+    return out.with_name(f"{out.stem}_{part}.json")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parts = ("equal", "unequal", "variety")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="only these")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
+    parser.add_argument("--at-once", action="store_true", help="parts beside each other, each on its own processors")
     parser.add_argument("--agents", type=int, default=8, help="most agents of a run")
     parser.add_argument("--steps", type=int, default=7, help="steps of each run, the first of which is left out")
+    parser.add_argument("--minutes", type=float, default=60.0, help="nothing is begun or waited for after these")
     parser.add_argument("--rows", type=int, help="rows of a step, one a micro-batch; by default 64")
     parser.add_argument("--cuda", action="store_true", help="instead: two cards beside torch pipelining over NCCL")
     parser.add_argument("--quick", action="store_true", help="a tiny model: see it run, quote nothing")

@@ -11,6 +11,7 @@ from types import TracebackType
 
 import psutil
 
+from benchmarks.processor_quota import ProcessorQuota
 from coordinator.demo.children import Child, Children
 from partitioner.plan import Plan
 from plutino.client import Client
@@ -80,6 +81,8 @@ class PlutinoStack:
         devices: Mapping[str, str] | None = None,
         threads: Mapping[str, int] | None = None,
         cores: Mapping[str, Collection[int]] | None = None,
+        quotas: Mapping[str, ProcessorQuota] | None = None,
+        within_s: float = _START_TIMEOUT_S,
     ) -> None:
         """Start agents with these names and memory budgets, and wait until they have joined.
 
@@ -89,6 +92,8 @@ class PlutinoStack:
             devices: the same by name, where they differ.
             threads: of each one's workers; one, if not given.
             cores: processors that an agent and its workers may use; all, if not given.
+            quotas: what bounds their processor time; nothing, if not given.
+            within_s: seconds until all have joined.
 
         Raises:
             PlutinoError: one of them ended, or did not join in time.
@@ -105,12 +110,14 @@ class PlutinoStack:
                     *("--device", (devices or {}).get(name, device)),
                     *("--state-dir", str(self._state_dir / "agents" / name)),
                 )
+            if (quota := (quotas or {}).get(name)) is not None:
+                quota.take([self._processes[name].process.pid])
 
         def all_in() -> bool | None:
             alive = {device["name"] for device in self.client.devices() if device["state"] == "alive"}
             return set(budgets_bytes) <= alive or None
 
-        self._children.wait_for("the agents' joining", all_in, _START_TIMEOUT_S)
+        self._children.wait_for("the agents' joining", all_in, min(within_s, _START_TIMEOUT_S))
 
     def _how_to_join(self) -> tuple[str, ...]:
         if self._is_plaintext:

@@ -26,29 +26,40 @@ def processors_of(device: str, environment: Mapping[str, str] = os.environ) -> l
     return [f"card {visible[index] if index < len(visible) else index}"]
 
 
-def processor_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[str]:
-    """What limits this process's processor time: cpu.max of its cgroup (version 2) and of every one above it.
+def processor_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """How many processors this process's cgroup allows it, as containers are bounded (``docker run --cpus=0.5``).
 
     Args:
         proc: where procfs is mounted.
-        cgroups: where the cgroups are.
+        cgroups: where the cgroups are, of version 1 or 2.
 
     Returns:
-        Each as the kernel tells it (``50000 100000``), innermost first; empty where nothing limits.
+        The least of its own cgroup and of all above it; None where nothing bounds.
     """
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
-        return []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    if own is None:
-        return []
-    found = []
-    for folder in (cgroups / own, *(cgroups / own).parents):
-        path = folder / "cpu.max"
-        limit = path.read_text(encoding="ascii").strip() if path.is_file() else ""
-        if limit and not limit.startswith("max"):
-            found.append(limit)
-        if folder == cgroups:
-            break
-    return found
+        return None
+    allowed: list[float] = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        # An empty list of controllers is version 2's only hierarchy; version 1 has one for cpu, maybe with others.
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = cgroups / controllers if controllers else cgroups
+        folder = root / path.strip("/")
+        for one in (folder, *(above for above in folder.parents if above.is_relative_to(root))):
+            found = _quota_of(one)
+            allowed += [] if found is None else [found]
+    return min(allowed, default=None)
+
+
+def _quota_of(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="ascii").strip()
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="ascii").strip()
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.agent_runs import Figures, Run, WorkerBytes, cores_for, physical_first
 from benchmarks.peers.workload import Workload
-from benchmarks.scaling import TINY, Figures, Run, WorkerBytes, cores_for, goals_of, runs_of
+from benchmarks.scaling import TINY, goals_of, runs_of, shares_of_cores
 
 WORK = Workload(batch_size=10, seq_len_tokens=10, num_micro_batches=10)
 
@@ -40,11 +41,30 @@ def test_agents_have_processors_of_their_own_where_there_are_enough():
     assert shares_few
 
 
-def test_parts_make_at_least_eight_different_runs_of_agents_with_names_of_their_own():
-    runs = [run for part in ("equal", "unequal", "variety") for run in runs_of(part, TINY, most_agents=8)]
+def test_runs_of_all_parts_have_names_of_their_own():
+    runs = [run for part in ("equal", "unequal") for run in runs_of(part, TINY, most_agents=8)]
 
-    assert len({(run.threads, run.workload, run.dtype, run.checkpointing) for run in runs}) >= 8
-    assert len({run.name for run in runs}) == len(runs)
+    assert len({run.name for run in runs}) == len(runs) == 8
+
+
+def test_one_thread_of_each_physical_core_comes_first(tmp_path):
+    for core in range(4):
+        folder = tmp_path / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{core % 2},{core % 2 + 2}\n")
+
+    assert physical_first([3, 2, 1, 0], tmp_path) == [0, 1, 2, 3]
+    assert physical_first([1, 3, 2], tmp_path) == [1, 2, 3]
+    assert physical_first([5, 4], tmp_path) == [4, 5]
+
+
+def test_parts_at_once_share_no_processor_and_are_refused_where_there_are_too_few():
+    shares = shares_of_cores(range(32), ["equal", "unequal"], most_agents=8)
+
+    assert [len(cores) for cores in shares.values()] == [10, 9]
+    assert not set(shares["equal"]) & set(shares["unequal"])
+    with pytest.raises(SystemExit, match="needs 19 processors, there are 18"):
+        shares_of_cores(range(18), ["equal", "unequal"], most_agents=8)
 
 
 def test_efficiency_of_eight_is_taken_beside_two_and_of_unequal_ones_beside_their_sum():

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from edge_node.processors import processor_quota
 from edge_node.profile_book import ProfileBook
 
@@ -74,13 +76,23 @@ def test_book_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
     assert ProfileBook(tmp_path / "p.json", {}).find(REQUEST) == FAST
 
 
-def test_processor_quota_is_told_of_every_cgroup_that_limits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_processor_quota_is_the_least_of_the_cgroup_and_those_above_it(tmp_path: Path, version: int) -> None:
     proc, cgroups = tmp_path / "proc", tmp_path / "cgroups"
+    root = cgroups if version == 2 else cgroups / "cpu,cpuacct"
     (proc / "self").mkdir(parents=True)
-    (proc / "self" / "cgroup").write_text("0::/a/b\n")
-    (cgroups / "a" / "b").mkdir(parents=True)
-    (cgroups / "a" / "b" / "cpu.max").write_text("max 100000\n")
-    (cgroups / "a" / "cpu.max").write_text("50000 100000\n")
+    (proc / "self" / "cgroup").write_text("0::/a/b\n" if version == 2 else "3:memory:/\n1:cpu,cpuacct:/a/b\n0::/\n")
+    (root / "a" / "b").mkdir(parents=True)
 
-    assert processor_quota(proc, cgroups) == ["50000 100000"]
-    assert processor_quota(tmp_path / "nothing", cgroups) == []
+    def allow(folder: Path, quota: str) -> None:
+        if version == 2:
+            (folder / "cpu.max").write_text(f"{quota} 100000\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
+
+    allow(root / "a" / "b", "max" if version == 2 else "-1")
+    assert processor_quota(proc, cgroups) is None
+    allow(root / "a", "50000")
+    assert processor_quota(proc, cgroups) == 0.5
+    assert processor_quota(tmp_path / "nothing", cgroups) is None

@@ -1,0 +1,349 @@
+"""Jobs on agents that are processes with processors of their own: what was predicted, and what was measured.
+
+Jobs are planned, trained and watched as anybody's. Entry points: :func:`measure` runs one, :func:`measure_all` several
+under one coordinator until its time is up, :func:`scaling_table` shows them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.contender import START_TIMEOUT_S, STEP_TIMEOUT_S, ContenderError
+from benchmarks.goals import Goal
+from benchmarks.job_watch import JobWatch
+from benchmarks.model_folder import DtypeName, job_values, write_drawn_base
+from benchmarks.peers.workload import Workload
+from benchmarks.processor_quota import ProcessorQuota
+from benchmarks.stack import PlutinoStack
+from partitioner.explain import explain
+from partitioner.plan import Plan
+from plutino.errors import PlutinoError
+from plutino.events import PlanMade, StepCommitted
+from plutino.job.spec import parse_spec
+from plutino.sizes import GIB, MIB
+
+MOST_ERROR = 0.15
+"""Of a predicted step, beside the machine's own A/A noise."""
+LEAST_JOB_BYTES = 300 * MIB
+"""Below it a worker's own unevenness weighs too much to say anything about a prediction."""
+NO_SHADOWS = 1_000_000
+LEAST_STEPS = 4
+"""One warms up, and even and odd ones are compared."""
+_NUM_SPARE_STEPS = 4
+"""Steps beyond those that are looked at: the job is cancelled before it would export what nobody wants."""
+_BUDGET_BYTES = 3 * GIB
+_MANY_CORES = 9
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One job on agents of so many threads each."""
+
+    name: str
+    threads: tuple[int, ...]
+    workload: Workload
+    dtype: DtypeName = "fp32"
+    checkpointing: Literal["on", "off"] = "off"
+    budgets_bytes: tuple[int, ...] = ()
+    """Of each agent; empty: 3 GiB each."""
+    quotas: tuple[float, ...] = ()
+    """Processors that each agent may use at the most; empty: all that it is pinned to."""
+    num_stages: int | None = None
+    """None: as many as the planner likes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerBytes:
+    """A worker's job bytes."""
+
+    device: str
+    predicted_bytes: int
+    measured_bytes: int
+    keeps_heap: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What a run showed."""
+
+    run: Run
+    plan: str
+    num_stages: int
+    num_workers: int
+    shares_cores: bool
+    """There were fewer processors than threads: nothing is to be concluded."""
+    predicted_step_s: float
+    step_s: tuple[float, ...]
+    workers: tuple[WorkerBytes, ...]
+    compute_s: tuple[float, ...]
+    """Median seconds of computation of each worker in a step."""
+    predicted_compute_s: tuple[float, ...]
+
+    @property
+    def values(self) -> dict[str, object]:
+        """For JSON, with what follows from the figures."""
+        return {
+            **asdict(self),
+            "median_step_s": self.median_step_s,
+            "error": self.error,
+            "a_a_noise": self.a_a_noise,
+            "tokens_per_s": self.tokens_per_s,
+        }
+
+    @property
+    def median_step_s(self) -> float:
+        """Measured."""
+        return statistics.median(self.step_s)
+
+    @property
+    def a_a_noise(self) -> float:
+        """How far even and odd steps are apart."""
+        return abs(statistics.median(self.step_s[0::2]) / statistics.median(self.step_s[1::2]) - 1)
+
+    @property
+    def error(self) -> float:
+        """How far the measured step is from the predicted one, as a share of the predicted."""
+        return self.median_step_s / self.predicted_step_s - 1
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens trained."""
+        return self.run.workload.tokens_per_step / self.median_step_s
+
+
+def cores_for(run: Run, available: Sequence[int]) -> tuple[dict[str, set[int]], bool]:
+    """Processors of each agent, and whether there are too few for all to have their own."""
+    found: dict[str, set[int]] = {}
+    at = 0
+    for index, threads in enumerate(run.threads):
+        found[agent_name(run, index)] = {available[(at + i) % len(available)] for i in range(threads)}
+        at += threads
+    return found, at > len(available)
+
+
+def agent_name(run: Run, index: int) -> str:
+    """An agent's name; each run has its own agents."""
+    return f"{run.name.replace(' ', '-').replace(':', '-')}-{index}"
+
+
+def physical_first(cores: Sequence[int], topology: Path = _TOPOLOGY) -> list[int]:
+    """The processors with one of each physical core first: two threads of one core are not two cores."""
+    seen: set[str] = set()
+    first: list[int] = []
+    second: list[int] = []
+    for core in sorted(cores):
+        path = topology / f"cpu{core}" / "topology" / "thread_siblings_list"
+        siblings = path.read_text().strip() if path.is_file() else str(core)
+        (second if siblings in seen else first).append(core)
+        seen.add(siblings)
+    return [*first, *second]
+
+
+def measure_all(
+    runs: Sequence[Run], cores: Sequence[int], *, num_steps: int, minutes: float, on_figures: Callable[[Figures], None]
+) -> dict[str, str]:
+    """Measure one run after the other under one coordinator.
+
+    Args:
+        runs: in this order.
+        cores: for all of it; with 9 or more the coordinator and this program get two that no agent has.
+        num_steps: of each run.
+        minutes: after which nothing is begun or waited for.
+        on_figures: takes every run's figures as they come.
+
+    Returns:
+        Runs that gave no figures, and why.
+
+    Raises:
+        PlutinoError: the coordinator does not start.
+    """
+    deadline_s = time.monotonic() + 60 * minutes
+    cores = physical_first(cores)
+    own = cores[-2:] if len(cores) >= _MANY_CORES else cores
+    for_agents = [core for core in cores if core not in own] or cores
+    failed: dict[str, str] = {}
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, own)
+    try:
+        with tempfile.TemporaryDirectory(prefix="plutino-runs-") as scratch:
+            state_dir = Path(scratch) / "state"
+            state_dir.mkdir()
+            with PlutinoStack(state_dir) as stack:
+                for run in runs:
+                    if time.monotonic() > deadline_s:
+                        failed[run.name] = f"not begun: the {minutes:g} minutes were over"
+                        continue
+                    try:
+                        figures = measure(
+                            run, stack, Path(scratch), for_agents, num_steps=num_steps, deadline_s=deadline_s
+                        )
+                    except (ContenderError, PlutinoError, OSError) as error:
+                        # One run's failure is no reason to lose the others' figures.
+                        failed[run.name] = f"{type(error).__name__}: {error}"
+                        print(f"{run.name} failed: {error}", file=sys.stderr, flush=True)
+                        continue
+                    print(scaling_table([figures]), flush=True)
+                    on_figures(figures)
+    finally:
+        os.sched_setaffinity(0, before)
+    return failed
+
+
+def prediction_goals(figures: Figures) -> list[Goal]:
+    """How near the prediction of one run was; of runs that shared processors only the bytes are judged."""
+    name, goals = figures.run.name, []
+    if not figures.shares_cores:
+        most = MOST_ERROR + figures.a_a_noise
+        goals.append(Goal(name=f"{name}: step beside the predicted", measured=abs(figures.error), at_most=most))
+    for worker in figures.workers:
+        ratio = worker.measured_bytes / worker.predicted_bytes
+        is_judged = worker.predicted_bytes >= LEAST_JOB_BYTES and not worker.keeps_heap
+        least = 0.9 if is_judged else None
+        goals.append(
+            Goal(name=f"{name}, {worker.device}: bytes / predicted", measured=ratio, at_least=least, at_most=1.0)
+        )
+    return goals
+
+
+def measure(
+    run: Run, stack: PlutinoStack, scratch: Path, cores: Sequence[int], *, num_steps: int, deadline_s: float
+) -> Figures:
+    """Start the run's agents, train, end them.
+
+    Args:
+        run: what to run.
+        stack: the coordinator.
+        scratch: a folder for the model and the rows.
+        cores: processors that the agents get, each its own while there are enough.
+        num_steps: to look at; the first one warms up.
+        deadline_s: of the monotonic clock: nothing is waited for beyond it.
+
+    Raises:
+        ContenderError: the job failed, stopped telling, or was not through by the deadline.
+        PlutinoError: a process does not start, or the job does not fit.
+        OSError: a quota was asked for and cannot be set here.
+    """
+    pins, shares_cores = cores_for(run, cores)
+    threads = {agent_name(run, index): count for index, count in enumerate(run.threads)}
+    budgets = run.budgets_bytes or (_BUDGET_BYTES,) * len(threads)
+    with ExitStack() as ending:
+        quotas = {
+            name: ending.enter_context(ProcessorQuota(cores_allowed))
+            for name, cores_allowed in zip(threads, run.quotas, strict=False)
+        }
+        ending.callback(stack.stop_agents)
+        stack.start_agents(
+            dict(zip(threads, budgets, strict=True)),
+            threads=threads,
+            cores=pins,
+            quotas=quotas,
+            within_s=_left(deadline_s),
+        )
+        folder = scratch / run.name.replace(" ", "-")
+        written = write_drawn_base(run.workload, folder, num_steps=num_steps + _NUM_SPARE_STEPS)
+        values = job_values(
+            run.workload,
+            written,
+            dtype=run.dtype,
+            checkpointing=run.checkpointing,
+            shadow_every=NO_SHADOWS,
+            num_stages=1,
+        )
+        values["placement"] = {"devices": list(threads), "stages": run.num_stages, "replan": "never"}
+        try:
+            job_id = stack.client.submit(parse_spec(values, base_dir=folder))
+            watch = JobWatch(stack.client, job_id)
+            plan, steps = collect(watch, num_steps, deadline_s=deadline_s)
+            stack.client.cancel(job_id)
+            watch.join()
+        except ContenderError as error:
+            raise ContenderError(f"{run.name}: {error}\n{stack.logs()}") from error
+    return figures_of(run, plan, steps, shares_cores=shares_cores)
+
+
+def _left(deadline_s: float) -> float:
+    return max(0.1, deadline_s - time.monotonic())
+
+
+def collect(watch: JobWatch, num_steps: int, *, deadline_s: float) -> tuple[Plan, list[StepCommitted]]:
+    """The plan and so many steps, the first of which warms up.
+
+    Raises:
+        ContenderError: the job failed, ended before, or was not through by ``deadline_s`` of the monotonic clock.
+    """
+    plan: Plan | None = None
+    steps: list[StepCommitted] = []
+    while len(steps) < num_steps:
+        event = watch.next(min(STEP_TIMEOUT_S if steps else START_TIMEOUT_S, _left(deadline_s)))
+        if event is None:
+            raise ContenderError(f"the job ended after {len(steps)} of {num_steps} steps")
+        if isinstance(event, PlanMade):
+            plan = Plan.model_validate_json(event.plan_json)
+            print(explain(plan), file=sys.stderr, flush=True)
+        elif isinstance(event, StepCommitted):
+            steps.append(event)
+            print(f"step {event.step}: {event.seconds:.3f} s, loss {event.loss:.4f}", file=sys.stderr, flush=True)
+    if plan is None:
+        raise ContenderError("the job trained without telling its plan")
+    return plan, steps
+
+
+def figures_of(run: Run, plan: Plan, steps: Sequence[StepCommitted], *, shares_cores: bool) -> Figures:
+    """A run's figures from its plan and its steps."""
+    warm = steps[1:]
+    planned = {
+        (stage.stage_index, r): (replica, plan.micro_batch_owners[stage.stage_index].count(r))
+        for stage in plan.stages
+        for r, replica in enumerate(stage.replicas)
+    }
+    peaks: dict[tuple[int, int], int] = {}
+    compute_s: dict[tuple[int, int], list[float]] = {}
+    for step in warm:
+        for times in step.workers:
+            place = (times.worker.stage_index, times.worker.replica_index)
+            peaks[place] = max(peaks.get(place, 0), times.peak_rss_bytes)
+            compute_s.setdefault(place, []).append(times.compute_s)
+    return Figures(
+        run=run,
+        plan=", ".join(
+            f"{' + '.join(stage.device_names)} [{stage.start_block}, {stage.end_block})" for stage in plan.stages
+        ),
+        num_stages=len(plan.stages),
+        num_workers=len(plan.agent_ids),
+        shares_cores=shares_cores,
+        predicted_step_s=plan.step_s,
+        step_s=tuple(step.seconds for step in warm),
+        workers=tuple(
+            WorkerBytes(
+                device=replica.device_name,
+                predicted_bytes=replica.job_bytes,
+                measured_bytes=peaks[place] - replica.baseline_bytes,
+                keeps_heap=replica.keeps_heap,
+            )
+            for place, (replica, _) in planned.items()
+        ),
+        compute_s=tuple(statistics.median(compute_s[place]) for place in planned),
+        predicted_compute_s=tuple(count * (r.forward_s + r.backward_s) for r, count in planned.values()),
+    )
+
+
+def scaling_table(found: Sequence[Figures]) -> str:
+    """Plain text: a line a run."""
+    lines = [f"{'run':<20} {'workers':>7} {'s/step':>8} {'predicted':>9} {'error':>7} {'A/A':>5} {'tokens/s':>9}"]
+    for each in found:
+        note = "  (agents share processors)" if each.shares_cores else ""
+        lines.append(
+            f"{each.run.name:<20} {each.num_workers:>7} {each.median_step_s:>8.3f} {each.predicted_step_s:>9.3f} "
+            f"{each.error:>+7.1%} {each.a_a_noise:>5.1%} {each.tokens_per_s:>9.0f}{note}"
+        )
+    return "\n".join(lines)
