@@ -196,6 +196,9 @@ def _with_adapter(base: Any, adapter_dir: Path) -> tuple[Any, Callable[[], Abstr
     """The base with the adapter, as its users load it, and what switches the adapter off for a while."""
     if has_own_layout(adapter_dir):
         return base.eval(), load_adapter(base, adapter_dir).disable_adapter
+    if not hasattr(base, "prepare_inputs_for_generation"):
+        # peft 0.21 exchanges it to switch virtual tokens off, also of models that score and never generate.
+        base.prepare_inputs_for_generation = None
     model = peft.PeftModel.from_pretrained(base, str(adapter_dir)).eval()
     return model, model.disable_adapter
 

@@ -21,6 +21,7 @@ from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
 from plutino.family import ScoreHead
 from plutino.job.spec import JobSpec
+from plutino.key_value_layout import bare_name
 
 SCORE_NAME = f"{KEY_PREFIX}score.weight"
 """Global name of a decoder's head, which is one matrix."""
@@ -105,7 +106,7 @@ class WithScoreHead:
         """
         load_values(
             {p.name: p.uses[0][1] for p in self._own},
-            {p.name: [p.name] for p in self._own},
+            {p.name: [p.name, bare_name(p.name)] for p in self._own},
             state,
             advice="Start from an adapter of the same objective and classes",
         )

@@ -327,7 +327,7 @@ class KeyValuesPart(MethodPart):
 
     def parts_of(self, checkpoint: Mapping[str, Float32Array], parts: Collection[str]) -> dict[str, Float32Array]:
         """See :class:`MethodPart`."""
-        return split_blocks(checkpoint, len(parts))
+        return split_blocks(checkpoint, parts)
 
 
 class PrefixConfig(KeyValuesPart):
@@ -361,6 +361,8 @@ class PrefixConfig(KeyValuesPart):
 
 class PTuningV2Config(KeyValuesPart):
     """P-tuning v2 (Liu et al. 2021, arXiv:2110.07602)."""
+
+    saves_score_head: ClassVar[bool] = True
 
     type: Literal["p_tuning_v2"] = "p_tuning_v2"
     dropout: float = Field(0.0, ge=0, lt=1)
