@@ -51,6 +51,7 @@ class _Gathering:
     """Micro-batches whose rows this worker reads."""
     without_adapter: bool = False
     is_recorded: bool = False
+    by_reward_adapter: bool = False
     rows: dict[int, MicroBatchRows] = field(default_factory=dict)
     generate: dict[int, pb.GenerateOptions] = field(default_factory=dict)
 
@@ -172,6 +173,7 @@ class Inbox:
             gathering = _Gathering(
                 unit, feed.num_micro_batches, feed.loss_weight, needed, feed.without_adapter, feed.recorded
             )
+            gathering.by_reward_adapter = feed.by_reward_adapter
             self._gathering[unit] = gathering
             self._order.append(unit)
         if feed.micro_batch < feed.num_micro_batches:
@@ -202,6 +204,7 @@ class Inbox:
             tuple(gathering.rows.get(m) for m in m_range),
             gathering.without_adapter,
             gathering.is_recorded,
+            gathering.by_reward_adapter,
         )
         if not gathering.generate:
             return UnitTask(work, None, ())

@@ -14,6 +14,7 @@ from edge_node.compute_device import ComputeDevice
 from edge_node.engine.executor import StageExecutor
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.methods.base import AttachedMethod
+from edge_node.methods.reward_adapter import RewardAdapter
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.sources.opening import drawn_source, open_weights
 from edge_node.sources.shared import Progress, SharedWeights
@@ -165,3 +166,16 @@ def read_shadows(assignment: WorkerAssignment, bulk: BulkClient, shadows: dict[s
     for shadow_id, sha256 in shadows.items():
         tensors |= load_safetensors(bytes(bulk.get_shadow(assignment.job_id, shadow_id, sha256)))
     return tensors
+
+
+def open_reward_adapter(assignment: WorkerAssignment, stage: Stage, bulk: BulkClient) -> RewardAdapter | None:
+    """What scores the job's samples beside its own adapter; None: nothing does.
+
+    Raises:
+        ConfigError: it cannot be used on this model.
+    """
+    stored = assignment.reward_adapter
+    if stored is None:
+        return None
+    tensors = bulk.get_shadow(assignment.job_id, stored.tensors.shadow_id, stored.tensors.sha256)
+    return RewardAdapter(stage, stored.config_json, load_safetensors(bytes(tensors)))

@@ -17,7 +17,7 @@ from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.control import ControlStream
 from edge_node.engine.executor import StageExecutor
 from edge_node.inbox import CommandTask, Inbox, UnitTask
-from edge_node.loading import StageLoading, make_executor, open_activations, read_shadows
+from edge_node.loading import StageLoading, make_executor, open_activations, open_reward_adapter, read_shadows
 from edge_node.methods.score_head import attach_method
 from edge_node.network import DeviceNetwork
 from edge_node.shadowing import ShadowWriter
@@ -152,6 +152,7 @@ class WorkerSession:
             method.load(load_safetensors(bytes(stored)))
         self._activations = open_activations(assignment, self._weights_config, self._device, stage)
         self._executor = make_executor(assignment, stage, method, self._me, self._activations)
+        self._executor.reward_adapter = open_reward_adapter(assignment, stage, self._bulk)
         self._transport = self._open_transport(stage)
         if self._transport is not None:
             self._executor.use(self._transport)

@@ -21,11 +21,9 @@ class UnitBounds:
         self._me = me
         self.vocab_size = 2**31 - 1
         """Of the model, once it is known."""
-        spec, scoring = assignment.spec, assignment.spec.scoring
-        self.max_rows = max(
-            spec.training.batch_size * spec.objective.sequences_per_row, 0 if scoring is None else scoring.batch_rows
-        )
-        self.max_tokens = spec.data.max_tokens + (0 if scoring is None else scoring.max_new_tokens)
+        spec = assignment.spec
+        self.max_rows = max(spec.rows_per_step, spec.generated_rows)
+        self.max_tokens = spec.data.max_tokens + spec.generated_tokens
 
     def of_messages(self, boundary_width: int, largest_gradient_bytes: int) -> Bounds:
         """Of what peers send: hidden states with their metadata, or gradients that several workers add up."""

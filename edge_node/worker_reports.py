@@ -51,6 +51,7 @@ def step_vote(
         finite=outcome.is_finite,
         loss_sum=outcome.loss_sum,
         reason=outcome.reason,
+        counts=outcome.counts,
         times=pb.StepTimes(
             total_s=outcome.times.total_s,
             compute_s=outcome.times.compute_s,
@@ -89,6 +90,8 @@ def generated_rows(executor: StageExecutor, task: UnitTask, *, seed: int) -> lis
         max_new_tokens=task.generate.max_new_tokens,
         stop_tokens=tuple(task.generate.stop_tokens),
         temperature=task.generate.temperature,
+        top_p=task.generate.top_p or 1.0,
+        keep_stop=task.generate.keep_stop,
         use_adapter=task.generate.use_adapter,
         step=task.generate.step,
         sample_indices=task.sample_indices,

@@ -130,6 +130,8 @@ class StepCommitted(JobEvent):
     commit_s: float
     """From the last vote to the row on disk."""
     workers: tuple[WorkerStepTimes, ...] = ()
+    counts: Mapping[str, float] = {}
+    """Of sampled answers: mean reward and its deviation, tokens, KL from the base, share of clipped tokens."""
 
 
 class StepSkipped(JobEvent):

@@ -31,6 +31,7 @@ class RunnerEvent(_message.Message):
     ASSEMBLED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     PUBLISHED_FIELD_NUMBER: _builtins.int
+    REWARDED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def hello(self) -> Global___RunnerHello: ...
@@ -46,6 +47,8 @@ class RunnerEvent(_message.Message):
     def failed(self) -> Global___RunnerFailed: ...
     @_builtins.property
     def published(self) -> Global___Published: ...
+    @_builtins.property
+    def rewarded(self) -> Global___Rewarded: ...
     def __init__(
         self,
         *,
@@ -57,12 +60,13 @@ class RunnerEvent(_message.Message):
         assembled: Global___Assembled | None = ...,
         failed: Global___RunnerFailed | None = ...,
         published: Global___Published | None = ...,
+        rewarded: Global___Rewarded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "batch_part", b"batch_part", "event", b"event", "failed", b"failed", "hello", b"hello", "prepared", b"prepared", "published", b"published", "scored", b"scored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "batch_part", b"batch_part", "event", b"event", "failed", b"failed", "hello", b"hello", "prepared", b"prepared", "published", b"published", "rewarded", b"rewarded", "scored", b"scored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "batch_part", b"batch_part", "event", b"event", "failed", b"failed", "hello", b"hello", "prepared", b"prepared", "published", b"published", "request_id", b"request_id", "scored", b"scored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "batch_part", b"batch_part", "event", b"event", "failed", b"failed", "hello", b"hello", "prepared", b"prepared", "published", b"published", "request_id", b"request_id", "rewarded", b"rewarded", "scored", b"scored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "prepared", "batch_part", "scored", "assembled", "failed", "published"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "prepared", "batch_part", "scored", "assembled", "failed", "published", "rewarded"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -248,6 +252,9 @@ class RunnerCommand(_message.Message):
     ASSEMBLE_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     PUBLISH_FIELD_NUMBER: _builtins.int
+    GET_ROLLOUT_PROMPTS_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    GET_ROLLOUT_BATCH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def prepare(self) -> Global___Prepare: ...
@@ -265,6 +272,12 @@ class RunnerCommand(_message.Message):
     def finish(self) -> Global___RunnerFinish: ...
     @_builtins.property
     def publish(self) -> Global___Publish: ...
+    @_builtins.property
+    def get_rollout_prompts(self) -> Global___GetRolloutPrompts: ...
+    @_builtins.property
+    def reward(self) -> Global___Reward: ...
+    @_builtins.property
+    def get_rollout_batch(self) -> Global___GetRolloutBatch: ...
     def __init__(
         self,
         *,
@@ -277,12 +290,15 @@ class RunnerCommand(_message.Message):
         assemble: Global___Assemble | None = ...,
         finish: Global___RunnerFinish | None = ...,
         publish: Global___Publish | None = ...,
+        get_rollout_prompts: Global___GetRolloutPrompts | None = ...,
+        reward: Global___Reward | None = ...,
+        get_rollout_batch: Global___GetRolloutBatch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assemble", b"assemble", "command", b"command", "finish", b"finish", "get_eval_batch", b"get_eval_batch", "get_prompts", b"get_prompts", "get_train_batch", b"get_train_batch", "prepare", b"prepare", "publish", b"publish", "score", b"score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assemble", b"assemble", "command", b"command", "finish", b"finish", "get_eval_batch", b"get_eval_batch", "get_prompts", b"get_prompts", "get_rollout_batch", b"get_rollout_batch", "get_rollout_prompts", b"get_rollout_prompts", "get_train_batch", b"get_train_batch", "prepare", b"prepare", "publish", b"publish", "reward", b"reward", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assemble", b"assemble", "command", b"command", "finish", b"finish", "get_eval_batch", b"get_eval_batch", "get_prompts", b"get_prompts", "get_train_batch", b"get_train_batch", "prepare", b"prepare", "publish", b"publish", "request_id", b"request_id", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assemble", b"assemble", "command", b"command", "finish", b"finish", "get_eval_batch", b"get_eval_batch", "get_prompts", b"get_prompts", "get_rollout_batch", b"get_rollout_batch", "get_rollout_prompts", b"get_rollout_prompts", "get_train_batch", b"get_train_batch", "prepare", b"prepare", "publish", b"publish", "request_id", b"request_id", "reward", b"reward", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["prepare", "get_train_batch", "get_eval_batch", "get_prompts", "score", "assemble", "finish", "publish"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["prepare", "get_train_batch", "get_eval_batch", "get_prompts", "score", "assemble", "finish", "publish", "get_rollout_prompts", "reward", "get_rollout_batch"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -487,6 +503,95 @@ class Publish(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Publish: _TypeAlias = Publish  # noqa: Y015
+
+@_typing.final
+class GetRolloutPrompts(_message.Message):
+    """Prompts of a step's rows, each as often as answers are sampled to it, cut into groups."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRolloutPrompts: _TypeAlias = GetRolloutPrompts  # noqa: Y015
+
+@_typing.final
+class Reward(_message.Message):
+    """What sampled answers are worth."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLLOUTS_JSON_FIELD_NUMBER: _builtins.int
+    rollouts_json: _builtins.str
+    """JSON of coordinator.jobs.rollouts.Rollouts, without rewards."""
+    def __init__(
+        self,
+        *,
+        rollouts_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rollouts_json", b"rollouts_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reward: _TypeAlias = Reward  # noqa: Y015
+
+@_typing.final
+class Rewarded(_message.Message):
+    """The same with rewards and advantages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_FIELD_NUMBER: _builtins.int
+    json: _builtins.str
+    def __init__(
+        self,
+        *,
+        json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rewarded: _TypeAlias = Rewarded  # noqa: Y015
+
+@_typing.final
+class GetRolloutBatch(_message.Message):
+    """The rows of a training step on sampled answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLLOUTS_JSON_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    rollouts_json: _builtins.str
+    """JSON of coordinator.jobs.rollouts.Rollouts."""
+    micro_batch_size: _builtins.int
+    def __init__(
+        self,
+        *,
+        rollouts_json: _builtins.str = ...,
+        micro_batch_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["micro_batch_size", b"micro_batch_size", "rollouts_json", b"rollouts_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRolloutBatch: _TypeAlias = GetRolloutBatch  # noqa: Y015
 
 @_typing.final
 class RunnerFinish(_message.Message):

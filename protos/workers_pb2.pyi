@@ -385,6 +385,26 @@ class StepReady(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CountsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PLAN_EPOCH_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     SQUARED_NORMS_FIELD_NUMBER: _builtins.int
@@ -392,6 +412,7 @@ class StepReady(_message.Message):
     LOSS_SUM_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
     plan_epoch: _builtins.int
     step: _builtins.int
     finite: _builtins.bool
@@ -409,6 +430,10 @@ class StepReady(_message.Message):
     def times(self) -> Global___StepTimes:
         """Where the step's seconds went."""
 
+    @_builtins.property
+    def counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the objective counted, summed over the micro-batches that this worker ran; only the last stage sets it."""
+
     def __init__(
         self,
         *,
@@ -419,10 +444,11 @@ class StepReady(_message.Message):
         loss_sum: _builtins.float = ...,
         times: Global___StepTimes | None = ...,
         reason: _builtins.str = ...,
+        counts: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finite", b"finite", "loss_sum", b"loss_sum", "plan_epoch", b"plan_epoch", "reason", b"reason", "squared_norms", b"squared_norms", "step", b"step", "times", b"times"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "finite", b"finite", "loss_sum", b"loss_sum", "plan_epoch", b"plan_epoch", "reason", b"reason", "squared_norms", b"squared_norms", "step", b"step", "times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -797,6 +823,7 @@ class Feed(_message.Message):
     GENERATE_FIELD_NUMBER: _builtins.int
     WITHOUT_ADAPTER_FIELD_NUMBER: _builtins.int
     RECORDED_FIELD_NUMBER: _builtins.int
+    BY_REWARD_ADAPTER_FIELD_NUMBER: _builtins.int
     num_micro_batches: _builtins.int
     loss_weight: _builtins.float
     """Loss weight of the whole step: number of label tokens over all its micro-batches."""
@@ -806,6 +833,8 @@ class Feed(_message.Message):
     """An evaluation of the base model, the adapter switched off."""
     recorded: _builtins.bool
     """The worker records what it does in this step, and tells when it is committed."""
+    by_reward_adapter: _builtins.bool
+    """An evaluation by the reward adapter, the job's own switched off."""
     @_builtins.property
     def unit(self) -> Global___UnitId: ...
     @_builtins.property
@@ -825,10 +854,11 @@ class Feed(_message.Message):
         generate: Global___GenerateOptions | None = ...,
         without_adapter: _builtins.bool = ...,
         recorded: _builtins.bool = ...,
+        by_reward_adapter: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "rows", b"rows", "unit", b"unit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "num_micro_batches", b"num_micro_batches", "recorded", b"recorded", "rows", b"rows", "unit", b"unit", "without_adapter", b"without_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_reward_adapter", b"by_reward_adapter", "generate", b"generate", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "num_micro_batches", b"num_micro_batches", "recorded", b"recorded", "rows", b"rows", "unit", b"unit", "without_adapter", b"without_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -849,6 +879,8 @@ class MicroBatch(_message.Message):
     PAIR_IDS_FIELD_NUMBER: _builtins.int
     REFERENCE_LOGPS_FIELD_NUMBER: _builtins.int
     SECOND_STARTS_FIELD_NUMBER: _builtins.int
+    ADVANTAGES_FIELD_NUMBER: _builtins.int
+    SAMPLED_LOGPS_FIELD_NUMBER: _builtins.int
     input_ids: _builtins.bytes
     """Little-endian int32, rows one after the other."""
     label_mask: _builtins.bytes
@@ -877,6 +909,14 @@ class MicroBatch(_message.Message):
     def second_starts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of each row before the second of its two texts; empty: nobody tells them apart."""
 
+    @_builtins.property
+    def advantages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of sampled answers: how much better each is than the others of its group; empty: rows are not sampled."""
+
+    @_builtins.property
+    def sampled_logps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Log-probability of each label token when its row was sampled; empty: as it is now."""
+
     def __init__(
         self,
         *,
@@ -889,10 +929,12 @@ class MicroBatch(_message.Message):
         pair_ids: _abc.Iterable[_builtins.int] | None = ...,
         reference_logps: _abc.Iterable[_builtins.float] | None = ...,
         second_starts: _abc.Iterable[_builtins.int] | None = ...,
+        advantages: _abc.Iterable[_builtins.float] | None = ...,
+        sampled_logps: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_ids", b"input_ids", "label_mask", b"label_mask", "labels", b"labels", "lengths", b"lengths", "padded_tokens", b"padded_tokens", "pair_ids", b"pair_ids", "reference_logps", b"reference_logps", "second_starts", b"second_starts", "segment_lengths", b"segment_lengths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "input_ids", b"input_ids", "label_mask", b"label_mask", "labels", b"labels", "lengths", b"lengths", "padded_tokens", b"padded_tokens", "pair_ids", b"pair_ids", "reference_logps", b"reference_logps", "sampled_logps", b"sampled_logps", "second_starts", b"second_starts", "segment_lengths", b"segment_lengths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -908,12 +950,18 @@ class GenerateOptions(_message.Message):
     USE_ADAPTER_FIELD_NUMBER: _builtins.int
     SAMPLE_INDICES_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    KEEP_STOP_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
     temperature: _builtins.float
     use_adapter: _builtins.bool
     """True: with the adapter; false: the base model alone."""
     step: _builtins.int
     """Optimiser steps applied so far; part of the sampling seed."""
+    top_p: _builtins.float
+    """Sample among the likeliest tokens that have this share together; 0 and 1 leave nothing out."""
+    keep_stop: _builtins.bool
+    """Give the stop token that ended a row, too."""
     @_builtins.property
     def stop_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -929,10 +977,12 @@ class GenerateOptions(_message.Message):
         use_adapter: _builtins.bool = ...,
         sample_indices: _abc.Iterable[_builtins.int] | None = ...,
         step: _builtins.int = ...,
+        top_p: _builtins.float = ...,
+        keep_stop: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_new_tokens", b"max_new_tokens", "sample_indices", b"sample_indices", "step", b"step", "stop_tokens", b"stop_tokens", "temperature", b"temperature", "use_adapter", b"use_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_stop", b"keep_stop", "max_new_tokens", b"max_new_tokens", "sample_indices", b"sample_indices", "step", b"step", "stop_tokens", b"stop_tokens", "temperature", b"temperature", "top_p", b"top_p", "use_adapter", b"use_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

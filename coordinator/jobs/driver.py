@@ -38,6 +38,7 @@ from coordinator.jobs.recovery import (
     outcome_of,
     recovery_event,
 )
+from coordinator.jobs.rolling_out import delete_rollouts
 from coordinator.jobs.stepping import Stepper, repeat_last_decision
 from coordinator.scheduling.queue import PlanningQueue
 from plutino.errors import (
@@ -312,6 +313,7 @@ class JobDriver:
         if shadow_ids:
             await asyncio.wrap_future(context.store.remove_shadows(context.job_id, shadow_ids))
         await asyncio.to_thread(context.shadow_files.delete_job, context.job_id)
+        await asyncio.to_thread(delete_rollouts, context.job_dir)
         self._queue.kick()
 
 

@@ -17,7 +17,7 @@ from plutino.data.few_shot import with_examples
 from plutino.data.general_text import GeneralText, read_general_text
 from plutino.data.mixture import Mixture, make_mixture
 from plutino.data.packing import pack
-from plutino.data.readers import Rows, read_rows
+from plutino.data.readers import Row, Rows, read_rows
 from plutino.data.samples import Batchable, JoinedSamples, Samples
 from plutino.data.sequences import class_names_of, sorted_class_names
 from plutino.data.tokenisation import tokenise
@@ -90,21 +90,40 @@ class JobRows:
 
     @functools.cached_property
     def row_tokens(self) -> int:
-        """Tokens of the longest row."""
-        return max(int(self.train.lengths.max()), *(int(one.lengths.max()) for one in self.sets))
+        """Tokens of the longest row, sampled answers included."""
+        own = max(int(self.train.lengths.max()), *(int(one.lengths.max()) for one in self.sets))
+        sampled = self._spec.objective.generated_tokens
+        return max(own, self._train_prompt_tokens + sampled) if sampled else own
 
     @functools.cached_property
     def label_tokens_per_row(self) -> int:
         """Most label tokens in one sequence, as a mean over both of a pair."""
         return max(
             self._spec.data.max_tokens if self._spec.data.packing else 1,
+            self._spec.objective.generated_tokens,
             *(-(-one.most_labels // one.sequences_per_sample) for one in self.sets),
         )
 
     @property
-    def prompted(self) -> list[Samples]:
-        """Rows whose prompts may be answered."""
-        return [*self._held_out_parts, *([] if self.few_shot is None else [self.few_shot])]
+    def prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that may be answered; 0 if none is."""
+        prompted = [*self._held_out_parts, *([] if self.few_shot is None else [self.few_shot])]
+        own = max((int(one.prompt_tokens.max()) for one in prompted), default=0)
+        return max(own, self._train_prompt_tokens) if self._spec.objective.generated_tokens else own
+
+    @property
+    def _train_prompt_tokens(self) -> int:
+        return max(int(task.train.samples.prompt_tokens.max()) for task in self.tasks if task.train is not None)
+
+    def train_row(self, index: int) -> Row:
+        """What a training row that is not packed says."""
+        for task in self.tasks:
+            if task.train is None:
+                continue
+            if index < len(task.train.samples):
+                return task.train.rows.rows[index]
+            index -= len(task.train.samples)
+        raise IndexError(index)
 
     @functools.cached_property
     def few_shot(self) -> Samples | None:

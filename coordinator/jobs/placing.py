@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
+from coordinator.artifacts.offered_adapters import offer_initial_adapter, offer_reward_adapter
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.phases import entry_owners
@@ -18,10 +18,16 @@ from coordinator.jobs.recovery import durable_steps
 from coordinator.scheduling.problem import first_trainable_stage, stage_shapes
 from coordinator.weights.hub_models import fetch_weights, origin_of
 from coordinator.weights.model_files import offer_model
-from plutino.errors import AgentError, AgentLostError, ConfigError, JobError
+from plutino.errors import AgentError, AgentLostError, JobError
 from plutino.events import Notice, WorkerLoaded, WorkerLoading
-from plutino.job.adapter_method import ADAPTER_TENSORS_FILE
-from plutino.job.assignment import DeviceCache, RestorePoint, StoredAdapter, WorkerAssignment, stage_key
+from plutino.job.assignment import (
+    DeviceCache,
+    RestorePoint,
+    StoredAdapter,
+    StoredRewardAdapter,
+    WorkerAssignment,
+    stage_key,
+)
 from plutino.job.spec import JobSpec
 from plutino.manifest import Manifest
 from plutino.sizes import format_size
@@ -53,8 +59,10 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str
     refs = context.refs()
     context.workers.expect(refs)
     manifest = await _offer(context)
-    initial = await asyncio.to_thread(_offer_adapter, context)
-    assignments = _assignments(context, await _device_spec(context), restore_step, manifest, initial)
+    files = context.shadow_files
+    initial = await asyncio.to_thread(offer_initial_adapter, context.spec, context.job_id, files)
+    reward = await asyncio.to_thread(offer_reward_adapter, context.spec, context.job_id, files)
+    assignments = _assignments(context, await _device_spec(context), restore_step, manifest, initial, reward)
     asked: set[WorkerRef] = set()
     await _load_all(context, refs, assignments, asked)
     await _link(context)
@@ -237,7 +245,12 @@ async def _device_spec(context: JobContext) -> JobSpec:
 
 
 def _assignments(
-    context: JobContext, spec: JobSpec, restore_step: int, manifest: Manifest, initial: StoredAdapter | None
+    context: JobContext,
+    spec: JobSpec,
+    restore_step: int,
+    manifest: Manifest,
+    initial: StoredAdapter | None,
+    reward: StoredRewardAdapter | None,
 ) -> dict[WorkerRef, WorkerAssignment]:
     plan, record = context.plan, context.record
     shapes = stage_shapes(plan)
@@ -266,6 +279,7 @@ def _assignments(
             bulk_address=context.bulk_address,
             initial=initial,
             restore=restore,
+            reward_adapter=reward,
             stage_key=""
             if plan.from_cache
             else stage_key(
@@ -282,31 +296,6 @@ def _assignments(
         )
         for ref, agent_id in context.refs().items()
     }
-
-
-def _offer_adapter(context: JobContext) -> StoredAdapter | None:
-    """Hand out the adapter that the job starts from: devices do not see this machine's folders.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    folder = context.spec.training.init_adapter
-    if folder is None:
-        return None
-    path = Path(folder) / ADAPTER_TENSORS_FILE
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"training.init_adapter: cannot read {path}: {error.strerror}; name the folder of an adapter"
-        ) from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    shadow_id = f"initial-{sha256[:16]}"
-    if not context.shadow_files.holds(context.job_id, shadow_id, sha256):
-        with context.shadow_files.receive(context.job_id, shadow_id, sha256, len(data)) as incoming:
-            incoming.write(data)
-            incoming.publish()
-    return StoredAdapter(shadow_id=shadow_id, sha256=sha256)
 
 
 def _caches(context: JobContext) -> list[DeviceCache]:

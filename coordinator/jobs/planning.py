@@ -101,7 +101,7 @@ async def make_problem(
         ModelError: the base model cannot be used.
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
-    generated = prepared.prompt_tokens + spec.scoring.max_new_tokens if spec.scoring and spec.generates else 0
+    generated = prepared.prompt_tokens + spec.generated_tokens if spec.generated_rows else 0
     virtual_tokens = max(one.method.prompt_tokens + one.method.past_tokens for one in (spec, *together_with))
     longest = max(prepared.row_tokens, generated) + virtual_tokens
     if longest > table.max_positions:
@@ -284,21 +284,21 @@ def measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
     """Rows of the micro-batch that devices are measured with."""
     if numerics is not None:
         return numerics.micro_batch_size
-    samples = spec.training.micro_batch_size or min(_MEASURED_ROWS, spec.training.batch_size)
+    sampled = spec.training.batch_size * spec.objective.answers_per_row
+    samples = spec.training.micro_batch_size or min(_MEASURED_ROWS, sampled)
     return samples * spec.objective.sequences_per_row
 
 
 def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:
     """What a job asks of a pipeline, at a micro-batch of so many rows."""
     adapters = adapter_params_of(table, spec.method)
-    scoring = spec.scoring if spec.generates else None
     per_sample = spec.objective.sequences_per_row
     head_params = table.hidden_size * (spec.objective.num_outputs or len(prepared.class_names))
     fields = adapters.shape_fields
     fields["last_trainable_params"] = fields.get("last_trainable_params", 0) + head_params
     return JobShape(
         dtype="fp32" if dtype == "fp32" else "bf16",
-        batch_rows=spec.training.batch_size * per_sample,
+        batch_rows=spec.rows_per_step,
         rows_per_sample=per_sample,
         micro_batch_rows=rows,
         row_tokens=prepared.row_tokens + spec.method.prompt_tokens,
@@ -307,10 +307,13 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         has_dropout=spec.method.has_dropout,
         checkpointing=spec.training.checkpointing,
         codec="bf16" if spec.placement.codec == "bf16" else "raw",
-        generate_rows=0 if scoring is None else scoring.batch_rows,
-        generate_tokens=0
-        if scoring is None
-        else spec.method.prompt_tokens + spec.method.past_tokens + prepared.prompt_tokens + scoring.max_new_tokens,
+        generate_rows=spec.generated_rows,
+        generate_tokens=spec.method.prompt_tokens
+        + spec.method.past_tokens
+        + prepared.prompt_tokens
+        + spec.generated_tokens
+        if spec.generated_rows
+        else 0,
         exact_stages=spec.placement.stages,
     )
 

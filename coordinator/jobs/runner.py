@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 
 from coordinator.artifacts.assemble import assemble_adapter
@@ -18,6 +19,8 @@ from coordinator.artifacts.publish import PublishedAdapter, PublishRequest, publ
 from coordinator.artifacts.verify_process import VerifyReport, VerifyRequest, run_verify_process
 from coordinator.jobs.job_rows import JobRows, RowSet
 from coordinator.jobs.prepared import PreparedData
+from coordinator.jobs.rewards import Answer, rewards_of
+from coordinator.jobs.rollouts import Rollouts, advantages_of, prompt_groups, step_of
 from coordinator.jobs.scoring import RowVerdict, Score, ScoredSample, ScoreReport, is_right, score
 from coordinator.jobs.value_scores import class_verdicts, score_values
 from plutino.data.batches import (
@@ -33,7 +36,7 @@ from plutino.data.batches import (
 )
 from plutino.data.mixture import mixture_indices
 from plutino.data.samples import Batchable
-from plutino.job.objective import GENERATED_METRICS, MetricName
+from plutino.job.objective import GENERATED_METRICS, GrpoConfig, MetricName
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
 from plutino.wire.bulk import BulkClient
@@ -66,17 +69,16 @@ class JobRunner:
         Raises:
             DataError, ModelError: with the lines or files at fault.
         """
-        training = self._spec.training
         sets = self._rows.sets
         num_train = len(self._rows.train)
         return PreparedData(
             num_train=num_train,
             num_eval=sum(len(task.held_out.samples) for task in self._rows.tasks if task.train and task.held_out),
             num_truncated=sum(one.num_truncated for one in sets),
-            total_steps=total_steps(num_train, training.batch_size, epochs=training.epochs, steps=training.steps),
+            total_steps=self._total_steps(num_train),
             row_tokens=self._rows.row_tokens,
             label_tokens_per_row=self._rows.label_tokens_per_row,
-            prompt_tokens=max((int(one.prompt_tokens.max()) for one in self._rows.prompted), default=0),
+            prompt_tokens=self._rows.prompt_tokens,
             num_general=0 if self._rows.general is None else len(self._rows.general.samples),
             general_sha256="" if self._rows.general is None else self._rows.general.sha256,
             stop_token_ids=self._rows.tokenizer.stop_token_ids,
@@ -88,6 +90,13 @@ class JobRunner:
             num_probe=len(self._rows.unpacked_train),
         )
 
+    def _total_steps(self, num_train: int) -> int:
+        training, objective = self._spec.training, self._spec.objective
+        num_batches = total_steps(num_train, training.batch_size, epochs=training.epochs, steps=training.steps)
+        if isinstance(objective, GrpoConfig) and training.steps is None:
+            return num_batches * objective.updates
+        return num_batches
+
     def train_batch(self, step: int, micro_batch_size: int) -> StepBatch:
         """Rows of a training step; a micro-batch has at most so many sequences."""
         training = self._spec.training
@@ -96,11 +105,63 @@ class JobRunner:
             first_epoch = self._first_epoch(num_samples)
             rows = repeated_micro_batches(first_epoch, step, training.batch_size, num_samples, training.seed)
             return gather_step(self._rows.train, rows)
+        return cut_micro_batches(self._rows.train, self._batch_indices(step), num_samples)
+
+    def _batch_indices(self, batch: int) -> tuple[int, ...]:
+        training = self._spec.training
         if self._rows.mixture is None:
-            indices = batch_indices(step, training.batch_size, len(self._rows.train), training.seed)
-        else:
-            indices = mixture_indices(step, training.batch_size, self._rows.mixture, training.seed)
-        return cut_micro_batches(self._rows.train, indices, num_samples)
+            return batch_indices(batch, training.batch_size, len(self._rows.train), training.seed)
+        return mixture_indices(batch, training.batch_size, self._rows.mixture, training.seed)
+
+    def rollout_prompts(self, step: int) -> list[MicroBatchRows]:
+        """Prompts of the answers that a step learns from, in groups that are generated together."""
+        config = self._grpo
+        return prompt_groups(self._rows.train, self._batch_indices(step // config.updates), config)
+
+    def reward(self, rollouts: Rollouts) -> Rollouts:
+        """What sampled answers are worth.
+
+        Raises:
+            ConfigError: a reward function fails.
+        """
+        config, tokenizer = self._grpo, self._rows.tokenizer
+        numbers = sorted(rollouts.tokens)
+        rows = {number: self._rows.train_row(number // config.answers) for number in numbers}
+        answers = [
+            Answer(
+                prompt=rows[number].question,
+                answer=tokenizer.decode(rollouts.tokens[number]),
+                truth=rows[number].answer,
+                line_number=rows[number].line_number,
+                adapter_reward=rollouts.adapter_rewards.get(number),
+            )
+            for number in numbers
+        ]
+        by_source = rewards_of(config.rewards, answers)
+        weights = [source.weight for source in config.rewards]
+        totals = [
+            math.fsum(w * v for w, v in zip(weights, values, strict=True)) for values in zip(*by_source, strict=True)
+        ]
+        rewards = dict(zip(numbers, totals, strict=True))
+        names = [f"reward {index} {source.type}" for index, source in enumerate(config.rewards)]
+        means = {name: math.fsum(values) / len(values) for name, values in zip(names, by_source, strict=True)}
+        return rollouts.model_copy(
+            update={
+                "rewards": rewards,
+                "by_source": means if len(means) > 1 else {},
+                "advantages": advantages_of(rewards, config),
+            }
+        )
+
+    def rollout_batch(self, rollouts: Rollouts, micro_batch_size: int) -> StepBatch:
+        """Rows of a training step on sampled answers."""
+        return step_of(rollouts, self._rows.train, self._grpo, micro_batch_size)
+
+    @property
+    def _grpo(self) -> GrpoConfig:
+        objective = self._spec.objective
+        assert isinstance(objective, GrpoConfig), f"objective {objective.type} samples nothing"
+        return objective
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - a runner lives as long as its process
     def _first_epoch(self, micro_batch_size: int) -> tuple[tuple[int, ...], ...]:

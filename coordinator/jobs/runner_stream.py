@@ -16,6 +16,7 @@ import grpc
 from coordinator.artifacts.parts import AssembleRequest
 from coordinator.artifacts.publish import PublishRequest
 from coordinator.artifacts.verify_process import run_verify_process
+from coordinator.jobs.rollouts import Rollouts
 from coordinator.jobs.runner import JobRunner, Verify, rows_from_json
 from plutino.data.batches import MicroBatchRows, StepBatch
 from plutino.errors import PlutinoError
@@ -114,6 +115,15 @@ class _Answers:
                 prompts.start_row, prompts.num_groups, prompts.group_rows, prompts.end_row, few_shot=prompts.few_shot
             )
             yield from _parts(groups, loss_weight=1.0)
+        elif kind == "get_rollout_prompts":
+            yield from _parts(self._runner.rollout_prompts(command.get_rollout_prompts.step), loss_weight=1.0)
+        elif kind == "reward":
+            rewarded = self._runner.reward(Rollouts.model_validate_json(command.reward.rollouts_json))
+            yield pb.RunnerEvent(rewarded=pb.Rewarded(json=rewarded.model_dump_json()))
+        elif kind == "get_rollout_batch":
+            asked = command.get_rollout_batch
+            rollouts = Rollouts.model_validate_json(asked.rollouts_json)
+            yield from _batch_parts(self._runner.rollout_batch(rollouts, asked.micro_batch_size))
         elif kind == "score":
             report = self._runner.score(rows_from_json(command.score.rows_json), command.score.perplexities)
             yield pb.RunnerEvent(scored=pb.Scored(json=report.model_dump_json()))

@@ -14,17 +14,18 @@ import time
 from coordinator.crash_points import crash_point
 from coordinator.jobs import events as job_events
 from coordinator.jobs.ability import measure_general, score_few_shot
-from coordinator.jobs.barrier import Abort, AbortKind, Barrier, Commit, Vote, decide, open_barrier
+from coordinator.jobs.barrier import Abort, AbortKind, Barrier, Commit, decide, open_barrier
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, judge_evaluations
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.phases import Phases
 from coordinator.jobs.prepared import PreparedData
+from coordinator.jobs.rolling_out import StepRows
 from coordinator.jobs.scoring_moments import score_once
 from coordinator.jobs.shadow_policy import shadow_due, shadow_every
 from coordinator.jobs.tracing import is_recorded
-from coordinator.jobs.units import Batch, end_unit, evaluate, feed, train_batch
-from coordinator.jobs.worker_link import WorkerStatus
+from coordinator.jobs.units import Batch, end_unit, evaluate, feed
+from coordinator.jobs.votes import counts_of, times_of, vote_of
 from plutino.errors import JobError, NumericsError
 from plutino.events import (
     Evaluated,
@@ -32,7 +33,6 @@ from plutino.events import (
     PlanChanges,
     StepCommitted,
     StepSkipped,
-    WorkerStepTimes,
 )
 from plutino.job.training import learning_rate
 from plutino.types import Unit, UnitKind
@@ -51,6 +51,7 @@ class Stepper:
         self._prepared = prepared
         self._replanner = replanner
         self._phases = phases
+        self._rows = StepRows(context, prepared)
         self._batches: dict[int, asyncio.Task[Batch]] = {}
         self._fed: set[int] = set()
         self._step_s: float | None = None
@@ -71,6 +72,7 @@ class Stepper:
                     return await self._leave(step, change)
                 if (move := self._replanner.move) is not None and step not in self._fed:
                     return await self._leave(step, move.reason)
+                await self._rows.make(step)
                 await self._feed(step)
                 if self._may_feed_ahead(step + 1):
                     await self._feed(step + 1)
@@ -85,7 +87,8 @@ class Stepper:
         is_moving = self._replanner.move is not None or self._phases.may_change_before(
             step, record.start_step, self._prepared.num_train
         )
-        return not is_moving and not self._evaluation_due(step) and step < record.end_step
+        is_known = step < self._rows.last_known(step - 1, record.end_step)
+        return is_known and not is_moving and not self._evaluation_due(step)
 
     def _needs_backbone(self, step: int) -> bool:
         """Whether something is due before a step, or after the last one, that runs through the blocks."""
@@ -182,9 +185,10 @@ class Stepper:
     async def _feed(self, step: int) -> None:
         if step in self._fed:
             return
-        for ahead in range(step, min(step + _BATCHES_AHEAD, self._context.record.end_step)):
+        last_known = self._rows.last_known(step, self._context.record.end_step)
+        for ahead in range(step, min(step + _BATCHES_AHEAD, last_known)):
             if ahead not in self._batches:
-                self._batches[ahead] = asyncio.create_task(train_batch(self._context, ahead))
+                self._batches[ahead] = asyncio.create_task(self._rows.batch(ahead))
         record = self._context.record
         recorded = is_recorded(step, start_step=record.start_step, end_step=record.end_step)
         feed(self._context, Unit(UnitKind.TRAIN, step), await self._batches[step], is_recorded=recorded)
@@ -215,13 +219,13 @@ class Stepper:
 
         await context.workers.wait(have_all)
         for status in context.workers.statuses:
-            barrier = barrier.add_vote(_vote(status))
+            barrier = barrier.add_vote(vote_of(status))
         return barrier
 
     async def _commit(self, step: int, batch: Batch, decision: Commit, voted_s: float) -> None:
         context = self._context
         lr = learning_rate(step, context.spec.training, context.record.total_steps)
-        times = tuple(_times(context, status) for status in context.workers.statuses)
+        times = tuple(times_of(context, status) for status in context.workers.statuses)
         row = LedgerRow(
             step=step,
             plan_epoch=context.record.plan_epoch,
@@ -249,6 +253,7 @@ class Stepper:
             seconds=stored_s - self._last_decision_s,
             commit_s=stored_s - voted_s,
             workers=times,
+            counts=counts_of(context.workers.statuses, self._rows.counts),
         )
         self._step_s = seen.seconds
         self._last_decision_s = stored_s
@@ -318,35 +323,3 @@ def repeat_last_decision(context: JobContext) -> None:
             commit=pb.Commit(plan_epoch=row.plan_epoch, step=row.step, clip_scale=row.clip_scale or 1.0, shadow=is_last)
         )
     context.workers.tell(decision, key=f"decision {row.step}")
-
-
-def _vote(status: WorkerStatus) -> Vote:
-    vote, loaded = status.vote, status.loaded
-    assert vote is not None and loaded is not None
-    return Vote(
-        worker=status.ref,
-        step=vote.step,
-        squared_norms=dict(zip(loaded.parameter_names, vote.squared_norms, strict=True)),
-        finite=vote.finite,
-        loss_sum=vote.loss_sum,
-        reason=vote.reason,
-    )
-
-
-def _times(context: JobContext, status: WorkerStatus) -> WorkerStepTimes:
-    assert status.vote is not None
-    times = status.vote.times
-    return WorkerStepTimes(
-        worker=context.worker_name(status.ref),
-        total_s=times.total_s,
-        compute_s=times.compute_s,
-        wait_s=times.wait_s,
-        serialise_s=times.serialise_s,
-        commit_s=times.commit_s,
-        sent_bytes=times.sent_bytes,
-        rss_bytes=times.rss_bytes,
-        peak_rss_bytes=times.peak_rss_bytes,
-        cached_rows=times.cached_rows,
-        left_out_rows=times.left_out_rows,
-        damaged_entries=times.damaged_entries,
-    )

@@ -33,6 +33,8 @@ class Batch:
     """A unit's rows as the runner gave them."""
 
     parts: tuple[runner_pb.BatchPart, ...]
+    answers_per_row: int = 1
+    """A sample's number is its row's position times this, and more where answers are sampled."""
 
     @property
     def loss_weight(self) -> float:
@@ -47,13 +49,14 @@ class Batch:
     @property
     def sample_indices(self) -> tuple[int, ...]:
         """Rows of the data set, in the order they are fed."""
-        return tuple(index for part in self.parts for index in part.sample_indices)
+        numbers = (index // self.answers_per_row for part in self.parts for index in part.sample_indices)
+        return tuple(dict.fromkeys(numbers)) if self.answers_per_row > 1 else tuple(numbers)
 
 
 async def train_batch(context: JobContext, step: int) -> Batch:
     """The rows of a training step."""
     ask = runner_pb.GetTrainBatch(step=step, micro_batch_size=context.numerics.micro_batch_size)
-    return _batch(await context.runner.ask(runner_pb.RunnerCommand(get_train_batch=ask)))
+    return await ask_batch(context, runner_pb.RunnerCommand(get_train_batch=ask))
 
 
 def feed(
@@ -64,6 +67,7 @@ def feed(
     *,
     without_adapter: bool = False,
     is_recorded: bool = False,
+    by_reward_adapter: bool = False,
 ) -> None:
     """Send a unit to all workers: rows to those that read them, a header to the others.
 
@@ -85,6 +89,7 @@ def feed(
             rows=part.rows,
             without_adapter=without_adapter,
             recorded=is_recorded,
+            by_reward_adapter=by_reward_adapter,
         )
         if generate is not None:
             message.generate.CopyFrom(generate)
@@ -105,6 +110,7 @@ def feed(
             micro_batch=len(batch.parts),
             without_adapter=without_adapter,
             recorded=is_recorded,
+            by_reward_adapter=by_reward_adapter,
         )
         context.workers.tell(pb.WorkerCommand(feed=header), key=f"feed {unit} header", only=others)
 
@@ -161,15 +167,26 @@ async def evaluate(
             from_training=source == "training",
             general=source == "general",
         )
-        batch = _batch(await context.runner.ask(runner_pb.RunnerCommand(get_eval_batch=ask)))
-        unit = await context.new_unit(UnitKind.EVALUATE)
-        async with _running(context, unit):
-            feed(context, unit, batch, without_adapter=not (use_adapter or _is_base_still(context)))
-            for done in await _all_done(context, unit):
-                loss_sum += done.loss_sum
-                values |= _values_by_row(batch, done)
-        loss_weight += batch.loss_weight
+        batch = await ask_batch(context, runner_pb.RunnerCommand(get_eval_batch=ask))
+        measured = await evaluate_batch(context, batch, use_adapter=use_adapter)
+        loss_sum, loss_weight = loss_sum + measured.loss_sum, loss_weight + measured.loss_weight
+        values |= measured.values
     return Evaluation(loss_sum, loss_weight, values)
+
+
+async def evaluate_batch(
+    context: JobContext, batch: Batch, *, use_adapter: bool = True, by_reward_adapter: bool = False
+) -> Evaluation:
+    """One unit of evaluation."""
+    unit = await context.new_unit(UnitKind.EVALUATE)
+    without_adapter = not (use_adapter or _is_base_still(context))
+    loss_sum, values = 0.0, dict[int, list[float]]()
+    async with _running(context, unit):
+        feed(context, unit, batch, without_adapter=without_adapter, by_reward_adapter=by_reward_adapter)
+        for done in await _all_done(context, unit):
+            loss_sum += done.loss_sum
+            values |= _values_by_row(batch, done)
+    return Evaluation(loss_sum, batch.loss_weight, values)
 
 
 def _values_by_row(batch: Batch, done: pb.UnitDone) -> dict[int, list[float]]:
@@ -192,7 +209,7 @@ async def probe_batch(context: JobContext, prepared: PreparedData) -> Batch:
         micro_batch_size=context.numerics.micro_batch_size,
         from_training=True,
     )
-    return _batch(await context.runner.ask(runner_pb.RunnerCommand(get_eval_batch=ask)))
+    return await ask_batch(context, runner_pb.RunnerCommand(get_eval_batch=ask))
 
 
 def _is_base_still(context: JobContext) -> bool:
@@ -238,7 +255,7 @@ async def _answers(
             end_row=task.end_row,
             few_shot=few_shot,
         )
-        batch = _batch(await context.runner.ask(runner_pb.RunnerCommand(get_prompts=ask)))
+        batch = await ask_batch(context, runner_pb.RunnerCommand(get_prompts=ask))
         options = pb.GenerateOptions(
             max_new_tokens=scoring.max_new_tokens,
             temperature=scoring.temperature,
@@ -246,16 +263,21 @@ async def _answers(
             use_adapter=use_adapter or _is_base_still(context),
             step=context.record.next_step,
         )
-        unit = await context.new_unit(UnitKind.GENERATE)
-        async with _running(context, unit):
-            feed(context, unit, batch, options)
-            for done in await _all_done(context, unit):
-                rows |= {row.row: list(row.tokens) for row in done.rows}
+        rows |= {row: list(tokens) for row, tokens in (await generate_batch(context, batch, options)).items()}
     return rows
 
 
-def _batch(events: Sequence[runner_pb.RunnerEvent]) -> Batch:
-    return Batch(tuple(event.batch_part for event in events))
+async def generate_batch(context: JobContext, batch: Batch, options: pb.GenerateOptions) -> dict[int, tuple[int, ...]]:
+    """One unit of generation: new tokens by sample."""
+    unit = await context.new_unit(UnitKind.GENERATE)
+    async with _running(context, unit):
+        feed(context, unit, batch, options)
+        return {row.row: tuple(row.tokens) for done in await _all_done(context, unit) for row in done.rows}
+
+
+async def ask_batch(context: JobContext, command: runner_pb.RunnerCommand, *, answers_per_row: int = 1) -> Batch:
+    """Rows that the runner gives to a question."""
+    return Batch(tuple(event.batch_part for event in await context.runner.ask(command)), answers_per_row)
 
 
 @asynccontextmanager

@@ -7,7 +7,6 @@ between the two nothing of the step is visible in the parameters.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,9 +25,10 @@ from edge_node.engine.recorder import StepRecorder
 from edge_node.engine.schedule import Action, Backward, Forward, Receive, Send, forward_actions, train_actions
 from edge_node.engine.stage_input import first_stage_input, later_stage_input
 from edge_node.engine.step_gradients import StepGradients
-from edge_node.engine.unit import StepOutcome, StepTimes, UnitInput
+from edge_node.engine.unit import StepOutcome, StepTimes, UnitInput, not_finite
 from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
+from edge_node.methods.reward_adapter import RewardAdapter, RewardScores
 from edge_node.objectives.base import Objective
 from edge_node.stage.stage import Stage, StageInput, StageOutput
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
@@ -95,6 +95,10 @@ class StageExecutor:
         self._cached: dict[int, CachedMicroBatch] = {}
         self._references: dict[int, Tensor] = {}
         self._row_values: dict[int, Tensor] = {}
+        self._counts: dict[str, float] = {}
+        self.reward_adapter: RewardAdapter | None = None
+        """Scores rows beside the job's own adapter; None: the job needs none."""
+        self._scorer: Objective = objective
 
     def use(self, transport: Transport) -> None:
         """Talk to peers over this transport, whose bounds may depend on what this worker shares with them."""
@@ -129,7 +133,9 @@ class StageExecutor:
         self._gradients = {}
         self._step_gradients.start()
         self._freeze(work.unit.serial)
-        self._run_reference(work, times)
+        if self._objective.runs_reference:
+            self._run_reference(work, times)
+        self._counts = {}
         actions = train_actions(
             self.stages,
             me=self.me,
@@ -161,9 +167,10 @@ class StageExecutor:
             else 0.0
             for p in self.method.parameters
         )
-        reason = self._not_finite(norms, loss_sum, work.unit.serial)
+        names = [p.name for p in self.method.parameters]
+        reason = not_finite(names, norms, loss_sum, work.unit.serial)
         times.total_s = time.perf_counter() - started_s
-        return StepOutcome(norms, not reason, loss_sum, reason, times, recorder)
+        return StepOutcome(norms, not reason, loss_sum, reason, times, recorder, self._counts)
 
     def _freeze(self, step: int) -> None:
         """Leave out what is not unfrozen yet: a function of the step alone, alike on every stage."""
@@ -195,22 +202,29 @@ class StageExecutor:
     def evaluate_rows(self, work: UnitInput) -> tuple[float, dict[int, Tensor]]:
         """As :meth:`evaluate`, with what the objective says of the rows of each micro-batch that this worker ran."""
         self._row_values = {}
-        self._run_reference(work, StepTimes())
+        if self._objective.compares_measured_rows:
+            self._run_reference(work, StepTimes())
         actions = forward_actions(self.stages, me=self.me, num_micro_batches=work.num_micro_batches)
-        self.method.set_enabled(not work.without_adapter)
+        self.method.set_enabled(not (work.without_adapter or work.by_reward_adapter))
+        self._score_rewards(work.by_reward_adapter)
         try:
             with torch.no_grad():
                 loss_sum = self._run(work, actions, StepTimes(), is_training=False)
         finally:
+            self._score_rewards(False)
             self.method.set_enabled(True)
         values, self._row_values = self._row_values, {}
         return loss_sum, values
 
+    def _score_rewards(self, is_on: bool) -> None:
+        """Let the reward adapter score rows in place of the objective, or end that."""
+        if self.reward_adapter is not None:
+            self.reward_adapter.set_enabled(is_on)
+        self._scorer = RewardScores() if is_on else self._objective
+
     def _run_reference(self, work: UnitInput, times: StepTimes) -> None:
-        """Let the last stage know what the base model says of every row, where the objective compares with it."""
+        """Let the last stage know what the base model says of every row."""
         self._references = {}
-        if not self._objective.runs_reference:
-            return
         kind = MessageKind.REFERENCE
         actions = forward_actions(self.stages, me=self.me, num_micro_batches=work.num_micro_batches, kind=kind)
         self.method.set_enabled(False)
@@ -316,7 +330,9 @@ class StageExecutor:
         if is_reference:
             self._references[m] = self._objective.reference(self.stage, own_BTD, rows)
             return _InFlight(None, None, {}), 0.0
-        loss = self._objective.loss(self.stage, own_BTD, rows, work.loss_weight, self._references.pop(m, None))
+        loss = self._scorer.loss(self.stage, own_BTD, rows, work.loss_weight, self._references.pop(m, None))
+        for name, count in loss.counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + count
         if loss.values_BK is not None and not torch.is_grad_enabled():
             self._row_values[m] = loss.values_BK.cpu()
         return _InFlight(trained_in, loss.scaled, {}), loss.sum
@@ -345,11 +361,3 @@ class StageExecutor:
             return None
         # A micro-batch without label tokens has no gradient; the stages below still wait for one.
         return torch.zeros_like(trained_in) if trained_in.grad is None else trained_in.grad
-
-    def _not_finite(self, norms: Sequence[float], loss_sum: float, step: int) -> str:
-        if not math.isfinite(loss_sum):
-            return f"the loss of step {step} is {loss_sum}"
-        for parameter, norm in zip(self.method.parameters, norms, strict=True):
-            if not math.isfinite(norm):
-                return f"the gradient of {parameter.name} has squared norm {norm} at step {step}"
-        return ""

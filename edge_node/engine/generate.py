@@ -34,6 +34,10 @@ class GenerateOptions:
     stop_tokens: tuple[int, ...]
     temperature: float = 0.0
     """0 is greedy."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that have this share together; 1 leaves nothing out."""
+    keep_stop: bool = False
+    """Give the stop token that ended a row, too."""
     use_adapter: bool = True
     step: int = 0
     """Optimiser steps applied so far, part of the sampling seed."""
@@ -62,7 +66,8 @@ def generate(executor: StageExecutor, work: UnitInput, options: GenerateOptions,
         seed: the job's seed.
 
     Returns:
-        On the last stage, per group and row, the new tokens without the stop token; elsewhere nothing.
+        On the last stage, per group and row, the new tokens, without the stop token unless it is kept; elsewhere
+        nothing.
     """
     if executor.me.replica_index > 0:
         return []  # the first replica of every stage generates
@@ -219,20 +224,27 @@ class _Generation:
     def _choose(self, g: int, position: int, logits_BV: Tensor) -> Tensor:
         if self._options.temperature == 0:
             return logits_BV.argmax(dim=-1)
-        shares_BV = torch.softmax(logits_BV.double() / self._options.temperature, dim=-1).cumsum(dim=-1)
+        shares_BV = torch.softmax(logits_BV.double() / self._options.temperature, dim=-1)
+        tokens_BV = None
+        if self._options.top_p < 1:
+            shares_BV, tokens_BV = shares_BV.sort(dim=-1, descending=True, stable=True)
+            # Kept is what the likelier ones leave short of top_p, thus at least the first.
+            shares_BV[shares_BV.cumsum(dim=-1) - shares_BV >= self._options.top_p] = 0
+        shares_BV = shares_BV.cumsum(dim=-1)
         samples = self._options.sample_indices[g]
         step = self._options.step
         draws = [[uniform(self._seed, step, sample, position)] for sample in samples]
         drawn_B1 = torch.tensor(draws, dtype=torch.float64) * shares_BV[:, -1:]
         # The first token whose cumulative share lies above the draw: one of share 0 is never chosen.
-        return torch.searchsorted(shares_BV, drawn_B1, right=True).squeeze(1)
+        chosen_B1 = torch.searchsorted(shares_BV, drawn_B1, right=True)
+        return (chosen_B1 if tokens_BV is None else tokens_BV.gather(1, chosen_B1)).squeeze(1)
 
     def _rows(self, group: _Group) -> list[list[int]]:
         stops = set(self._options.stop_tokens)
         rows: list[list[int]] = []
         for tokens in torch.stack(group.new_tokens, dim=1).tolist():
             end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
-            rows.append(tokens[:end])
+            rows.append(tokens[: end + self._options.keep_stop])
         return rows
 
     def _key(self, kind: MessageKind, g: int, position: int) -> MessageKey:

@@ -149,10 +149,16 @@ class InProcessPipeline:
         return sum(self._run_unit(work, lambda executor: executor.evaluate(work)).values())
 
     def evaluate_rows(
-        self, serial: int, rows: Sequence[MicroBatchRows], *, use_adapter: bool = True
+        self,
+        serial: int,
+        rows: Sequence[MicroBatchRows],
+        *,
+        use_adapter: bool = True,
+        by_reward_adapter: bool = False,
     ) -> tuple[float, list[torch.Tensor]]:
         """Sum of losses, and what the objective says of the rows of each micro-batch, [B, K] each."""
-        work = UnitInput(Unit(UnitKind.EVALUATE, serial), len(rows), 1.0, tuple(rows), not use_adapter)
+        unit = Unit(UnitKind.EVALUATE, serial)
+        work = UnitInput(unit, len(rows), 1.0, tuple(rows), not use_adapter, by_reward_adapter=by_reward_adapter)
         results = self._run_unit(work, lambda executor: executor.evaluate_rows(work)).values()
         values = {m: of_m for _, of_worker in results for m, of_m in of_worker.items()}
         return sum(loss_sum for loss_sum, _ in results), [values[m] for m in sorted(values)]

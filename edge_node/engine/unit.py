@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from edge_node.engine.recorder import StepRecorder
 from plutino.data.batches import MicroBatchRows
@@ -22,6 +24,8 @@ class UnitInput:
     """An evaluation of the base model."""
     is_recorded: bool = False
     """A training step of which every span is kept."""
+    by_reward_adapter: bool = False
+    """An evaluation by the reward adapter."""
 
 
 @dataclass(slots=True)
@@ -48,3 +52,15 @@ class StepOutcome:
     times: StepTimes
     recorder: StepRecorder | None = None
     """What was recorded, where the unit asked for it."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """What the objective counted, summed over this worker's micro-batches."""
+
+
+def not_finite(names: Sequence[str], norms: Sequence[float], loss_sum: float, step: int) -> str:
+    """What of a step is no number, for people; empty if all is well. ``norms`` are squared, in the order of names."""
+    if not math.isfinite(loss_sum):
+        return f"the loss of step {step} is {loss_sum}"
+    for name, norm in zip(names, norms, strict=True):
+        if not math.isfinite(norm):
+            return f"the gradient of {name} has squared norm {norm} at step {step}"
+    return ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -24,12 +25,15 @@ class Loss:
     """Sum of losses: in nats over label tokens, or over rows (a pair is one row)."""
     values_BK: Tensor | None = None
     """What the objective says of each row, detached fp32, for scoring; None: nothing that a score is made of."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """What people see of a step besides its loss, to be summed over micro-batches."""
 
 
 class NoReference:
     """Part of an objective that compares with nothing."""
 
     runs_reference = False
+    compares_measured_rows = False
 
     def reference(self, stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows) -> Tensor:
         """Never asked for."""
@@ -43,13 +47,17 @@ class Objective(Protocol):
     def runs_reference(self) -> bool:
         """Whether :meth:`reference` is asked of every micro-batch before its loss, with the adapter switched off."""
 
+    @property
+    def compares_measured_rows(self) -> bool:
+        """Whether it is asked of micro-batches of evaluations, too."""
+
     def loss(
         self,
         stage: Stage,
         hidden_BTD: Tensor,
         rows: MicroBatchRows,
         loss_weight: float,
-        reference_B: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Loss:
         """Loss of one right-padded micro-batch.
 
@@ -59,8 +67,8 @@ class Objective(Protocol):
             rows: the micro-batch's tokens, which of them carry loss, and labels.
             loss_weight: the step's global weight N: its label tokens, or its rows, as the objective's config counts.
                 The sum of ``scaled`` over the step's micro-batches is the mean.
-            reference_B: what :meth:`reference` gave; None where the objective runs no reference.
+            reference: what :meth:`reference` gave; None where the objective runs no reference.
         """
 
     def reference(self, stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows) -> Tensor:
-        """What the base model says of each row, [B] in fp32."""
+        """What the base model says of each row [B], or of each label token [N], in fp32."""

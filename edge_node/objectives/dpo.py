@@ -22,7 +22,7 @@ class DpoObjective:
 
     def __init__(self, config: DpoConfig) -> None:
         self.config = config
-        self.runs_reference = config.runs_reference
+        self.runs_reference = self.compares_measured_rows = config.runs_reference
 
     def loss(
         self,
@@ -30,14 +30,14 @@ class DpoObjective:
         hidden_BTD: Tensor,
         rows: MicroBatchRows,
         loss_weight: float,
-        reference_B: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Loss:
         """See :class:`edge_node.objectives.base.Objective`."""
         policy_B = self._logps(stage, hidden_BTD, rows)
-        if reference_B is None:
+        if reference is None:
             assert rows.reference_logps is not None, "reference: rows was asked for"
-            reference_B = torch.from_numpy(rows.reference_logps)
-        above_B = policy_B - reference_B.to(policy_B.device)
+            reference = torch.from_numpy(rows.reference_logps)
+        above_B = policy_B - reference.to(policy_B.device)
         chosen, rejected = (index.to(above_B.device) for index in pair_rows(rows))
         total = self._of_margins(above_B[chosen] - above_B[rejected]).sum()
         return Loss(total / loss_weight, float(total.detach()), self.config.beta * above_B.detach()[:, None])

@@ -26,13 +26,13 @@ class LabelTokenLoss(NoReference):
         hidden_BTD: Tensor,
         rows: MicroBatchRows,
         loss_weight: float,
-        reference_B: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Loss:
         """See :class:`edge_node.objectives.base.Objective`."""
         positions_N, labels_N, _ = label_positions(rows, hidden_BTD.shape[1])
         if len(labels_N) == 0:
             return Loss(None, 0.0)
-        logits_NV = _logits(stage, hidden_BTD, positions_N)
+        logits_NV = token_logits(stage, hidden_BTD, positions_N)
         total = functional.cross_entropy(logits_NV, labels_N.to(logits_NV.device), reduction="sum")
         return Loss(total / loss_weight, float(total.detach()))
 
@@ -43,7 +43,7 @@ def row_logps(stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows, *, average
     A row without label tokens has 0.
     """
     positions_N, labels_N, rows_N = label_positions(rows, hidden_BTD.shape[1])
-    logits_NV = _logits(stage, hidden_BTD, positions_N)
+    logits_NV = token_logits(stage, hidden_BTD, positions_N)
     logps_N = -functional.cross_entropy(logits_NV, labels_N.to(logits_NV.device), reduction="none")
     rows_N = rows_N.to(logps_N.device)
     sums_B = torch.zeros(len(rows.lengths), device=logps_N.device).index_add(0, rows_N, logps_N)
@@ -69,7 +69,7 @@ def label_positions(rows: MicroBatchRows, padded_tokens: int) -> tuple[Tensor, T
     return torch.cat(positions), torch.cat(labels), torch.cat(row_numbers)
 
 
-def _logits(stage: Stage, hidden_BTD: Tensor, positions_N: Tensor) -> Tensor:
+def token_logits(stage: Stage, hidden_BTD: Tensor, positions_N: Tensor) -> Tensor:
     """Logits [N, V] in fp32."""
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[positions_N.to(hidden_BTD.device)]
     return stage.head(hidden_ND).float()

@@ -9,6 +9,7 @@ from edge_node.objectives.base import Objective
 from edge_node.objectives.classification import ClassificationObjective
 from edge_node.objectives.dapt import DaptObjective
 from edge_node.objectives.dpo import DpoObjective
+from edge_node.objectives.grpo import GrpoObjective
 from edge_node.objectives.regression import RegressionObjective
 from edge_node.objectives.reward import RewardObjective
 from edge_node.objectives.sft import SftObjective
@@ -17,6 +18,7 @@ OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
     "classification": ClassificationObjective,
     "dapt": DaptObjective,
     "dpo": DpoObjective,
+    "grpo": GrpoObjective,
     "regression": RegressionObjective,
     "reward": RewardObjective,
     "sft": SftObjective,

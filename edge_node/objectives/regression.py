@@ -24,7 +24,7 @@ class RegressionObjective(NoReference):
         hidden_BTD: Tensor,
         rows: MicroBatchRows,
         loss_weight: float,
-        reference_B: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Loss:
         """See :class:`edge_node.objectives.base.Objective`."""
         scores_BK = sequence_scores(stage, hidden_BTD, rows)

@@ -25,7 +25,7 @@ class RewardObjective(NoReference):
         hidden_BTD: Tensor,
         rows: MicroBatchRows,
         loss_weight: float,
-        reference_B: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Loss:
         """See :class:`edge_node.objectives.base.Objective`."""
         rewards_BK = sequence_scores(stage, hidden_BTD, rows)

@@ -47,6 +47,10 @@ class MicroBatchRows:
     """[num_rows], the same number for both rows of a preference pair, the chosen one first."""
     reference_logps: NDArray[np.float32] | None = None
     """[num_rows], log-probability of each row's label tokens under the reference, where the data set knows it."""
+    advantages: NDArray[np.float32] | None = None
+    """[num_rows], how much better each sampled answer is than the others of its group; None: rows are not sampled."""
+    sampled_logps: NDArray[np.float32] | None = None
+    """[label tokens], log-probability of each when its row was sampled; None: as it is now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

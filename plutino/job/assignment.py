@@ -47,6 +47,14 @@ class StoredAdapter(_Part):
     sha256: str
 
 
+class StoredRewardAdapter(_Part):
+    """A reward adapter that scores what the job samples."""
+
+    tensors: StoredAdapter
+    config_json: str
+    """Its adapter_config.json."""
+
+
 class DeviceCache(_Part):
     """Where another device of the job hands out its weights cache."""
 
@@ -95,6 +103,7 @@ class WorkerAssignment(_Part):
     backbone; longer steps wrap around. Empty: everyone keeps its own."""
     from_cache: bool = False
     """The worker has no backbone: it trains on what the activation cache holds."""
+    reward_adapter: StoredRewardAdapter | None = None
     caches: tuple[DeviceCache, ...] = ()
     """Of the other devices of the plan."""
 

@@ -64,6 +64,11 @@ def _activation_cache_problems(spec: JobSpec) -> Iterator[str]:
             "changes with every step; set it to off, or use method.type: parallel_adapters"
         )
     trained = [task for task in spec.data.sources if task.train is not None]
+    if spec.objective.answers_per_row > 1:
+        yield (
+            f"training.activation_cache keeps what the rows give, and objective.type: {spec.objective.type} samples "
+            "other ones for every step; leave it off"
+        )
     if spec.data.packing or len(trained) > 1 or spec.objective.runs_reference:
         yield (
             "training.activation_cache repeats the first epoch's micro-batches of one data set; it goes with "
@@ -100,7 +105,7 @@ def _scoring_problems(spec: JobSpec) -> Iterator[str]:
 def _packing_problems(spec: JobSpec) -> Iterator[str]:
     if not spec.data.packing:
         return
-    if spec.objective.row_use not in ("answers", "text"):
+    if spec.objective.row_use not in ("answers", "text") or spec.objective.answers_per_row > 1:
         yield (
             f"data.packing: rows of objective.type: {spec.objective.type} are scored one by one and cannot share a "
             "sequence; leave it out"

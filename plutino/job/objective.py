@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from plutino.job.base import SpecPart
+from plutino.job.rewards import AdapterReward, ExactMatchReward, RewardSource
 
 Counted = Literal["label tokens", "rows"]
 """What a loss is the mean over: the step's label tokens, or its rows (a preference pair is one row)."""
@@ -71,6 +72,21 @@ class ObjectivePart(SpecPart):
     def labelled_tokens(self) -> TrainOn:
         """Which tokens of a conversation carry loss."""
         return "answers"
+
+    @property
+    def answers_per_row(self) -> int:
+        """Answers that the model samples to a row, each a sequence of a step; 1: it learns from the rows' own."""
+        return 1
+
+    @property
+    def generated_rows(self) -> int:
+        """Most sequences that are generated together; 0: steps generate nothing."""
+        return 0
+
+    @property
+    def generated_tokens(self) -> int:
+        """Most tokens of an answer that is generated for a step."""
+        return 0
 
 
 class SftConfig(ObjectivePart):
@@ -239,8 +255,79 @@ class DpoConfig(ObjectivePart):
         return self.reference == "base"
 
 
+class GrpoConfig(ObjectivePart):
+    """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300).
+
+    To every prompt the model samples several answers; those with a higher reward than the others of their group become
+    likelier. The reference is the same pipeline with its adapter switched off. On held-out rows the loss is that of
+    supervised fine-tuning.
+    """
+
+    type: Literal["grpo"] = "grpo"
+    rewards: tuple[RewardSource, ...] = Field((ExactMatchReward(),), min_length=1)
+    """Where rewards come from; their weighted sum counts."""
+    answers: int = Field(8, ge=2)
+    """Answers to each prompt: a group."""
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    """Of sampling; log-probabilities are taken at the same one."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the likeliest tokens that have this share together; 1 leaves nothing out."""
+    beta: float = Field(0.04, ge=0)
+    """Weight of the KL divergence from the base model (Schulman's k3 estimate of it); 0 runs no reference."""
+    clip: float = Field(0.2, gt=0, lt=1)
+    """A token's probability ratio counts down to 1 - clip and up to 1 + clip."""
+    clip_high: float | None = Field(None, gt=0)
+    """Another bound above, as in DAPO (Yu et al. 2025, arXiv:2503.14476); None: as below."""
+    updates: int = Field(1, ge=1)
+    """Optimiser steps on the same answers."""
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """grpo: mean over answers of the mean over their tokens. dapo: mean over all tokens of the step. dr_grpo: sum over
+    tokens by max_new_tokens, mean over answers (Liu et al. 2025, arXiv:2503.20783)."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """What a reward's distance from its group's mean is divided by: the standard deviation of the group, of all
+    rewards of the step, or nothing."""
+    group_rows: int = Field(16, ge=1)
+    """Sequences that are generated together; as many such groups as stages are under way at once."""
+
+    @property
+    def runs_reference(self) -> bool:
+        """See :class:`ObjectivePart`."""
+        return self.beta > 0
+
+    @property
+    def answers_per_row(self) -> int:
+        """See :class:`ObjectivePart`."""
+        return self.answers
+
+    @property
+    def generated_rows(self) -> int:
+        """See :class:`ObjectivePart`."""
+        return self.group_rows
+
+    @property
+    def generated_tokens(self) -> int:
+        """See :class:`ObjectivePart`."""
+        return self.max_new_tokens
+
+    @property
+    def reward_adapters(self) -> tuple[AdapterReward, ...]:
+        """Sources that run through the pipeline."""
+        return tuple(source for source in self.rewards if isinstance(source, AdapterReward))
+
+    def first_step_of(self, step: int) -> int:
+        """The first step that learns from the same answers as this one."""
+        return step - step % self.updates
+
+    @model_validator(mode="after")
+    def _one_reward_adapter(self) -> GrpoConfig:
+        if len(self.reward_adapters) > 1:
+            raise ValueError("rewards: one reward adapter runs beside the policy; give one, with other sources beside")
+        return self
+
+
 ObjectiveConfig = Annotated[
-    SftConfig | DaptConfig | ClassificationConfig | RegressionConfig | RewardConfig | DpoConfig,
+    SftConfig | DaptConfig | ClassificationConfig | RegressionConfig | RewardConfig | DpoConfig | GrpoConfig,
     Field(discriminator="type"),
 ]
 """Union of all objectives' configs, told apart by ``type``."""

@@ -24,10 +24,11 @@ from plutino.job.data import DataConfig, ScoringConfig, TaskConfig
 from plutino.job.evaluation import EvaluationConfig
 from plutino.job.method import LoraConfig, MethodConfig
 from plutino.job.model import ModelConfig
-from plutino.job.objective import GENERATED_METRICS, MetricName, ObjectiveConfig, SftConfig
+from plutino.job.objective import GENERATED_METRICS, GrpoConfig, MetricName, ObjectiveConfig, SftConfig
 from plutino.job.output import OutputConfig
 from plutino.job.overrides import apply_overrides
 from plutino.job.placement import PlacementConfig
+from plutino.job.rewards import AdapterReward, FunctionReward, RewardSource
 from plutino.job.training import TrainingConfig
 
 
@@ -75,6 +76,23 @@ class JobSpec(SpecPart):
         """Whether scoring generates answers."""
         scored = [self.metric_of(task) for task in self.data.sources if task.eval is not None]
         return self.scoring is not None and any(metric in GENERATED_METRICS for metric in scored)
+
+    @property
+    def generated_rows(self) -> int:
+        """Most sequences that are generated together, for scores or for steps; 0: nothing is generated."""
+        of_scoring = self.scoring.batch_rows if self.scoring is not None and self.generates else 0
+        return max(of_scoring, self.objective.generated_rows)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Most tokens of an answer that is generated."""
+        of_scoring = self.scoring.max_new_tokens if self.scoring is not None and self.generates else 0
+        return max(of_scoring, self.objective.generated_tokens)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences of one optimiser step."""
+        return self.training.batch_size * self.objective.sequences_per_row * self.objective.answers_per_row
 
 
 def load_spec(path: Path, overrides: Iterable[str] = ()) -> JobSpec:
@@ -221,6 +239,9 @@ def _absolute(spec: JobSpec, base_dir: Path) -> JobSpec:
         if path is not None:
             parts[part_name] = part.model_copy(update={key: str((base_dir / Path(path).expanduser()).resolve())})
     absolute = spec.model_copy(update=parts)
+    if isinstance(absolute.objective, GrpoConfig):
+        rewards = tuple(_absolute_reward(source, base_dir) for source in absolute.objective.rewards)
+        absolute = absolute.model_copy(update={"objective": absolute.objective.model_copy(update={"rewards": rewards})})
     tasks = tuple(
         task.model_copy(
             update={
@@ -232,3 +253,12 @@ def _absolute(spec: JobSpec, base_dir: Path) -> JobSpec:
         for task in spec.data.tasks
     )
     return absolute.model_copy(update={"data": absolute.data.model_copy(update={"tasks": tasks})})
+
+
+def _absolute_reward(source: RewardSource, base_dir: Path) -> RewardSource:
+    if isinstance(source, FunctionReward):
+        path, _, name = source.function.rpartition(":")
+        return source.model_copy(update={"function": f"{(base_dir / Path(path).expanduser()).resolve()}:{name}"})
+    if isinstance(source, AdapterReward):
+        return source.model_copy(update={"path": str((base_dir / Path(source.path).expanduser()).resolve())})
+    return source

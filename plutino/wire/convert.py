@@ -29,6 +29,8 @@ def micro_batch_to_proto(rows: MicroBatchRows) -> workers_pb2.MicroBatch:
         pair_ids=_listed(rows.pair_ids),
         reference_logps=_listed(rows.reference_logps),
         second_starts=_listed(rows.second_starts),
+        advantages=_listed(rows.advantages),
+        sampled_logps=_listed(rows.sampled_logps),
     )
 
 
@@ -70,7 +72,11 @@ def micro_batch_from_proto(
     if len(second_starts):
         fits = len(second_starts) == num_rows and bool((second_starts <= lengths).all())
         _check(fits, f"{len(second_starts)} second texts that do not begin inside {num_rows} rows")
-    for name, values in (("labels", message.labels), ("reference log-probabilities", message.reference_logps)):
+    for name, values in (
+        ("labels", message.labels),
+        ("reference log-probabilities", message.reference_logps),
+        ("advantages", message.advantages),
+    ):
         _check(len(values) in (0, num_rows), f"{len(values)} {name} for {num_rows} rows")
         _check(bool(np.isfinite(np.array(values, np.float32)).all()), f"{name} that are not finite")
     pair_ids = np.array(message.pair_ids, np.int64)
@@ -84,6 +90,13 @@ def micro_batch_from_proto(
     _check(0 <= bad_id < vocab_size, f"token id {bad_id} outside the vocabulary of {vocab_size}")
     label_mask = np.frombuffer(message.label_mask, np.uint8).copy()
     _check(int(label_mask.max()) <= 1, f"label mask value {int(label_mask.max())} where 0 and 1 are allowed")
+    sampled_logps = np.array(message.sampled_logps, np.float32)
+    if len(sampled_logps):
+        num_labels = int(label_mask.sum())
+        _check(
+            len(sampled_logps) == num_labels, f"{len(sampled_logps)} log-probabilities for {num_labels} label tokens"
+        )
+        _check(bool(np.isfinite(sampled_logps).all()), "log-probabilities of sampled tokens that are not finite")
     return MicroBatchRows(
         lengths=lengths.astype(np.int32),
         input_ids=input_ids,
@@ -95,6 +108,8 @@ def micro_batch_from_proto(
         pair_ids=pair_ids.astype(np.int32) if len(pair_ids) else None,
         reference_logps=np.array(message.reference_logps, np.float32) if message.reference_logps else None,
         second_starts=second_starts.astype(np.int32) if len(second_starts) else None,
+        advantages=np.array(message.advantages, np.float32) if message.advantages else None,
+        sampled_logps=sampled_logps if len(sampled_logps) else None,
     )
 
 

@@ -12,6 +12,7 @@ from plutino.job.objective import (
     ClassificationConfig,
     DaptConfig,
     DpoConfig,
+    GrpoConfig,
     ObjectiveConfig,
     RegressionConfig,
     RewardConfig,
@@ -30,6 +31,10 @@ CONFIGS: dict[str, dict[str, ObjectiveConfig]] = {
         "ipo": DpoConfig(loss="ipo", average_logps=True),
         "hinge": DpoConfig(loss="hinge", beta=0.5),
         "given": DpoConfig(reference="rows"),
+    },
+    "grpo": {
+        "sampled before": GrpoConfig(temperature=0.7, clip=0.05, beta=0.2),
+        "sampled now": GrpoConfig(loss="dapo", clip_high=0.3, beta=0.0),
     },
     "regression": {"numbers": RegressionConfig()},
     "reward": {
@@ -78,6 +83,14 @@ def rows_for(config: ObjectiveConfig, seed: int, num_rows: int = 4) -> MicroBatc
         # Both rows of a pair need not stand next to each other.
         ids = np.concatenate([np.arange(num_rows // 2)] * 2).astype(np.int32)
         return replace(rows, pair_ids=ids, reference_logps=given)
+    if config.type == "grpo":
+        num_labels = int(rows.label_mask.sum())
+        logps = None if config.updates == 1 and config.temperature == 1 else generator.uniform(-6, -3, num_labels)
+        return replace(
+            rows,
+            advantages=generator.normal(0, 1, num_rows).astype(np.float32),
+            sampled_logps=None if logps is None else logps.astype(np.float32),
+        )
     if config.type == "classification":
         return replace(rows, labels=generator.integers(0, len(CLASSES), num_rows).astype(np.float32))
     if config.row_use in ("label", "scored"):
