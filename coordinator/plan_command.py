@@ -46,7 +46,13 @@ def consider(problem: PlanningProblem, plan: Plan, changes: Sequence[str]) -> Pl
         ConfigError: a change is not understood.
     """
     candidate = replayed(plan, problem.table, problem.shape, problem.devices, problem.links)
-    figures = report(plan, candidate, num_rows=problem.num_train_rows, batch_rows=problem.shape.batch_rows)
+    figures = report(
+        plan,
+        candidate,
+        num_rows=problem.num_train_rows,
+        batch_rows=problem.shape.batch_rows,
+        cached_steps_share=problem.shape.cached_steps_share,
+    )
     return Planned(problem, plan, candidate, figures, try_changes(problem, changes))
 
 

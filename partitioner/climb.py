@@ -53,7 +53,7 @@ class Guesses:
 
     def __init__(self, pricer: Pricer, limits: Limits) -> None:
         self._estimator = Estimator(pricer)
-        self._devices = pricer.devices
+        self._pricer, self._devices = pricer, pricer.devices
         self._limits = limits
         # A layout of few devices has few neighbours: more of them can be opened.
         self._num_top = _NUM_RANKED if len(pricer.devices) <= _FEW_DEVICES else _NUM_TOP
@@ -68,6 +68,8 @@ class Guesses:
         if not new:
             return
         guesses = list(zip(new, self._estimator.guesses(new), strict=True))
+        if self._pricer.shape.cached_steps_share:
+            guesses = [(one, replace(guess, step_s=self._pricer.cost_s(one, guess.step_s))) for one, guess in guesses]
         found.update(guesses)
         by_length: dict[int, list[tuple[Layout, Guess]]] = {}
         lacking = []

@@ -49,7 +49,7 @@ class Guess:
     """The best guess for one layout."""
 
     step_s: float
-    """Infinite where memory seems too small."""
+    """Infinite where memory seems too small. Where a job has steps from a cache, the mean over all."""
     lacking_blocks: float
     """Blocks that seem to fit nowhere."""
     borders: Floats

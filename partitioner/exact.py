@@ -31,13 +31,13 @@ class Proof:
     best_by_num_stages: dict[int, Candidate]
     """Fastest candidate that was opened for each number of stages."""
     bound_s: float
-    """No plan among the layouts has a shorter step."""
+    """No plan among the layouts costs less."""
     work: int
     """Cuts looked at."""
 
 
 def prove(pricer: Pricer, layouts: Iterable[Layout], *, limit_s: float = math.inf, allowance: int = 100_000) -> Proof:
-    """The fastest candidate whose step takes less than ``limit_s``.
+    """The cheapest candidate whose cost is below ``limit_s``.
 
     Args:
         pricer: the job on its fleet.
@@ -48,7 +48,7 @@ def prove(pricer: Pricer, layouts: Iterable[Layout], *, limit_s: float = math.in
     bounds = Bounds(pricer)
     best: Candidate | None = None
     by_num_stages: dict[int, Candidate] = {}
-    bounded = sorted((bounds.step_bound_s(layout), layout) for layout in layouts)
+    bounded = sorted((pricer.cost_s(layout, bounds.step_bound_s(layout)), layout) for layout in layouts)
     least_open_s, work = math.inf, 0
     for bound_s, layout in bounded:
         if not bound_s < limit_s * (1 - TOLERANCE):
@@ -56,12 +56,13 @@ def prove(pricer: Pricer, layouts: Iterable[Layout], *, limit_s: float = math.in
         if work >= allowance:
             least_open_s = min(least_open_s, bound_s)
             break
-        opened = _Opened(pricer, bounds, layout, limit_s, min(_MAX_LAYOUT_WORK, allowance - work))
+        step_limit_s = pricer.step_limit_s(layout, limit_s)
+        opened = _Opened(pricer, bounds, layout, step_limit_s, min(_MAX_LAYOUT_WORK, allowance - work))
         work += opened.work
         if not opened.is_settled:
             least_open_s = min(least_open_s, bound_s)
         if opened.best is not None:
-            best, limit_s = opened.best, opened.best.step_s
+            best, limit_s = opened.best, opened.best.cost_s
             by_num_stages[len(layout)] = best
     return Proof(best, by_num_stages, min(limit_s, least_open_s), work)
 

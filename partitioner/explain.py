@@ -32,6 +32,7 @@ def explain(plan: Plan) -> str:
         _table(_without_shares(_worker_rows(plan)) if not plan.has_replicas else _worker_rows(plan)),
         "memory of the job, MiB\n" + _table(_memory_rows(plan.stages)),
         f"bottleneck: {plan.bottleneck}\nrelief:     {plan.relief}",
+        _from_cache(plan),
         _reasons("rejected", plan.rejected),
         _reasons("unused devices", plan.unused_devices),
     ]
@@ -43,6 +44,22 @@ def _summary(plan: Plan) -> str:
         f"step {plan.step_s:.3g} s, bubble {plan.bubble_share:.0%}: {plan.num_micro_batches} micro-batches of "
         f"{plan.micro_batch_rows} rows, {plan.dtype}, codec {plan.codec_in_words}, "
         f"checkpointing {'on' if plan.checkpointing else 'off'}"
+    )
+
+
+def _from_cache(plan: Plan) -> str:
+    """Who trains the side network, once the blocks are not needed any more."""
+    cached = plan.cached
+    if cached is None or plan.from_cache:
+        return ""
+    names = {replica.agent_id: replica.device_name for stage in plan.stages for replica in stage.replicas}
+    shares = ", ".join(
+        f"{names[agent_id]} {cached.owners.count(place)} of {len(cached.owners)}"
+        for place, agent_id in enumerate(cached.agent_ids)
+    )
+    return (
+        f"from the activation cache: step {cached.step_s:.3g} s, of which computing {cached.compute_s:.3g} s, reading "
+        f"{cached.read_s:.3g} s, gradients {cached.reduce_s:.3g} s; micro-batches: {shares}"
     )
 
 

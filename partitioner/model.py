@@ -121,6 +121,10 @@ class JobShape(PlanValue):
     side_reduction: int = 0
     """A side network of the blocks' own kind, this much narrower, is trained beside the blocks, which keep nothing for
     a backward pass then; 0: there is none."""
+    cached_steps_share: float = 0.0
+    """Steps that train from the activation cache, without the blocks, for each one that runs through them."""
+    entry_token_bytes: int = 0
+    """Bytes of one token at one place of the model in the activation cache."""
     has_dropout: bool = False
     checkpointing: Literal["auto", "on", "off"] = "auto"
     codec: Literal["raw", "bf16"] = "raw"

@@ -160,6 +160,12 @@ class Plan(PlanValue):
     rejected: tuple[RejectedPlan, ...] = ()
     unused_devices: tuple[RejectedPlan, ...] = ()
 
+    def mean_step_s(self, cached_steps_share: float) -> float:
+        """Mean seconds of all steps, where so many come from the cache for each one through the blocks."""
+        if self.cached is None or self.from_cache:
+            return self.step_s
+        return (self.step_s + cached_steps_share * self.cached.step_s) / (1 + cached_steps_share)
+
     @property
     def bf16_borders(self) -> tuple[int, ...]:
         """Block borders at which a boundary of this plan carries bf16."""

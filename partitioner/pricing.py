@@ -12,11 +12,13 @@ from functools import cached_property
 
 import numpy as np
 
+from partitioner.cached_epoch import cached_step_of
 from partitioner.cost import StageCost, message_bytes, stage_cost
 from partitioner.device import DeviceProfile, LinkProfile, LinkTable
 from partitioner.layout import Cuts, Group, Layout
 from partitioner.memory import Ints
 from partitioner.model import JobShape, ModelTable
+from partitioner.plan import CachedStep
 from partitioner.replay import Floats, StageGroup, StepTime, replay, replay_many
 from partitioner.rooms import Rooms
 
@@ -33,10 +35,12 @@ class Candidate:
     """Of every stage."""
     groups: tuple[StageGroup, ...]
     time: StepTime
+    cost_s: float
+    """What candidates are compared by: see :meth:`Pricer.cost_s`."""
 
     @property
     def step_s(self) -> float:
-        """Predicted seconds of one optimiser step."""
+        """Predicted seconds of one optimiser step through the blocks."""
         return self.time.step_s
 
 
@@ -69,6 +73,7 @@ class Pricer(Rooms):
         """Of a message over a boundary in bf16."""
         self._costs: dict[tuple[int, int, int, bool], StageCost] = {}
         self._sum_s_per_byte: dict[Group, float] = {}
+        self._cached: dict[frozenset[int], CachedStep | None] = {}
         self._options: dict[Layout, list[dict[int, StageOption | None]]] = {}
 
     @cached_property
@@ -113,6 +118,36 @@ class Pricer(Rooms):
         """Adapter parameters of the blocks before each block, and of all at the end."""
         found: Floats = np.concatenate([[0.0], np.cumsum(self.shape.adapter_params)])
         return found
+
+    def cached_step(self, layout: Layout) -> CachedStep | None:
+        """A step from the activation cache over the layout's devices; None: the job has none, or nobody has room."""
+        used = frozenset(device for group in layout for device in group)
+        if used not in self._cached:
+            self._cached[used] = cached_step_of(
+                self.table,
+                self.shape,
+                [self.devices[i] for i in sorted(used)],
+                self.links,
+                entry_token_bytes=self.shape.entry_token_bytes,
+            )
+        return self._cached[used]
+
+    def cost_s(self, layout: Layout, step_s: float) -> float:
+        """Mean seconds of all steps of a job, where one through the blocks takes ``step_s``.
+
+        Where nobody has room for the side network, later steps count as if the blocks ran in them too.
+        """
+        share = self.shape.cached_steps_share
+        if not share or (cached := self.cached_step(layout)) is None:
+            return step_s
+        return (step_s + share * cached.step_s) / (1 + share)
+
+    def step_limit_s(self, layout: Layout, limit_s: float) -> float:
+        """The step through the blocks with which a layout's cost is ``limit_s``."""
+        share = self.shape.cached_steps_share
+        if not share or (cached := self.cached_step(layout)) is None:
+            return limit_s
+        return limit_s * (1 + share) - share * cached.step_s
 
     def option(self, layout: Layout, k: int, start: int, end: int) -> StageOption | None:
         """Stage k of a layout with these blocks; None if it is empty or fits in no way."""
@@ -215,12 +250,18 @@ class Pricer(Rooms):
             return None
         groups = tuple(option.group for option in options)
         modes = tuple(option.checkpointing for option in options)
-        return Candidate(layout, cuts, modes, groups, replay(groups, self.num_micro_batches))
+        return self._candidate(layout, cuts, modes, groups)
 
     def fixed(self, layout: Layout, cuts: Cuts, modes: tuple[bool, ...]) -> Candidate:
         """A layout with its cuts and its checkpointing as they are, replayed, whether it fits or not."""
         groups = tuple(self.group(layout, k, cuts[k], cuts[k + 1], checkpointing=modes[k]) for k in range(len(layout)))
-        return Candidate(layout, cuts, modes, groups, replay(groups, self.num_micro_batches))
+        return self._candidate(layout, cuts, modes, groups)
+
+    def _candidate(
+        self, layout: Layout, cuts: Cuts, modes: tuple[bool, ...], groups: tuple[StageGroup, ...]
+    ) -> Candidate:
+        time = replay(groups, self.num_micro_batches)
+        return Candidate(layout, cuts, modes, groups, time, self.cost_s(layout, time.step_s))
 
     def step_seconds(self, layout: Layout, many: Sequence[Cuts]) -> Floats:
         """Seconds of a step for many cuts of one layout, shape (N,); infinite where one does not fit."""

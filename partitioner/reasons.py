@@ -35,29 +35,29 @@ class Outcome:
     def take(self, candidate: Candidate | None, pricer: Pricer) -> None:
         """Note a candidate; None: nothing was found for the pricer's micro-batch and codec."""
         known = self._by_variant.get(id(pricer))
-        if known is None or known[1] is None or (candidate is not None and candidate.step_s < known[1].step_s):
+        if known is None or known[1] is None or (candidate is not None and candidate.cost_s < known[1].cost_s):
             self._by_variant[id(pricer)] = (pricer, candidate)
         if candidate is None:
             return
         num_stages = len(candidate.layout)
-        if num_stages not in self.by_num_stages or candidate.step_s < self.by_num_stages[num_stages].step_s:
+        if num_stages not in self.by_num_stages or candidate.cost_s < self.by_num_stages[num_stages].cost_s:
             self.by_num_stages[num_stages] = candidate
-        if candidate.step_s < self.limit_s(pricer):
+        if candidate.cost_s < self.limit_s(pricer):
             self.best, self._pricer = candidate, pricer
 
     def limit_s(self, pricer: Pricer) -> float:
         """What a candidate for a pricer's micro-batch and codec must beat to become the best."""
         if self.best is None or self._pricer is None:
             return math.inf
-        return self.best.step_s * self._price(self._pricer) / self._price(pricer)
+        return self.best.cost_s * self._price(self._pricer) / self._price(pricer)
 
     def _price(self, pricer: Pricer) -> float:
         return 1.0 if pricer.shape.codec == self.lossless else 1.0 / (1.0 - NOTABLE_SHARE)
 
-    def step_s(self, pricer: Pricer) -> float:
-        """The shortest step for a pricer's micro-batch and codec; infinite if none was found."""
+    def cost_s(self, pricer: Pricer) -> float:
+        """The least cost for a pricer's micro-batch and codec; infinite if none was found."""
         known = self._by_variant.get(id(pricer))
-        return math.inf if known is None or known[1] is None else known[1].step_s
+        return math.inf if known is None or known[1] is None else known[1].cost_s
 
     def decide(self, candidate: Candidate, pricer: Pricer) -> None:
         """Take a candidate whatever else was found."""
@@ -71,7 +71,7 @@ class Outcome:
 
     def layouts(self) -> list[Layout]:
         """Layouts of the best candidates, the best first."""
-        return list(dict.fromkeys(c.layout for c in sorted(self.by_num_stages.values(), key=lambda c: c.step_s)))
+        return list(dict.fromkeys(c.layout for c in sorted(self.by_num_stages.values(), key=lambda c: c.cost_s)))
 
     def variants(self) -> list[tuple[Pricer, Candidate | None]]:
         """The best candidate of every micro-batch and codec."""
@@ -98,7 +98,8 @@ def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Can
         dtype=shape.dtype,
         codec=shape.codec,
         step_s=best.step_s,
-        bound_s=outcome.bound_s,
+        bound_s=outcome.bound_s if shape.cached_steps_share == 0 else None,
+        cached=pricer.cached_step(best.layout) if shape.cached_steps_share else None,
         links=_link_uses(pricer, best),
         bubble_share=best.time.bubble_share,
         bottleneck=_bottleneck(shape.num_micro_batches, stages, best),
@@ -234,15 +235,16 @@ def _memory_relief(pricer: Pricer, freed: Candidate) -> str:
 
 def _rejected(outcome: Outcome) -> tuple[RejectedPlan, ...]:
     best, pricer = outcome.chosen()
+    all_steps = ", steps from the cache included" if pricer.shape.cached_steps_share else ""
     rejected = []
     for num_stages in range(1, min(len(pricer.devices), pricer.table.num_blocks) + 1):
         if num_stages == len(best.layout) or pricer.shape.exact_stages is not None:
             continue
         candidate = outcome.by_num_stages.get(num_stages)
         why = (
-            f"{candidate.step_s:.3g} s a step against {best.step_s:.3g} s"
+            f"{candidate.cost_s:.3g} s a step against {best.cost_s:.3g} s{all_steps}"
             if candidate is not None
-            else f"does not fit, or is not faster than {best.step_s:.3g} s a step"
+            else f"does not fit, or is not faster than {best.cost_s:.3g} s a step{all_steps}"
         )
         rejected.append(RejectedPlan(what=count(num_stages, "stage"), why=why))
     if pricer.shape.checkpointing == "auto" and not any(best.checkpointing):
@@ -258,13 +260,13 @@ def _rejected(outcome: Outcome) -> tuple[RejectedPlan, ...]:
         what = f"micro-batches of {count(other.shape.micro_batch_rows, 'row')}"
         if other.shape.codec != pricer.shape.codec:
             what += f", codec {other.shape.codec}"
-        why = "fit no budget" if candidate is None else f"{candidate.step_s:.3g} s a step against {best.step_s:.3g} s"
+        why = "fit no budget" if candidate is None else f"{candidate.cost_s:.3g} s a step against {best.cost_s:.3g} s"
         rejected.append(RejectedPlan(what=what, why=why))
     if outcome.bound_s is None:
         rejected.append(
             RejectedPlan(what="other layouts", why="too many to try all: the search changed the best ones step by step")
         )
-    elif outcome.bound_s < best.step_s * (1 - 1e-6):
+    elif outcome.bound_s < best.cost_s * (1 - 1e-6):
         rejected.append(
             RejectedPlan(
                 what="some other cuts",

@@ -46,6 +46,11 @@ class PlanReport(PlanValue):
     steps_per_epoch: int
     epoch_s: float
     epoch_range_s: tuple[float, float]
+    cached_step_s: float | None = None
+    """A step of later epochs, from the activation cache and without the blocks; None: they run as the first."""
+    cached_epoch_s: float | None = None
+    mean_step_s: float
+    """Over all steps of the job: what plans were compared by."""
     devices: tuple[DeviceUse, ...]
     links: tuple[LinkUse, ...]
 
@@ -83,7 +88,9 @@ def play(plan: Plan, candidate: Candidate) -> Trace:
     return simulate_step(candidate.groups, plan.num_micro_batches)
 
 
-def report(plan: Plan, candidate: Candidate, *, num_rows: int, batch_rows: int) -> PlanReport:
+def report(
+    plan: Plan, candidate: Candidate, *, num_rows: int, batch_rows: int, cached_steps_share: float = 0.0
+) -> PlanReport:
     """The figures of a plan.
 
     Args:
@@ -91,6 +98,7 @@ def report(plan: Plan, candidate: Candidate, *, num_rows: int, batch_rows: int) 
         candidate: see :func:`replayed`.
         num_rows: rows of an epoch.
         batch_rows: rows of a step.
+        cached_steps_share: steps from the activation cache for each one through the blocks.
     """
     played = [
         simulate_step(candidate.groups, plan.num_micro_batches, noise=_NOISE, seed=seed).step_s
@@ -104,6 +112,9 @@ def report(plan: Plan, candidate: Candidate, *, num_rows: int, batch_rows: int) 
         steps_per_epoch=steps,
         epoch_s=steps * plan.step_s,
         epoch_range_s=(steps * low_s, steps * high_s),
+        cached_step_s=None if plan.cached is None else plan.cached.step_s,
+        cached_epoch_s=None if plan.cached is None else steps * plan.cached.step_s,
+        mean_step_s=plan.mean_step_s(cached_steps_share),
         devices=tuple(
             DeviceUse(
                 device=replica.device_name,
@@ -126,8 +137,13 @@ def report_text(figures: PlanReport) -> str:
         f"a step takes {figures.step_s:.3g} s ({low_s:.3g} to {high_s:.3g} s with jitter), an epoch of "
         f"{figures.steps_per_epoch} steps {_duration(figures.epoch_s)} ({_duration(epoch_low_s)} to "
         f"{_duration(epoch_high_s)})",
-        "memory left at the peak:",
     ]
+    if figures.cached_step_s is not None and figures.cached_epoch_s is not None:
+        lines.append(
+            f"later epochs come from the activation cache, without the blocks: a step {figures.cached_step_s:.3g} s, "
+            f"an epoch {_duration(figures.cached_epoch_s)}; {figures.mean_step_s:.3g} s a step over the whole job"
+        )
+    lines.append("memory left at the peak:")
     for use in figures.devices:
         share = use.margin_bytes / use.budget_bytes
         lines.append(

@@ -203,12 +203,12 @@ def _find_spread(
     for place, i in enumerate(ranked):
         is_promising = place < _NUM_DEEP
         settled = settle(variants[i].pricer, variants[i].guesses.best(_NUM_SETTLED if is_promising else 1))
-        settled.sort(key=lambda candidate: candidate.step_s)
+        settled.sort(key=lambda candidate: candidate.cost_s)
         for candidate in settled or (None,):
             outcome.take(candidate, variants[i].pricer)
         deep += [(i, candidate) for candidate in settled[: _NUM_POLISHED if is_promising else 0]]
-    deep = [(i, c) for i, c in deep if c.step_s < outcome.limit_s(variants[i].pricer) * _HOPE]
-    deep = sorted(deep, key=lambda item: item[1].step_s)[:MAX_POLISHED]
+    deep = [(i, c) for i, c in deep if c.cost_s < outcome.limit_s(variants[i].pricer) * _HOPE]
+    deep = sorted(deep, key=lambda item: item[1].cost_s)[:MAX_POLISHED]
     parts = [
         SearchPart(kind="polish", variant=i, layouts=(c.layout,), cuts=c.cuts, allow_replicas=question.allow_replicas)
         for i, c in deep
@@ -224,7 +224,7 @@ def _guess_s(guesses: Guesses) -> float:
 
 def _settle_best(variant: _Variant, outcome: Outcome, *, is_promising: bool) -> None:
     settled = settle(variant.pricer, variant.guesses.best(_NUM_SETTLED if is_promising else 1))
-    settled.sort(key=lambda candidate: candidate.step_s)
+    settled.sort(key=lambda candidate: candidate.cost_s)
     for place, candidate in enumerate(settled):
         outcome.take(candidate, variant.pricer)
         is_small = len(candidate.layout) * candidate.cuts[-1] <= _FEW_CUTS
@@ -232,7 +232,7 @@ def _settle_best(variant: _Variant, outcome: Outcome, *, is_promising: bool) -> 
         if (
             is_promising
             and (is_small or place < _NUM_POLISHED)
-            and candidate.step_s < outcome.limit_s(variant.pricer) * hope
+            and candidate.cost_s < outcome.limit_s(variant.pricer) * hope
         ):
             outcome.take(polish(variant.pricer, candidate), variant.pricer)
     if not settled:
@@ -254,7 +254,7 @@ def _prove(variants: Sequence[_Variant], limits: Limits, outcome: Outcome, proof
     work_left = proof_work
     counted: dict[tuple[str, ...], list[Layout] | None] = {}
     bounds_s: list[float] = []
-    for variant in sorted(variants, key=lambda v: outcome.step_s(v.pricer)):
+    for variant in sorted(variants, key=lambda v: outcome.cost_s(v.pricer)):
         # Twins at one micro-batch are twins at every other.
         key = tuple(device.agent_id for device in variant.devices)
         if key not in counted:
@@ -274,7 +274,7 @@ def _prove(variants: Sequence[_Variant], limits: Limits, outcome: Outcome, proof
         for candidate in proof.best_by_num_stages.values():
             outcome.take(candidate, variant.pricer)
     if outcome.best is not None:
-        outcome.bound_s = min(*bounds_s, outcome.best.step_s) if bounds_s else None
+        outcome.bound_s = min(*bounds_s, outcome.best.cost_s) if bounds_s else None
 
 
 def _freed(table: ModelTable, outcome: Outcome, links: LinkTable, limits: Limits) -> Candidate | None:
@@ -287,8 +287,8 @@ def _freed(table: ModelTable, outcome: Outcome, links: LinkTable, limits: Limits
     improve(freed, guesses, limits, rounds=3)
     settled = settle(freed, guesses.best(2))
     settled += [again] if (again := freed.candidate(best.layout, best.cuts)) else []
-    found = min(settled, key=lambda candidate: candidate.step_s, default=None)
+    found = min(settled, key=lambda candidate: candidate.cost_s, default=None)
     if found is None:
         return None
     found = polish(freed, found, rounds=3)
-    return found if found.step_s < best.step_s * (1 - TOLERANCE) else None
+    return found if found.cost_s < best.cost_s * (1 - TOLERANCE) else None

@@ -145,7 +145,9 @@ class Scheduling:
                 is_beside=problem.shape.side_reduction > 0,
             )
             numerics_json = numerics.model_dump_json()
-        plan = with_cached_step(verdict.plan, problem, context.spec) if context.trial is None else verdict.plan
+        plan = verdict.plan.model_copy(update={"cached": None})
+        if context.trial is None:
+            plan = with_cached_step(verdict.plan, problem, context.spec)
         plan_json = plan.model_dump_json()
         if context.trial is not None:
             context.trial.plan = verdict.plan

@@ -7,7 +7,8 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from coordinator.jobs.planning import measured_rows, open_codecs, packing_for, read_model, shape_for
+from coordinator.jobs.job_shape import measured_rows, shape_for
+from coordinator.jobs.planning import open_codecs, packing_for, read_model
 from coordinator.jobs.runner import JobRunner
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.fleet_file import FleetFile

@@ -32,8 +32,10 @@ def with_cached_step(plan: Plan, problem: PlanningProblem, spec: JobSpec) -> Pla
     """A pipeline's plan with how its devices would train from the cache; without, where the job would not."""
     codec = spec.training.activation_cache
     is_one_each = len(set(plan.agent_ids)) == len(plan.agent_ids)
-    if plan.from_cache or codec == "off" or spec.placement.cached_epochs == "pipeline" or not is_one_each:
+    if plan.from_cache:
         return plan
+    if codec == "off" or spec.placement.cached_epochs == "pipeline" or not is_one_each:
+        return plan.model_copy(update={"cached": None})
     running = as_running(problem, plan)
     step = cached_step_of(
         running.table,

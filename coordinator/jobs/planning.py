@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from itertools import zip_longest
-from typing import Any
 
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
+from coordinator.jobs.job_shape import larger_shape, measured_rows, shape_for
 from coordinator.jobs.measuring import (
     device_profile,
     measure_devices,
@@ -21,7 +20,6 @@ from coordinator.jobs.measuring import (
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
 from coordinator.scheduling.problem import PlanningProblem
-from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable
 from partitioner.fitting import fits
 from partitioner.micro_batch import with_rows
@@ -41,9 +39,6 @@ from plutino.job.spec import JobSpec
 from plutino.random_weights import read_random_weights
 from plutino.safetensors_index import read_safetensors_headers
 from plutino.types import AgentId, JobId
-
-_MEASURED_ROWS = 4
-"""Rows of the micro-batch that devices are measured with, where the job leaves its size open."""
 
 
 def read_model(spec: JobSpec) -> tuple[str, ModelTable]:
@@ -278,62 +273,6 @@ def _unmeasured(device: Device) -> DeviceProfile:
     """A device by its memory alone: how it is measured depends on the scheme."""
     any_s = BlockTimings(forward_s=1.0, backward_s=1.0, embedding_s=1.0, head_forward_s=1.0, head_backward_s=1.0)
     return device_profile(device, any_s, device.threads)
-
-
-def measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
-    """Rows of the micro-batch that devices are measured with."""
-    if numerics is not None:
-        return numerics.micro_batch_size
-    sampled = spec.training.batch_size * spec.objective.answers_per_row
-    samples = spec.training.micro_batch_size or min(_MEASURED_ROWS, sampled)
-    return samples * spec.objective.sequences_per_row
-
-
-def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:
-    """What a job asks of a pipeline, at a micro-batch of so many rows."""
-    adapters = adapter_params_of(table, spec.method)
-    per_sample = spec.objective.sequences_per_row
-    head_params = table.hidden_size * (spec.objective.num_outputs or len(prepared.class_names))
-    fields = adapters.shape_fields
-    fields["last_trainable_params"] = fields.get("last_trainable_params", 0) + head_params
-    return JobShape(
-        dtype="fp32" if dtype == "fp32" else "bf16",
-        batch_rows=spec.rows_per_step,
-        rows_per_sample=per_sample,
-        micro_batch_rows=rows,
-        row_tokens=prepared.row_tokens + spec.method.prompt_tokens,
-        label_tokens=rows * prepared.label_tokens_per_row,
-        **fields,
-        has_dropout=spec.method.has_dropout,
-        checkpointing=spec.training.checkpointing,
-        codec="bf16" if spec.placement.codec == "bf16" else "raw",
-        generate_rows=spec.generated_rows,
-        generate_tokens=spec.method.prompt_tokens
-        + spec.method.past_tokens
-        + prepared.prompt_tokens
-        + spec.generated_tokens
-        if spec.generated_rows
-        else 0,
-        exact_stages=spec.placement.stages,
-    )
-
-
-def larger_shape(one: JobShape, other: JobShape) -> JobShape:
-    """A shape that asks as much as either of two jobs on the same rows whose methods differ."""
-    fields = {name: _larger(getattr(one, name), getattr(other, name)) for name in JobShape.model_fields}
-    return one.model_copy(update=fields)
-
-
-def _larger(one: Any, other: Any) -> Any:
-    """The larger of two numbers, of two numbers a block, or all of two sets of names; else the first."""
-    if isinstance(one, int) and isinstance(other, int):
-        return max(one, other)
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        if all(isinstance(name, str) for name in (*one, *other)):
-            return tuple(sorted({*one, *other}))
-        empty: Any = () if any(isinstance(value, tuple) for value in (*one, *other)) else 0
-        return tuple(_larger(*pair) for pair in zip_longest(one, other, fillvalue=empty))
-    return one
 
 
 async def profiles_of(

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner.cached_epoch import SideDevice, cached_step, cached_step_of, side_worker_bytes
 from partitioner.device import LinkProfile, LinkTable
+from partitioner.explain import explain
+from partitioner.orders import all_layouts
+from partitioner.pricing import Pricer
+from partitioner.search import search
+from plutino.errors import InfeasiblePlanError
 from plutino.job.method import LoraConfig, ParallelAdaptersConfig
 from tests.unit.partitioner.fleet import device, job, llama
 
@@ -90,3 +97,49 @@ def test_cached_step_needs_less_memory_than_the_whole_job_and_reads_at_the_disks
     # 8 blocks and two places more, 2 x 64 tokens, 4 micro-batches.
     assert slow.read_s == pytest.approx(4 * 10 * 2 * 64 * 256 / 1e6)
     assert slow.step_s - quick.step_s == pytest.approx(slow.read_s - quick.read_s)
+
+
+def cached_job(table, share):
+    changes = {"batch_rows": 16, "micro_batch_rows": 2, "cached_steps_share": share, "entry_token_bytes": 256}
+    return job(table, ParallelAdaptersConfig(reduction=4), **changes)
+
+
+def test_search_takes_a_device_in_for_later_epochs_that_the_pipeline_alone_would_leave_out():
+    table, links = llama(4), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=GIGABIT, latency_s=0.08))
+    devices = [device("a"), device("b")]
+
+    once = search(table, cached_job(table, 0.0), devices, links)
+    often = search(table, cached_job(table, 20.0), devices, links)
+
+    assert (len(once.agent_ids), len(often.agent_ids)) == (1, 2)
+    assert once.cached is None and sorted(often.cached.owners.count(place) for place in range(2)) == [4, 4]
+    assert often.step_s > once.step_s
+    assert often.mean_step_s(20.0) == pytest.approx((often.step_s + 20 * often.cached.step_s) / 21)
+    assert "from the activation cache: step" in explain(often)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.3, 1.0, 3.0]), st.integers(303, 400)), min_size=1, max_size=3),
+    st.sampled_from([1e6, 1e8]),
+    st.sampled_from([0.5, 4.0]),
+)
+def test_search_with_cached_epochs_equals_the_cheapest_of_all_layouts_and_cuts(numbers, bandwidth, share):
+    table, links = llama(3), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth, latency_s=1e-3))
+    devices = [device(f"d{i}", speed=speed, available_mib=mib) for i, (speed, mib) in enumerate(numbers)]
+    shape = cached_job(table, share)
+    pricer = Pricer(table, shape, devices, links)
+    costs = [
+        found.cost_s
+        for layout in all_layouts(devices, links, max_stages=3, allow_replicas=True)
+        for inner in combinations(range(1, 3), len(layout) - 1)
+        if (found := pricer.candidate(layout, (0, *inner, 3))) is not None
+    ]
+
+    try:
+        plan = search(table, shape, devices, links, allow_replicas=True)
+    except InfeasiblePlanError:
+        assert not costs
+        return
+
+    assert plan.mean_step_s(share) == pytest.approx(min(costs))

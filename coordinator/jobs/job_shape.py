@@ -1,0 +1,89 @@
+"""What a job asks of a pipeline: sizes from its spec, its rows and its model.
+
+Entry points: :func:`shape_for`, :func:`larger_shape`.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any
+
+from coordinator.jobs.prepared import PreparedData
+from partitioner.adapter import adapter_params_of
+from partitioner.model import JobShape, ModelTable
+from plutino.data.batches import steps_per_epoch
+from plutino.job.numerics import NumericsRecord
+from plutino.job.spec import JobSpec
+from plutino.state_codecs import token_bytes
+
+_MEASURED_ROWS = 4
+"""Rows of the micro-batch that devices are measured with, where the job leaves its size open."""
+
+
+def measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
+    """Rows of the micro-batch that devices are measured with."""
+    if numerics is not None:
+        return numerics.micro_batch_size
+    sampled = spec.training.batch_size * spec.objective.answers_per_row
+    samples = spec.training.micro_batch_size or min(_MEASURED_ROWS, sampled)
+    return samples * spec.objective.sequences_per_row
+
+
+def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:
+    """What a job asks of a pipeline, at a micro-batch of so many rows."""
+    adapters = adapter_params_of(table, spec.method)
+    per_sample = spec.objective.sequences_per_row
+    head_params = table.hidden_size * (spec.objective.num_outputs or len(prepared.class_names))
+    fields = adapters.shape_fields
+    fields["last_trainable_params"] = fields.get("last_trainable_params", 0) + head_params
+    return JobShape(
+        dtype="fp32" if dtype == "fp32" else "bf16",
+        batch_rows=spec.rows_per_step,
+        rows_per_sample=per_sample,
+        micro_batch_rows=rows,
+        row_tokens=prepared.row_tokens + spec.method.prompt_tokens,
+        label_tokens=rows * prepared.label_tokens_per_row,
+        **fields,
+        has_dropout=spec.method.has_dropout,
+        checkpointing=spec.training.checkpointing,
+        codec="bf16" if spec.placement.codec == "bf16" else "raw",
+        generate_rows=spec.generated_rows,
+        generate_tokens=spec.method.prompt_tokens
+        + spec.method.past_tokens
+        + prepared.prompt_tokens
+        + spec.generated_tokens
+        if spec.generated_rows
+        else 0,
+        exact_stages=spec.placement.stages,
+        **_cached_fields(spec, prepared, table, 4 if dtype == "fp32" else 2),
+    )
+
+
+def _cached_fields(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype_bytes: int) -> dict[str, Any]:
+    """How many steps come from the activation cache, after a first epoch through the blocks that fills it."""
+    codec = spec.training.activation_cache
+    if codec == "off" or spec.placement.cached_epochs == "pipeline":
+        return {}
+    epoch_steps = steps_per_epoch(prepared.num_train, spec.training.batch_size)
+    return {
+        "cached_steps_share": max(0, prepared.total_steps - epoch_steps) / epoch_steps,
+        "entry_token_bytes": token_bytes(codec, table.hidden_size, dtype_bytes),
+    }
+
+
+def larger_shape(one: JobShape, other: JobShape) -> JobShape:
+    """A shape that asks as much as either of two jobs on the same rows whose methods differ."""
+    fields = {name: _larger(getattr(one, name), getattr(other, name)) for name in JobShape.model_fields}
+    return one.model_copy(update=fields)
+
+
+def _larger(one: Any, other: Any) -> Any:
+    """The larger of two numbers, of two numbers a block, or all of two sets of names; else the first."""
+    if isinstance(one, int) and isinstance(other, int):
+        return max(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        if all(isinstance(name, str) for name in (*one, *other)):
+            return tuple(sorted({*one, *other}))
+        empty: Any = () if any(isinstance(value, tuple) for value in (*one, *other)) else 0
+        return tuple(_larger(*pair) for pair in zip_longest(one, other, fillvalue=empty))
+    return one
