@@ -7,34 +7,27 @@ under one coordinator until its time is up, :func:`scaling_table` shows them.
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from benchmarks.contender import START_TIMEOUT_S, STEP_TIMEOUT_S, ContenderError
-from benchmarks.goals import Goal
 from benchmarks.job_watch import JobWatch
-from benchmarks.model_folder import DtypeName, job_values, write_drawn_base
-from benchmarks.peers.workload import Workload
+from benchmarks.model_folder import job_values, write_drawn_base
 from benchmarks.processor_quota import ProcessorQuota
+from benchmarks.run_figures import Figures, Run, figures_of, scaling_table
 from benchmarks.stack import PlutinoStack
 from partitioner.explain import explain
 from partitioner.plan import Plan
 from plutino.errors import PlutinoError
 from plutino.events import PlanMade, StepCommitted
 from plutino.job.spec import parse_spec
-from plutino.sizes import GIB, MIB
+from plutino.sizes import GIB
 
-MOST_ERROR = 0.15
-"""Of a predicted step, beside the machine's own A/A noise."""
-LEAST_JOB_BYTES = 300 * MIB
-"""Below it a worker's own unevenness weighs too much to say anything about a prediction."""
 NO_SHADOWS = 1_000_000
 LEAST_STEPS = 4
 """One warms up, and even and odd ones are compared."""
@@ -43,82 +36,6 @@ _NUM_SPARE_STEPS = 4
 _BUDGET_BYTES = 3 * GIB
 _MANY_CORES = 9
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One job on agents of so many threads each."""
-
-    name: str
-    threads: tuple[int, ...]
-    workload: Workload
-    dtype: DtypeName = "fp32"
-    checkpointing: Literal["on", "off"] = "off"
-    budgets_bytes: tuple[int, ...] = ()
-    """Of each agent; empty: 3 GiB each."""
-    quotas: tuple[float, ...] = ()
-    """Processors that each agent may use at the most; empty: all that it is pinned to."""
-    num_stages: int | None = None
-    """None: as many as the planner likes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerBytes:
-    """A worker's job bytes."""
-
-    device: str
-    predicted_bytes: int
-    measured_bytes: int
-    keeps_heap: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """What a run showed."""
-
-    run: Run
-    plan: str
-    num_stages: int
-    num_workers: int
-    shares_cores: bool
-    """There were fewer processors than threads: nothing is to be concluded."""
-    predicted_step_s: float
-    step_s: tuple[float, ...]
-    workers: tuple[WorkerBytes, ...]
-    compute_s: tuple[float, ...]
-    """Median seconds of computation of each worker in a step."""
-    predicted_compute_s: tuple[float, ...]
-
-    @property
-    def values(self) -> dict[str, object]:
-        """For JSON, with what follows from the figures."""
-        return {
-            **asdict(self),
-            "median_step_s": self.median_step_s,
-            "error": self.error,
-            "a_a_noise": self.a_a_noise,
-            "tokens_per_s": self.tokens_per_s,
-        }
-
-    @property
-    def median_step_s(self) -> float:
-        """Measured."""
-        return statistics.median(self.step_s)
-
-    @property
-    def a_a_noise(self) -> float:
-        """How far even and odd steps are apart."""
-        return abs(statistics.median(self.step_s[0::2]) / statistics.median(self.step_s[1::2]) - 1)
-
-    @property
-    def error(self) -> float:
-        """How far the measured step is from the predicted one, as a share of the predicted."""
-        return self.median_step_s / self.predicted_step_s - 1
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens trained."""
-        return self.run.workload.tokens_per_step / self.median_step_s
 
 
 def cores_for(run: Run, available: Sequence[int]) -> tuple[dict[str, set[int]], bool]:
@@ -199,22 +116,6 @@ def measure_all(
     return failed
 
 
-def prediction_goals(figures: Figures) -> list[Goal]:
-    """How near the prediction of one run was; of runs that shared processors only the bytes are judged."""
-    name, goals = figures.run.name, []
-    if not figures.shares_cores:
-        most = MOST_ERROR + figures.a_a_noise
-        goals.append(Goal(name=f"{name}: step beside the predicted", measured=abs(figures.error), at_most=most))
-    for worker in figures.workers:
-        ratio = worker.measured_bytes / worker.predicted_bytes
-        is_judged = worker.predicted_bytes >= LEAST_JOB_BYTES and not worker.keeps_heap
-        least = 0.9 if is_judged else None
-        goals.append(
-            Goal(name=f"{name}, {worker.device}: bytes / predicted", measured=ratio, at_least=least, at_most=1.0)
-        )
-    return goals
-
-
 def measure(
     run: Run, stack: PlutinoStack, scratch: Path, cores: Sequence[int], *, num_steps: int, deadline_s: float
 ) -> Figures:
@@ -235,7 +136,14 @@ def measure(
     """
     pins, shares_cores = cores_for(run, cores)
     threads = {agent_name(run, index): count for index, count in enumerate(run.threads)}
+    folder = scratch / run.name.replace(" ", "-")
+    written = write_drawn_base(run.workload, folder, num_steps=num_steps + _NUM_SPARE_STEPS)
+    values = job_values(
+        run.workload, written, dtype=run.dtype, checkpointing=run.checkpointing, shadow_every=NO_SHADOWS, num_stages=1
+    )
     budgets = run.budgets_bytes or (_BUDGET_BYTES,) * len(threads)
+    if run.job_share is not None:
+        budgets = (_budget_for(run.job_share, stack, values, folder, sorted(cores)[:1]),) * len(threads)
     with ExitStack() as ending:
         quotas = {
             name: ending.enter_context(ProcessorQuota(cores_allowed))
@@ -249,16 +157,6 @@ def measure(
             quotas=quotas,
             within_s=_left(deadline_s),
         )
-        folder = scratch / run.name.replace(" ", "-")
-        written = write_drawn_base(run.workload, folder, num_steps=num_steps + _NUM_SPARE_STEPS)
-        values = job_values(
-            run.workload,
-            written,
-            dtype=run.dtype,
-            checkpointing=run.checkpointing,
-            shadow_every=NO_SHADOWS,
-            num_stages=1,
-        )
         values["placement"] = {"devices": list(threads), "stages": run.num_stages, "replan": "never"}
         try:
             job_id = stack.client.submit(parse_spec(values, base_dir=folder))
@@ -269,6 +167,18 @@ def measure(
         except ContenderError as error:
             raise ContenderError(f"{run.name}: {error}\n{stack.logs()}") from error
     return figures_of(run, plan, steps, shares_cores=shares_cores)
+
+
+def _budget_for(share: float, stack: PlutinoStack, values: dict[str, Any], folder: Path, cores: Collection[int]) -> int:
+    """A worker's bytes before any job, and a share of what the job takes of one that has it alone."""
+    name = f"whole-{folder.name}"
+    try:
+        stack.start_agents({name: _BUDGET_BYTES}, cores={name: cores})
+        alone = {**values, "placement": {"devices": [name], "stages": 1}}
+        (stage,) = stack.plan(parse_spec(alone, base_dir=folder)).stages
+    finally:
+        stack.stop_agents()
+    return stage.baseline_bytes + int(share * stage.job_bytes)
 
 
 def _left(deadline_s: float) -> float:
@@ -296,54 +206,3 @@ def collect(watch: JobWatch, num_steps: int, *, deadline_s: float) -> tuple[Plan
     if plan is None:
         raise ContenderError("the job trained without telling its plan")
     return plan, steps
-
-
-def figures_of(run: Run, plan: Plan, steps: Sequence[StepCommitted], *, shares_cores: bool) -> Figures:
-    """A run's figures from its plan and its steps."""
-    warm = steps[1:]
-    planned = {
-        (stage.stage_index, r): (replica, plan.micro_batch_owners[stage.stage_index].count(r))
-        for stage in plan.stages
-        for r, replica in enumerate(stage.replicas)
-    }
-    peaks: dict[tuple[int, int], int] = {}
-    compute_s: dict[tuple[int, int], list[float]] = {}
-    for step in warm:
-        for times in step.workers:
-            place = (times.worker.stage_index, times.worker.replica_index)
-            peaks[place] = max(peaks.get(place, 0), times.peak_rss_bytes)
-            compute_s.setdefault(place, []).append(times.compute_s)
-    return Figures(
-        run=run,
-        plan=", ".join(
-            f"{' + '.join(stage.device_names)} [{stage.start_block}, {stage.end_block})" for stage in plan.stages
-        ),
-        num_stages=len(plan.stages),
-        num_workers=len(plan.agent_ids),
-        shares_cores=shares_cores,
-        predicted_step_s=plan.step_s,
-        step_s=tuple(step.seconds for step in warm),
-        workers=tuple(
-            WorkerBytes(
-                device=replica.device_name,
-                predicted_bytes=replica.job_bytes,
-                measured_bytes=peaks[place] - replica.baseline_bytes,
-                keeps_heap=replica.keeps_heap,
-            )
-            for place, (replica, _) in planned.items()
-        ),
-        compute_s=tuple(statistics.median(compute_s[place]) for place in planned),
-        predicted_compute_s=tuple(count * (r.forward_s + r.backward_s) for r, count in planned.values()),
-    )
-
-
-def scaling_table(found: Sequence[Figures]) -> str:
-    """Plain text: a line a run."""
-    lines = [f"{'run':<20} {'workers':>7} {'s/step':>8} {'predicted':>9} {'error':>7} {'A/A':>5} {'tokens/s':>9}"]
-    for each in found:
-        note = "  (agents share processors)" if each.shares_cores else ""
-        lines.append(
-            f"{each.run.name:<20} {each.num_workers:>7} {each.median_step_s:>8.3f} {each.predicted_step_s:>9.3f} "
-            f"{each.error:>+7.1%} {each.a_a_noise:>5.1%} {each.tokens_per_s:>9.0f}{note}"
-        )
-    return "\n".join(lines)

@@ -17,33 +17,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agent_runs import (
-    LEAST_STEPS,
-    Figures,
-    Run,
-    measure_all,
-    physical_first,
-    prediction_goals,
-    scaling_table,
-)
+from benchmarks.agent_runs import LEAST_STEPS, measure_all, physical_first
+from benchmarks.beside import run_beside
 from benchmarks.goals import Goal, goal_table
 from benchmarks.measure import RESULTS_DIR, machine_facts, write_results
 from benchmarks.peers.workload import Workload
+from benchmarks.run_figures import Figures, Run, prediction_goals, scaling_table
 
 LEAST_EQUAL = 0.92
 LEAST_UNEQUAL = 0.85
 PARTS = ("equal", "unequal")
 _UNEQUAL = (4, 2, 1)
 _OWN_CORES = 2
-_PATIENCE_S = 60.0
-"""Beyond the minutes that a part gives itself, until it is ended from outside."""
 
 FULL = Workload(
     num_blocks=24,
@@ -174,40 +165,20 @@ def shares_of_cores(cores: Sequence[int], parts: Sequence[str], *, most_agents: 
 
 def _at_once(options: argparse.Namespace, out: Path) -> int:
     shares = shares_of_cores(sorted(os.sched_getaffinity(0)), options.parts, most_agents=options.agents)
-    before = os.sched_getaffinity(0)
-    children: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        for part, cores in shares.items():
-            command = [sys.executable, "-m", "benchmarks.scaling", "--parts", part, "--agents", str(options.agents)]
-            command += ["--steps", str(options.steps), "--minutes", str(options.minutes)]
-            command += ["--out", str(_part_path(out, part))]
-            command += ["--quick"] if options.quick else []
-            command += ["--rows", str(options.rows)] if options.rows is not None else []
-            os.sched_setaffinity(0, cores)
-            children[part] = subprocess.Popen(command)
-        for child in children.values():
-            child.wait(60 * options.minutes + _PATIENCE_S)
-    except subprocess.TimeoutExpired as error:
-        print(f"a part is not through: {error}", file=sys.stderr)
-    finally:
-        os.sched_setaffinity(0, before)
-        for child in children.values():
-            if child.poll() is None:
-                child.terminate()
-        for child in children.values():
-            _reap(child)
+    commands = {
+        part: [
+            *("benchmarks.scaling", "--parts", part, "--agents", str(options.agents), "--steps", str(options.steps)),
+            *("--minutes", str(options.minutes), "--out", str(_part_path(out, part))),
+            *(["--quick"] if options.quick else []),
+            *(["--rows", str(options.rows)] if options.rows is not None else []),
+        ]
+        for part in shares
+    }
+    status = run_beside(commands, shares, minutes=options.minutes)
     documents = {part: _read(_part_path(out, part)) for part in shares}
     write_results(out, {"at_once": documents})
     print(f"all figures: {out}")
-    return int(max(abs(child.returncode) for child in children.values()))
-
-
-def _reap(child: subprocess.Popen[bytes]) -> None:
-    try:
-        child.wait(_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    return status
 
 
 def _part_path(out: Path, part: str) -> Path:

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.agent_runs import Figures, Run, WorkerBytes, cores_for, physical_first
+from benchmarks.agent_runs import cores_for, physical_first
 from benchmarks.peers.workload import Workload
+from benchmarks.run_figures import Figures, Run, WorkerBytes
 from benchmarks.scaling import TINY, goals_of, runs_of, shares_of_cores
 
 WORK = Workload(batch_size=10, seq_len_tokens=10, num_micro_batches=10)
