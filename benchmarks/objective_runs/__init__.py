@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from benchmarks.objective_runs.language import DAPT_LEGAL, DAPT_MEDICAL, MULTITASK
+from benchmarks.objective_runs.loops import LLM2LLM
 from benchmarks.objective_runs.preferences import DPO, REWARD
 from benchmarks.objective_runs.run import Run, Settings
 
@@ -12,4 +14,8 @@ __all__ = ["RUNS", "Settings"]
 RUNS: Mapping[str, Run] = {
     "reward": REWARD,
     "dpo": DPO,
+    "dapt_legal": DAPT_LEGAL,
+    "dapt_medical": DAPT_MEDICAL,
+    "multitask": MULTITASK,
+    "llm2llm": LLM2LLM,
 }

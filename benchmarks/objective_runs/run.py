@@ -23,6 +23,15 @@ class Settings:
     """Data sets that are not part of the repository."""
     is_quick: bool
 
+    def kept(self, name: str, make: Callable[[], str]) -> str:
+        """What ``make`` gives, or gave before the run was interrupted."""
+        path = self.folder / f"{name}.done"
+        if not path.exists():
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text(make(), encoding="utf-8")
+            unfinished.replace(path)
+        return path.read_text(encoding="utf-8")
+
     def few(self, whole: int, quick: int) -> int:
         """A number of rows or steps: all, or as many as show that the run works."""
         return quick if self.is_quick else whole

@@ -1,0 +1,209 @@
+"""Raw text of a domain, and several tasks in one job.
+
+``dapt_legal`` and ``dapt_medical``: sections of the D.C. Code (github.com/DCCouncil/dc-law-xml, public domain), answers
+of MedQuAD (github.com/abachaa/MedQuAD, CC BY 4.0). Held out are whole sections, and whole topics: MedQuAD asks about
+one disease in many rows. ``multitask``: intents of SNIPS (CC0) and Banking77 (CC BY 4.0) and answers of MedQuAD in one
+job beside a job for each of them with as many rows of its task; PubMedQA (MIT) is held out of the mixture. The data
+folder has ``legal_dc_code/sections.jsonl``, ``medquad/all.jsonl``, ``snips``, ``banking77`` and ``pubmedqa``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.engine_job import EngineJob
+from benchmarks.objective_runs.preferences import mean_text, shuffled, spec_of, write_rows
+from benchmarks.objective_runs.run import Figures, Run, Settings
+
+FALL_GOAL = 0.25
+POINTS_GOAL = 2.0
+_HELD_OUT_SHARE = 10
+"""One section or topic in so many is held out."""
+_LORA = {"type": "lora", "rank": 32, "alpha": 64, "target_modules": "all-linear"}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def _is_held_out(group: str, seed: int) -> bool:
+    return hashlib.sha256(f"{seed} {group}".encode()).digest()[0] % _HELD_OUT_SHARE == 0
+
+
+# ---- raw text of a domain ----
+
+
+def _texts(data: Path, domain: str) -> Iterator[tuple[str, str]]:
+    """Group and text of each document."""
+    if domain == "legal":
+        for row in _rows(data / "legal_dc_code" / "sections.jsonl"):
+            yield row["id"], row["text"]
+    else:
+        for row in _rows(data / "medquad" / "all.jsonl"):
+            yield row["focus"] or row["question"], row["answer"]
+
+
+def _run_dapt(settings: Settings, domain: str) -> Figures:
+    """Perplexity of held-out documents and of general text, before and after."""
+    assert settings.data is not None, "the run is told where the texts are"
+    documents = [(group, {"text": text}) for group, text in _texts(settings.data, domain) if len(text) > 200]
+    seen = shuffled([row for group, row in documents if not _is_held_out(group, settings.seed)], settings.seed)
+    held_out = shuffled([row for group, row in documents if _is_held_out(group, settings.seed)], settings.seed)
+    train = seen[: settings.few(2000, 12)]
+    spec = spec_of(
+        settings,
+        objective={"type": "dapt"},
+        method=_LORA,
+        data={
+            "train": write_rows(settings.folder / "train.jsonl", train),
+            "eval": write_rows(settings.folder / "held-out.jsonl", held_out[: settings.few(80, 3)]),
+            "max_tokens": 256,
+            "packing": True,
+        },
+        scoring={},
+        evaluation={"measure_general": "always"},
+        training={"steps": settings.few(240, 3), "batch_size": 8, "lr": 2e-3, "warmup_steps": settings.few(10, 0)},
+    )
+    with EngineJob(spec, threads=settings.threads) as job:
+        before, general_before = job.score(use_adapter=False).score.perplexity, job.general(use_adapter=False)
+        job.train()
+        after, general_after = job.score().score.perplexity, job.general()
+    assert before is not None and after is not None, "dapt is scored by perplexity"
+    return {
+        "train_documents": len(train),
+        "steps": len(job.losses),
+        "held_out_tokens": spec.data.max_tokens,
+        "perplexity_before": before,
+        "perplexity": after,
+        "fall": 1 - after / before,
+        "general_loss_before": general_before,
+        "general_loss": general_after,
+        "losses": job.losses[:: max(1, len(job.losses) // 20)],
+    }
+
+
+def _judge_dapt(seeds: Sequence[Figures]) -> tuple[str, bool]:
+    falls = [one["fall"] for one in seeds]
+    costs = [one["general_loss"] - one["general_loss_before"] for one in seeds]
+    goal = (
+        f"held-out perplexity falls by {mean_text(falls)}, goal {FALL_GOAL}; the loss on general text changes by "
+        f"{mean_text(costs)} nats a token"
+    )
+    return goal, min(falls) >= FALL_GOAL
+
+
+# ---- several tasks in one job ----
+
+_SNIPS = {"prompt": "Which intent? {text}", "completion": "intent"}
+_BANKING = {"prompt": "Which banking question? {text}", "completion": "intent"}
+_MEDICAL = {"prompt": "question", "completion": "answer"}
+
+
+def _tasks(settings: Settings) -> list[dict[str, Any]]:
+    """The three tasks, then the one that no job trains on."""
+    data = settings.data
+    assert data is not None, "the run is told where the rows are"
+
+    def task(name: str, columns: Mapping[str, str], metric: str, **files: list[dict[str, Any]]) -> dict[str, Any]:
+        paths = {use: write_rows(settings.folder / f"{name}-{use}.jsonl", rows) for use, rows in files.items()}
+        return {"name": name, "format": "prompt_completion", "columns": columns, "metric": metric, **paths}
+
+    def some(rows: list[dict[str, Any]], whole: int, quick: int) -> list[dict[str, Any]]:
+        return shuffled(rows, settings.seed)[: settings.few(whole, quick)]
+
+    medical = list(_rows(data / "medquad" / "all.jsonl"))
+    held_out = [_is_held_out(row["focus"] or row["question"], settings.seed) for row in medical]
+    pubmed = [
+        {"question": row["question"], "answer": row["long_answer"]} for row in _rows(data / "pubmedqa" / "test.jsonl")
+    ]
+    return [
+        task(
+            "snips",
+            _SNIPS,
+            "exact_match",
+            train=some(list(_rows(data / "snips" / "train.jsonl")), 4000, 24),
+            eval=some(list(_rows(data / "snips" / "validation.jsonl")), 400, 8),
+        ),
+        task(
+            "banking77",
+            _BANKING,
+            "exact_match",
+            train=some(list(_rows(data / "banking77" / "train.jsonl")), 10003, 24),
+            eval=some(list(_rows(data / "banking77" / "test.jsonl")), 500, 8),
+        ),
+        task(
+            "medical",
+            _MEDICAL,
+            "perplexity",
+            train=some([row for row, is_out in zip(medical, held_out, strict=True) if not is_out], 6000, 24),
+            eval=some([row for row, is_out in zip(medical, held_out, strict=True) if is_out], 120, 8),
+        ),
+        task("pubmedqa", _MEDICAL, "perplexity", eval=some(pubmed, 120, 8)),
+    ]
+
+
+def _train_on(settings: Settings, name: str, tasks: Sequence[Mapping[str, Any]], steps: int) -> Mapping[str, float]:
+    """Train one job, and score all tasks that it is given, once."""
+    found: Mapping[str, float] = json.loads(settings.kept(name, lambda: json.dumps(_scores(settings, tasks, steps))))
+    return found
+
+
+def _scores(settings: Settings, tasks: Sequence[Mapping[str, Any]], steps: int) -> Mapping[str, float]:
+    spec = spec_of(
+        settings,
+        method=_LORA,
+        # So high a temperature that every task has the same share, whatever its rows.
+        data={"tasks": tasks, "max_tokens": 96, "mixing_temperature": 1e6},
+        scoring={"metric": "exact_match", "max_new_tokens": 20, "batch_rows": 32},
+        training={"steps": steps, "batch_size": 16, "lr": 2e-3, "warmup_steps": settings.few(10, 0)},
+        evaluation={"measure_general": "never"},
+    )
+    with EngineJob(spec, threads=settings.threads) as job:
+        job.train()
+        return {name: score.headline for name, score in job.score().by_task.items()}
+
+
+def run_multitask(settings: Settings) -> Figures:
+    """All tasks in one job against one job each, every task with the same number of rows."""
+    *tasks, unseen = _tasks(settings)
+    steps = settings.few(160, 3)
+    single = {task["name"]: _train_on(settings, f"only-{task['name']}", [task, unseen], steps) for task in tasks}
+    mixture = _train_on(settings, "mixture", [*tasks, unseen], steps * len(tasks))
+    return {
+        "steps_per_task": steps,
+        "single": {name: found[name] for name, found in single.items()},
+        "mixture": {name: value for name, value in mixture.items() if name != unseen["name"]},
+        "held_out_task": {
+            "mixture": mixture[unseen["name"]],
+            **{f"only {name}": found[unseen["name"]] for name, found in single.items()},
+        },
+    }
+
+
+def judge_multitask(seeds: Sequence[Figures]) -> tuple[str, bool]:
+    """Points lost by the mixture: of accuracy, and per cent of perplexity."""
+    lost: dict[str, list[float]] = {}
+    for one in seeds:
+        for name, alone in one["single"].items():
+            together = one["mixture"][name]
+            is_perplexity = name == "medical"
+            lost.setdefault(name, []).append(100 * (together / alone - 1 if is_perplexity else alone - together))
+    each = ", ".join(f"{name} {mean_text(values)}" for name, values in lost.items())
+    unseen = mean_text([one["held_out_task"]["mixture"] for one in seeds])
+    goal = (
+        f"points below the single task (medical: per cent of perplexity above): {each}, goal at most {POINTS_GOAL}; "
+        f"perplexity of the task held out of the mixture {unseen}"
+    )
+    return goal, all(mean(values) <= POINTS_GOAL for values in lost.values())
+
+
+DAPT_LEGAL = Run(lambda settings: _run_dapt(settings, "legal"), _judge_dapt, needs_data=True)
+DAPT_MEDICAL = Run(lambda settings: _run_dapt(settings, "medical"), _judge_dapt, needs_data=True)
+MULTITASK = Run(run_multitask, judge_multitask, needs_data=True)
