@@ -7,11 +7,12 @@ A token's bytes depend on nothing but that token, so that padding, order and nei
 | raw | h numbers in the backbone's dtype | none |
 | bf16 | 2 h | 2^-8 of each number |
 | int8 | h + 4 | 1/254 of the token's largest number |
-| int4 | h / 2 | 1/12 of the largest of at least 128 neighbours |
+| int4 | h / 2 | 1/12 of the largest of those that share a scale, at least 128 |
 
 int4 has 15 levels, and 15^16 is less than 2^63: 16 numbers are the digits of one in base 15, and the topmost bits of
 8 such words are their scale, one of 256 that lie a sixth of an octave apart: it takes no bytes of its own. Widths
-below 128 have a byte for it; what 128 does not divide belongs to the last scale; the last word is filled with zeros.
+below 128 have a byte for it; what 128 does not divide belongs to the last scale. Of W words the first has the numbers
+0, W, 2 W, ..., so that what is computed runs along memory; behind the last number there are zeros.
 """
 
 from __future__ import annotations
@@ -28,16 +29,13 @@ from plutino.state_codecs import INT4_GROUP_WORDS, INT4_WORD, StateCodec
 _LEVELS = 15
 _HALF = _LEVELS // 2
 _CHUNK = _LEVELS**4
-"""A word is taken apart by a table of four digits."""
+"""Four digits are a number that fp32 holds exactly; they are put together and taken apart as floats, which is quick."""
 _TOP_BIT = -(1 << 63)
 SCALES = torch.tensor([2.0 ** ((code - 128) / 6) for code in range(256)])
 """By code, 4e-7 to 2e6: seven times that is the largest number that is not cut off."""
-_DIGITS = torch.tensor(
-    [[code // _LEVELS**place % _LEVELS - _HALF for place in range(4)] for code in range(_CHUNK)], dtype=torch.float32
-)
-_PLACES = torch.tensor([_LEVELS**place for place in range(INT4_WORD)])
+_NUM_CHUNKS = INT4_WORD // 4
 
-# Shape suffixes: T tokens, D width, W words of a token, G groups of a token, P places of a word.
+# Shape suffixes: T tokens, D width, W words of a token, G groups of a token, P places of a word, C chunks of a word.
 
 
 def check_codec(codec: str) -> None:
@@ -85,16 +83,21 @@ def decode(codec: StateCodec, data: Tensor, width: int, dtype: torch.dtype) -> T
 
 def _encode_int4(states_TD: Tensor) -> Tensor:
     num_tokens, width = states_TD.shape
-    padded_TWP = functional.pad(states_TD, (0, -width % INT4_WORD)).view(num_tokens, -1, INT4_WORD)
-    group_of_word = _group_of_word(padded_TWP.shape[1])
+    padded_TPW = functional.pad(states_TD, (0, -width % INT4_WORD)).view(num_tokens, INT4_WORD, -1)
+    group_of_word = _group_of_word(padded_TPW.shape[2])
     num_groups = int(group_of_word[-1]) + 1
-    largest_TW = padded_TWP.abs().amax(dim=2)
+    largest_TW = padded_TPW.abs().amax(dim=1)
     largest_TG = torch.stack([largest_TW[:, group_of_word == group].amax(dim=1) for group in range(num_groups)], dim=1)
     # The smallest scale with which nothing is cut off.
     codes_TG = torch.bucketize(largest_TG / _HALF, SCALES).clamp(max=255)
-    scales_TW1 = SCALES[codes_TG][:, group_of_word].unsqueeze(2)
-    digits_TWP = (padded_TWP / scales_TW1).round().clamp(-_HALF, _HALF).long() + _HALF
-    words_TW = (digits_TWP * _PLACES).sum(dim=2)
+    scales_T1W = SCALES[codes_TG][:, group_of_word].unsqueeze(1)
+    digits_TPW = (padded_TPW / scales_T1W).round_().clamp_(-_HALF, _HALF).add_(_HALF)
+    chunks_TCW = torch.zeros(num_tokens, _NUM_CHUNKS, padded_TPW.shape[2])
+    words_TW = torch.zeros(num_tokens, padded_TPW.shape[2], dtype=torch.int64)
+    for place in reversed(range(4)):
+        chunks_TCW = chunks_TCW.mul_(_LEVELS).add_(digits_TPW.view(num_tokens, _NUM_CHUNKS, 4, -1)[:, :, place])
+    for chunk in reversed(range(_NUM_CHUNKS)):
+        words_TW = words_TW.mul_(_CHUNK).add_(chunks_TCW[:, chunk].long())
     if len(group_of_word) < INT4_GROUP_WORDS:
         return torch.cat([codes_TG.to(torch.uint8), words_TW.view(torch.uint8)], dim=1)
     bits_TGb = (codes_TG.unsqueeze(2) >> torch.arange(INT4_GROUP_WORDS)) & 1
@@ -114,14 +117,20 @@ def _decode_int4(data: Tensor, width: int) -> Tensor:
         bits_TGb = (words_TW[:, : num_groups * INT4_GROUP_WORDS] < 0).view(num_tokens, num_groups, -1).long()
         codes_TG = (bits_TGb << torch.arange(INT4_GROUP_WORDS)).sum(dim=2)
         words_TW = words_TW & ~_TOP_BIT
-    parts = []
-    for _ in range(INT4_WORD // 4):
+    chunks_TCW = torch.empty(num_tokens, _NUM_CHUNKS, num_words)
+    for chunk in range(_NUM_CHUNKS):
         rest_TW = torch.div(words_TW, _CHUNK, rounding_mode="floor")
-        parts.append(words_TW - rest_TW * _CHUNK)
+        chunks_TCW[:, chunk] = words_TW - rest_TW * _CHUNK
         words_TW = rest_TW
-    numbers_TWP = functional.embedding(torch.stack(parts, dim=2), _DIGITS).flatten(2)
-    scales_TW1 = SCALES[codes_TG][:, group_of_word].unsqueeze(2)
-    return (numbers_TWP * scales_TW1).view(num_tokens, -1)[:, :width]
+    digits_TC4W = torch.empty(num_tokens, _NUM_CHUNKS, 4, num_words)
+    for place in range(4):
+        # Half a unit keeps the quotient away from whole numbers, so that its rounding does not matter.
+        rest_TCW = ((chunks_TCW + 0.5) * (1 / _LEVELS)).floor_()
+        digits_TC4W[:, :, place] = chunks_TCW.sub_(rest_TCW, alpha=_LEVELS)
+        chunks_TCW = rest_TCW
+    scales_T1W = SCALES[codes_TG][:, group_of_word].unsqueeze(1)
+    numbers_TPW = digits_TC4W.flatten(1, 2).sub_(_HALF).mul_(scales_T1W)
+    return numbers_TPW.view(num_tokens, -1)[:, :width]
 
 
 def _group_of_word(num_words: int) -> Tensor:

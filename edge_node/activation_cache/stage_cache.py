@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from edge_node.activation_cache.codecs import decode, encode
 from edge_node.activation_cache.store import ActivationStore, StateFile
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
+from plutino.errors import ActivationCacheError
 from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates
 from plutino.state_codecs import StateCodec, token_bytes
@@ -82,11 +82,19 @@ class StageCache:
             return False
         return all(file.holds(key) for file in self._files.values() for key in _each(keys))
 
-    def read(self, rows: CacheKeys) -> BackboneStates:
-        """States of rows that :meth:`holds` has just found."""
+    def read(self, rows: CacheKeys, *, are_checked: bool = True) -> BackboneStates:
+        """States of rows.
+
+        Args:
+            rows: the micro-batch.
+            are_checked: :meth:`holds` has just found them; else they are checked here.
+
+        Raises:
+            ActivationCacheError: one is not here or damaged.
+        """
         states = BackboneStates()
         for name in self.names:
-            self._put(states, name, self._padded(self._files[name], name, rows))
+            self._put(states, name, self._padded(self._files[name], name, rows, are_checked=are_checked))
         self.counts.rows_read += len(rows.keys) if self.names else 0
         return states
 
@@ -118,8 +126,7 @@ class StageCache:
         for key in _each(keys):
             if (data := file.read(key)) is None:
                 return None
-            # A copy: torch knows no memory that must not be written.
-            found.append(torch.from_numpy(np.array(data)))
+            found.append(torch.from_numpy(data))
         return found
 
     def keep(self, name: str, keys: Tensor, entries: Sequence[Tensor]) -> None:
@@ -148,15 +155,18 @@ class StageCache:
         for file in (*self._files.values(), *self._further.values()):
             file.close()
 
-    def _padded(self, file: StateFile, name: str, rows: CacheKeys) -> Tensor:
+    def _padded(self, file: StateFile, name: str, rows: CacheKeys, *, are_checked: bool) -> Tensor:
         width = self._width(name)
         row_bytes = token_bytes(self.codec, width, self._stage.dtype.itemsize)
         padded = torch.zeros(len(rows.keys), rows.padded_tokens, width, dtype=self._stage.dtype)
         for index, key in enumerate(_each(rows.keys)):
-            data = file.read(key)
-            assert data is not None, "the stage said that it holds these rows"
-            # A copy: torch knows no memory that must not be written.
-            tokens = torch.from_numpy(np.array(data)).view(-1, row_bytes)
+            data = file.read(key, is_checked=are_checked)
+            if data is None:
+                raise ActivationCacheError(
+                    f"row {index} of a micro-batch is not in the activation cache, or its {name} is damaged, and this "
+                    "worker has no blocks to compute it; the job goes back to the pipeline"
+                )
+            tokens = torch.from_numpy(data).view(-1, row_bytes)
             padded[index, : len(tokens)] = decode(self.codec, tokens, width, self._stage.dtype)
         return padded.to(self._stage.device)
 

@@ -61,7 +61,8 @@ def agree_on_cached(executor: StageExecutor, work: UnitInput, cache: StageCache)
         if not stage.is_last:
             answer = executor.transport.receive(neighbour(stages, me, m, +1), key)
             is_needed_above = bool(answer["is_needed"][0])
-        runs_blocks = not cache.holds(keys[m]) or is_needed_above
+        # Without blocks there is nothing to agree on: what is read is checked then.
+        runs_blocks = stage.has_backbone and (not cache.holds(keys[m]) or is_needed_above)
         if not stage.is_first:
             answer = {"is_needed": torch.tensor([runs_blocks], dtype=torch.uint8)}
             executor.transport.send(neighbour(stages, me, m, -1), key, answer)

@@ -344,7 +344,7 @@ class StageExecutor:
             return self.stage.run(inputs)
         keys = CacheKeys(cached.keys, lengths_B, inputs.position_ids.shape[1])
         if not cached.runs_blocks:
-            return self.stage.run_beside(inputs, self._activation_cache.read(keys))
+            return self.stage.run_beside(inputs, self._activation_cache.read(keys, are_checked=self.stage.has_backbone))
         output = self.stage.run(inputs)
         if output.states is not None:
             self._activation_cache.write(keys, output.states)

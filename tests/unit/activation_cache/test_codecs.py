@@ -42,13 +42,12 @@ def test_encoded_tokens_have_the_promised_size_and_are_coded_alone(codec, width,
 def test_errors_stay_below_what_each_codec_promises(width):
     values = states(width)
     largest = values.abs().amax(dim=1, keepdim=True)
-    # Scales of int4 are shared by 128 neighbours, the last one of a token by what is left as well.
-    starts = range(0, max(width - 127, 1), 128)
-    ends = [*starts[1:], width]
-    of_group = torch.cat(
-        [values[:, a:b].abs().amax(dim=1, keepdim=True).expand(-1, b - a) for a, b in zip(starts, ends, strict=True)],
-        dim=1,
-    )
+    # Number n of W words is in word n % W, and 8 words share a scale; the last scale has what is left as well.
+    num_words = -(-width // 16)
+    scale_of = (torch.arange(width) % num_words // 8).clamp(max=max(1, num_words // 8) - 1)
+    of_group = torch.zeros_like(values)
+    for scale in scale_of.unique():
+        of_group[:, scale_of == scale] = values[:, scale_of == scale].abs().amax(dim=1, keepdim=True)
     bounds = {
         "raw": torch.zeros_like(values),
         "bf16": values.abs() * 2.0**-8,
