@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from partitioner.cost import StageCost
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Cuts, Layout
-from partitioner.memory import ReplicaShare
 from partitioner.micro_batch import scaled_devices
 from partitioner.model import JobShape, ModelTable
+from partitioner.place import ReplicaShare
 from partitioner.pricing import Pricer
 from partitioner.replay import StageGroup
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from partitioner.layout import Group, Layout
-from partitioner.memory import Place
+from partitioner.place import Place
 from partitioner.pricing import Pricer
 from partitioner.replay import Floats
 

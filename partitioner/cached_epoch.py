@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from partitioner.activations import micro_batch_tokens
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import owners_of
-from partitioner.memory import MemoryModel, ReplicaShare
+from partitioner.memory import MemoryModel
 from partitioner.model import JobShape, ModelTable
+from partitioner.place import ReplicaShare
 from partitioner.plan import CachedStep
 from partitioner.values import PlanValue
 

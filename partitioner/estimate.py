@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partitioner.layout import Cuts, Group, Layout
-from partitioner.memory import Ints, Place
+from partitioner.place import Ints, Place
 from partitioner.pricing import Pricer
 
 Floats = npt.NDArray[np.floating[Any]]

@@ -14,8 +14,8 @@ import numpy as np
 
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Layout
-from partitioner.memory import Ints, Place
 from partitioner.model import JobShape, ModelTable
+from partitioner.place import Ints, Place
 from partitioner.pricing import Pricer
 from partitioner.replay import Floats
 from partitioner.rooms import StagePlaces

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from partitioner.memory import ReplicaShare
+from partitioner.place import ReplicaShare
 
 Group = tuple[int, ...]
 """Devices of one stage by their positions in the list of devices, replica 0 first."""

@@ -8,7 +8,6 @@ arXiv:2104.04473 sec. 2.2): a stage holds the activations of as many micro-batch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +15,10 @@ import numpy.typing as npt
 from partitioner import activations
 from partitioner.model import JobShape, ModelTable
 from partitioner.packed import WeightSizes
+from partitioner.place import Ints, Place, ReplicaShare, place_of
 from partitioner.plan import MemoryItem
 from plutino.errors import PlanError
 
-Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 TRAINED_BYTES_PER_PARAM = 16
@@ -86,49 +85,6 @@ def stage_memory(
     return MemoryModel(table, shape).items(
         start_block, end_block, num_stages=num_stages, stage_index=stage_index, checkpointing=checkpointing
     )
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaShare:
-    """What one replica of a stage has of the step."""
-
-    in_flight: int
-    """Micro-batches between their forward and their backward pass here, at most."""
-    gradient_copies: int
-    """Gradients of single micro-batches that wait here for the sum over replicas."""
-    num_peers: int
-    """Workers it exchanges tensors with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where in a pipeline a worker stands, as far as its memory depends on it."""
-
-    num_stages: int
-    is_first: bool
-    is_last: bool
-    in_flight: int | Ints
-    """An array prices many places at once; such a place is no key."""
-    gradient_copies: int
-    num_peers: int
-
-
-def place_of(num_stages: int, stage_index: int, num_micro_batches: int, share: ReplicaShare | None = None) -> Place:
-    """The place of a stage's only worker, or of a replica with its share."""
-    is_first, is_last = stage_index == 0, stage_index == num_stages - 1
-    return Place(
-        num_stages=num_stages,
-        is_first=is_first,
-        is_last=is_last,
-        in_flight=share.in_flight if share else micro_batches_in_flight(num_stages, stage_index, num_micro_batches),
-        gradient_copies=share.gradient_copies if share else int(num_micro_batches > 1),
-        num_peers=share.num_peers if share else (not is_first) + (not is_last),
-    )
-
-
-def micro_batches_in_flight(num_stages: int, stage_index: int, num_micro_batches: int) -> int:
-    """Micro-batches between their forward and their backward pass on one stage, at most, under 1F1B."""
-    return min(num_stages - stage_index, num_micro_batches)
 
 
 class MemoryModel:

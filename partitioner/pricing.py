@@ -16,8 +16,8 @@ from partitioner.cached_epoch import cached_step_of
 from partitioner.cost import StageCost, message_bytes, stage_cost
 from partitioner.device import DeviceProfile, LinkProfile, LinkTable
 from partitioner.layout import Cuts, Group, Layout
-from partitioner.memory import Ints
 from partitioner.model import JobShape, ModelTable
+from partitioner.place import Ints
 from partitioner.plan import CachedStep
 from partitioner.replay import Floats, StageGroup, StepTime, replay, replay_many
 from partitioner.rooms import Rooms

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 from partitioner.device import DeviceProfile
 from partitioner.layout import Layout, replica_shares
-from partitioner.memory import ReplicaShare, heap_reuse
+from partitioner.memory import heap_reuse
+from partitioner.place import ReplicaShare
 from partitioner.plan import LinkUse, Plan, RejectedPlan, ReplicaPlan, StagePlan
 from partitioner.pricing import Candidate, Pricer
 from partitioner.replay import replay

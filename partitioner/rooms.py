@@ -12,8 +12,9 @@ import numpy as np
 
 from partitioner.device import DeviceProfile
 from partitioner.layout import Cuts, Group, Layout, owners_of, replica_shares
-from partitioner.memory import Ints, MemoryModel, Place, place_of
+from partitioner.memory import MemoryModel
 from partitioner.model import JobShape, ModelTable
+from partitioner.place import Ints, Place, place_of
 
 
 @dataclass(frozen=True, slots=True)

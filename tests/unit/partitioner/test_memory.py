@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.memory import MemoryModel, micro_batches_in_flight, stage_memory
+from partitioner.activations import block_kinds, block_token_bytes, saved_block_bytes
+from partitioner.memory import MemoryModel, stage_memory
+from partitioner.place import micro_batches_in_flight
 from plutino.errors import PlanError
-from plutino.job.method import LoraConfig
+from plutino.job.method import AdaptersConfig, FullConfig, LoraConfig, ParallelAdaptersConfig, PrefixConfig
 from tests.unit.partitioner.fleet import gpt2, job, llama
 
 NUM_BLOCKS = 8
@@ -155,3 +157,31 @@ def test_memory_of_blocks_that_do_not_exist_is_refused(blocks):
 def test_memory_model_adapter_of_another_model_is_refused():
     with pytest.raises(PlanError, match="described for 3 blocks, the model has 4"):
         MemoryModel(llama(4), job(llama(3)))
+
+
+METHODS = [
+    LoraConfig(),
+    LoraConfig(rank_pattern={"layers.2.*q_proj": 3}),
+    LoraConfig(layers_to_transform=(3, 5), use_dora=True),
+    LoraConfig(target_modules=("q_proj", "v_proj"), dropout=0.1),
+    ParallelAdaptersConfig(reduction=4),
+    ParallelAdaptersConfig(reduction=4, blocks=(2, 4, 5)),
+    AdaptersConfig(layers_to_transform=(4,)),
+    PrefixConfig(),
+    FullConfig(),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=[f"{i} {method.type}" for i, method in enumerate(METHODS)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_memory_blocks_of_one_kind_keep_the_same(method, dtype):
+    table = llama(NUM_BLOCKS)
+    shape = job(table, method, dtype=dtype, generate_rows=2, generate_tokens=8)
+
+    kinds = block_kinds(table, shape)
+
+    for block, kind in enumerate(kinds):
+        assert saved_block_bytes(table, shape, block) == saved_block_bytes(table, shape, kind)
+        assert block_token_bytes(table, shape, block, 8) == block_token_bytes(table, shape, kind, 8)
+        assert shape.adapter_params[block] == shape.adapter_params[kind]
+    assert len(set(kinds)) < NUM_BLOCKS
