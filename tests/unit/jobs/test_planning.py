@@ -98,7 +98,7 @@ def problem(
         "model": {"path": str(TINY_LLAMA_DIR), "dtype": "fp32", **changes.get("model", {})},
         "data": {"train": str(SNIPS_DIR / "train.jsonl")},
         "training": {"steps": 10, "batch_size": 512, "micro_batch_size": micro_batch_size},
-        **({"method": changes["method"]} if "method" in changes else {}),
+        **{part: changes[part] for part in ("method", "placement") if part in changes},
     }
     return asyncio.run(
         make_problem(
@@ -238,3 +238,43 @@ def test_later_plans_keep_the_products_of_the_numerics_record():
     found = problem(fleet, 4, record, **INT8_BESIDE)
 
     assert (found.shape.packing, fleet.num_measured) == (packing, 4)
+
+
+def record_with(**changes):
+    fields = {
+        "dtype": "fp32",
+        "attention": "sdpa",
+        "micro_batch_size": 2,
+        "threads_per_worker": 1,
+        "codecs": "raw",
+        "versions": {},
+    }
+    return NumericsRecord(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("placement", "codecs"),
+    [
+        ({}, ()),
+        ({"codec": "bf16"}, ()),
+        ({"codec": "auto"}, ("raw", "bf16")),
+        ({"numerics": "free"}, ("raw", "bf16")),
+        ({"numerics": "free", "codec": "bf16"}, ()),
+    ],
+)
+def test_first_plan_chooses_micro_batch_and_codec_and_a_plan_under_a_record_neither(placement, codecs):
+    changes = {"model": {"dtype": "fp32"}, "placement": placement}
+
+    first, later = (problem(FakeFleet(4000), None, record, **changes) for record in (None, record_with()))
+
+    assert (first.is_micro_batch_free, first.codecs) == (True, codecs)
+    assert (later.is_micro_batch_free, later.codecs, later.shape.micro_batch_rows) == (False, (), 2)
+
+
+@pytest.mark.parametrize(("codecs", "borders"), [("raw", (3,)), ("bf16", ()), ("raw", ())])
+def test_later_plans_keep_the_codecs_of_the_numerics_record(codecs, borders):
+    record = record_with(codecs=codecs, bf16_borders=borders)
+
+    found = problem(FakeFleet(4000), None, record, placement={"codec": "auto"})
+
+    assert (found.shape.codec, found.shape.bf16_borders) == (codecs, borders)
