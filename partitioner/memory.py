@@ -198,8 +198,9 @@ class MemoryModel:
         }
         passing_bytes = training["activations"] + training["logits and loss"] + training["workspace"]
         generation_bytes = self._generation_bytes(end_block - start_block, place)
-        # Weights that are trained themselves are in the bill already.
-        trained_bytes = TRAINED_BYTES_PER_PARAM - (_FP32_BYTES if shape.trains_weights else 0)
+        # Weights that are trained themselves are in the bill already; bf16 ones have a master each.
+        is_own = shape.trains_weights and shape.dtype == "fp32"
+        trained_bytes = TRAINED_BYTES_PER_PARAM - (_FP32_BYTES if is_own else 0)
         coming_and_going = np.maximum(passing_bytes, generation_bytes)
         bill = {
             "weights": weight_bytes,

@@ -213,8 +213,8 @@ def make_numerics(plan: Plan, family: Family, devices: Sequence[Device], *, is_b
 
 
 def _dtype(spec: JobSpec, devices: Sequence[Device]) -> str:
-    if spec.method.trains_weights:
-        return "fp32"
+    if spec.method.trains_weights and spec.model.dtype == "auto":
+        return "fp32"  # bf16 would round the first weights of a model that is stored in more
     if spec.model.dtype != "auto":
         return spec.model.dtype
     # bf16 only where every device runs it faster than fp32: without bf16 units its backward is 300 times slower.

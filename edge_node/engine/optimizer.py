@@ -20,6 +20,7 @@ class StageOptimizer:
 
     def __init__(self, parameters: Sequence[TrainableParameter], config: TrainingConfig, total_steps: int) -> None:
         self._config = config
+        self._parameters = tuple(parameters)
         self._total_steps = total_steps
         # A parameter with two uses in this stage is one storage: its first use stands for it.
         self._owned: dict[str, nn.Parameter] = {p.name: p.uses[0][1] for p in parameters}
@@ -53,6 +54,7 @@ class StageOptimizer:
             group["lr"] = learning_rate(step, self._config, self._total_steps)
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
+        self._refresh()
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of parameters and moments, under ``param/<name>``, ``exp_avg/<name>``, ..., in the host's memory."""
@@ -81,6 +83,11 @@ class StageOptimizer:
             state["exp_avg"].copy_(tensors[f"exp_avg/{name}"])
             state["exp_avg_sq"].copy_(tensors[f"exp_avg_sq/{name}"])
             state["step"].copy_(tensors[f"adam_step/{name}"])
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for parameter in self._parameters:
+            parameter.refresh()
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         assert self._adamw is not None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 Role = str
@@ -34,6 +35,14 @@ class TrainableParameter:
     are two Parameters on one storage, so that each accumulates its own gradient."""
     all_roles: tuple[Role, ...]
     """Roles over all stages of the model, in the same order: who must add up gradients with whom."""
+    copies: tuple[nn.Parameter, ...] = ()
+    """What this stage computes with in another dtype: whoever changes the parameter calls :meth:`refresh`."""
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Let the copies have the parameter's value."""
+        for copy in self.copies:
+            copy.copy_(self.uses[0][1])
 
 
 class AttachedMethod(Protocol):

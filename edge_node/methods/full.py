@@ -1,12 +1,15 @@
 """Full fine-tuning on one stage: every parameter of its part of the model is trained, in place.
 
-Values are fp32, and so is the computation: a stage's weights are its master weights. Embedding and head of a tied model
-are one global parameter, held by first and last stage, whose gradients are summed before the vote. The checkpoint is
-the model itself under transformers' names; there is no base beside it to switch back to.
+Values are fp32. A stage that computes in fp32 trains its weights themselves; one that computes in bf16 has a master of
+each beside it, which takes the gradients and the updates and is rounded to the weight after each (mixed precision of
+Micikevicius et al. 2018, arXiv:1710.03740): updates too small for bf16 add up. Embedding and head of a tied model are
+one global parameter, held by first and last stage, whose gradients are summed before the vote. The checkpoint is the
+model itself under transformers' names; there is no base beside it to switch back to.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -53,6 +56,8 @@ class AttachedFull:
             state,
             advice="It must be the same model, trained in full",
         )
+        for parameter in self.parameters:
+            parameter.refresh()
 
     def peft_config(self) -> dict[str, Any]:
         """What takes the place of adapter_config.json, which a whole model does not have."""
@@ -63,17 +68,17 @@ def attach_full(stage: Stage, config: FullConfig, *, seed: int) -> AttachedFull:
     """Train all that a stage holds, in place. Nothing is drawn at random.
 
     Args:
-        stage: a stage without an adapter, in fp32, not packed.
+        stage: a stage without an adapter, not packed.
         config: the method's config, the same for every stage.
         seed: the job's seed.
 
     Raises:
-        ConfigError: the stage's weights cannot be trained: packed, in bf16, or experts.
+        ConfigError: the stage's weights cannot be trained: packed, or experts.
     """
-    if not stage.packing.is_plain or stage.dtype != torch.float32:
+    if not stage.packing.is_plain:
         raise ConfigError(
-            f"method.type: full trains weights in fp32, this stage holds them in {stage.packing.scheme} and computes "
-            f"in {str(stage.dtype).removeprefix('torch.')}; set model.dtype: fp32 and model.quantization: none"
+            f"method.type: full trains whole weights, this stage holds them in {stage.packing.scheme}; set "
+            "model.quantization: none, quantize_embedding and quantize_head: keep"
         )
     if stage.family.merged:
         raise ConfigError(
@@ -83,18 +88,48 @@ def attach_full(stage: Stage, config: FullConfig, *, seed: int) -> AttachedFull:
     if stage.is_tied and stage.is_first and stage.is_last:
         _part_uses(stage, embedding, head)
     roles: tuple[Role, ...] = ("embedding", "head")
+    masters = _Masters()
     parameters: list[TrainableParameter] = []
-    tied: list[tuple[Role, nn.Parameter]] = []
-    for name, parameter in stage.model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(True)
+    tied: list[tuple[Role, nn.Parameter, tuple[nn.Parameter, ...]]] = []
+    for name, weight in stage.model.named_parameters(remove_duplicate=False):
+        weight.requires_grad_(True)
+        parameter, copies = (weight, ()) if weight.dtype == torch.float32 else (masters.of(weight), (weight,))
         if stage.is_tied and name in (embedding, head):
-            tied.append(("embedding" if name == embedding else "head", parameter))
+            tied.append(("embedding" if name == embedding else "head", parameter, copies))
         else:
-            parameters.append(TrainableParameter(name, (("block", parameter),), ("block",)))
+            parameters.append(TrainableParameter(name, (("block", parameter),), ("block",), copies))
     if tied:
-        uses = tuple(sorted(tied, key=lambda use: roles.index(use[0])))
-        parameters.append(TrainableParameter(embedding, uses, roles))
+        tied.sort(key=lambda use: roles.index(use[0]))
+        uses = tuple((role, parameter) for role, parameter, _ in tied)
+        # Both uses are one storage, here and in the copies: one of these stands for it.
+        parameters.append(TrainableParameter(embedding, uses, roles, tied[0][2]))
     return AttachedFull(parameters)
+
+
+class _Masters:
+    """fp32 parameters in the place of narrower weights, one storage where the weights have one."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, Tensor] = {}
+
+    def of(self, weight: nn.Parameter) -> nn.Parameter:
+        """The master of a weight, which takes the weight's gradients from now on."""
+        if weight.data_ptr() not in self._values:
+            self._values[weight.data_ptr()] = weight.detach().float()
+        master = nn.Parameter(self._values[weight.data_ptr()])
+        weight.register_post_accumulate_grad_hook(functools.partial(_hand_over, master))
+        return master
+
+
+def _hand_over(master: nn.Parameter, weight: Tensor) -> None:
+    """Add a weight's gradient to its master's, in fp32; that of a frozen one is dropped."""
+    gradient, weight.grad = weight.grad, None
+    if gradient is None or not master.requires_grad:
+        return
+    if master.grad is None:
+        master.grad = gradient.float()
+    else:
+        master.grad.add_(gradient)
 
 
 def _part_uses(stage: Stage, embedding: str, head: str) -> None:

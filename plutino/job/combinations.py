@@ -46,8 +46,6 @@ def _method_problems(spec: JobSpec) -> Iterator[str]:
             f"method.type: {method.type} trains the weights that model.quantization, quantize_embedding and "
             "quantize_head would pack; leave these out, or use method.type: lora"
         )
-    if model.dtype == "bf16":
-        yield f"method.type: {method.type} computes with the fp32 weights that it trains; set model.dtype: fp32"
     if objective.runs_reference:
         yield (
             f"objective.type: {objective.type} compares with the base model, of which method.type: {method.type} "

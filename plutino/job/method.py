@@ -24,8 +24,8 @@ class MethodPart(SpecPart, ABC):
     has_peft_format: ClassVar[bool] = True
     """Whether stock peft loads the checkpoint; plutino.load_adapter loads the others."""
     trains_weights: ClassVar[bool] = False
-    """Whether the model's own weights are trained in place: in fp32, unpacked, published as a whole model, and with no
-    base model left beside them."""
+    """Whether the model's own weights are trained in place: unpacked, published as a whole model, and with no base
+    left beside them."""
     saves_score_head: ClassVar[bool] = False
     """Whether the checkpoint has a place for a head that an objective trains."""
 
