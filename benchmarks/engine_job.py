@@ -19,6 +19,7 @@ from torch import Tensor
 
 from coordinator.jobs.barrier import Commit, Vote, decide, open_barrier
 from coordinator.jobs.prepared import TaskRows, for_devices
+from coordinator.jobs.rollouts import Rollouts
 from coordinator.jobs.runner import JobRunner
 from coordinator.jobs.scoring import ScoreReport
 from edge_node.engine.generate import GenerateOptions
@@ -29,7 +30,7 @@ from edge_node.transport.base import Peer
 from plutino.data.batches import StepBatch
 from plutino.errors import NumericsError
 from plutino.job.assignment import StageShape
-from plutino.job.objective import GENERATED_METRICS
+from plutino.job.objective import GENERATED_METRICS, GrpoConfig
 from plutino.job.spec import JobSpec
 from plutino.types import JobId, WorkerRef
 
@@ -52,6 +53,9 @@ class EngineJob:
         self.prepared = self.runner.prepare()
         self.spec = for_devices(spec, self.prepared)
         self.losses: list[float] = []
+        self.rewards: list[float] = []
+        """Mean reward of each step's sampled answers."""
+        self._rollouts: Rollouts | None = None
         self._serials = itertools.count()
         num_blocks = int(_config_of(spec)["num_hidden_layers"])
         borders = [round(stage * num_blocks / num_stages) for stage in range(num_stages + 1)]
@@ -85,9 +89,44 @@ class EngineJob:
         first = len(self.losses)
         last = self.prepared.total_steps if num_steps is None else min(first + num_steps, self.prepared.total_steps)
         for step in range(first, last):
-            self.step(step, self.runner.train_batch(step, self.micro_batch_size))
+            self.step(step, self._batch(step))
             after_step(step + 1)
         return self.losses
+
+    def _batch(self, step: int) -> StepBatch:
+        objective = self.spec.objective
+        if not isinstance(objective, GrpoConfig):
+            return self.runner.train_batch(step, self.micro_batch_size)
+        if self._rollouts is None or self._rollouts.first_step != objective.first_step_of(step):
+            self._rollouts = self._roll_out(objective, step)
+            self.rewards.append(self._rollouts.counts["reward"])
+        return self.runner.rollout_batch(self._rollouts, self.micro_batch_size)
+
+    def _roll_out(self, config: GrpoConfig, step: int) -> Rollouts:
+        groups = self.runner.rollout_prompts(step)
+        indices = tuple(group.sample_indices for group in groups)
+        options = GenerateOptions(
+            max_new_tokens=config.max_new_tokens,
+            stop_tokens=self.prepared.stop_token_ids,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            keep_stop=True,
+            step=step,
+            sample_indices=indices,
+        )
+        answers = self.pipeline.generate(next(self._serials), groups, options)
+        tokens = {sample: tuple(map(int, own)) for sample, own in _by_row(indices, answers).items()}
+        rollouts = self.runner.reward(Rollouts(first_step=step, tokens=tokens))
+        if config.updates == 1:
+            return rollouts
+        batch = self.runner.rollout_batch(rollouts, self.micro_batch_size)
+        _, values = self.pipeline.evaluate_rows(next(self._serials), batch.micro_batches)
+        logps = {
+            sample: tuple(own[: len(tokens[sample])])
+            for rows, of_rows in zip(batch.micro_batches, values, strict=True)
+            for sample, own in zip(rows.sample_indices, of_rows.tolist(), strict=True)
+        }
+        return rollouts.model_copy(update={"logps": logps})
 
     def step(self, step: int, batch: StepBatch) -> None:
         """Run one step and apply it.

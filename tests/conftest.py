@@ -124,6 +124,8 @@ PART_BY_PATH = {
     "unit/data/test_preview": OBJECTIVES,
     "unit/data/test_uses": OBJECTIVES,
     "integration/test_objectives": OBJECTIVES,
+    "unit/jobs/test_rewards": OBJECTIVES,
+    "unit/jobs/test_value_scores": OBJECTIVES,
 }
 
 

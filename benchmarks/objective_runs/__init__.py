@@ -8,12 +8,14 @@ from benchmarks.objective_runs.language import DAPT_LEGAL, DAPT_MEDICAL, MULTITA
 from benchmarks.objective_runs.loops import LLM2LLM
 from benchmarks.objective_runs.preferences import DPO, REWARD
 from benchmarks.objective_runs.run import Run, Settings
+from benchmarks.objective_runs.sampling import GRPO
 
 __all__ = ["RUNS", "Settings"]
 
 RUNS: Mapping[str, Run] = {
     "reward": REWARD,
     "dpo": DPO,
+    "grpo": GRPO,
     "dapt_legal": DAPT_LEGAL,
     "dapt_medical": DAPT_MEDICAL,
     "multitask": MULTITASK,

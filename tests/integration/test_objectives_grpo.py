@@ -46,17 +46,11 @@ def step_events(people, job_id):
     return [event for kind, event in people.events(job_id) if kind == "StepCommitted"]
 
 
-def finished(people, folder, parts):
-    """The job on one worker, then on two: at once, their checks in this process would get in each other's way."""
-    job_ids = []
-    for stages in (1, 2):
-        job_ids.append(submit(people, folder, stages=stages, **parts))
-        assert people.wait(job_ids[-1]).state == "succeeded", people.job(job_ids[-1])
-    return job_ids
-
-
 def test_job_gives_the_same_bits_on_one_and_two_workers_and_reports_what_it_sampled(people, tmp_path, parts):
-    job_ids = finished(people, tmp_path, parts)
+    job_ids = []
+    for stages in (1, 2):  # at once, their checks in this process would get in each other's way
+        job_ids.append(submit(people, tmp_path, stages=stages, **parts))
+        assert people.wait(job_ids[-1]).state == "succeeded", people.job(job_ids[-1])
 
     details = [people.detail(job_id) for job_id in job_ids]
     assert losses(details[0]) == losses(details[1])
@@ -108,12 +102,11 @@ def test_reward_adapter_of_a_finished_job_scores_the_answers_on_the_same_stages(
     )
 
     sources = [{"type": "adapter", "path": str(reward_dir)}]
-    job_ids = finished(people, tmp_path, {**parts, "objective": {**GRPO, "rewards": sources}})
+    job_id = submit(people, tmp_path, stages=2, **{**parts, "objective": {**GRPO, "rewards": sources}})
 
-    one, two = (step_events(people, job_id) for job_id in job_ids)
-    assert [event["counts"] for event in one] == [event["counts"] for event in two]
-    assert one[0]["counts"]["reward_std"] > 0
-    assert adapter_bytes(tmp_path / "adapter1") == adapter_bytes(tmp_path / "adapter2")
+    assert people.wait(job_id).state == "succeeded", people.job(job_id)
+    first, second, *_ = (event["counts"] for event in step_events(people, job_id))
+    assert first["reward_std"] > 0 and first["reward"] == second["reward"]
 
 
 def test_reward_function_that_fails_ends_the_job_and_names_the_row(people, tmp_path, parts):
@@ -126,6 +119,7 @@ def test_reward_function_that_fails_ends_the_job_and_names_the_row(people, tmp_p
     assert "mine.py:vowels on an answer to line" in summary.reason and "ZeroDivisionError" in summary.reason
 
 
+@pytest.mark.slow
 def test_cancelled_while_it_samples_a_job_ends_and_its_workers_with_it(people, tmp_path, parts, monkeypatch):
     started, go_on = [], threading.Event()
     sample = _Generation._sample

@@ -168,6 +168,31 @@ def test_sampling_follows_the_models_distribution(model_dirs):
     assert not found[shares < 1e-7].any()
 
 
+def test_top_p_leaves_out_the_unlikely_and_changes_nothing_at_one(model_dirs):
+    groups = make_groups()
+    with pipeline_of(make_spec(model_dirs["llama"]), stages_of(2)) as pipeline:
+        all_tokens = pipeline.generate(0, groups, sampling(groups))
+        likeliest = pipeline.generate(1, groups, sampling(groups, top_p=1e-9))
+        some = pipeline.generate(2, groups, sampling(groups, top_p=0.5))
+        assert pipeline.generate(3, groups, sampling(groups, top_p=1.0)) == all_tokens
+    assert likeliest == generate_with_transformers(model_dirs["llama"], groups)
+    assert some not in (all_tokens, likeliest)
+    with pipeline_of(make_spec(model_dirs["llama"]), stages_of(3)) as pipeline:
+        assert pipeline.generate(0, groups, sampling(groups, top_p=0.5)) == some
+
+
+def test_stop_tokens_are_given_where_they_are_kept(model_dirs):
+    groups = make_groups()
+    stops = (generate_with_transformers(model_dirs["llama"], groups)[0][0][2],)
+    with pipeline_of(make_spec(model_dirs["llama"]), stages_of(2)) as pipeline:
+        without, kept = (
+            pipeline.generate(serial, groups, GenerateOptions(NEW_TOKENS, stop_tokens=stops, keep_stop=serial == 1))
+            for serial in range(2)
+        )
+    expected = [[row + [stops[0]] * (len(row) < NEW_TOKENS) for row in rows] for rows in without]
+    assert kept == expected != without
+
+
 def test_uniform_is_below_one_and_depends_on_every_part():
     draws = [uniform(0, 1, 2, position) for position in range(2000)]
 
