@@ -2,7 +2,8 @@
 
     python -m benchmarks.quantized_8b --preset 8b      # 4 CPU agents of 2.5 GiB each
     python -m benchmarks.quantized_8b --preset 65b     # 8 agents of 6 GB each on one CUDA card
-    python -m benchmarks.quantized_8b --preset small   # does it run at all
+    python -m benchmarks.quantized_8b --quick          # the first with 4 of its 32 blocks: does it run at all
+    python -m benchmarks.quantized_8b --preset small   # a tiny one
 
 Agents and workers are the real ones, started as a person starts them. The weights are random, drawn on each device when
 its worker loads (a folder with random_weights.json, see ``plutino/random_weights.py``): they are on no disk, and the
@@ -127,10 +128,14 @@ def main() -> int:
     parser.add_argument("--preset", choices=PRESETS, default="8b")
     parser.add_argument("--device", help="cpu or cuda[:N]; by default the preset's")
     parser.add_argument("--steps", type=int, help="by default the preset's")
+    parser.add_argument("--quick", action="store_true", help="one block an agent")
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/quantized_<preset>.json")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     preset = replace(preset, device=arguments.device or preset.device, num_steps=arguments.steps or preset.num_steps)
+    if arguments.quick:
+        blocks = replace(preset.workload, num_blocks=preset.num_agents)
+        preset = replace(preset, name=f"{preset.name}_quick", workload=blocks)
     out: Path = arguments.out or _RESULTS / f"quantized_{preset.name}.json"
     with tempfile.TemporaryDirectory(prefix="plutino-bench-") as folder:
         figures = run(preset, Path(folder))

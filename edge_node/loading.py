@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from safetensors.torch import load as load_safetensors
@@ -16,10 +17,11 @@ from edge_node.engine.optimizer import StageOptimizer
 from edge_node.methods.base import AttachedMethod
 from edge_node.methods.reward_adapter import RewardAdapter
 from edge_node.objectives.registry import OBJECTIVES
-from edge_node.sources.opening import drawn_source, open_weights
+from edge_node.sources.opening import drawn_source, open_packed, open_weights
 from edge_node.sources.shared import Progress, SharedWeights
 from edge_node.stage.build import COMPUTE_DTYPES, build_stage
-from edge_node.stage.packed_cache import PackedBlobs
+from edge_node.stage.packed_cache import PackedBlobs, ShippedMatrices
+from edge_node.stage.packing import PackedCache
 from edge_node.stage.stage import Stage
 from edge_node.transport.base import Peer
 from edge_node.weights_config import WeightsConfig
@@ -62,19 +64,22 @@ class StageLoading:
         self._credentials = credentials
         self._tell = tell
         self._weights: SharedWeights | None = None
+        self._packed: SharedWeights | None = None
         self._stop_reason: str | None = None
         self._told_s = 0.0
 
     def stop(self, reason: str) -> None:
         """Let a :meth:`build` in progress fail; from any thread."""
         self._stop_reason = reason
-        if self._weights is not None:
-            self._weights.stop(reason)
+        for weights in (self._weights, self._packed):
+            if weights is not None:
+                weights.stop(reason)
 
     def close(self) -> None:
         """Let go of the weights' files and connections."""
-        if self._weights is not None:
-            self._weights.close()
+        for weights in (self._weights, self._packed):
+            if weights is not None:
+                weights.close()
 
     def build(self) -> Stage:
         """The stage, without an adapter."""
@@ -82,9 +87,13 @@ class StageLoading:
         self._weights = open_weights(
             assignment, config, self._bulk, credentials=self._credentials, on_progress=self._on_progress
         )
+        manifest = self._weights.manifest
+        self._packed = open_packed(
+            assignment, config, self._bulk, manifest, credentials=self._credentials, on_progress=self._on_progress
+        )
         if self._stop_reason is not None:
-            self._weights.stop(self._stop_reason)
-        drawn = drawn_source(self._weights.manifest, self._device.torch)
+            self.stop(self._stop_reason)
+        drawn = drawn_source(manifest, self._device.torch)
         return build_stage(
             drawn or self._weights,
             assignment.shape.start_block,
@@ -94,21 +103,35 @@ class StageLoading:
             checkpointing=assignment.checkpointing,
             packing=assignment.numerics.packing,
             device=self._device.torch,
-            cache=None if drawn else PackedBlobs(config.cache(), assignment.base_hash),
+            cache=None if drawn else self._packed_cache(),
             has_lm_head=not assignment.spec.objective.has_score_head,
             has_backbone=not assignment.from_cache,
         )
 
     def bytes_by_place(self, stage: Stage) -> Mapping[str, int]:
         """Where the stage's bytes came from."""
-        return {HELD: stage.bytes_read} if self._weights is None else self._weights.progress.by_place
+        return {HELD: stage.bytes_read} if self._weights is None else self._progress().by_place
 
-    def _on_progress(self, progress: Progress) -> None:
+    def _packed_cache(self) -> PackedCache:
+        own = PackedBlobs(self._config.cache(), self._assignment.base_hash)
+        return own if self._packed is None else ShippedMatrices(own, self._packed)
+
+    def _progress(self) -> Progress:
+        """Of stored and of packed tensors together."""
+        parts = [weights.progress for weights in (self._weights, self._packed) if weights is not None]
+        by_place: Counter[str] = Counter()
+        for part in parts:
+            by_place.update(part.by_place)
+        done, total = (sum(getattr(part, name) for part in parts) for name in ("done_bytes", "total_bytes"))
+        return Progress(done, total, dict(by_place))
+
+    def _on_progress(self, _: Progress) -> None:
         # From several threads: one event too many does no harm.
         now_s = time.monotonic()
         if now_s - self._told_s < _PROGRESS_EVERY_S:
             return
         self._told_s = now_s
+        progress = self._progress()
         self._tell(
             pb.LoadProgress(
                 done_bytes=progress.done_bytes,

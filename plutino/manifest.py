@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from plutino.errors import ModelError
 from plutino.random_weights import drawn_digests, read_random_weights
 from plutino.safetensors_index import DTYPE_BYTES, TensorEntry, read_safetensors_headers
 
-_VERSION = 1
+_VERSION = 2
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -45,6 +45,9 @@ class Manifest:
     sha256: Mapping[str, str]
     """Of each tensor's bytes as they are stored."""
     origin: HubOrigin | None = None
+    packed: Mapping[str, TensorEntry] = field(default_factory=dict)
+    """Packed tensors of its matrices that the coordinator made, by :func:`packed_name`: of what the model computes they
+    say nothing new."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -71,12 +74,16 @@ class Manifest:
             "version": _VERSION,
             "config": self.config_json,
             "origin": None if self.origin is None else [self.origin.repository, self.origin.commit],
-            "tensors": {
-                name: [entry.file, entry.dtype, list(entry.shape), entry.start, entry.end, self.sha256[name]]
-                for name, entry in self.tensors.items()
-            },
+            "tensors": self._rows(self.tensors),
+            "packed": self._rows(self.packed),
         }
         return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+
+    def _rows(self, tensors: Mapping[str, TensorEntry]) -> dict[str, list[Any]]:
+        return {
+            name: [entry.file, entry.dtype, list(entry.shape), entry.start, entry.end, self.sha256[name]]
+            for name, entry in tensors.items()
+        }
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray) -> Manifest:
@@ -89,14 +96,32 @@ class Manifest:
             values = json.loads(data)
             if values["version"] != _VERSION:
                 raise ValueError(f"version {values['version']}, this plutino reads {_VERSION}")
-            rows = dict(sorted(values["tensors"].items()))
-            tensors = {name: _entry(name, row) for name, row in rows.items()}
+            rows, packed_rows = (dict(sorted(values[key].items())) for key in ("tensors", "packed"))
+            tensors, packed = ({name: _entry(name, row) for name, row in of.items()} for of in (rows, packed_rows))
+            if rows.keys() & packed_rows.keys():
+                raise ValueError("a packed tensor has the name of a stored one")
             origin = None if values["origin"] is None else HubOrigin(*map(str, values["origin"]))
-            return cls(str(values["config"]), tensors, {name: str(row[5]) for name, row in rows.items()}, origin)
+            sha256 = {name: str(row[5]) for name, row in (rows | packed_rows).items()}
+            return cls(str(values["config"]), tensors, sha256, origin, packed)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ModelError(
                 f"the model's manifest cannot be read ({error!r}); use the same version of plutino on all machines"
             ) from error
+
+
+def packed_name(matrix: str, scheme: str, part: str) -> str:
+    """What a packed tensor of a matrix is called beside the stored tensors."""
+    return f"{matrix}.{scheme}.{part}"
+
+
+def with_packed(manifest: Manifest, packed_dir: Path) -> Manifest:
+    """The manifest with the packed tensors of a folder of safetensors files.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    packed = read_safetensors_headers(packed_dir)
+    return replace(manifest, packed=packed, sha256={**manifest.sha256, **_digests(packed_dir, packed)})
 
 
 def make_manifest(model_dir: str | Path, *, origin: HubOrigin | None = None) -> Manifest:
@@ -116,11 +141,15 @@ def make_manifest(model_dir: str | Path, *, origin: HubOrigin | None = None) -> 
     if drawn is not None:
         return Manifest(config_json, drawn, drawn_digests(drawn), origin)
     tensors = read_safetensors_headers(folder)
+    return Manifest(config_json, tensors, _digests(folder, tensors), origin)
+
+
+def _digests(folder: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for file in sorted({entry.file for entry in tensors.values()}):
         own = {name: entry for name, entry in tensors.items() if entry.file == file}
         digests |= tensor_digests(folder / file, own)
-    return Manifest(config_json, tensors, digests, origin)
+    return digests
 
 
 def base_model_hash(model_dir: str | Path) -> str:

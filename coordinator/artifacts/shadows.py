@@ -53,6 +53,11 @@ class ShadowStore:
         self._state_dir = state_dir
         self._publishing = threading.Lock()
 
+    @property
+    def state_dir(self) -> Path:
+        """The coordinator's own folder."""
+        return self._state_dir
+
     def job_dir(self, job_id: str) -> Path:
         """Folder of a job; it need not exist."""
         return self._state_dir / "jobs" / check_name("job id", job_id)

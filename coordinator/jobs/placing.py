@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Iterable, Mapping
 
 from coordinator.artifacts.offered_adapters import offer_initial_adapter, offer_reward_adapter
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
+from coordinator.jobs.offering import offer_base
 from coordinator.jobs.phases import entry_owners
 from coordinator.jobs.prepared import for_devices
 from coordinator.jobs.recovery import durable_steps
 from coordinator.scheduling.problem import first_trainable_stage, stage_shapes
-from coordinator.weights.hub_models import fetch_weights, origin_of
-from coordinator.weights.model_files import offer_model
 from plutino.errors import AgentError, AgentLostError, JobError
-from plutino.events import Notice, WorkerLoaded, WorkerLoading
+from plutino.events import WorkerLoaded, WorkerLoading
 from plutino.job.assignment import (
     DeviceCache,
     RestorePoint,
@@ -30,7 +28,6 @@ from plutino.job.assignment import (
 )
 from plutino.job.spec import JobSpec
 from plutino.manifest import Manifest
-from plutino.sizes import format_size
 from plutino.types import AgentId, WorkerRef
 from protos import workers_pb2 as pb
 
@@ -43,7 +40,6 @@ STOP_TIMEOUT_S = 4.0
 LOAD_STALLED_S = 600.0
 """Bounds the silence of a loading worker, not the loading: a large model over a slow link takes hours."""
 _PROGRESS_EVERY_S = 2.0
-_FETCH_TOLD_EVERY_S = 10.0
 LINK_TIMEOUT_S = 60.0
 
 
@@ -58,7 +54,7 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str
     """
     refs = context.refs()
     context.workers.expect(refs)
-    manifest = await _offer(context)
+    manifest = await offer_base(context)
     files = context.shadow_files
     initial = await asyncio.to_thread(offer_initial_adapter, context.spec, context.job_id, files)
     reward = await asyncio.to_thread(offer_reward_adapter, context.spec, context.job_id, files)
@@ -72,26 +68,6 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str
     return tuple(
         sorted({name for s in context.workers.statuses if s.loaded is not None for name in s.loaded.parameter_names})
     )
-
-
-async def _offer(context: JobContext) -> Manifest:
-    """Have all weights of the base model here and hand them out; a hub model's may have to be fetched first."""
-    model, loop, stop = context.spec.model, asyncio.get_running_loop(), threading.Event()
-    told_at_s = time.monotonic()
-
-    def tell(done_bytes: int, total_bytes: int) -> None:
-        nonlocal told_at_s
-        if time.monotonic() - told_at_s > _FETCH_TOLD_EVERY_S:
-            told_at_s = time.monotonic()
-            text = f"the coordinator fetches {model.path}: {format_size(done_bytes)} of {format_size(total_bytes)}"
-            loop.call_soon_threadsafe(context.tell_later, Notice(level="info", text=text))
-
-    try:
-        folder = await asyncio.to_thread(fetch_weights, model, on_fetched=tell, stop=stop)
-    finally:
-        stop.set()  # a cancelled job leaves its thread behind
-    # Hashing a large model takes seconds the first time; the event loop must go on with commits meanwhile.
-    return await asyncio.to_thread(offer_model, context.job_dir, folder, origin=origin_of(model))
 
 
 async def _load_all(

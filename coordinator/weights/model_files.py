@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from plutino.errors import ConfigError, ModelError, UnknownJobError
-from plutino.manifest import HubOrigin, Manifest, make_manifest
+from plutino.manifest import HubOrigin, Manifest, make_manifest, with_packed
 from plutino.random_weights import RANDOM_FILE
 
 _SERVED = re.compile(
@@ -31,8 +32,12 @@ def is_served(file_name: str) -> bool:
     return len(file_name) <= 255 and _SERVED.fullmatch(file_name) is not None
 
 
-def offer_model(job_dir: Path, model_dir: Path, *, origin: HubOrigin | None = None) -> Manifest:
+def offer_model(
+    job_dir: Path, model_dir: Path, *, origin: HubOrigin | None = None, packed_dir: Path | None = None
+) -> Manifest:
     """Let a job's workers read a model folder, and write down its manifest; replaces what was offered earlier.
+
+    ``packed_dir`` holds packed tensors of the model, which are offered beside it.
 
     The first time all weights are hashed, which takes seconds per GB.
 
@@ -40,7 +45,9 @@ def offer_model(job_dir: Path, model_dir: Path, *, origin: HubOrigin | None = No
         ModelError: the folder is no readable model folder.
     """
     manifest = make_manifest(model_dir, origin=origin)
-    register_model(job_dir, model_dir)
+    if packed_dir is not None:
+        manifest = with_packed(manifest, packed_dir)
+    register_model(job_dir, model_dir, packed_dir)
     _write(job_dir / "manifest.json", manifest.to_bytes())
     return manifest
 
@@ -57,8 +64,8 @@ def manifest_path(job_dir: Path) -> Path:
     return path
 
 
-def register_model(job_dir: Path, model_dir: Path) -> ModelFiles:
-    """Let a job's workers read the files of a model folder.
+def register_model(job_dir: Path, model_dir: Path, packed_dir: Path | None = None) -> ModelFiles:
+    """Let a job's workers read the files of a model folder, and the weights of a folder of packed tensors.
 
     Raises:
         ModelError: the folder has no config.json or no safetensors file.
@@ -70,8 +77,16 @@ def register_model(job_dir: Path, model_dir: Path) -> ModelFiles:
             f"{model_dir} is no model folder that can be served: it needs config.json and *.safetensors, "
             f"found {', '.join(names) or 'neither'}"
         )
-    _write(job_dir / "model.json", json.dumps({"path": str(model_dir.resolve()), "files": names}).encode())
-    return ModelFiles(model_dir.resolve(), frozenset(names))
+    packed = () if packed_dir is None else tuple(sorted(path.name for path in packed_dir.glob("*.safetensors")))
+    if packed_dir is not None and not packed:
+        raise ModelError(f"{packed_dir} holds no packed tensors; submit the job again")
+    if both := set(names) & set(packed):
+        raise ModelError(f"{min(both)} is in {model_dir} and in {packed_dir}; rename the model's file")
+    folders = {name: str(model_dir.resolve()) for name in names}
+    if packed_dir is not None:
+        folders |= {name: str(packed_dir.resolve()) for name in packed}
+    _write(job_dir / "model.json", json.dumps({"folders": folders}).encode())
+    return ModelFiles({name: Path(folder) for name, folder in folders.items()})
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -83,10 +98,15 @@ def _write(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A registered model folder and the names in it that are served."""
+    """The registered files of a model that are served."""
 
-    folder: Path
-    names: frozenset[str]
+    folders: Mapping[str, Path]
+    """Where each file lies, by its name."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset(self.folders)
 
     @classmethod
     def of_job(cls, job_dir: Path) -> ModelFiles:
@@ -103,10 +123,10 @@ class ModelFiles:
         except ValueError as error:
             raise ModelError(f"{job_dir / 'model.json'} is not JSON ({error}); submit the job again") from error
         match registration:
-            case {"path": str(folder), "files": [*names]} if all(isinstance(name, str) for name in names):
-                return cls(Path(folder), frozenset(name for name in names if is_served(name)))
+            case {"folders": dict(folders)} if all(isinstance(folder, str) for folder in folders.values()):
+                return cls({name: Path(folder) for name, folder in folders.items() if is_served(name)})
             case _:
-                raise ModelError(f"{job_dir / 'model.json'} lacks path or files; submit the job again")
+                raise ModelError(f"{job_dir / 'model.json'} does not tell its files' folders; submit the job again")
 
     def path(self, file_name: str) -> Path:
         """Path of a served file.
@@ -114,13 +134,13 @@ class ModelFiles:
         Raises:
             ConfigError: the file is not one that is served.
         """
-        if file_name not in self.names:
+        if file_name not in self.folders:
             raise ConfigError(
                 f"{file_name[:140]!r} is not served; the job's model has {len(self.names)} files that are: "
                 f"{', '.join(sorted(self.names)[:8])}"
             )
         # Not resolved and compared with the folder: model caches keep their files as links to blobs elsewhere.
-        return self.folder / file_name
+        return self.folders[file_name] / file_name
 
     def check_range(self, file_name: str, start_byte: int, end_byte: int) -> Path:
         """Path of a file that has the half-open byte range.
@@ -137,6 +157,6 @@ class ModelFiles:
 
     def _size_bytes(self, name: str) -> int:
         try:
-            return (self.folder / name).stat().st_size
+            return (self.folders[name] / name).stat().st_size
         except FileNotFoundError:
-            raise ModelError(f"{self.folder / name} is gone; put it back, or submit the job again") from None
+            raise ModelError(f"{self.folders[name] / name} is gone; put it back, or submit the job again") from None

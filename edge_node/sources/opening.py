@@ -56,6 +56,29 @@ def open_weights(
     )
 
 
+def open_packed(
+    assignment: WorkerAssignment,
+    config: WeightsConfig,
+    bulk: BulkClient,
+    manifest: Manifest,
+    *,
+    credentials: Credentials | None,
+    on_progress: Callable[[Progress], None],
+) -> SharedWeights | None:
+    """The packed tensors that the coordinator made, cached and shared like any others; None: it made none."""
+    if not manifest.packed:
+        return None
+    devices = [DeviceSource(device, assignment.job_id, credentials) for device in assignment.caches]
+    return SharedWeights(
+        Manifest(manifest.config_json, manifest.packed, manifest.sha256),
+        cache=config.cache(),
+        # The hub knows nothing of them.
+        sources=[*devices, CoordinatorSource(bulk, assignment.job_id)],
+        on_progress=on_progress,
+        first_share=assignment.replica_index / assignment.shape.num_replicas,
+    )
+
+
 def drawn_source(manifest: Manifest, device: torch.device) -> RandomSource | None:
     """A model whose weights are drawn on this very device; None: they are stored somewhere."""
     seed = seed_of(manifest.tensors)

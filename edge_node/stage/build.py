@@ -91,6 +91,7 @@ def build_stage(
     own_linears = [name for name in block_linears if name.startswith(_block_prefixes(family, kept_block, end_block))]
     packed_linears = own_linears if packing.scheme != "none" else ()
     names = _check_complete(model, stored_names, packer, packed_linears)
+    packer.prepare(names)
     if isinstance(source, ReadsAhead):
         source.prepare(stored for name in names if not packer.is_kept(name) for stored in stored_names.pieces(name))
     packer.pack_linears(model, own_linears)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from edge_node.cache import BlobCache
 from plutino.errors import AgentError
+from plutino.manifest import packed_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,9 @@ class PackedBlobs:
         """Whether packed tensors of a matrix lie here; their bytes are not looked at."""
         return self._blobs.has_name(self._key(name, scheme))
 
+    def prepare(self, name: str, scheme: str) -> None:
+        """They are here."""
+
     def save(self, name: str, scheme: str, packed: Mapping[str, Tensor]) -> None:
         """Keep packed tensors; a full or failing disk costs the next job time, and this one nothing."""
         if not self._is_writable:
@@ -66,3 +71,55 @@ class PackedBlobs:
     def _key(self, name: str, scheme: str) -> str:
         parts = ("plutino packed weights", str(FORMAT_VERSION), self._base_hash, scheme, name)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class PackedSource(Protocol):
+    """Gives packed tensors from elsewhere."""
+
+    def names(self) -> set[str]:
+        """Of all of them."""
+
+    def read(self, name: str, dtype: None) -> Tensor:
+        """One as it is stored."""
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """These will be read, in this order."""
+
+
+class ShippedMatrices:
+    """Packed matrices that the coordinator made, obtained like stored tensors; see PackedCache in ``packing.py``.
+
+    Args:
+        own: what this device packed itself.
+        shipped: gives the coordinator's packed tensors by :func:`plutino.manifest.packed_name`.
+    """
+
+    def __init__(self, own: PackedBlobs, shipped: PackedSource) -> None:
+        self._own = own
+        self._shipped = shipped
+        self._parts: dict[tuple[str, str], dict[str, str]] = {}
+        for name in sorted(shipped.names()):
+            matrix, scheme, part = name.rsplit(".", 2)
+            assert name == packed_name(matrix, scheme, part)
+            self._parts.setdefault((matrix, scheme), {})[part] = name
+
+    def load(self, name: str, scheme: str) -> dict[str, Tensor] | None:
+        """Packed tensors of a matrix, to the bit; None if nobody has packed it."""
+        own = self._own.load(name, scheme)
+        if own is not None:
+            return own
+        parts = self._parts.get((name, scheme))
+        return None if parts is None else {part: self._shipped.read(stored, None) for part, stored in parts.items()}
+
+    def holds(self, name: str, scheme: str) -> bool:
+        """Whether somebody has packed it."""
+        return (name, scheme) in self._parts or self._own.holds(name, scheme)
+
+    def prepare(self, name: str, scheme: str) -> None:
+        """Begin to obtain a matrix that is not here."""
+        if not self._own.holds(name, scheme):
+            self._shipped.prepare(self._parts[name, scheme].values())
+
+    def save(self, name: str, scheme: str, packed: Mapping[str, Tensor]) -> None:
+        """Keep what was packed here after all."""
+        self._own.save(name, scheme, packed)

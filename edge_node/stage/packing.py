@@ -7,7 +7,7 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -42,6 +42,9 @@ class PackedCache(Protocol):
 
     def holds(self, name: str, scheme: str) -> bool:
         """Whether :meth:`load` will probably give it; costs no reading."""
+
+    def prepare(self, name: str, scheme: str) -> None:
+        """:meth:`load` will be asked for this matrix, which :meth:`holds` has promised: begin to obtain it."""
 
     def save(self, name: str, scheme: str, packed: Mapping[str, Tensor]) -> None:
         """Keep packed tensors for the next job, if there is room."""
@@ -98,10 +101,24 @@ class StagePacker:
 
     def is_kept(self, name: str) -> bool:
         """Whether a parameter's packed form is probably in the cache, so that what is stored need not be obtained."""
+        return self._kept_as(name) is not None
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Begin to obtain the packed form of these parameters, where :meth:`is_kept` says that there is one."""
+        for name in names:
+            if self._cache is not None and (kept := self._kept_as(name)) is not None:
+                self._cache.prepare(*kept)
+
+    def _kept_as(self, name: str) -> tuple[str, str] | None:
+        """Name and scheme by which the cache knows a parameter's packed form; None: it has none."""
         linear, _, part = name.rpartition(".")
-        if self._cache is None or self._packing.scheme == "none" or part == "bias":
-            return False
-        return self._cache.holds(linear, self._packing.scheme)
+        if self._cache is None or part == "bias":
+            return None
+        known = [(linear, self._packing.scheme)] if self._packing.scheme != "none" else []
+        if self._packing.embedding == "int8" or self._packing.head == "int8":
+            # Rows of embedding and head, which where they are tied are known by what is stored.
+            known.append((self._find_stored(name) or name, "int8"))
+        return next((each for each in known if self._cache.holds(*each)), None)
 
     def pack_linears(self, model: PreTrainedModel, linears: Sequence[str]) -> None:
         """Put a packed layer in the place of each of these linears (or Conv1Ds) of a meta model.

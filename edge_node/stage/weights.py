@@ -28,7 +28,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Floating dtypes a weight may be stored in, by the names of the safetensors format."""
 
-_INTEGER_DTYPES: dict[str, torch.dtype] = {"I32": torch.int32}
+_INTEGER_DTYPES: dict[str, torch.dtype] = {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8}
 """What checkpoints store quantised weights in; given as they are and never converted."""
 
 CONVERSION_BYTES = 16 << 20

@@ -38,6 +38,9 @@ class ModelConfig(SpecPart):
     integer_products: Literal["auto", "never"] = "auto"
     """How int8 layers multiply where a method leaves the blocks alone (parallel_adapters): auto multiplies integers
     where the devices are faster with that, which they measure before step 0; never keeps to dequantised weights."""
+    packed_by: Literal["devices", "coordinator"] = "devices"
+    """Who quantises: each device what it gets of the model, or the coordinator all of it, once, so that devices get the
+    packed tensors: a quarter of bf16's bytes in 4 bits, the same bits."""
 
 
 class Packing(SpecPart):

@@ -24,7 +24,7 @@ from coordinator.artifacts.shadows import ShadowStore
 from coordinator.weights.bulk import BulkService, serve
 from coordinator.weights.model_files import offer_model, register_model
 from coordinator.weights.rate import TokenBucket
-from plutino.errors import ConfigError, FrameError, JobError, UnknownJobError, UnreachableError
+from plutino.errors import ConfigError, FrameError, JobError, ModelError, UnknownJobError, UnreachableError
 from plutino.manifest import Manifest
 from plutino.wire.bulk import BulkClient
 from plutino.wire.chunks import CHUNK_BYTES
@@ -203,6 +203,37 @@ def test_bulk_manifest_is_that_of_the_offered_folder(tmp_path):
     assert Manifest.from_bytes(received) == manifest
 
 
+def test_bulk_offers_packed_tensors_beside_the_stored_ones_without_another_base_hash(tmp_path):
+    folder = model_folder(tmp_path)
+    save_file({"weight": np.ones((4, 8), np.float32)}, folder / "model.safetensors")
+    packed_dir = tmp_path / "packed"
+    packed_dir.mkdir()
+    save_file({"layer.nf4.codes": np.arange(16, dtype=np.uint8)}, packed_dir / "packed-00000.safetensors")
+    index = {"weight_map": {"layer.nf4.codes": "packed-00000.safetensors"}}
+    (packed_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    job_dir = tmp_path / "state/jobs/j1"
+    plain = offer_model(job_dir, folder)
+
+    offered = offer_model(job_dir, folder, packed_dir=packed_dir)
+
+    assert offered.base_hash == plain.base_hash
+    assert set(offered.packed) == {"layer.nf4.codes"}
+    assert Manifest.from_bytes(offered.to_bytes()) == offered
+    entry = offered.packed["layer.nf4.codes"]
+    with bulk(tmp_path / "state") as client:
+        data = b"".join(bytes(piece) for piece in client.stream_range("j1", entry.file, entry.start, entry.end))
+    assert (data, sha256(data)) == (bytes(range(16)), offered.sha256["layer.nf4.codes"])
+
+
+def test_bulk_file_of_one_name_in_both_folders_is_refused(tmp_path):
+    folder, packed_dir = model_folder(tmp_path), tmp_path / "packed"
+    packed_dir.mkdir()
+    (packed_dir / "model.safetensors").write_bytes(SHADOW)
+
+    with pytest.raises(ModelError, match="rename the model's file"):
+        register_model(tmp_path / "state/jobs/j1", folder, packed_dir)
+
+
 def test_bulk_manifest_of_a_model_that_changed_is_refused(tmp_path):
     offer_model(tmp_path / "state/jobs/j1", real_model_folder(tmp_path))
 
@@ -245,8 +276,9 @@ def test_bulk_range_beyond_the_file_is_refused(tmp_path, start, end):
 def test_bulk_range_of_a_file_not_served_is_refused_even_if_it_was_registered(tmp_path, name):
     job_dir = tmp_path / "state/jobs/j1"
     registered = register_model(job_dir, model_folder(tmp_path))
-    names = sorted({*registered.names, name} - {"other.safetensors"})
-    (job_dir / "model.json").write_text(json.dumps({"path": str(registered.folder), "files": names}))
+    folders = {name: str(folder) for name, folder in registered.folders.items()}
+    folders |= {name: str(tmp_path / "model")} if name != "other.safetensors" else {}
+    (job_dir / "model.json").write_text(json.dumps({"folders": folders}))
 
     with bulk(tmp_path / "state") as client, pytest.raises(ConfigError, match="is not served"):
         client.read_range("j1", name, 0, 1)

@@ -56,6 +56,7 @@ class Fleet:
         coordinator = ThreadCoordinator(folder / "state")
         stack.callback(coordinator.close)
         self.endpoints = coordinator.endpoints
+        self.state_dir = folder / "state"
         self.people = People(self.endpoints.people_address)
         stack.callback(self.people.close)
         self.agents: dict[str, ThreadAgent] = {}
@@ -66,6 +67,13 @@ class Fleet:
             stack.callback(agent.close)
             self.agents[agent.name] = agent
         wait_until(lambda: len(self.people.devices()) == len(self.agents), "all agents attached")
+
+    def forget(self, *, keep: str = "") -> None:
+        """As :meth:`empty_caches`, but for one device."""
+        for cache_dir in self._cache_dirs:
+            for folder in () if cache_dir.name == keep else ("blobs", "names"):
+                for path in (cache_dir / folder).glob("*/*"):
+                    path.unlink()
 
     def empty_caches(self) -> None:
         """As on devices that have run nothing."""
@@ -135,6 +143,70 @@ def test_job_of_a_hub_model_pulls_each_stage_from_the_hub_and_names_the_model_in
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (REPOSITORY, COMMIT)
     assert fleet.people.detail(job_id)["spec"]["model"]["path"] == f"{REPOSITORY}@{COMMIT}"
+
+
+@pytest.mark.slow
+def test_tensors_packed_on_the_coordinator_give_the_same_adapter_for_less_than_half_the_bytes(
+    fleet, model_dir, tmp_path
+):
+    def packed(packed_by: str, name: str, devices: tuple[str, ...] = REMOTE) -> JobSpec:
+        spec = spec_of(model_dir, tmp_path / name, devices=devices)
+        settings = {
+            "quantization": "nf4",
+            "quantize_embedding": "int8",
+            "quantize_head": "int8",
+            "packed_by": packed_by,
+        }
+        return spec.model_copy(update={"model": spec.model.model_copy(update=settings)})
+
+    _, device_places = fleet.run(packed("devices", "by devices"))
+    fleet.forget()
+    _, places = fleet.run(packed("coordinator", "by coordinator"))
+    _, second_places = fleet.run(packed("coordinator", "again"))
+
+    adapters = [
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("by devices", "by coordinator", "again")
+    ]
+    assert adapters[0] == adapters[1] == adapters[2]
+    from_coordinator = [sum(place.get("coordinator", 0) for place in of_job) for of_job in (device_places, places)]
+    assert 0 < from_coordinator[1] < from_coordinator[0] / 2
+    assert [set(place) for place in second_places] == [{"cache"}, {"cache"}]
+    # Held by their hashes, so that the devices of a job get them from each other too.
+    fleet.forget(keep="device0")
+    _, shared_places = fleet.run(packed("coordinator", "shared", devices=("device1", "device0")))
+    assert any("device device0" in place for place in shared_places)
+
+
+@pytest.mark.slow
+def test_flipped_byte_of_a_packed_tensor_ends_the_job(fleet, model_dir, tmp_path):
+    spec = spec_of(model_dir, tmp_path / "out")
+    settings = {"quantization": "int8", "packed_by": "coordinator"}
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update=settings)})
+    fleet.run(spec)
+    fleet.forget()
+    (packed,) = {path for path in fleet.state_dir.glob("packed/*/packed-00001.safetensors") if _holds_int8(path)}
+    entry = read_safetensors_headers(packed.parent)["model.layers.1.mlp.up_proj.int8.codes"]
+    status = packed.stat()
+    with packed.open("r+b") as file:
+        file.seek(entry.start)
+        byte = file.read(1)[0]
+        file.seek(entry.start)
+        file.write(bytes([byte ^ 1]))
+    os.utime(packed, ns=(status.st_mtime_ns, status.st_mtime_ns))
+
+    summary = fleet.people.wait(fleet.people.submit(spec_of_packed(spec, tmp_path / "second")))
+
+    assert summary.state == "failed"
+    assert "model.layers.1.mlp.up_proj.int8.codes came twice" in summary.reason
+
+
+def _holds_int8(path: Path) -> bool:
+    return "model.layers.1.mlp.up_proj.int8.codes" in read_safetensors_headers(path.parent)
+
+
+def spec_of_packed(spec: JobSpec, output: Path) -> JobSpec:
+    return spec.model_copy(update={"output": spec.output.model_copy(update={"dir": str(output)})})
 
 
 def test_device_gets_from_another_one_of_the_job_what_that_has_and_nobody_else_does(fleet, model_dir, tmp_path):

@@ -19,7 +19,8 @@ from edge_node.quantize.linear import QuantLinear
 from edge_node.quantize.registry import SCHEMES
 from edge_node.quantize.workspace import TILE_ELEMENTS
 from edge_node.stage.build import build_stage
-from edge_node.stage.packed_cache import PackedBlobs
+from edge_node.stage.pack_model import pack_model
+from edge_node.stage.packed_cache import PackedBlobs, ShippedMatrices
 from edge_node.stage.weights import CONVERSION_BYTES, LocalSource
 from partitioner import packed as planned
 from partitioner.adapter import adapter_params_of
@@ -237,6 +238,41 @@ def test_packed_cache_gives_the_second_job_the_same_bits_without_reading(folders
     assert second.bytes_read < first.bytes_read / 5
     other_base = PackedBlobs(BlobCache(tmp_path), "hash of another base")
     assert other_base.load(next(iter(linears)), scheme) is None
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_packed_elsewhere_gives_the_stages_the_bits_that_they_would_have_packed(
+    folders, family, scheme, tmp_path
+):
+    packing = Packing(scheme=scheme, **OUTER)
+    packed_dir = tmp_path / "packed"
+    packed_dir.mkdir()
+    told = list(pack_model(LocalSource(folders[family]), packing, packed_dir))
+    assert told == [(block, 4) for block in (1, 2, 3, 4)]
+
+    for here in build_chain(folders[family], 3, packing=packing):
+        # A device that has packed nothing itself.
+        cache = ShippedMatrices(PackedBlobs(BlobCache(tmp_path / "cache", budget_bytes=0), "base"), Shipped(packed_dir))
+        source = LocalSource(folders[family])
+        there = build_stage(source, here.start_block, here.end_block, dtype=here.dtype, packing=packing, cache=cache)
+        found, expected = there.model.state_dict(), here.model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        # Norms, biases and positions alone were read as they are stored.
+        assert not [name for name in there.tensor_names_read if name.endswith(("proj.weight", "wte.weight"))]
+        assert there.bytes_read < here.bytes_read / 5
+
+
+class Shipped(LocalSource):
+    """A folder of packed tensors, asked for as those of a worker are."""
+
+    def config(self):
+        return {}
+
+    def prepare(self, names):
+        for name in names:
+            self.shape(name)
 
 
 def test_packed_cache_flipped_byte_is_packed_anew(folders, tmp_path):

@@ -95,7 +95,7 @@ def test_damaged_memory_is_passed_over(tmp_path, monkeypatch, remembered):
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 1},
         {"tensors": {"a": ["../x.safetensors", "F32", [1], 0, 4, "0" * 64]}},
         {"tensors": {"a": ["x.safetensors", "F32", [1], -4, 0, "0" * 64]}},
         {"tensors": {"a": ["x.safetensors", "F32", [1], 0, 4, "zz"]}},
