@@ -82,6 +82,8 @@ def _measure_embedding(source: RandomSource, request: ProfileRequest, device: Co
 
 def _measure_block(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
     middle = _adapted_stage(source, 1, request, device)
+    if middle.family.halves is not None:
+        return _measure_halves(source, request, device)
     rows, tokens = request.micro_batch_rows, request.row_tokens
     shape = (rows, tokens, int(middle.config.hidden_size))
     hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=device.torch)
@@ -94,11 +96,38 @@ def _measure_block(source: RandomSource, request: ProfileRequest, device: Comput
     gradient = torch.ones_like(trained)
 
     def forward() -> Tensor:
-        output = middle.run(inputs).trained
-        assert output is not None, "the block ran"
+        (output,) = middle.run(inputs).trained.values()
         return output
 
     return _fastest_passes_s(device, forward, lambda output: output.backward(gradient))
+
+
+def _measure_halves(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
+    """The mean of a block of either half: a source of a row's length, a target of as many tokens as carry loss."""
+    whole = json.loads(request.config_json)
+    num_encoder_blocks = family_of(whole["model_type"]).num_encoder_blocks(whole)
+    num_blocks = family_of(whole["model_type"]).num_blocks(whole)
+    dtype, rows = COMPUTE_DTYPES[request.dtype], request.micro_batch_rows
+    target_tokens = max(1, -(-request.label_tokens // rows))
+    forward_s = backward_s = 0.0
+    for block, num_alike in ((1, num_encoder_blocks), (2, num_blocks - num_encoder_blocks)):
+        stage = _adapted_stage(source, block, request, device)
+        width = int(stage.config.hidden_size)
+        streams = [
+            torch.randn(rows, tokens, width, dtype=dtype, device=device.torch).requires_grad_(True)
+            for tokens in (request.row_tokens, target_tokens)
+        ]
+        positions = torch.arange(request.row_tokens, device=device.torch).expand(rows, request.row_tokens)
+        inputs = StageInput(position_ids=positions, source=streams[0], hidden=streams[1])
+        name = "hidden" if stage.has_decoder_blocks else "source"
+        own_forward_s, own_backward_s = _fastest_passes_s(
+            device,
+            lambda stage=stage, inputs=inputs, name=name: stage.run(inputs).trained[name],  # type: ignore[misc]
+            lambda output: output.backward(torch.ones_like(output)),
+        )
+        forward_s += own_forward_s * num_alike / num_blocks
+        backward_s += own_backward_s * num_alike / num_blocks
+    return forward_s, backward_s
 
 
 def _measure_head(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
@@ -159,6 +188,12 @@ def warm_up(device: ComputeDevice = CPU) -> None:
 def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
     """The model's configuration with three blocks (a first, a middle and a last stage) and a short vocabulary."""
     config: dict[str, Any] = json.loads(config_json)
+    family = family_of(config.get("model_type"))
+    if family.halves is not None:
+        # Two of the encoder, so that the second is neither first nor last, and the decoder's with the head.
+        config |= dict.fromkeys(family.config_keys["blocks"], 2) | dict.fromkeys(
+            family.config_keys["decoder_blocks"], 1
+        )
     for key in ("num_hidden_layers", "n_layer"):
         if key in config:
             config[key] = 3

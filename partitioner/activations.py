@@ -300,7 +300,7 @@ def _lora_token_bytes(shape: JobShape, family: Family, adapted: tuple[LinearShap
     token_bytes = 0
     shared: set[str] = {ATTENTION_OUTPUT}
     for linear in adapted:
-        source = family.linears[linear.name].reads
+        source = family.all_linears[linear.name].reads
         has_own_copy = (shape.use_dora and shape.dtype == "bf16") or shape.has_dropout
         if has_own_copy or source not in shared:
             token_bytes += _lora_compute_bytes(shape) * linear.in_features

@@ -265,7 +265,7 @@ _SIZES: Mapping[str, Callable[[ModelTable, Any], AdapterTable]] = {
 def _block_adapter(table: ModelTable, method: LoraConfig, index: int) -> BlockAdapter:
     if method.layers_to_transform is not None and index not in method.layers_to_transform:
         return BlockAdapter(params=0, rank_sum=0, linears=())
-    prefix = f"{family_of(table.family).block_prefix}{index}."
+    prefix = f"{family_of(table.family).block_name(index, table.num_encoder_blocks)}."
     params, rank_sum, names = 0, 0, []
     for linear in table.block_linears[index]:
         key = prefix + linear.name
@@ -306,9 +306,11 @@ def _check_layers(table: ModelTable, layers_to_transform: Iterable[int] | None) 
 def _check_targets(table: ModelTable, method: LoraConfig) -> None:
     if method.target_modules == "all-linear":
         return
-    prefix = family_of(table.family).block_prefix
+    family = family_of(table.family)
     keys = [
-        f"{prefix}{index}.{linear.name}" for index in range(table.num_blocks) for linear in table.block_linears[index]
+        f"{family.block_name(index, table.num_encoder_blocks)}.{linear.name}"
+        for index in range(table.num_blocks)
+        for linear in table.block_linears[index]
     ]
     for name in method.target_modules:
         if not any(_ends_with_any(key, (name,)) for key in keys):

@@ -63,6 +63,10 @@ class ModelTable(PlanValue):
     """Attention adds biases of its own for every head."""
     merged_params: int = 0
     """The biggest tensor that is merged from stored pieces: it is held twice while the stage is built."""
+    num_encoder_blocks: int = 0
+    """Blocks of an encoder-decoder's encoder, the first ones; the others are its decoder's."""
+    repeated_params: int = 0
+    """Parameters of a table in the first block of either half that every stage's first block has."""
     expert_blocks: tuple[int, ...] = ()
     """Blocks whose MLP is a mixture of experts."""
     num_experts: int = 0
@@ -175,7 +179,7 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
     """
     sizes = _Sizes(config, family)
     shapes = _canonical(tensors, family)
-    blocks = _blocks(shapes, family)
+    blocks = _blocks(shapes, family, sizes.get("encoder_blocks", 0))
     num_blocks = sizes["blocks"]
     if len(blocks) != num_blocks or sorted(blocks) != list(range(num_blocks)):
         gaps = sorted(set(range(num_blocks)) - blocks.keys())
@@ -184,7 +188,11 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
             f"the config says {num_blocks} blocks, the checkpoint holds {len(blocks)}{lacking}; "
             "config.json and the safetensors files must belong together"
         )
-    block_linears = tuple(_linears(index, blocks[index], sizes, family) for index in range(num_blocks))
+    num_encoder_blocks = sizes.get("encoder_blocks", 0)
+    block_linears = tuple(
+        _linears(index, blocks[index], sizes, family, is_decoder=index >= num_encoder_blocks > 0)
+        for index in range(num_blocks)
+    )
     token_embedding = family.embedding[0]
     if sizes.is_tied and token_embedding not in shapes and family.head in shapes:
         token_embedding = family.head
@@ -208,7 +216,11 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
         head_dim=sizes["head_dim"],
         vocab_size=sizes["vocab"],
         max_positions=sizes["positions"],
-        block_params=tuple(sum(map(math.prod, blocks[index].values())) for index in range(num_blocks)),
+        block_params=_block_params(shapes, blocks, num_encoder_blocks, family),
+        num_encoder_blocks=num_encoder_blocks,
+        repeated_params=sum(
+            math.prod(shape) for name, shape in blocks[0].items() if family.halves and name == family.halves.table
+        ),
         block_linears=block_linears,
         embedding_params=sum(map(math.prod, embedding)),
         final_params=sum(map(math.prod, final)),
@@ -328,19 +340,45 @@ def _merged_params(blocks: Mapping[int, Mapping[str, TensorShape]], family: Fami
     ]
 
 
-def _blocks(shapes: Mapping[str, TensorShape], family: Family) -> dict[int, dict[str, TensorShape]]:
-    """Block index -> its tensors, by their names inside the block."""
+def _blocks(
+    shapes: Mapping[str, TensorShape], family: Family, num_encoder_blocks: int
+) -> dict[int, dict[str, TensorShape]]:
+    """Block index -> its tensors, by their names inside the block; a decoder's come after its encoder's."""
+    prefixes = {family.block_prefix: 0}
+    if family.halves is not None:
+        prefixes[family.halves.decoder_prefix] = num_encoder_blocks
     blocks: dict[int, dict[str, TensorShape]] = {}
     for name, shape in shapes.items():
-        index, dot, rest = name.removeprefix(family.block_prefix).partition(".")
-        if name.startswith(family.block_prefix) and dot and index.isdecimal():
-            blocks.setdefault(int(index), {})[rest] = shape
+        for prefix, first in prefixes.items():
+            index, dot, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and dot and index.isdecimal():
+                blocks.setdefault(first + int(index), {})[rest] = shape
     return blocks
 
 
-def _linears(index: int, block: Mapping[str, TensorShape], sizes: _Sizes, family: Family) -> tuple[LinearShape, ...]:
+def _block_params(
+    shapes: Mapping[str, TensorShape],
+    blocks: Mapping[int, Mapping[str, TensorShape]],
+    num_encoder_blocks: int,
+    family: Family,
+) -> tuple[int, ...]:
+    """Parameters of each block, with what of an encoder-decoder stands between its halves: it goes with a block."""
+    params = [sum(map(math.prod, blocks[index].values())) for index in range(len(blocks))]
+    if family.halves is not None:
+        ends = {num_encoder_blocks - 1: family.halves.encoder_final, num_encoder_blocks: family.halves.decoder_entry}
+        for block, names in ends.items():
+            params[block] += sum(math.prod(shape) for name, shape in shapes.items() if names and name.startswith(names))
+    return tuple(params)
+
+
+def _linears(
+    index: int, block: Mapping[str, TensorShape], sizes: _Sizes, family: Family, *, is_decoder: bool
+) -> tuple[LinearShape, ...]:
     linears = []
-    for name, rule in family.linears.items():
+    rules = family.halves.decoder_linears if is_decoder and family.halves is not None else family.linears
+    for name, rule in rules.items():
+        if name in family.optional_linears and f"{name}.weight" not in block:
+            continue
         in_features, out_features = sizes.total(rule.in_features), sizes.total(rule.out_features)
         expected = (in_features, out_features) if family.has_conv1d else (out_features, in_features)
         found = _required(block, f"{name}.weight", f"block {index}: ")

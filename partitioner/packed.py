@@ -82,7 +82,11 @@ class WeightSizes:
     def plain_params(self, start_block: Ints, end_block: Ints, *, is_first: bool, is_last: bool) -> Ints:
         """Parameters of stages that are held in the compute dtype; arrays are broadcast against each other."""
         table, packing = self._table, self._shape.packing
-        outside = 0
+        outside: int | Ints = 0
+        if table.repeated_params:
+            # The first block of either half has it anyway.
+            has_own = (start_block == 0) | (start_block == table.num_encoder_blocks)
+            outside = np.where(has_own, 0, table.repeated_params)
         if is_first:
             outside += table.embedding_params - (self._token_params if packing.embedding != "keep" else 0)
         if is_last:

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from plutino.family import ATTENTION_OUTPUT, MLP_INNER, SIZE_DEFAULTS, SIZE_KEYS, Family, LinearRule, ScoreHead
+from plutino.family import (
+    ATTENTION_OUTPUT,
+    MLP_INNER,
+    SIZE_DEFAULTS,
+    SIZE_KEYS,
+    Family,
+    Halves,
+    LinearRule,
+    ScoreHead,
+)
 
 _NO_PAST = "its blocks take no keys and values from before the row"
 
@@ -75,4 +84,140 @@ _ROBERTA = replace(
     fix_sizes=_fix_roberta_sizes,
 )
 
-ENCODER_FAMILIES = (_BERT, _ROBERTA)
+
+def _add_decoder_blocks(config: Mapping[str, Any], sizes: dict[str, int]) -> None:
+    sizes["encoder_blocks"] = sizes["blocks"]
+    sizes["blocks"] += sizes.pop("decoder_blocks")
+
+
+_ONE_STACK = ("adapters", "full", "prompt", "prefix", "p_tuning_v2", "parallel_adapters")
+_NOT_IN_TWO_HALVES = dict.fromkeys(_ONE_STACK, "it knows models of one stack of blocks only; use lora")
+
+
+_T5_INNER = ("wi", "wi_0", "wi_1")
+"""One without a gate, two with it (T5 1.1)."""
+
+
+def _t5_attention(name: str, reads: str) -> dict[str, LinearRule]:
+    return {
+        f"{name}.q": LinearRule("hidden", "query", f"{name} input"),
+        f"{name}.k": LinearRule("hidden", "query", reads),
+        f"{name}.v": LinearRule("hidden", "query", reads),
+        f"{name}.o": LinearRule("query", "hidden", ATTENTION_OUTPUT),
+    }
+
+
+def _t5_mlp(layer: int) -> dict[str, LinearRule]:
+    return {
+        f"layer.{layer}.DenseReluDense.{name}": LinearRule("hidden", "inner", "mlp input") for name in _T5_INNER
+    } | {f"layer.{layer}.DenseReluDense.wo": LinearRule("inner", "hidden", MLP_INNER)}
+
+
+_T5_SELF = _t5_attention("layer.0.SelfAttention", "layer.0.SelfAttention input")
+
+_T5 = Family(
+    model_type="t5",
+    kind="encoder-decoder",
+    block_prefix="encoder.block.",
+    optional_prefix="",
+    halves=Halves(
+        encoder="encoder",
+        decoder="decoder",
+        decoder_prefix="decoder.block.",
+        decoder_linears={**_T5_SELF, **_t5_attention("layer.1.EncDecAttention", "encoder output"), **_t5_mlp(2)},
+        encoder_final=("encoder.final_layer_norm.",),
+        table="layer.0.SelfAttention.relative_attention_bias.weight",
+    ),
+    embedding=("shared.weight",),
+    final=("decoder.final_layer_norm.",),
+    score_head=None,
+    # One that the first checkpoints hold and nobody reads; copies of the shared table.
+    ignored=("EncDecAttention.relative_attention_bias.weight", "coder.embed_tokens.weight"),
+    linears={**_T5_SELF, **_t5_mlp(1)},
+    optional_linears=frozenset(f"layer.{layer}.DenseReluDense.{name}" for layer in (1, 2) for name in _T5_INNER),
+    refused_methods=_NOT_IN_TWO_HALVES,
+    config_keys={
+        "blocks": ("num_layers",),
+        "decoder_blocks": ("num_decoder_layers",),
+        "hidden": ("d_model",),
+        "inner": ("d_ff",),
+        "heads": ("num_heads",),
+        "kv_heads": (),
+        "head_dim": ("d_kv",),
+        "positions": (),
+        "vocab": ("vocab_size",),
+        "buckets": ("relative_attention_num_buckets",),
+    },
+    # Distances beyond the last bucket share it, so that rows may be of any length.
+    size_defaults={**SIZE_DEFAULTS, "decoder_blocks": "blocks", "positions": 1 << 20, "buckets": 32},
+    fix_sizes=_add_decoder_blocks,
+    is_tied_by_default=True,
+    always_tied=True,
+    is_gated=False,
+    activation_keys=("feed_forward_proj",),
+    activation_default="relu",
+)
+
+
+def _bart_attention(name: str, reads: str) -> dict[str, LinearRule]:
+    return {
+        f"{name}.q_proj": LinearRule("hidden", "query", f"{name} input"),
+        f"{name}.k_proj": LinearRule("hidden", "query", reads),
+        f"{name}.v_proj": LinearRule("hidden", "query", reads),
+        f"{name}.out_proj": LinearRule("query", "hidden", ATTENTION_OUTPUT),
+    }
+
+
+_BART_MLP = {"fc1": LinearRule("hidden", "inner", "mlp input"), "fc2": LinearRule("inner", "hidden", MLP_INNER)}
+_BART_SELF = _bart_attention("self_attn", "self_attn input")
+
+_BART = Family(
+    model_type="bart",
+    kind="encoder-decoder",
+    block_prefix="model.encoder.layers.",
+    optional_prefix="model.",
+    halves=Halves(
+        encoder="model.encoder",
+        decoder="model.decoder",
+        decoder_prefix="model.decoder.layers.",
+        decoder_linears={**_BART_SELF, **_bart_attention("encoder_attn", "encoder output"), **_BART_MLP},
+        decoder_entry=(
+            "model.decoder.embed_positions.weight",
+            "model.decoder.layernorm_embedding.weight",
+            "model.decoder.layernorm_embedding.bias",
+        ),
+    ),
+    embedding=(
+        "model.shared.weight",
+        "model.encoder.embed_positions.weight",
+        "model.encoder.layernorm_embedding.weight",
+        "model.encoder.layernorm_embedding.bias",
+    ),
+    final=(),
+    score_head=None,
+    ignored=("coder.embed_tokens.weight", "final_logits_bias", "coder.version"),
+    stored_buffers=("final_logits_bias",),
+    entry_sums=("model.encoder.embed_positions", "model.decoder.embed_positions"),
+    linears={**_BART_SELF, **_BART_MLP},
+    refused_methods=_NOT_IN_TWO_HALVES,
+    config_keys={
+        "blocks": ("encoder_layers",),
+        "decoder_blocks": ("decoder_layers",),
+        "hidden": ("d_model",),
+        "inner": ("encoder_ffn_dim",),
+        "heads": ("encoder_attention_heads",),
+        "kv_heads": (),
+        "head_dim": (),
+        "positions": ("max_position_embeddings",),
+        "vocab": ("vocab_size",),
+    },
+    size_defaults={**SIZE_DEFAULTS, "decoder_blocks": "blocks"},
+    fix_sizes=_add_decoder_blocks,
+    is_tied_by_default=True,
+    norm="layer",
+    is_gated=False,
+    activation_keys=("activation_function",),
+    activation_default="gelu",
+)
+
+ENCODER_FAMILIES = (_BERT, _ROBERTA, _T5, _BART)

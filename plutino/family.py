@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from plutino.errors import ConfigError
+from plutino.job.objective import ObjectiveConfig
 
 
 class LinearRule(NamedTuple):
@@ -47,7 +48,26 @@ class ScoreHead:
 LAST_TOKEN_SCORE = ScoreHead(module="score", layers=("",), has_bias=False, reads="last token")
 """What transformers puts on decoders."""
 
-Kind = Literal["decoder", "encoder"]
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halves:
+    """What an encoder-decoder has that other models do not. Its blocks are counted through: the decoder's come last."""
+
+    encoder: str
+    """The module of the encoder, by its global name."""
+    decoder: str
+    decoder_prefix: str
+    """A decoder's block's tensors start with this and its index among them."""
+    decoder_linears: Mapping[str, LinearRule]
+    """As :attr:`Family.linears`, which are those of the encoder's blocks."""
+    encoder_final: tuple[str, ...] = ()
+    """Prefixes of the tensors behind the encoder's last block."""
+    decoder_entry: tuple[str, ...] = ()
+    """Tensors before the decoder's first block."""
+    table: str = ""
+    """Tensor in the first block of either half that all blocks of that half use: every stage holds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +80,8 @@ class Family:
     # ---- names of tensors ----
     block_prefix: str
     """A block's tensors start with this and the block's index."""
+    halves: Halves | None = None
+    """Of encoder-decoders."""
     optional_prefix: str
     """Published checkpoints may lack this prefix (a base model's own save)."""
     embedding: tuple[str, ...]
@@ -82,6 +104,8 @@ class Family:
     """Endings of tensors that old checkpoints carry and the model recomputes."""
 
     # ---- what forward does ----
+    stored_buffers: tuple[str, ...] = ()
+    """Buffers of the last stage that a checkpoint may hold; zero where it does not."""
     entry_sums: tuple[str, ...] = ()
     """Modules whose output ``forward`` adds to the embeddings: later stages must not add it a second time."""
     entry_modules: tuple[str, ...] = ()
@@ -107,6 +131,8 @@ class Family:
     """Linear layers that a method may adapt, by their names in a block. Routers of experts are never among them."""
     refused_methods: Mapping[str, str] = field(default_factory=dict)
     """Method -> why it is not done for the family, and what to take instead."""
+    optional_linears: frozenset[str] = frozenset()
+    """Those that only some of the family's models have."""
     named_elsewhere: tuple[str, ...] = ()
     """Last parts of names that linear layers outside of the blocks have too: peft is told what stands before it."""
     untargetable: Mapping[str, str] | None = None
@@ -118,6 +144,8 @@ class Family:
     fix_sizes: Callable[[Mapping[str, Any], dict[str, int]], None] | None = None
     """What of the sizes follows from other settings."""
     is_tied_by_default: bool = False
+    always_tied: bool = False
+    """Whatever config.json says, which then means something else."""
 
     # ---- what a block keeps for the backward pass ----
     norm: Literal["rms", "layer"] = "rms"
@@ -152,15 +180,66 @@ class Family:
                 f"method.type: {method_type} is not done for {self.model_type}: {self.refused_methods[method_type]}"
             )
 
+    def refuse_objective(self, objective: ObjectiveConfig) -> None:
+        """Raise where the family's models cannot do what an objective asks.
+
+        Raises:
+            ConfigError: with the objectives that they can be trained for.
+        """
+        writes, scores = objective.type == "seq2seq", objective.has_score_head
+        if self.kind == "encoder-decoder" and not writes:
+            raise ConfigError(
+                f"{self.model_type} reads one text and writes another, which objective.type: {objective.type} has no "
+                "use for; set objective.type: seq2seq, or use another base model"
+            )
+        if self.kind == "encoder" and not scores:
+            raise ConfigError(
+                f"{self.model_type} reads texts and predicts no next token, which objective.type: {objective.type} "
+                "would train; use classification or regression, or another base model"
+            )
+        if self.kind == "decoder" and writes:
+            raise ConfigError(
+                f"{self.model_type} has no encoder, which objective.type: seq2seq trains; set objective.type: sft"
+            )
+        if scores and self.score_head is None:
+            raise ConfigError(
+                f"transformers has no sequence classification for {self.model_type}, so nobody could load the "
+                "result; choose another base model"
+            )
+
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether head and token embedding are one parameter, by the values of config.json."""
-        said = config.get("tie_word_embeddings")
+        said = True if self.always_tied else config.get("tie_word_embeddings")
         return bool(self.head) and bool(self.is_tied_by_default if said is None else said)
 
+    def num_encoder_blocks(self, config: Mapping[str, Any]) -> int:
+        """Blocks of an encoder-decoder's encoder, by the values of config.json; 0 for other models."""
+        return int(_first(config, self.config_keys["blocks"])) if self.halves is not None else 0
+
+    def num_blocks(self, config: Mapping[str, Any]) -> int:
+        """All blocks of an encoder-decoder, by the values of config.json."""
+        num_encoder_blocks = self.num_encoder_blocks(config)
+        num_decoder_blocks = _first(config, self.config_keys["decoder_blocks"])
+        return num_encoder_blocks + int(num_encoder_blocks if num_decoder_blocks is None else num_decoder_blocks)
+
+    def block_name(self, block: int, num_encoder_blocks: int) -> str:
+        """The global name of a block, which in an encoder-decoder is counted anew in the decoder."""
+        if self.halves is None or block < num_encoder_blocks:
+            return f"{self.block_prefix}{block}"
+        return f"{self.halves.decoder_prefix}{block - num_encoder_blocks}"
+
+    def in_block(self, name: str) -> str | None:
+        """A module's or tensor's name inside its block; None: it is in none."""
+        for prefix in (self.block_prefix, *([] if self.halves is None else [self.halves.decoder_prefix])):
+            index, dot, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and dot and index.isdecimal():
+                return rest
+        return None
+
     @property
-    def has_causal_blocks(self) -> bool:
-        """Whether tokens see only those before them."""
-        return self.kind == "decoder"
+    def all_linears(self) -> Mapping[str, LinearRule]:
+        """Linear layers of any block, by their names in it."""
+        return {**self.linears, **({} if self.halves is None else self.halves.decoder_linears)}
 
     def target_name(self, linear: str) -> str:
         """The last part of a linear layer's name, by which peft finds it; with the part before, where that means it."""
@@ -182,6 +261,10 @@ class Family:
         known = self.untargetable or {}
         reasons = {target: known[last] for target in targets if (last := target.rpartition(".")[2]) in known}
         return "".join(f": {target} is refused because {why}" for target, why in reasons.items())
+
+
+def _first(config: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    return next((config[key] for key in keys if config.get(key) is not None), None)
 
 
 SIZE_KEYS: Mapping[str, tuple[str, ...]] = {

@@ -138,10 +138,16 @@ def _front_matter(facts: CardFacts) -> str:
     values = {
         "base_model": facts.base_path,
         "library_name": _library(facts),
-        "pipeline_tag": "text-classification" if facts.objective.has_score_head else "text-generation",
+        "pipeline_tag": _pipeline_tag(facts),
         "tags": [facts.method.type, facts.objective.type, "plutino", "transformers"],
     }
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _pipeline_tag(facts: CardFacts) -> str:
+    if facts.objective.type == "seq2seq":
+        return "text2text-generation"
+    return "text-classification" if facts.objective.has_score_head else "text-generation"
 
 
 def _library(facts: CardFacts) -> str:
@@ -179,9 +185,10 @@ def _loading(facts: CardFacts, adapter_name: str) -> str:
             + (f"\nmodel.config.id2label = {id2label!r}" if id2label else "")
         )
         return _fenced(code, "python")
+    of_peft = "AutoPeftModelForSeq2SeqLM" if facts.objective.type == "seq2seq" else "AutoPeftModelForCausalLM"
     code = (
-        "from peft import AutoPeftModelForCausalLM\n"
-        f"model = AutoPeftModelForCausalLM.from_pretrained({json.dumps(adapter_name)}, dtype={json.dumps(dtype)})\n"
+        f"from peft import {of_peft}\n"
+        f"model = {of_peft}.from_pretrained({json.dumps(adapter_name)}, dtype={json.dumps(dtype)})\n"
         f"# It finds the base in {json.dumps(facts.base_path)}; elsewhere, change adapter_config.json."
     )
     return _fenced(code, "python")

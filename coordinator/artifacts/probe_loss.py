@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from coordinator.artifacts.verify_process import Probe, ProbeRows
 from plutino.errors import ExportError
-from plutino.job.objective import DpoConfig, RewardConfig
+from plutino.job.objective import DpoConfig, RewardConfig, Seq2SeqConfig
 
 # Shape suffixes: B rows, P pairs, T padded tokens, V vocabulary, N label tokens.
 
@@ -38,6 +38,8 @@ def loss_sum_of(model: Any, probe: Probe, without_adapter: Callable[[], Abstract
             else:
                 reference_B = torch.tensor(rows.reference_logps)
             total += float(_dpo(objective, *_pairs(policy_B - reference_B, rows)))
+        elif isinstance(objective, Seq2SeqConfig):
+            total += _target_loss(model, rows)
         elif objective is not None and objective.has_score_head:
             total += float(_scored(objective, _scores(model, rows), rows))
         else:
@@ -73,6 +75,20 @@ def _row_logps(model: Any, rows: ProbeRows, *, average: bool = False) -> Tensor:
         reduction = "mean" if average else "sum"
         sums.append(-functional.cross_entropy(logits_NV, labels_N, reduction=reduction))
     return torch.stack(sums)
+
+
+def _target_loss(model: Any, rows: ProbeRows) -> float:
+    """Cross-entropy of what an encoder-decoder writes of what it reads, row by row, so that nothing is padded."""
+    total, start = 0.0, 0
+    for length in rows.lengths:
+        ids = torch.tensor(rows.input_ids[start : start + length])
+        is_target = torch.tensor(rows.label_mask[start : start + length]).bool()
+        labels = ids[is_target]
+        logits_TV = model(input_ids=ids[~is_target][None], labels=labels[None]).logits[0]
+        _require_finite(logits_TV, rows)
+        total += float(functional.cross_entropy(logits_TV.float(), labels, reduction="sum"))
+        start += length
+    return total
 
 
 def _scores(model: Any, rows: ProbeRows) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from coordinator.artifacts.probe_loss import loss_sum_of, padded
 from coordinator.artifacts.verify_process import Check, Probe, VerifyReport, VerifyRequest
@@ -94,7 +94,7 @@ def check_tensors(base_dir: Path, adapter_dir: Path, probe: Probe | None = None)
     Raises:
         ExportError: they differ.
     """
-    base_class, settings = _base_class(probe)
+    base_class, settings = _base_class(base_dir, probe)
     config = AutoConfig.from_pretrained(base_dir, local_files_only=True, **settings)
     with torch.device("meta"):
         base = base_class.from_config(config, dtype=torch.float32)
@@ -171,7 +171,7 @@ def _losses(base_dir: Path, adapter_dir: Path, probe: Probe) -> tuple[float, flo
     """Loss sums of the trained and of the base model, both as their users load them."""
 
     def load(folder: Path) -> Any:
-        base_class, settings = _base_class(probe)
+        base_class, settings = _base_class(base_dir, probe)
         dtype = DTYPES[probe.dtype]
         if "num_labels" in settings:
             # A base that was trained to score has a head of its own, which the adapter's replaces.
@@ -216,8 +216,10 @@ def _require_count(probe: Probe) -> None:
         )
 
 
-def _base_class(probe: Probe | None) -> tuple[Any, dict[str, int]]:
+def _base_class(base_dir: Path, probe: Probe | None) -> tuple[Any, dict[str, int]]:
     """The class of transformers that the adapter is for, and what it is made with."""
+    if AutoConfig.from_pretrained(base_dir, local_files_only=True).is_encoder_decoder:
+        return AutoModelForSeq2SeqLM, {}
     if probe is None or probe.objective is None or not probe.objective.has_score_head:
         return AutoModelForCausalLM, {}
     return AutoModelForSequenceClassification, {"num_labels": probe.objective.num_outputs}

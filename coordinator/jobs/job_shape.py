@@ -12,6 +12,7 @@ from coordinator.jobs.prepared import PreparedData
 from partitioner.adapter import adapter_params_of
 from partitioner.model import JobShape, ModelTable
 from plutino.data.batches import steps_per_epoch
+from plutino.families import family_of
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
 from plutino.state_codecs import token_bytes
@@ -31,6 +32,7 @@ def measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
 
 def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: str, rows: int) -> JobShape:
     """What a job asks of a pipeline, at a micro-batch of so many rows."""
+    family_of(table.family).refuse_objective(spec.objective)
     adapters = adapter_params_of(table, spec.method)
     per_sample = spec.objective.sequences_per_row
     head_params = table.hidden_size * (spec.objective.num_outputs or len(prepared.class_names))

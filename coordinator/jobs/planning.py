@@ -169,6 +169,8 @@ def open_codecs(spec: JobSpec, shape: JobShape, numerics: NumericsRecord | None)
     Rounding hidden states to bf16 changes the job's bits, so the job must have left its numerics or its codec free.
     """
     placement = spec.placement
+    if spec.objective.row_use == "source_target":
+        return ()  # rounded in place would be one of the two streams only
     is_asked = placement.codec == "auto" or (placement.numerics == "free" and placement.codec == "raw")
     return ("raw", "bf16") if numerics is None and is_asked and shape.dtype == "fp32" else ()
 

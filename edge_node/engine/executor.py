@@ -23,7 +23,7 @@ from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.recorder import StepRecorder
 from edge_node.engine.schedule import Action, Backward, Forward, Receive, Send, forward_actions, train_actions
-from edge_node.engine.stage_input import first_stage_input, later_stage_input
+from edge_node.engine.stage_input import first_stage_input, gradient_name, later_stage_input
 from edge_node.engine.step_gradients import StepGradients
 from edge_node.engine.unit import StepOutcome, StepTimes, UnitInput, not_finite
 from edge_node.methods.base import AttachedMethod, Derives
@@ -43,9 +43,9 @@ from plutino.types import Unit
 class _InFlight:
     """A micro-batch between its forward and its backward pass."""
 
-    trained_in: Tensor | None
-    """What came from below and wants a gradient back: hidden states, or the side state where a side network runs."""
-    trained_out: Tensor | None
+    trained_in: dict[str, Tensor]
+    """What came from below and may want a gradient back, by name: :attr:`StageInput.trained`."""
+    trained_out: dict[str, Tensor]
     """What the next stage sends a gradient for, or the scaled loss on the last."""
     message: dict[str, Tensor]
     """For the next stage: hidden states, and what travels with them (lengths, position_ids, segment_ids)."""
@@ -263,7 +263,7 @@ class StageExecutor:
         runs_backward = is_training and self.me.stage_index >= self._lowest_stage
         in_flight: dict[int, _InFlight] = {}
         received: dict[int, dict[str, Tensor]] = {}
-        to_send: dict[int, Tensor] = {}
+        to_send: dict[int, dict[str, Tensor]] = {}
         loss_sum = 0.0
         for action in actions:
             self.check_cancelled(work.unit)
@@ -285,14 +285,11 @@ class StageExecutor:
                     times.send_s += time.perf_counter() - started_s
                 case Backward(m):
                     with self._position(work, m, is_training=is_training):
-                        gradient = self._backward(in_flight.pop(m), received.pop(m, None))
-                    if gradient is not None:
-                        to_send[m] = gradient
+                        to_send[m] = self._backward(in_flight.pop(m), received.pop(m, None))
                     self._step_gradients.take(m)
                     times.compute_s += time.perf_counter() - started_s
                 case Send(m, kind, peer):
-                    tensors = {"gradient": to_send.pop(m)}
-                    self.transport.send(peer, MessageKey(kind, work.unit, m), tensors, codec=self.codec_above)
+                    self.transport.send(peer, MessageKey(kind, work.unit, m), to_send.pop(m), codec=self.codec_above)
                     times.send_s += time.perf_counter() - started_s
                 case _:
                     raise AssertionError(f"unknown action {action}")
@@ -314,14 +311,12 @@ class StageExecutor:
             inputs, metadata = first_stage_input(self.stage, rows, self.method.num_prompt_tokens)
         else:
             metadata = received
-            # Where blocks below did not run, only the side state comes, or nothing yet.
-            hidden_BTD, side_BTR = metadata.pop("hidden", None), metadata.pop("side", None)
-            trained_in = hidden_BTD if side_BTR is None else side_BTR
-            if torch.is_grad_enabled() and trained_in is not None:
-                trained_in.requires_grad_(self.me.stage_index > self._lowest_stage)
-            inputs = later_stage_input(hidden_BTD, metadata, side_BTR)
+            inputs = later_stage_input(metadata)
+            if torch.is_grad_enabled():
+                for tensor in inputs.trained.values():
+                    tensor.requires_grad_(self.me.stage_index > self._lowest_stage)
         output = self._run_stage(m, inputs, metadata["lengths"])
-        trained_in = inputs.hidden if inputs.side is None else inputs.side
+        trained_in = inputs.trained
         if not self.stage.is_last:
             return _InFlight(trained_in, output.trained, output.tensors | metadata), 0.0
         assert rows is not None, "the last stage reads labels"
@@ -329,13 +324,13 @@ class StageExecutor:
         own_BTD = output.hidden[:, self.method.num_prompt_tokens :]
         if is_reference:
             self._references[m] = self._objective.reference(self.stage, own_BTD, rows)
-            return _InFlight(None, None, {}), 0.0
+            return _InFlight({}, {}, {}), 0.0
         loss = self._scorer.loss(self.stage, own_BTD, rows, work.loss_weight, self._references.pop(m, None))
         for name, count in loss.counts.items():
             self._counts[name] = self._counts.get(name, 0.0) + count
         if loss.values_BK is not None and not torch.is_grad_enabled():
             self._row_values[m] = loss.values_BK.cpu()
-        return _InFlight(trained_in, loss.scaled, {}), loss.sum
+        return _InFlight(trained_in, {} if loss.scaled is None else {"loss": loss.scaled}, {}), loss.sum
 
     def _run_stage(self, m: int, inputs: StageInput, lengths_B: Tensor) -> StageOutput:
         """Run the blocks and what is beside them, or only the latter where the activation cache knows the former."""
@@ -350,14 +345,17 @@ class StageExecutor:
             self._activation_cache.write(keys, output.states)
         return output
 
-    def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> Tensor | None:
-        """Back-propagate one micro-batch; gives the gradient of what came in, if a stage wants it."""
-        output = flight.trained_out
-        if output is not None and output.requires_grad:
-            gradient = None if received is None else received["gradient"].to(output.device)
-            torch.autograd.backward(output, gradient)
-        trained_in = flight.trained_in
-        if trained_in is None or not trained_in.requires_grad:
-            return None
+    def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Back-propagate one micro-batch; gives the gradients of what came in, if a stage wants them."""
+        outputs = {name: output for name, output in flight.trained_out.items() if output.requires_grad}
+        if outputs:
+            gradients = None
+            if received is not None:
+                gradients = [received[gradient_name(name)].to(output.device) for name, output in outputs.items()]
+            torch.autograd.backward(list(outputs.values()), gradients)
         # A micro-batch without label tokens has no gradient; the stages below still wait for one.
-        return torch.zeros_like(trained_in) if trained_in.grad is None else trained_in.grad
+        return {
+            gradient_name(name): torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            for name, tensor in flight.trained_in.items()
+            if tensor.requires_grad
+        }

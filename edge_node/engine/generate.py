@@ -4,7 +4,8 @@ Each group is prefilled once; then the last stage samples a token per row and se
 which runs the next round. As many groups as there are stages are under way at once, so that every stage always has one
 to work on; further groups wait until these have ended, which bounds the caches and the messages that wait at a stage.
 Prompts are padded on the left, finished rows are fed the pad token until their whole group has finished, as
-transformers' generate does.
+transformers' generate does. An encoder-decoder's sources are padded on the right and pass the encoder once; stages of
+its decoder keep what came of them, and its keys and values.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from edge_node.engine.executor import StageExecutor
 from edge_node.engine.stage_input import pad_token_id, padded_ids, padding_mask
 from edge_node.engine.unit import UnitInput
 from edge_node.stage.architecture import make_position_ids
+from edge_node.stage.halves import start_token_id
 from edge_node.stage.stage import StageInput
 from edge_node.transport.base import MessageKey, MessageKind, Peer
+from plutino.data.batches import MicroBatchRows
 
 # Shape suffixes: B rows of a group, T tokens, S tokens so far (padding included), D hidden size, V vocabulary.
 
@@ -50,7 +53,10 @@ class _Group:
     """One group of rows on one stage."""
 
     attention_mask_BS: Tensor
+    """Of the tokens so far, or of an encoder-decoder's source."""
     cache: Cache | None
+    source: Tensor | None = None
+    """[B, tokens of the source, D], an encoder's output, on stages with blocks of its decoder."""
     is_done: bool = False
     finished_B: Tensor | None = None
     new_tokens: list[Tensor] = field(default_factory=list)
@@ -110,7 +116,7 @@ class _Generation:
             if all(self._groups[g].is_done for g in together):
                 break
         for g in together:
-            self._groups[g].cache = None
+            self._groups[g].cache = self._groups[g].source = None
 
     def _round(self, g: int, position: int) -> None:
         self._executor.check_cancelled(self._work.unit)
@@ -122,8 +128,12 @@ class _Generation:
                 self._send_forward(g, position, {"done": torch.ones(1, dtype=torch.uint8)})
             return
         output = self._stage.run(inputs)
+        if self._stage.has_decoder_blocks:
+            self._groups[g].source = output.source
         if self._next is not None:
             tensors = {**output.tensors, "position_ids": inputs.position_ids}
+            if position > 0:
+                tensors.pop("source", None)  # later stages kept it
             if position == 0:
                 tensors["mask"] = self._groups[g].attention_mask_BS.to(torch.uint8)
             self._send_forward(g, position, tensors)
@@ -141,12 +151,20 @@ class _Generation:
             self._groups[g] = _Group(received["mask"].long(), self._stage.new_cache())
         else:
             self._grow(g)
-        return self._stage_input(g, received["position_ids"], hidden=received["hidden"], side=received.get("side"))
+        return self._stage_input(
+            g,
+            received["position_ids"],
+            hidden=received["hidden"],
+            side=received.get("side"),
+            source=received.get("source"),
+        )
 
     def _first_input(self, g: int, position: int) -> StageInput | None:
         if position == 0:
             rows = self._work.rows[g]
             assert rows is not None, "the first stage reads prompts"
+            if self._stage.family.halves is not None:
+                return self._source_input(g, rows)
             lengths_B = torch.as_tensor(rows.lengths, dtype=torch.int32)
             mask_BS = padding_mask(lengths_B, rows.padded_tokens, side="left")
             shape = (len(rows.lengths), rows.padded_tokens)
@@ -168,9 +186,27 @@ class _Generation:
             return None
         self._grow(g)
         position_ids_B1 = self._groups[g].attention_mask_BS.sum(dim=1, keepdim=True) - 1
+        if self._stage.family.halves is not None:
+            return self._stage_input(g, position_ids_B1, target_ids=ids_B[:, None])
         return self._stage_input(g, position_ids_B1, input_ids=ids_B[:, None])
 
+    def _source_input(self, g: int, rows: MicroBatchRows) -> StageInput:
+        """A group's sources, and the token that every target follows."""
+        lengths_B = torch.as_tensor(rows.lengths, dtype=torch.int32)
+        shape = (len(rows.lengths), rows.padded_tokens)
+        mask_BS = padding_mask(lengths_B, rows.padded_tokens, side="right")
+        mask_BS = torch.ones(shape, dtype=torch.int64) if mask_BS is None else mask_BS
+        self._groups[g] = _Group(mask_BS, self._stage.new_cache())
+        return self._stage_input(
+            g,
+            torch.arange(rows.padded_tokens).expand(shape),
+            input_ids=padded_ids(rows, side="right", pad_id=pad_token_id(self._stage)),
+            target_ids=torch.full((shape[0], 1), start_token_id(self._stage.config)),
+        )
+
     def _grow(self, g: int) -> None:
+        if self._stage.family.halves is not None:
+            return  # the mask is the source's
         mask_BS = self._groups[g].attention_mask_BS
         self._groups[g].attention_mask_BS = torch.cat([mask_BS, mask_BS.new_ones(mask_BS.shape[0], 1)], dim=1)
 
@@ -182,10 +218,15 @@ class _Generation:
         input_ids: Tensor | None = None,
         hidden: Tensor | None = None,
         side: Tensor | None = None,
+        source: Tensor | None = None,
+        target_ids: Tensor | None = None,
         num_prompt_tokens: int = 0,
     ) -> StageInput:
         group = self._groups[g]
         return StageInput(
+            target_ids=target_ids,
+            source=group.source if source is None else source,
+            has_new_source=source is not None or input_ids is not None,
             position_ids=position_ids,
             input_ids=input_ids,
             hidden=hidden,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_node.stage.architecture import make_position_ids
+from edge_node.stage.halves import start_token_id
 from edge_node.stage.stage import Stage, StageInput
 from plutino.data.batches import MicroBatchRows
 
@@ -20,6 +22,8 @@ def first_stage_input(
 
     Lengths and positions count virtual tokens, so that later stages need not know of them.
     """
+    if stage.family.halves is not None:
+        return _two_texts_input(stage, rows)
     lengths = torch.as_tensor(np.asarray(rows.lengths, dtype=np.int32)) + num_prompt_tokens
     num_tokens = rows.padded_tokens + num_prompt_tokens
     segment_ids_BT = padded_segments(rows)
@@ -39,17 +43,53 @@ def first_stage_input(
     return inputs, metadata if segment_ids_BT is None else {**metadata, "segment_ids": segment_ids_BT}
 
 
-def later_stage_input(
-    hidden_BTD: Tensor | None, metadata: dict[str, Tensor], side_BTR: Tensor | None = None
-) -> StageInput:
-    """Input of a stage that gets hidden states of a right-padded micro-batch from a peer."""
+def later_stage_input(metadata: dict[str, Tensor]) -> StageInput:
+    """Input of a stage that gets a right-padded micro-batch from a peer.
+
+    What the stages below computed is taken out of the message; what is left goes on to the next stage. Where their
+    blocks did not run, only the side state comes, or nothing yet.
+    """
     return StageInput(
         position_ids=metadata["position_ids"],
-        hidden=hidden_BTD,
-        side=side_BTR,
+        hidden=metadata.pop("hidden", None),
+        side=metadata.pop("side", None),
+        source=metadata.pop("source", None),
         attention_mask=padding_mask(metadata["lengths"], metadata["position_ids"].shape[1], side="right"),
         segment_ids=metadata.get("segment_ids"),
     )
+
+
+def gradient_name(name: str) -> str:
+    """How the gradient of one of :attr:`StageInput.trained` is called on its way back."""
+    return "source gradient" if name == "source" else "gradient"
+
+
+def _two_texts_input(stage: Stage, rows: MicroBatchRows) -> tuple[StageInput, dict[str, Tensor]]:
+    """A row's tokens without loss are an encoder-decoder's source, those with it the target, shifted right."""
+    is_target = rows.label_mask.astype(bool)
+    row_of = np.repeat(np.arange(len(rows.lengths)), rows.lengths)
+    num_target_B = np.bincount(row_of, weights=is_target, minlength=len(rows.lengths)).astype(np.int64)
+    num_source_B = rows.lengths.astype(np.int64) - num_target_B
+    pad_id = pad_token_id(stage)
+    ids_BS = _padded(rows.input_ids[~is_target], num_source_B, pad_id)
+    labels_BT = _padded(rows.input_ids[is_target], num_target_B, pad_id)
+    start_B1 = torch.full((len(labels_BT), 1), start_token_id(stage.config))
+    lengths = torch.as_tensor(num_source_B.astype(np.int32))
+    position_ids_BS = torch.arange(ids_BS.shape[1]).expand(ids_BS.shape)
+    inputs = StageInput(
+        position_ids=position_ids_BS,
+        input_ids=ids_BS,
+        target_ids=torch.cat([start_B1, labels_BT[:, :-1]], dim=1),
+        attention_mask=padding_mask(lengths, ids_BS.shape[1], side="right"),
+    )
+    return inputs, {"lengths": lengths, "position_ids": position_ids_BS}
+
+
+def _padded(ids: NDArray[np.int32], lengths_B: NDArray[np.int64], pad_id: int) -> Tensor:
+    """Rows [B, T] of tokens that lie one after the other; at least one token wide."""
+    ids_BT = np.full((len(lengths_B), max(1, int(lengths_B.max()))), pad_id, np.int64)
+    ids_BT[np.arange(ids_BT.shape[1]) < lengths_B[:, None]] = ids
+    return torch.from_numpy(ids_BT)
 
 
 def token_types(rows: MicroBatchRows) -> Tensor | None:

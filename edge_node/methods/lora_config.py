@@ -27,6 +27,11 @@ def resolve_peft_config(stage: Stage, config: LoraConfig) -> peft.LoraConfig:
         ConfigError: target modules or blocks that the model does not have.
     """
     blocks = config.layers_to_transform
+    if blocks is not None and stage.family.halves is not None:
+        raise ConfigError(
+            f"layers_to_transform would mean blocks of {stage.family.model_type}'s encoder and of its decoder at once; "
+            "leave it out, and name layers of one of them in target_modules"
+        )
     if blocks is not None and (not blocks or not all(0 <= block < stage.num_blocks for block in blocks)):
         raise ConfigError(
             f"layers_to_transform is {list(blocks)} but the blocks are 0 to {stage.num_blocks - 1}; "
@@ -38,7 +43,7 @@ def resolve_peft_config(stage: Stage, config: LoraConfig) -> peft.LoraConfig:
         "alpha_pattern": {pattern: _whole_if_possible(alpha) for pattern, alpha in config.alpha_pattern.items()},
     }
     return peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if stage.family.halves is None else "SEQ_2_SEQ_LM",
         r=config.rank,
         lora_dropout=config.dropout,
         target_modules=_resolve_target_modules(stage, config),
@@ -139,7 +144,7 @@ def saved_peft_config(stage: Stage, config: LoraConfig, peft_config: peft.LoraCo
 
 def _resolve_target_modules(stage: Stage, config: LoraConfig) -> list[str]:
     # Without the full names, because peft passes over layers_to_transform for layers that are named in full.
-    in_block = {name.removeprefix(stage.family.block_prefix).partition(".")[2] for name in stage.block_linears}
+    in_block = {str(stage.family.in_block(name)) for name in stage.block_linears}
     known = sorted({stage.family.target_name(name) for name in in_block})
     if config.target_modules == "all-linear":
         return known

@@ -18,7 +18,6 @@ from edge_node.methods.checkpoint import KEY_PREFIX, load_values, parameter_stat
 from edge_node.methods.registry import METHODS
 from edge_node.methods.seeding import seeded_generator
 from edge_node.stage.stage import Stage
-from plutino.errors import ConfigError
 from plutino.family import ScoreHead
 from plutino.job.spec import JobSpec
 from plutino.key_value_layout import bare_name
@@ -126,22 +125,14 @@ def attach_method(stage: Stage, spec: JobSpec) -> AttachedMethod:
         ConfigError: the config names what the model does not have, or the model cannot do what the objective asks.
     """
     stage.family.refuse_method(spec.method.type)
+    stage.family.refuse_objective(spec.objective)
     method = METHODS[spec.method.type](stage, spec.method, seed=spec.training.seed)
-    family, objective = stage.family, spec.objective
+    objective, head = spec.objective, stage.family.score_head
     if not objective.has_score_head:
-        if not family.head:
-            raise ConfigError(
-                f"{family.model_type} reads texts and predicts no next token, which objective.type: {objective.type} "
-                "would train; use classification or regression, or another base model"
-            )
         return method
-    if family.score_head is None:
-        raise ConfigError(
-            f"transformers has no sequence classification for {family.model_type}, so nobody could load the "
-            "result; choose another base model"
-        )
+    assert head is not None, "the family can score sequences"
     layers = put_score_head(stage, objective.num_outputs, spec.training.seed) if stage.is_last else None
-    return WithScoreHead(method, family.score_head.module, layers)
+    return WithScoreHead(method, head.module, layers)
 
 
 def put_score_head(stage: Stage, num_outputs: int, seed: int) -> ScoreLayers:

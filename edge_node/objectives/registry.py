@@ -12,6 +12,7 @@ from edge_node.objectives.dpo import DpoObjective
 from edge_node.objectives.grpo import GrpoObjective
 from edge_node.objectives.regression import RegressionObjective
 from edge_node.objectives.reward import RewardObjective
+from edge_node.objectives.seq2seq import Seq2SeqObjective
 from edge_node.objectives.sft import SftObjective
 
 OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
@@ -21,6 +22,7 @@ OBJECTIVES: Mapping[str, Callable[[Any], Objective]] = {
     "grpo": GrpoObjective,
     "regression": RegressionObjective,
     "reward": RewardObjective,
+    "seq2seq": Seq2SeqObjective,
     "sft": SftObjective,
 }
 """Each is made from the config that has its ``type``."""

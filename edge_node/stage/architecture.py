@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
+from edge_node.stage.halves import cut_halves
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
+from plutino.family import Kind
 from plutino.side_network import AddsNothing
 
 _NO_INTEGER = -1
@@ -54,14 +57,29 @@ def parse_config(values: Mapping[str, Any]) -> PretrainedConfig:
         raise ModelError(f"config.json is no valid {family.model_type} configuration: {error}") from error
 
 
+_MADE_BY: Mapping[Kind, Any] = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModelForSequenceClassification,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+}
+
+
+def count_blocks(config: PretrainedConfig) -> tuple[int, int]:
+    """Blocks of a model, and how many of them are an encoder-decoder's encoder (0 for other models)."""
+    family = family_of(config.model_type)
+    if family.halves is None:
+        return int(config.num_hidden_layers), 0
+    values = config.to_dict()
+    return family.num_blocks(values), family.num_encoder_blocks(values)
+
+
 def build_meta_model(config: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The whole model without a byte of weights: the class that predicts tokens, or sequences' labels if none does.
 
     Raises:
         ModelError: transformers cannot build it, for instance because it lacks the attention backend.
     """
-    predicts_tokens = bool(family_of(config.model_type).head)
-    made_by: Any = AutoModelForCausalLM if predicts_tokens else AutoModelForSequenceClassification
+    made_by: Any = _MADE_BY[family_of(config.model_type).kind]
     try:
         with torch.device("meta"):
             model = made_by.from_config(config, attn_implementation=attention, dtype=dtype)
@@ -79,9 +97,7 @@ def list_block_linears(model: PreTrainedModel, family: Family) -> tuple[str, ...
     return tuple(
         name
         for name, module in model.named_modules()
-        if name.startswith(family.block_prefix)
-        and isinstance(module, nn.Linear | Conv1D)
-        and name.removeprefix(family.block_prefix).partition(".")[2] in family.linears
+        if isinstance(module, nn.Linear | Conv1D) and family.in_block(name) in family.all_linears
     )
 
 
@@ -94,7 +110,12 @@ def cut_to_stage(
     what remains changes. Attention layers are renumbered from 0, because they index the stage's own KV cache.
     """
     config = model.config
-    num_blocks: int = config.num_hidden_layers
+    num_blocks, num_encoder_blocks = count_blocks(config)
+    if family.halves is not None:
+        ends = {"num_encoder_blocks": num_encoder_blocks, "num_blocks": num_blocks}
+        cut_halves(model, family, start_block, end_block, **ends)
+        _leave_out_head(model, family, has_lm_head=has_lm_head and end_block == num_blocks)
+        return
     blocks_name = family.block_prefix.rstrip(".")
     blocks = model.get_submodule(blocks_name)
 
@@ -122,18 +143,22 @@ def cut_to_stage(
         for prefix in family.final:
             if prefix.rstrip(".") in modules:
                 model.set_submodule(prefix.rstrip("."), nn.Identity())
-    if not family.head:
-        # What a job trains in its place lies beside the model.
-        assert family.score_head is not None
-        model.set_submodule(family.score_head.module, nn.Identity())
-    elif end_block < num_blocks or not has_lm_head:
-        model.set_submodule(family.head.removesuffix(".weight"), nn.Identity())
+    _leave_out_head(model, family, has_lm_head=has_lm_head and end_block == num_blocks)
 
     # Blocks hold on to the whole model's configuration; the models around them read it for their loops and the cache.
     local_config = _cut_config(config, family, start_block, end_block)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config = local_config
+
+
+def _leave_out_head(model: PreTrainedModel, family: Family, *, has_lm_head: bool) -> None:
+    if not family.head:
+        # What a job trains in its place lies beside the model.
+        assert family.score_head is not None
+        model.set_submodule(family.score_head.module, nn.Identity())
+    elif not has_lm_head:
+        model.set_submodule(family.head.removesuffix(".weight"), nn.Identity())
 
 
 @torch.no_grad()

@@ -16,11 +16,13 @@ from transformers import Cache, PreTrainedModel
 from edge_node.methods.dropout import current_dropout_position, restored_dropout_position
 from edge_node.stage.architecture import (
     build_meta_model,
+    count_blocks,
     cut_to_stage,
     list_block_linears,
     parse_config,
     rebuild_buffers,
 )
+from edge_node.stage.halves import copied_tables
 from edge_node.stage.packing import PackedCache, StagePacker
 from edge_node.stage.past import FixedPast
 from edge_node.stage.stage import Stage
@@ -74,7 +76,7 @@ def build_stage(
         QuantizationError: a layer cannot be packed as asked.
     """
     config = parse_config(source.config())
-    num_blocks: int = config.num_hidden_layers
+    num_blocks, num_encoder_blocks = count_blocks(config)
     if not 0 <= start_block < end_block <= num_blocks:
         raise ModelError(f"blocks [{start_block}, {end_block}) were asked of a model with blocks [0, {num_blocks})")
     family = family_of(config.model_type)
@@ -86,9 +88,11 @@ def build_stage(
     rebuild_buffers(model)
     bytes_before = source.bytes_read
     is_tied = bool(family.head) and bool(config.tie_word_embeddings)
-    stored_names = StoredNames(model, source.names(), family, is_tied=is_tied)
+    copies = copied_tables(family, kept_block, end_block, num_encoder_blocks=num_encoder_blocks)
+    stored_names = StoredNames(model, source.names(), family, is_tied=is_tied, copies=copies)
     packer = StagePacker(source, stored_names.find, packing, dtype=dtype, device=device, cache=cache)
-    own_linears = [name for name in block_linears if name.startswith(_block_prefixes(family, kept_block, end_block))]
+    own_blocks = [family.block_name(block, num_encoder_blocks) for block in range(kept_block, end_block)]
+    own_linears = [name for name in block_linears if name.startswith(tuple(f"{block}." for block in own_blocks))]
     packed_linears = own_linears if packing.scheme != "none" else ()
     names = _check_complete(model, stored_names, packer, packed_linears)
     packer.prepare(names)
@@ -101,14 +105,16 @@ def build_stage(
         family.head.removesuffix(".weight") if end_block == num_blocks and has_lm_head and family.head else None,
     )
     names_read = (*packer.names_read, *_fill(model, source, stored_names, dtype=dtype, device=device))
+    if end_block == num_blocks:
+        names_read = (*names_read, *_fill_buffers(model, source, family, dtype=dtype))
     if is_tied:
         _share_if_equal(model, family)
     nn.Module.to(model, device)
     model.eval()
     model.requires_grad_(False)
     if checkpointing:
-        for block in model.get_submodule(family.block_prefix.rstrip(".")).children():
-            _checkpoint_block(block)
+        for block in own_blocks:
+            _checkpoint_block(model.get_submodule(block))
     return Stage(
         model,
         config,
@@ -123,10 +129,6 @@ def build_stage(
         bytes_read=source.bytes_read - bytes_before,
         has_backbone=has_backbone,
     )
-
-
-def _block_prefixes(family: Family, start_block: int, end_block: int) -> tuple[str, ...]:
-    return tuple(f"{family.block_prefix}{block}." for block in range(start_block, end_block))
 
 
 def _check_complete(
@@ -170,6 +172,17 @@ def _fill(
             filled[recipe.stored] = nn.Parameter(recipe.read(source, dtype).to(device), requires_grad=False)
         module.register_parameter(key, filled[recipe.stored])
     return tuple(stored for recipe in filled for stored in recipe)
+
+
+def _fill_buffers(
+    model: PreTrainedModel, source: TensorSource, family: Family, *, dtype: torch.dtype
+) -> tuple[str, ...]:
+    """Read buffers that a checkpoint may hold; gives the names of those that it does."""
+    stored = tuple(name for name in family.stored_buffers if name in source.names())
+    for name in stored:
+        module_name, _, key = name.rpartition(".")
+        model.get_submodule(module_name).register_buffer(key, source.read(name, dtype), persistent=False)
+    return stored
 
 
 def _share_if_equal(model: PreTrainedModel, family: Family) -> None:

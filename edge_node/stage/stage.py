@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from edge_node.stage.architecture import make_packed_masks
+from edge_node.stage.architecture import count_blocks, make_packed_masks
+from edge_node.stage.halves import new_halves_cache, run_halves
 from edge_node.stage.past import FixedPast, Past, for_rows
 from edge_node.stage.rounding import round_inputs
 from plutino.errors import ActivationCacheError, ModelError
@@ -43,12 +44,24 @@ class StageInput:
     """[B, tokens seen so far with this pass]: 1 for tokens, 0 for padding. None: no padding."""
     segment_ids: Tensor | None = None
     """int64 [B, T], segment of each token of packed rows, from 0 up; None: every row is one sequence."""
+    target_ids: Tensor | None = None
+    """int64 [B, T] on an encoder-decoder's first stage, whose ``input_ids`` and ``attention_mask`` are the source's."""
+    source: Tensor | None = None
+    """[B, S, D], an encoder-decoder's source as the previous stage left it; ``hidden`` is the target's then."""
+    has_new_source: bool = True
+    """False: the encoder's blocks have seen the source."""
     token_types: Tensor | None = None
     """int64 [B, T] on the first stage: 0 for tokens of the first text, 1 for those of the second; None: one text."""
     num_prompt_tokens: int = 0
     """Virtual tokens that come before the rows' own in this pass: counted in the other fields' T, but for input_ids."""
     cache: Cache | None = None
     """KV cache of this stage, extended in place; None in training."""
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """What of the previous stage's output may want a gradient back, by the names of :class:`StageOutput`."""
+        parts = {"source": self.source} | ({"hidden": self.hidden} if self.side is None else {"side": self.side})
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,8 @@ class StageOutput:
     """fp32 [B, T, R], the side state; None where no side network runs, and on the last stage, which mixes it in."""
     states: BackboneStates | None = None
     """What a side network read of the blocks."""
+    source: Tensor | None = None
+    """[B, S, D], of an encoder-decoder; None where later tokens of a target do not need it."""
 
     @property
     def hidden(self) -> Tensor:
@@ -69,14 +84,16 @@ class StageOutput:
         return self.known_hidden
 
     @property
-    def trained(self) -> Tensor | None:
-        """The part that a gradient comes back for."""
-        return self.known_hidden if self.side is None else self.side
+    def trained(self) -> dict[str, Tensor]:
+        """The parts that a gradient comes back for, by name."""
+        parts = {"source": self.source}
+        parts |= {"hidden": self.known_hidden} if self.side is None else {"side": self.side}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What the next stage gets, by name."""
-        parts = {"hidden": self.known_hidden, "side": self.side}
+        parts = {"hidden": self.known_hidden, "side": self.side, "source": self.source}
         return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
 
 
@@ -102,9 +119,17 @@ class _GivesItsInput(nn.Module):
         """OPT's head looks for the decoder inside the base model."""
         return self
 
-    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> _KnownOutput:
-        """Hand the input on."""
-        return _KnownOutput(inputs_embeds)
+    def forward(
+        self,
+        *_: object,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        **__: object,
+    ) -> _KnownOutput:
+        """Hand the input on: the target's, where there are two."""
+        known = inputs_embeds if decoder_inputs_embeds is None else decoder_inputs_embeds
+        assert known is not None, "heads read hidden states"
+        return _KnownOutput(known)
 
 
 class Stage:
@@ -133,8 +158,8 @@ class Stage:
         self.family: Family = family_of(config.model_type)
         self.start_block = start_block
         self.end_block = end_block
-        self.num_blocks: int = config.num_hidden_layers
-        """Blocks of the whole model."""
+        self.num_blocks, self.num_encoder_blocks = count_blocks(config)
+        """Blocks of the whole model, and those of them that are an encoder-decoder's encoder."""
         self.dtype = dtype
         self.attention = attention
         self.packing = packing
@@ -183,6 +208,11 @@ class Stage:
         return self.family.embedding[0].removesuffix(".weight")
 
     @property
+    def has_decoder_blocks(self) -> bool:
+        """Whether blocks of an encoder-decoder's decoder are here, which look at the encoder's output."""
+        return self.family.halves is not None and self.end_block > self.num_encoder_blocks
+
+    @property
     def head_name(self) -> str:
         """Global name of the output head module."""
         return self.family.head.removesuffix(".weight")
@@ -195,7 +225,9 @@ class Stage:
     @property
     def boundary_width(self) -> int:
         """Numbers a token that cross a border of the stage, at most."""
-        return int(self.config.hidden_size) + (0 if self.side is None else self.side.layout.side_width)
+        # The longest source and the longest target of a micro-batch may be in different rows.
+        num_streams = 1 if self.family.halves is None else 2
+        return num_streams * int(self.config.hidden_size) + (0 if self.side is None else self.side.layout.side_width)
 
     def put_beside(self, side: SideNetwork) -> None:
         """Run a side network with every pass from now on."""
@@ -217,6 +249,8 @@ class Stage:
 
         Blocks with a side network run without autograd: no gradient ever enters them.
         """
+        if self.family.halves is not None:
+            return self._run_halves(inputs)
         if self.side is None or not self.side.is_enabled or self._tap is None:
             return StageOutput(self.forward(inputs))
         with torch.no_grad(), self._tap.recording() as states:
@@ -225,6 +259,25 @@ class Stage:
             states.final = hidden_BTD
         beside = self.run_beside(inputs, states)
         return beside if self.is_last else StageOutput(hidden_BTD, beside.side, states)
+
+    def _run_halves(self, inputs: StageInput) -> StageOutput:
+        embed = self.model.get_submodule(self.embedding_name) if self.is_first else None
+        source_BSD, target_BTD = inputs.source, inputs.hidden
+        if embed is not None:
+            assert inputs.target_ids is not None, "the first stage needs a target's token ids"
+            target_BTD = embed(inputs.target_ids.to(self.device))
+            source_BSD = inputs.source if inputs.input_ids is None else embed(inputs.input_ids.to(self.device))
+        assert target_BTD is not None, "a later stage needs the target's states"
+        source_BSD, target_BTD = run_halves(
+            self.model,
+            self.family,
+            None if source_BSD is None else source_BSD.to(self.device),
+            target_BTD.to(self.device),
+            source_mask_BS=None if inputs.attention_mask is None else inputs.attention_mask.to(self.device),
+            cache=inputs.cache,
+            has_new_source=inputs.has_new_source,
+        )
+        return StageOutput(target_BTD, source=source_BSD)
 
     def run_beside(self, inputs: StageInput, states: BackboneStates) -> StageOutput:
         """The side network's part of a pass, with what is known of the blocks; they do not run."""
@@ -277,9 +330,15 @@ class Stage:
         assert self.is_last, f"blocks [{self.start_block}, {self.end_block}) of {self.num_blocks} have no head"
         # Made anew because methods put other modules in the head's place.
         above_blocks = copy.copy(self.model)
-        above_blocks._modules = dict(self.model._modules) | {self.model.base_model_prefix: _GivesItsInput()}
+        below = self.model.base_model_prefix
+        # T5's head stands beside its decoder, without a base model around both halves.
+        below = below if below in self.model._modules else "decoder"
+        above_blocks._modules = dict(self.model._modules) | {below: _GivesItsInput()}
         rows = hidden.unsqueeze(0) if hidden.dim() == 2 else hidden
-        logits = cast(Tensor, above_blocks(inputs_embeds=rows, use_cache=False).logits)
+        known: dict[str, object] = {"inputs_embeds": rows}
+        if self.family.halves is not None:
+            known = {"encoder_outputs": (rows,), "decoder_inputs_embeds": rows}
+        logits = cast(Tensor, above_blocks(**known, use_cache=False).logits)
         return logits.squeeze(0) if hidden.dim() == 2 else logits
 
     def score(self, hidden_BD: Tensor) -> Tensor:
@@ -307,7 +366,7 @@ class Stage:
 
     def new_cache(self) -> Cache:
         """An empty KV cache for this stage's blocks."""
-        return DynamicCache(config=self.model.config)
+        return DynamicCache(config=self.model.config) if self.family.halves is None else new_halves_cache()
 
     def _behind(self, past: Past, inputs: StageInput, num_rows: int) -> StageInput:
         """The input with the past before every row, as its cache, in its mask and in its positions."""

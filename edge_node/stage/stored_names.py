@@ -8,7 +8,7 @@ stage's own tensors are ever read.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -87,15 +87,27 @@ class StoredNames:
         stored_names: names of all tensors of the checkpoint.
         family: the model's family.
         is_tied: head and token embedding are one parameter.
+        copies: parameters of the stage that are copies of others -> those.
     """
 
-    def __init__(self, model: PreTrainedModel, stored_names: set[str], family: Family, *, is_tied: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stored_names: set[str],
+        family: Family,
+        *,
+        is_tied: bool,
+        copies: Mapping[str, str] | None = None,
+    ) -> None:
         own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         ends = (family.embedding[0], family.head or family.embedding[0])
         # Of tied ends a checkpoint may keep either, whichever the stage holds; GPTQ holds a weight in several parts.
         weights = [name.removesuffix(".weight") for name in own if name.endswith(".weight")]
-        known = dict.fromkeys((*own, *ends, *(f"{layer}.{part}" for layer in weights for part in PARTS)), True)
+        copies = copies or {}
+        packed = (f"{layer}.{part}" for layer in weights for part in PARTS)
+        known = dict.fromkeys((*own, *ends, *copies.values(), *packed), True)
         self._recipes = _find_recipes(model, stored_names, known)
+        self._recipes |= {own: self._recipes[other] for own, other in copies.items() if other in self._recipes}
         if is_tied:
             embedding, head = ends
             for end, other in ((embedding, head), (head, embedding)):

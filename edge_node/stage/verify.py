@@ -41,6 +41,8 @@ def _probe(stage: Stage, num_prompt_tokens: int) -> StageInput:
     generator = torch.Generator().manual_seed(0)
     num_tokens = num_prompt_tokens + _TOKENS
     position_ids = torch.arange(num_tokens).expand(_ROWS, num_tokens)
+    if stage.family.halves is not None:
+        return _two_texts_probe(stage, position_ids, generator)
     if stage.is_first:
         ids = torch.randint(0, int(stage.config.vocab_size), (_ROWS, _TOKENS), generator=generator)
         return StageInput(position_ids=position_ids, input_ids=ids, num_prompt_tokens=num_prompt_tokens)
@@ -49,3 +51,17 @@ def _probe(stage: Stage, num_prompt_tokens: int) -> StageInput:
     if stage.side is not None and stage.side.reads_side:
         side = torch.randn(_ROWS, num_tokens, stage.side.layout.side_width, generator=generator)
     return StageInput(position_ids=position_ids, hidden=hidden, side=side)
+
+
+def _two_texts_probe(stage: Stage, position_ids: Tensor, generator: torch.Generator) -> StageInput:
+    shape = tuple(position_ids.shape)
+    if stage.is_first:
+        ids, target_ids = (
+            torch.randint(0, int(stage.config.vocab_size), shape, generator=generator) for _ in ("source", "target")
+        )
+        return StageInput(position_ids=position_ids, input_ids=ids, target_ids=target_ids)
+    source, hidden = (
+        torch.randn(*shape, int(stage.config.hidden_size), generator=generator).to(stage.dtype)
+        for _ in ("source", "target")
+    )
+    return StageInput(position_ids=position_ids, source=source, hidden=hidden)

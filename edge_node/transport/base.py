@@ -61,7 +61,8 @@ class Transport(Protocol):
     def send(self, peer: Peer, key: MessageKey, tensors: dict[str, Tensor], *, codec: str = "raw") -> None:
         """Queue a message; blocks only while the peer's queue is full.
 
-        ``codec`` applies to floating tensors named "hidden" or "gradient"; everything else travels raw. The tensors
+        ``codec`` applies to floating tensors named "hidden" or "source" and to their gradients; everything else
+        travels raw. The tensors
         must not be changed afterwards.
 
         Raises:

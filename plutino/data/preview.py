@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from plutino.data.readers import Rows
-from plutino.data.sequences import check_format, class_names_of, label_tokens, sequences_of
+from plutino.data.sequences import check_format, class_names_of, ended_tokens, label_tokens, sequences_of
 from plutino.data.tokenisation import PartTokens, Reading, tokenise_range
 from plutino.data.tokenizer import ModelTokenizer
 
@@ -174,6 +174,12 @@ def show_row(rows: Rows, index: int, tokenizer: ModelTokenizer, reading: Reading
     row = rows.rows[index]
     label = "" if row.label is None or reading.use not in ("label", "scored") else str(row.label)
     for text in sequences_of(rows, row, tokenizer, reading.use):
+        if reading.reads_ended(tokenizer):
+            ids, mask, _, _ = ended_tokens(text, tokenizer, reading.use, reading.max_tokens)
+            names = [f"{tokenizer.tokenizer.id_to_token(token_id)} " for token_id in ids.tolist()]
+            shown = (ShownToken(text=n, carries_loss=bool(m), is_cut=False) for n, m in zip(names, mask, strict=True))
+            yield ShownSequence(line_number=row.line_number, label=label, tokens=tuple(shown))
+            continue
         encoding = tokenizer.encode([text.text])[0]
         ids, mask, _ = label_tokens(text, encoding, tokenizer, reading.train_on)
         num_before = 0 if text.is_chat else len(tokenizer.prefix_ids)

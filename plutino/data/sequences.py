@@ -49,6 +49,7 @@ FORMATS: dict[RowUse, tuple[RowFormat, ...]] = {
     "label": ("labelled",),
     "scored": ("rated",),
     "pairs": ("preference",),
+    "source_target": ("prompt_completion", "alpaca"),
 }
 """Formats that have what is used of a row."""
 
@@ -72,6 +73,8 @@ def sequences_of(rows: Rows, row: Row, tokenizer: ModelTokenizer, use: RowUse) -
     Raises:
         DataError: the chat template cannot be used for it.
     """
+    if use == "source_target":
+        return [RenderedRow(row.question, (), 0, is_chat=False, second=row.answer)]
     if use == "label" and tokenizer.ended is not None:
         return [RenderedRow(row.text, (), 0, is_chat=False, second=row.text_pair)]
     if use in ("label", "text"):
@@ -113,16 +116,29 @@ def number_of(row: Row, class_names: Sequence[str]) -> float:
     return number
 
 
-def ended_tokens(row: RenderedRow, tokenizer: ModelTokenizer, max_tokens: int) -> tuple[list[int], int, int]:
-    """Tokens of a text, or two, as an encoder reads them.
+def ended_tokens(
+    row: RenderedRow, tokenizer: ModelTokenizer, use: RowUse, max_tokens: int
+) -> tuple[NDArray[np.int32], NDArray[np.uint8], int, int]:
+    """Tokens for a model with an encoder: of one or two texts that it reads, or of one and what it is to write.
+
+    A text to write is cut at half of ``max_tokens``, what is read of it at the rest.
 
     Returns:
-        Ids, cut at ``max_tokens``; how many stand before the second text; how many ids there were.
+        Ids, cut at ``max_tokens``; label mask; how many stand before the second text; how many there were.
     """
-    encoding = tokenizer.encode_ended(row.text, row.second, max_tokens)
-    types = encoding.type_ids
-    num_first = types.index(1) if 1 in types else len(types)
-    return encoding.ids, num_first, len(encoding.ids) + sum(len(cut.ids) for cut in encoding.overflowing)
+    if use == "source_target":
+        assert row.second is not None, "the row says what is to be written"
+        target = tokenizer.encode_ended(row.second, None, max_tokens // 2)
+        source = tokenizer.encode_ended(row.text, None, max_tokens - len(target.ids))
+        ids, num_first, parts = source.ids + target.ids, len(source.ids), [source, target]
+        mask = np.arange(len(ids)) >= num_first
+    else:
+        whole = tokenizer.encode_ended(row.text, row.second, max_tokens)
+        ids, parts = whole.ids, [whole]
+        num_first = whole.type_ids.index(1) if 1 in whole.type_ids else len(ids)
+        mask = np.zeros(len(ids), bool)
+    num_ids = len(ids) + sum(len(cut.ids) for part in parts for cut in part.overflowing)
+    return np.array(ids, np.int32), mask.astype(np.uint8), num_first, num_ids
 
 
 def label_tokens(

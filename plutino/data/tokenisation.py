@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from plutino.data.formats import Row
 from plutino.data.readers import Rows, name_lines
 from plutino.data.samples import Samples
-from plutino.data.sequences import LabelError, check_format, ended_tokens, label_tokens, number_of, sequences_of
+from plutino.data.sequences import (
+    LabelError,
+    check_format,
+    ended_tokens,
+    label_tokens,
+    number_of,
+    sequences_of,
+)
 from plutino.data.templates import RenderedRow
 from plutino.data.token_store import TokenStore
 from plutino.data.tokenizer import ModelTokenizer
@@ -48,7 +55,7 @@ class Reading:
 
     def reads_ended(self, tokenizer: ModelTokenizer) -> bool:
         """Whether texts are given as to an encoder, with the tokenizer's own special tokens."""
-        return self.use == "label" and tokenizer.ended is not None
+        return self.use == "source_target" or (self.use == "label" and tokenizer.ended is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +122,11 @@ def tokenise(
             unknown, or rows have no label token left within max_tokens.
     """
     check_format(rows, use)
+    if use == "source_target" and tokenizer.ended is None:
+        raise DataError(
+            "the model's tokenizer puts no end token behind a text, so that no target would end; use a model with an "
+            "encoder and its own tokenizer"
+        )
     reading = Reading(max_tokens=max_tokens, train_on=train_on, use=use, class_names=tuple(class_names))
     elsewhere = None if spread is None else spread(rows, reading)
     parts = tokenise_range(rows, tokenizer, reading) if elsewhere is None else elsewhere
@@ -159,7 +171,7 @@ def tokenise(
         line_numbers=np.array(line_numbers, np.int64),
         num_truncated=num_truncated,
         sequences_per_sample=reading.sequences_per_row,
-        has_second_texts=reading.reads_ended(tokenizer),
+        has_second_texts=use == "label" and reading.reads_ended(tokenizer),
         counted=counted,
         labels=np.array(labels, np.float32) if labels else None,
         reference_logps=np.array(reference_logps, np.float32) if has_logps and reference_logps else None,
@@ -259,8 +271,7 @@ class _Part:
 
     def _ended(self, tokenizer: ModelTokenizer) -> Iterator[_Sequence]:
         for text in self.texts:
-            ids, num_first, num_ids = ended_tokens(text, tokenizer, self.reading.max_tokens)
-            yield np.array(ids, np.int32), np.zeros(len(ids), np.uint8), num_first, num_ids
+            yield ended_tokens(text, tokenizer, self.reading.use, self.reading.max_tokens)
 
     def _add(self, ids: NDArray[np.int32], mask: NDArray[np.uint8], num_prompt: int, line_number: int) -> None:
         self.ids.append(ids)

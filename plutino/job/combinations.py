@@ -22,6 +22,7 @@ def combination_problems(spec: JobSpec) -> Iterator[str]:
     yield from _held_out_problems(spec)
     yield from _scoring_problems(spec)
     yield from _packing_problems(spec)
+    yield from _codec_problems(spec)
     yield from _metric_problems(spec)
 
 
@@ -115,6 +116,14 @@ def _packing_problems(spec: JobSpec) -> Iterator[str]:
         )
 
 
+def _codec_problems(spec: JobSpec) -> Iterator[str]:
+    if spec.objective.row_use == "source_target" and spec.placement.codec == "bf16":
+        yield (
+            f"placement.codec: bf16 knows borders that one text's states cross, objective.type: {spec.objective.type} "
+            "sends two; set it to raw"
+        )
+
+
 def _metric_problems(spec: JobSpec) -> Iterator[str]:
     if spec.scoring is None:
         return
@@ -122,7 +131,7 @@ def _metric_problems(spec: JobSpec) -> Iterator[str]:
     allowed = {objective.own_metric}
     if objective.counted == "label tokens":
         allowed.add("perplexity")
-    if objective.row_use == "answers":
+    if objective.row_use in ("answers", "source_target"):
         allowed.update(GENERATED_METRICS)
     for task in spec.data.sources:
         metric = spec.metric_of(task)

@@ -16,8 +16,9 @@ from plutino.job.rewards import AdapterReward, ExactMatchReward, RewardSource
 Counted = Literal["label tokens", "rows"]
 """What a loss is the mean over: the step's label tokens, or its rows (a preference pair is one row)."""
 
-RowUse = Literal["answers", "text", "label", "scored", "pairs"]
-"""What an objective takes of a row: answers to learn, raw text, text with a label, a rated answer, two answers."""
+RowUse = Literal["answers", "source_target", "text", "label", "scored", "pairs"]
+"""What an objective takes of a row: answers to learn, a text with what is to be written of it, raw text, text with a
+label, a rated answer, two answers."""
 
 TrainOn = Literal["answers", "last", "all"]
 """Which tokens of a conversation carry loss: all answers, only the last one, or all tokens."""
@@ -101,6 +102,21 @@ class SftConfig(ObjectivePart):
     def labelled_tokens(self) -> TrainOn:
         """See :class:`ObjectivePart`."""
         return self.train_on
+
+
+class Seq2SeqConfig(ObjectivePart):
+    """An encoder-decoder writes the completion of the prompt that it has read.
+
+    Prompt and completion share data.max_tokens: of one that is longer a completion keeps half of them at most, and the
+    prompt is cut to what is left.
+    """
+
+    type: Literal["seq2seq"] = "seq2seq"
+
+    @property
+    def row_use(self) -> RowUse:
+        """See :class:`ObjectivePart`."""
+        return "source_target"
 
 
 class DaptConfig(ObjectivePart):
@@ -327,7 +343,14 @@ class GrpoConfig(ObjectivePart):
 
 
 ObjectiveConfig = Annotated[
-    SftConfig | DaptConfig | ClassificationConfig | RegressionConfig | RewardConfig | DpoConfig | GrpoConfig,
+    SftConfig
+    | Seq2SeqConfig
+    | DaptConfig
+    | ClassificationConfig
+    | RegressionConfig
+    | RewardConfig
+    | DpoConfig
+    | GrpoConfig,
     Field(discriminator="type"),
 ]
 """Union of all objectives' configs, told apart by ``type``."""

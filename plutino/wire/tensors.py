@@ -16,7 +16,7 @@ from torch import Tensor
 from plutino.errors import ConfigError, FrameError
 from plutino.wire.messages import ALIGNMENT_BYTES, MAX_NAME_BYTES, MAX_RANK, Codec, DType, TensorSpec, layout
 
-CODED_NAMES = frozenset({"hidden", "gradient"})
+CODED_NAMES = frozenset({"hidden", "gradient", "source", "source gradient"})
 """Tensors that a lossy codec may round; everything else travels as it is."""
 
 _DTYPES: dict[torch.dtype, DType] = {

@@ -34,23 +34,25 @@ WORDS = [
     "yes",
     "no",
 ]
-SPECIAL = {"bert": ("[PAD]", "[CLS]", "[SEP]"), "roberta": ("<pad>", "<s>", "</s>")}
+SPECIAL = {"bert": ("[PAD]", "[CLS]", "[SEP]"), "roberta": ("<pad>", "<s>", "</s>"), "t5": ("<pad>", "", "</s>")}
 
 
 def save_folder(name: str, folder: Path) -> Path:
     """A tiny model with a tokenizer of whole words, whose special tokens stand as published ones do."""
     pad, start, end = SPECIAL[name]
     # RoBERTa's pad is 1, and its positions begin behind it.
-    first = [start, pad, end] if name == "roberta" else [pad, start, end]
+    first = [start, pad, end] if name == "roberta" else [one for one in (pad, start, end) if one]
     vocab = {word: index for index, word in enumerate([*first, "[UNK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([*first, "[UNK]"])
     pair = f"{start} $A {end} $B:1 {end}:1" if name == "bert" else f"{start} $A {end} {end} $B {end}"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", pair=pair, special_tokens=[(start, vocab[start]), (end, vocab[end])]
-    )
-    save_model(name, folder)
+    if name == "t5":
+        pair = f"$A {end} $B {end}"
+    ends = [(token, vocab[token]) for token in (start, end) if token]
+    single = f"{start} $A {end}".strip()
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
+    save_model(name, folder, **({"eos_token_id": vocab[end]} if name == "t5" else {}))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -97,8 +99,25 @@ def run(people, folder, model, *, stages, **parts):
     return people.detail(job_id)
 
 
-@pytest.mark.parametrize(("name", "objective"), [("bert", "classification"), ("roberta", "regression")])
-def test_pairs_of_texts_give_the_same_bits_on_one_and_two_workers_and_reload(people, tmp_path, name, objective):
+def assert_alike(details, folders):
+    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
+    for detail, adapter in zip(details, adapters, strict=True):
+        assert losses(detail) == losses(details[0])
+        assert detail["scores"] == details[0]["scores"]
+        assert adapter == adapters[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "numbers_of_workers"),
+    [
+        ("bert", "classification", (2,)),
+        pytest.param("bert", "regression", (1, 2), marks=pytest.mark.slow),
+        pytest.param("roberta", "classification", (1, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_pairs_of_texts_give_the_same_bits_on_any_number_of_workers_and_reload(
+    people, tmp_path, name, objective, numbers_of_workers
+):
     model = save_folder(name, tmp_path / "model")
     numbers = objective == "regression"
     data = {
@@ -108,14 +127,48 @@ def test_pairs_of_texts_give_the_same_bits_on_one_and_two_workers_and_reload(peo
     }
     details = [
         run(people, tmp_path, model, stages=stages, objective={"type": objective}, data=data, scoring={})
+        for stages in numbers_of_workers
+    ]
+
+    assert_alike(details, [tmp_path / f"adapter{number}" for number in numbers_of_workers])
+    # transformers itself, with peft and the same token types, came to the same loss.
+    assert "relative difference" in (tmp_path / "adapter2" / "README.md").read_text()
+    config = json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
+
+
+@pytest.mark.parametrize("numbers_of_workers", [(2,), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_an_encoder_decoder_writes_the_same_answers_on_any_number_of_workers(people, tmp_path, numbers_of_workers):
+    model = save_folder("t5", tmp_path / "model")
+    for name, num_rows in (("train", 9), ("eval", 5)):
+        rows = [
+            {
+                "prompt": " ".join(WORDS[(row * 3 + word) % len(WORDS)] for word in range(3 + row % 5)),
+                "completion": " ".join(WORDS[(row + word) % len(WORDS)] for word in range(1 + row % 3)),
+            }
+            for row in range(num_rows)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl"), "max_tokens": 16}
+    details = [
+        run(
+            people,
+            tmp_path,
+            model,
+            stages=stages,
+            objective={"type": "seq2seq"},
+            data=data,
+            scoring={"max_new_tokens": 4, "before": True},
+        )
         for stages in (1, 2)
     ]
 
     assert losses(details[0]) == losses(details[1])
     assert details[0]["scores"] == details[1]["scores"]
+    assert details[-1]["scores"]["after"]["score"]["metric"] == "exact_match"
     adapters = [(tmp_path / f"adapter{n}" / "adapter_model.safetensors").read_bytes() for n in (1, 2)]
     assert adapters[0] == adapters[1]
-    # transformers itself, with peft and the same token types, came to the same loss.
-    assert "relative difference" in (tmp_path / "adapter2" / "README.md").read_text()
+    card = (tmp_path / "adapter2" / "README.md").read_text()
+    assert "relative difference" in card and "AutoPeftModelForSeq2SeqLM" in card
     config = json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())
-    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
+    assert config["task_type"] == "SEQ_2_SEQ_LM"

@@ -28,7 +28,15 @@ from plutino.families import FAMILIES, family_of
 from plutino.job.method import LoraConfig
 from tests.numerics.chain import CUTS, Batch, build_chain, frozen_chain, make_batch, run_chain
 from tests.numerics.pipelines import assert_same_tensors, make_batches, make_spec, pipeline_of, stages_of, train
-from tests.numerics.tiny_families import CONFIGS, ENCODERS, NUM_BLOCKS, describe_folder, make_config, save_model
+from tests.numerics.tiny_families import (
+    CONFIGS,
+    ENCODER_DECODERS,
+    ENCODERS,
+    NUM_BLOCKS,
+    describe_folder,
+    make_config,
+    save_model,
+)
 from tests.sampling import sampled
 
 # peft itself calls what transformers has deprecated.
@@ -169,7 +177,7 @@ def test_stretched_rotary_embeddings_are_those_of_the_whole_model(name, tmp_path
 
 
 def test_every_family_has_a_tiny_model():
-    assert {model_type for model_type, _ in (CONFIGS | ENCODERS).values()} == FAMILIES.keys()
+    assert {model_type for model_type, _ in (CONFIGS | ENCODERS | ENCODER_DECODERS).values()} == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon_alibi"])

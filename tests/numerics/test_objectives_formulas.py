@@ -139,4 +139,5 @@ def test_a_row_that_ends_with_the_pad_token_is_scored_where_transformers_scores_
 def test_families_with_a_score_class_are_those_that_transformers_classifies_with():
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
 
-    assert {name for name, family in FAMILIES.items() if family.score_head} == FAMILIES.keys() & KNOWN.keys()
+    one_stack = {name: family for name, family in FAMILIES.items() if family.halves is None}
+    assert {name for name, family in one_stack.items() if family.score_head} == one_stack.keys() & KNOWN.keys()

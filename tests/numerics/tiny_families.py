@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from partitioner.model import ModelTable, describe_model
 from plutino.families import family_of
@@ -171,18 +177,63 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 """The same for families that score sequences and predict no tokens."""
 
 
+_T5 = {
+    "d_model": 32,
+    "d_ff": 48,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "decoder_start_token_id": 0,
+    # Few and near, so that rows of nine tokens reach the shared last bucket.
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 8,
+}
+
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", _T5 | {"d_kv": 8}),
+    # 1.1: a gate, outputs that are not scaled, heads that are wider than their share.
+    "t5_gated": ("t5", _T5 | {"d_kv": 12, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart": (
+        "bart",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "scale_embedding": True,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": None,
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+        },
+    ),
+}
+"""The same for families that read one text and write another."""
+
+
 def make_config(name: str, **changes: Any) -> Any:
     """The transformers configuration of a tiny model."""
-    model_type, values = (CONFIGS | ENCODERS)[name]
-    common = {"vocab_size": VOCAB, "num_hidden_layers": NUM_BLOCKS, "pad_token_id": 0, "bos_token_id": 1}
+    model_type, values = (CONFIGS | ENCODERS | ENCODER_DECODERS)[name]
+    blocks = {} if name in ENCODER_DECODERS else {"num_hidden_layers": NUM_BLOCKS}
+    common = {"vocab_size": VOCAB, **blocks, "pad_token_id": 0, "bos_token_id": 1}
     return CONFIG_MAPPING[model_type](**(common | {"eos_token_id": None} | values | changes))
+
+
+def class_of(name: str) -> Any:
+    """transformers' own class for what the model is trained to do."""
+    if name in ENCODER_DECODERS:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForSequenceClassification if name in ENCODERS else AutoModelForCausalLM
 
 
 def make_model(name: str, **changes: Any) -> PreTrainedModel:
     """A tiny model whose every parameter matters: norms, biases and attention far from where training starts."""
     torch.manual_seed(0)
-    made_by = AutoModelForSequenceClassification if name in ENCODERS else AutoModelForCausalLM
-    model = made_by.from_config(make_config(name, **changes)).eval()
+    model = class_of(name).from_config(make_config(name, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)

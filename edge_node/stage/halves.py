@@ -1,0 +1,141 @@
+"""Encoder-decoders: how both halves are cut to a stage, and how a stage runs its part of each.
+
+Two streams pass every border: the source's states [B, S, D], which behind the encoder's last block are its output, and
+the target's [B, T, D], which are its embeddings until the decoder's first block. A stage runs its encoder blocks on the
+one and its decoder blocks on the other, and hands on what it has no block for. The first stage embeds both texts, so
+that the table is on no stage between; a gradient comes back for both, and what decoder blocks of several stages want
+of the encoder's output is added up on its way down.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from plutino.families import Family
+from plutino.side_network import AddsNothing
+
+# Shape suffixes: B rows, S source tokens, T target tokens of this pass, D hidden size.
+
+
+def cut_halves(
+    model: PreTrainedModel,
+    family: Family,
+    start_block: int,
+    end_block: int,
+    *,
+    num_encoder_blocks: int,
+    num_blocks: int,
+) -> None:
+    """Take from a whole meta model what is not part of the stage, but for the head, in place.
+
+    Blocks keep their names. The first block here of either half gets the table that the half's first one has.
+    """
+    halves = family.halves
+    assert halves is not None, "the model has two halves"
+    own = {name: nn.ModuleList() for name in (family.block_prefix, halves.decoder_prefix)}
+    for block in range(start_block, end_block):
+        name = family.block_name(block, num_encoder_blocks)
+        prefix, _, index = name.rpartition(".")
+        own_blocks = own[f"{prefix}."]
+        module = model.get_submodule(name)
+        if halves.table and not own_blocks:
+            _add_table(module, halves.table, is_first=index == "0")
+        for part in module.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = len(own_blocks)  # type: ignore[assignment]
+        own_blocks.add_module(index, module)
+    for prefix, blocks in own.items():
+        model.set_submodule(prefix.rstrip("."), blocks)
+    for half in (halves.encoder, halves.decoder):
+        model.set_submodule(f"{half}.embed_tokens", nn.Identity())
+    _leave_out(model, family, () if start_block == 0 else family.embedding)
+    has_decoder_entry = start_block <= num_encoder_blocks < end_block
+    _leave_out(model, family, () if has_decoder_entry else halves.decoder_entry)
+    _leave_out(model, family, () if start_block < num_encoder_blocks <= end_block else halves.encoder_final)
+    _leave_out(model, family, () if end_block == num_blocks else family.final)
+
+
+def _add_table(block: nn.Module, table: str, *, is_first: bool) -> None:
+    if is_first:
+        return
+    attention: Any = block.get_submodule(table.rpartition(".")[0].rpartition(".")[0])
+    attention.has_relative_attention_bias = True
+    attention.relative_attention_bias = nn.Embedding(
+        attention.relative_attention_num_buckets, attention.n_heads, device="meta", dtype=attention.q.weight.dtype
+    )
+
+
+def _leave_out(model: PreTrainedModel, family: Family, tensors: tuple[str, ...]) -> None:
+    modules = dict(model.named_modules())
+    for tensor in tensors:
+        name = tensor.rpartition(".")[0]
+        if name in modules:
+            model.set_submodule(name, AddsNothing() if name in family.entry_sums else nn.Identity())
+
+
+def copied_tables(family: Family, start_block: int, end_block: int, *, num_encoder_blocks: int) -> dict[str, str]:
+    """Tensor of the stage's first block of either half -> the tensor that it is a copy of, both by global names."""
+    halves = family.halves
+    if halves is None or not halves.table:
+        return {}
+    if start_block in (0, num_encoder_blocks) or start_block == end_block:
+        return {}  # the first block of a half has its own, and a half that begins later on the stage does so with it
+    first = 0 if start_block < num_encoder_blocks else num_encoder_blocks
+    own, other = (family.block_name(block, num_encoder_blocks) for block in (start_block, first))
+    return {f"{own}.{halves.table}": f"{other}.{halves.table}"}
+
+
+def run_halves(
+    model: PreTrainedModel,
+    family: Family,
+    source_BSD: Tensor | None,
+    target_BTD: Tensor,
+    *,
+    source_mask_BS: Tensor | None,
+    cache: Cache | None,
+    has_new_source: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Run the stage's blocks of both halves; gives both streams.
+
+    Args:
+        model: the stage's part of the model.
+        family: of the model.
+        source_BSD: the source's states from below; None where later tokens of a target do not need it.
+        target_BTD: the target's states from below, tokens of this pass.
+        source_mask_BS: 1 for tokens of the source, 0 for padding; None: no padding.
+        cache: of the decoder's blocks.
+        has_new_source: the encoder's blocks run; otherwise the source has been through them.
+    """
+    halves = family.halves
+    assert halves is not None, "the model has two halves"
+    encoder, decoder = model.get_submodule(halves.encoder), model.get_submodule(halves.decoder)
+    if has_new_source and source_BSD is not None and len(model.get_submodule(family.block_prefix[:-1])):  # type: ignore[arg-type]
+        output = encoder(inputs_embeds=source_BSD, attention_mask=source_mask_BS)
+        source_BSD = cast(Tensor, output.last_hidden_state)
+    if len(model.get_submodule(halves.decoder_prefix[:-1])):  # type: ignore[arg-type]
+        assert source_BSD is not None, "decoder blocks look at the encoder's output"
+        output = decoder(
+            inputs_embeds=target_BTD,
+            encoder_hidden_states=source_BSD,
+            encoder_attention_mask=source_mask_BS,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        target_BTD = cast(Tensor, output.last_hidden_state)
+    return source_BSD, target_BTD
+
+
+def new_halves_cache() -> Cache:
+    """An empty cache of the decoder's own keys and values and of those of the encoder's output."""
+    return cast(Cache, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+
+def start_token_id(config: Any) -> int:
+    """What a target's first token follows: as transformers shifts labels."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        start = config.pad_token_id
+    return int(start)
