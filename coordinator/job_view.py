@@ -73,6 +73,8 @@ class JobView:
     losses: dict[int, float] = field(default_factory=dict)
     """Loss by step, of the steps that stand."""
     lr: float | None = None
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """Of the last step on sampled answers."""
     evaluations: dict[int, float] = field(default_factory=dict)
     """Evaluation loss by number of steps done."""
     scores: dict[str, events.ScoringDone] = field(default_factory=dict)
@@ -190,6 +192,7 @@ class JobView:
         self.step = event.step + 1
         self.losses[event.step] = event.loss
         self.lr = event.lr
+        self.counts = event.counts
         self.train_s += event.seconds
         self.train_tokens += event.tokens
         self._recent.append((event.tokens, event.seconds))
@@ -213,6 +216,12 @@ class JobView:
 
 _NOTED = (events.StepSkipped, events.WorkerLost, events.Recovering, events.PlanChanges, events.Recovered, events.Notice)
 """Events that a person must not overlook while the screen changes."""
+
+
+def counts_text(counts: Mapping[str, float]) -> list[str]:
+    """What people want to see of a step on sampled answers; empty of other steps."""
+    forms = {"reward": "reward {:.3f}", "kl": "KL {:.4f}", "clipped_share": "clipped {:.1%}"}
+    return [form.format(counts[name]) for name, form in forms.items() if name in counts]
 
 
 def told(event: events.JobEvent) -> str | None:
@@ -241,7 +250,12 @@ def told(event: events.JobEvent) -> str | None:
                 f"{event.trainable_parameters} parameters to train"
             )
         case events.StepCommitted():
-            return f"step {event.step + 1}: loss {event.loss:.4f}, {event.tokens / event.seconds:.0f} tokens/s"
+            parts = [
+                f"loss {event.loss:.4f}",
+                f"{event.tokens / event.seconds:.0f} tokens/s",
+                *counts_text(event.counts),
+            ]
+            return f"step {event.step + 1}: {', '.join(parts)}"
         case events.StepSkipped():
             return f"step {event.step + 1} skipped: {event.reason}"
         case events.Evaluated():

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.job_view import JobView, WorkerView, told
+from coordinator.job_view import JobView, WorkerView, counts_text, told
 from coordinator.jobs.scoring import value_text
 from partitioner.plan import Plan, StagePlan
 from plutino import events
@@ -289,6 +289,7 @@ def _progress_line(view: JobView) -> str:
     parts = [f"step {view.step}/{view.total_steps}"]
     if view.loss is not None:
         parts.append(f"loss {view.loss:.4f}")
+    parts += counts_text(view.counts)
     if view.tokens_per_s is not None:
         parts.append(f"{view.tokens_per_s:.0f} tokens/s")
     if view.bubble_share is not None:

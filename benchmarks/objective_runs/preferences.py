@@ -23,7 +23,7 @@ from plutino.job.spec import JobSpec, parse_spec
 
 AUC_GOAL = 0.65
 _DOMAINS = ("tm3_movies", "tm4_coffee")
-_CONTEXT_CHARS, _ANSWER_CHARS = 500, 160
+_CONTEXT_CHARS, _ANSWER_CHARS = 320, 140
 _HELD_OUT_SHARE = 5
 """One dialogue in so many is held out."""
 
@@ -92,16 +92,16 @@ def run_reward(settings: Settings) -> Figures:
         held_out = shuffled([row for dialogue, row in rows if _is_held_out(dialogue, settings.seed)], settings.seed)
         # As many good as bad ones: otherwise the domain alone would explain the ratings.
         good, bad = ([row for row in seen if (row["rating"] > 0.5) is is_good] for is_good in (True, False))
-        num = min(len(good), len(bad), settings.few(450, 12))
+        num = min(len(good), len(bad), settings.few(400, 12))
         train += good[:num] + bad[:num]
-        path = write_rows(settings.folder / f"{domain}.jsonl", held_out[: settings.few(400, 40)])
+        path = write_rows(settings.folder / f"{domain}.jsonl", held_out[: settings.few(300, 40)])
         tasks.append({"name": domain, "eval": path, "format": "rated"})
     path = write_rows(settings.folder / "train.jsonl", shuffled(train, settings.seed))
     spec = spec_of(
         settings,
         objective={"type": "reward", "labels": "ratings"},
         method={"type": "lora", "rank": 16, "alpha": 32, "target_modules": "all-linear", "dropout": 0.05},
-        data={"tasks": [{"name": "both", "train": path, "format": "rated"}, *tasks], "max_tokens": 512},
+        data={"tasks": [{"name": "both", "train": path, "format": "rated"}, *tasks], "max_tokens": 384},
         scoring={},
         training={
             **({"steps": 4} if settings.is_quick else {"epochs": 2}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from plutino.data.samples import Samples
 from plutino.errors import ConfigError
 from plutino.job.objective import GrpoConfig
 from plutino.job.rewards import AdapterReward, ExactMatchReward, FunctionReward, RegexReward, ValidJsonReward
+from plutino.job.spec import load_spec, parse_spec
 
 
 def answers(*texts, truth="yes"):
@@ -121,3 +124,42 @@ def test_step_holds_prompts_with_their_answers_the_longest_first(loss, weight):
     assert first.advantages.tolist() == [0.5, -0.5, 1.0]
     assert first.sampled_logps.tolist() == [-7, 0, -8, -7, -7, 0]
     assert Rollouts.model_validate_json(rollouts.model_dump_json()) == rollouts
+
+
+def test_example_names_its_reward_function_by_the_files_own_folder_and_the_function_answers():
+    folder = Path(__file__).resolve().parents[3] / "examples" / "grpo"
+    spec = load_spec(folder / "grpo.yaml")
+
+    assert isinstance(spec.objective, GrpoConfig)
+    assert spec.objective.rewards[1].function == f"{folder / 'reward.py'}:looks_like_an_intent"
+    assert rewards_of(spec.objective.rewards[1:], answers("PlayMusic", "a b", "GetWeather ")) == [[1.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({"rewards": [{"type": "regex", "pattern": "("}]}, "no regular expression"),
+        ({"rewards": [{"type": "function", "function": "mine:reward"}]}, "rewards.py:my_reward"),
+        ({"rewards": [{"type": "adapter", "path": "a"}, {"type": "adapter", "path": "b"}]}, "one reward adapter"),
+        ({"answers": 1}, "objective.answers"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_way_out(objective, said, tmp_path):
+    values = {"model": "m", "data": {"train": "t.jsonl"}, "objective": {"type": "grpo", **objective}}
+
+    with pytest.raises(ConfigError) as caught:
+        parse_spec(values, base_dir=tmp_path)
+
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [({"data": {"train": "t.jsonl", "packing": True}}, "data.packing"),
+     ({"training": {"activation_cache": "raw"}}, "activation_cache")],
+)  # fmt: skip
+def test_settings_that_do_not_go_with_sampled_answers_are_refused(part, said, tmp_path):
+    values = {"model": "m", "data": {"train": "t.jsonl"}, "objective": {"type": "grpo"}, **part}
+
+    with pytest.raises(ConfigError, match=said):
+        parse_spec(values, base_dir=tmp_path)
