@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from edge_node.methods.base import TrainableParameter
-from edge_node.methods.checkpoint import KEY_PREFIX, load_values, parameter_state
+from edge_node.methods.checkpoint import KEY_PREFIX, StoredAsTrained, in_blocks
 from edge_node.methods.seeding import seeded_generator
 from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
@@ -22,40 +19,21 @@ from plutino.job.method import AdaptersConfig
 from plutino.load_adapter import Bottleneck, BottleneckLayout, insert_bottleneck
 
 
-class AttachedAdapters:
+class AttachedAdapters(StoredAsTrained):
     """Bottleneck adapters on one stage; see :class:`edge_node.methods.base.AttachedMethod`."""
 
-    num_prompt_tokens = 0
-
     def __init__(self, bottlenecks: Mapping[str, Bottleneck], layout: BottleneckLayout) -> None:
+        own = {key: p for layer, each in bottlenecks.items() for key, p in each.by_key(layer).items()}
+        super().__init__(
+            in_blocks(own), advice="Set placement, bottleneck and layers_to_transform as they were when it was trained"
+        )
         self._bottlenecks = tuple(bottlenecks.values())
         self._layout = layout
-        own = {key: p for layer, each in bottlenecks.items() for key, p in each.by_key(layer).items()}
-        self.parameters: tuple[TrainableParameter, ...] = tuple(
-            TrainableParameter(name, (("block", parameter),), ("block",)) for name, parameter in sorted(own.items())
-        )
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch between the adapted model and exactly the base model."""
         for bottleneck in self._bottlenecks:
             bottleneck.is_enabled = enabled
-
-    def state(self) -> dict[str, Tensor]:
-        """This stage's part of the checkpoint: fp32 copies by its keys."""
-        return parameter_state(self.parameters)
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy values into the stage's parameters, in place; names of other stages are ignored.
-
-        Raises:
-            ConfigError: a name of this stage is missing, or a tensor has another shape; nothing was changed.
-        """
-        load_values(
-            {p.name: p.uses[0][1] for p in self.parameters},
-            {p.name: (p.name,) for p in self.parameters},
-            state,
-            advice="Set placement, bottleneck and layers_to_transform as they were when it was trained",
-        )
 
     def peft_config(self) -> dict[str, Any]:
         """Content of adapter_config.json for the whole model, the same on every stage."""

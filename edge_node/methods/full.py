@@ -10,26 +10,24 @@ model itself under transformers' names; there is no base beside it to switch bac
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edge_node.methods.base import Role, TrainableParameter
-from edge_node.methods.checkpoint import load_values, parameter_state
+from edge_node.methods.checkpoint import StoredAsTrained
 from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
 from plutino.job.method import FullConfig
 
 
-class AttachedFull:
+class AttachedFull(StoredAsTrained):
     """All of a stage's weights; see :class:`edge_node.methods.base.AttachedMethod`."""
 
-    num_prompt_tokens = 0
-
     def __init__(self, parameters: Iterable[TrainableParameter]) -> None:
-        self.parameters: tuple[TrainableParameter, ...] = tuple(sorted(parameters, key=lambda p: p.name))
+        super().__init__(parameters, advice="It must be the same model, trained in full")
 
     def set_enabled(self, enabled: bool) -> None:
         """Nothing to switch.
@@ -39,25 +37,6 @@ class AttachedFull:
         """
         if not enabled:
             raise ConfigError("method.type: full trains the base model in place; run the base in a job of its own")
-
-    def state(self) -> dict[str, Tensor]:
-        """This stage's part of the model: fp32 copies by transformers' names."""
-        return parameter_state(self.parameters)
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy values into the stage's weights, in place; names of other stages are ignored.
-
-        Raises:
-            ConfigError: a name of this stage is missing, or a tensor has another shape; nothing was changed.
-        """
-        load_values(
-            {p.name: p.uses[0][1] for p in self.parameters},
-            {p.name: (p.name,) for p in self.parameters},
-            state,
-            advice="It must be the same model, trained in full",
-        )
-        for parameter in self.parameters:
-            parameter.refresh()
 
     def peft_config(self) -> dict[str, Any]:
         """What takes the place of adapter_config.json, which a whole model does not have."""

@@ -7,14 +7,12 @@ starts at zero, so that step 0 is the base model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edge_node.methods.base import TrainableParameter
-from edge_node.methods.checkpoint import load_values, parameter_state
+from edge_node.methods.checkpoint import StoredAsTrained, in_blocks
 from edge_node.methods.pruning import Axes, choose_places, pruned_parameters
 from edge_node.methods.seeding import seeded_generator
 from edge_node.stage.stage import Stage
@@ -27,40 +25,19 @@ _RANDOM_SPREAD = 0.02
 """Standard deviation of weights that are drawn, as transformers draws them."""
 
 
-class AttachedParallelAdapters:
+class AttachedParallelAdapters(StoredAsTrained):
     """A side network on one stage; see :class:`edge_node.methods.base.AttachedMethod`."""
 
-    num_prompt_tokens = 0
-
     def __init__(self, side: SideNetwork | None, layout: SideLayout) -> None:
+        own = {} if side is None else side.by_key()
+        super().__init__(in_blocks(own), advice="Set reduction and blocks as they were when it was trained")
         self._side = side
         self._layout = layout
-        own = {} if side is None else side.by_key()
-        self.parameters: tuple[TrainableParameter, ...] = tuple(
-            TrainableParameter(name, (("block", parameter),), ("block",)) for name, parameter in sorted(own.items())
-        )
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch between the adapted model and exactly the base model."""
         if self._side is not None:
             self._side.is_enabled = enabled
-
-    def state(self) -> dict[str, Tensor]:
-        """This stage's part of the checkpoint: fp32 copies by its keys."""
-        return parameter_state(self.parameters)
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy values into the stage's parameters, in place; names of other stages are ignored.
-
-        Raises:
-            ConfigError: a name of this stage is missing, or a tensor has another shape; nothing was changed.
-        """
-        load_values(
-            {p.name: p.uses[0][1] for p in self.parameters},
-            {p.name: (p.name,) for p in self.parameters},
-            state,
-            advice="Set reduction and blocks as they were when it was trained",
-        )
 
     def peft_config(self) -> dict[str, Any]:
         """Content of adapter_config.json for the whole model, the same on every stage."""
