@@ -82,6 +82,7 @@ class PlutinoStack:
         threads: Mapping[str, int] | None = None,
         cores: Mapping[str, Collection[int]] | None = None,
         quotas: Mapping[str, ProcessorQuota] | None = None,
+        has_own_caches: bool = False,
         within_s: float = _START_TIMEOUT_S,
     ) -> None:
         """Start agents with these names and memory budgets, and wait until they have joined.
@@ -93,6 +94,7 @@ class PlutinoStack:
             threads: of each one's workers; one, if not given.
             cores: processors that an agent and its workers may use; all, if not given.
             quotas: what bounds their processor time; nothing, if not given.
+            has_own_caches: each keeps weights and hidden states in a folder of its own, as if on a machine of its own.
             within_s: seconds until all have joined.
 
         Raises:
@@ -109,6 +111,7 @@ class PlutinoStack:
                     *("--threads", str((threads or {}).get(name, 1))),
                     *("--device", (devices or {}).get(name, device)),
                     *("--state-dir", str(self._state_dir / "agents" / name)),
+                    *(("--cache-dir", str(self._state_dir / "caches" / name / "weights")) if has_own_caches else ()),
                 )
             if (quota := (quotas or {}).get(name)) is not None:
                 quota.take([self._processes[name].process.pid])

@@ -147,7 +147,7 @@ class Scheduling:
             numerics_json = numerics.model_dump_json()
         plan = verdict.plan.model_copy(update={"cached": None})
         if context.trial is None:
-            plan = with_cached_step(verdict.plan, problem, context.spec)
+            plan = with_cached_step(verdict.plan, problem, context.spec, total_steps=record.total_steps)
         plan_json = plan.model_dump_json()
         if context.trial is not None:
             context.trial.plan = verdict.plan

@@ -28,7 +28,11 @@ WORTH_FACTOR = 10.0
 """Epochs from the cache must last so many times as long as moving there and back."""
 
 
-def with_cached_step(plan: Plan, problem: PlanningProblem, spec: JobSpec) -> Plan:
+LEAST_MOVE_S = 1.0
+"""No worker starts in less: a job that this rules out hands no entries over."""
+
+
+def with_cached_step(plan: Plan, problem: PlanningProblem, spec: JobSpec, *, total_steps: int) -> Plan:
     """A pipeline's plan with how its devices would train from the cache; without, where the job would not."""
     codec = spec.training.activation_cache
     is_one_each = len(set(plan.agent_ids)) == len(plan.agent_ids)
@@ -44,7 +48,15 @@ def with_cached_step(plan: Plan, problem: PlanningProblem, spec: JobSpec) -> Pla
         running.links,
         entry_token_bytes=token_bytes(codec, running.table.hidden_size, running.shape.dtype_bytes),
     )
+    num_cached_steps = total_steps - steps_per_epoch(problem.num_train_rows, spec.training.batch_size)
+    if step is None or not _is_worth(num_cached_steps, step.step_s, spec, move_s=LEAST_MOVE_S):
+        return plan.model_copy(update={"cached": None})
     return plan.model_copy(update={"cached": step})
+
+
+def _is_worth(num_steps: int, step_s: float, spec: JobSpec, *, move_s: float) -> bool:
+    is_asked_for = spec.placement.cached_epochs == "data-parallel"
+    return num_steps > 0 and (is_asked_for or num_steps * step_s >= WORTH_FACTOR * 2 * move_s)
 
 
 def plan_from_cache(plan: Plan, problem: PlanningProblem, spec: JobSpec) -> Plan:
@@ -160,10 +172,9 @@ class Phases:
     def leave_pipeline(self, num_steps: int, *, move_s: float) -> str | None:
         """Why the job should now train from the cache for so many steps; None if it should not."""
         plan, problem = self._pipeline, self._problem
-        if plan is None or problem is None or plan.cached is None or not self._are_entries_placed or num_steps <= 0:
+        if plan is None or problem is None or plan.cached is None or not self._are_entries_placed:
             return None
-        seconds = num_steps * plan.cached.step_s
-        if self._spec.placement.cached_epochs == "auto" and seconds < WORTH_FACTOR * 2 * move_s:
+        if not _is_worth(num_steps, plan.cached.step_s, self._spec, move_s=move_s):
             return None
         self._next = plan_from_cache(plan, problem, self._spec)
         devices = ", ".join(replica.device_name for replica in self._next.stages[0].replicas)

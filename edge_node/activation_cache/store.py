@@ -98,6 +98,7 @@ class StateFile:
             fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.is_writable = False
+        self._index_bytes = 0
         self._records: dict[bytes, tuple[int, int, int]] = dict(self._read_index())
         self.num_damaged = 0
         """Entries whose checksum was wrong when they were asked for."""
@@ -111,14 +112,14 @@ class StateFile:
 
     def has(self, key: bytes) -> bool:
         """Whether an entry was written here; whether it is intact is seen when it is read."""
-        return key in self._records
+        return self._find(key) is not None
 
     def read(self, key: bytes, *, is_checked: bool = False) -> NDArray[np.uint8] | None:
         """An entry's bytes, mapped from the file; None if it is not here or damaged.
 
         Writing to them changes nobody else's. With ``is_checked`` the caller has just seen that it is intact.
         """
-        record = self._records.get(key)
+        record = self._find(key)
         if record is None:
             return None
         offset, num_bytes, crc32 = record
@@ -162,13 +163,20 @@ class StateFile:
         self.num_damaged += 1
         del self._records[key]
 
+    def _find(self, key: bytes) -> tuple[int, int, int] | None:
+        if key not in self._records and not self.is_writable:
+            # Another worker of this device writes here, and may have written this one meanwhile.
+            self._records |= dict(self._read_index())
+        return self._records.get(key)
+
     def _read_index(self) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
-        """Whole records in the order in which they were written: of several for a key the last counts."""
-        self._index.seek(0)
+        """Whole new records in the order in which they were written: of several for a key the last counts."""
+        self._index.seek(self._index_bytes)
         content = self._index.read()
         whole_bytes = len(content) // _RECORD.size * _RECORD.size
+        self._index_bytes += whole_bytes
         if whole_bytes < len(content) and self.is_writable:
-            self._index.truncate(whole_bytes)  # the end of a record that a crash cut off
+            self._index.truncate(self._index_bytes)  # the end of a record that a crash cut off
         for key, offset, num_bytes, crc32 in _RECORD.iter_unpack(content[:whole_bytes]):
             yield key, (offset, num_bytes, crc32)
 

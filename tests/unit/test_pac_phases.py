@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from coordinator.jobs.phases import Phases, entry_owners, has_run_an_epoch
+from coordinator.jobs.phases import Phases, entry_owners, has_run_an_epoch, with_cached_step
 from partitioner.plan import CachedStep, Plan, StagePlan
 from plutino.job.data import DataConfig
 from plutino.job.method import ParallelAdaptersConfig
@@ -98,3 +100,20 @@ def test_job_that_was_told_to_leave_asks_for_no_price(monkeypatch):
 
     assert jobs.leave_pipeline(1, move_s=1e9) is not None
     assert jobs.leave_pipeline(0, move_s=1e9) is None
+
+
+@pytest.mark.parametrize(
+    ("cached_epochs", "total_steps", "expected"),
+    [("auto", 12, CACHED), ("auto", 11, None), ("data-parallel", 3, CACHED), ("data-parallel", 2, None)],
+)
+def test_entries_are_handed_over_only_where_the_job_could_leave_its_pipeline(
+    monkeypatch, cached_epochs, total_steps, expected
+):
+    monkeypatch.setattr("coordinator.jobs.phases.cached_step_of", lambda *args, **options: CACHED)
+    table = SimpleNamespace(hidden_size=8)
+    running = SimpleNamespace(table=table, shape=SimpleNamespace(dtype_bytes=4), devices=(), links=None)
+    monkeypatch.setattr("coordinator.jobs.phases.as_running", lambda problem, plan: running)
+    problem = SimpleNamespace(num_train_rows=12)
+    spec = phases(cached_epochs)._spec
+
+    assert with_cached_step(plan(), problem, spec, total_steps=total_steps).cached == expected

@@ -108,3 +108,26 @@ def test_second_writer_of_the_same_states_reads_and_leaves_writing_to_the_first(
     assert first.write(KEYS[1], entry(2))
     first.close()
     second.close()
+
+
+def test_reader_beside_a_writer_finds_what_is_written_after_it_opened_the_files(tmp_path):
+    writer = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
+    reader = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
+    assert not reader.has(KEYS[0])
+    writer.write(KEYS[0], entry(0))
+    writer.write(KEYS[1], entry(1))
+
+    assert reader.has(KEYS[0])
+    assert np.array_equal(reader.read(KEYS[1]), entry(1))
+    assert len(reader) == 2
+    writer.close()
+    reader.close()
+
+
+def test_what_a_reader_does_to_an_entry_changes_nobody_elses(tmp_path):
+    file = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
+    file.write(KEYS[0], entry(3))
+    file.read(KEYS[0])[:] = 9
+
+    assert np.array_equal(file.read(KEYS[0]), entry(3))
+    file.close()
