@@ -7,6 +7,7 @@ import json
 import pytest
 
 from plutino.assets import SNIPS_DIR
+from tests.integration.job_cases import save_small_model
 from tests.integration.objective_jobs import labelled, preferences, run, snips, two_devices, write
 from tests.integration.stack import losses
 
@@ -90,3 +91,39 @@ def test_mixture_of_tasks_is_scored_task_by_task_each_by_its_own_metric(people, 
     assert (scores["labels"]["metric"], scores["labels"]["num_rows"]) == ("perplexity", 4)
     card = (tmp_path / "adapter2" / "README.md").read_text()
     assert "training of labels" in card and "labels perplexity" in card
+
+
+@pytest.mark.parametrize("objective", ["regression", "reward"])
+def test_numbers_and_ratings_are_learnt_scored_held_out_and_published_as_stock_peft_reads_them(
+    people, tmp_path, objective
+):
+    texts = [row["prompt"] for row in snips(16)]
+    # What is asked for can be read off the text's length.
+    numbers = [float(len(text) > 45) if objective == "reward" else len(text) / 50 for text in texts]
+    if objective == "regression":
+        rows = [{"text": text, "label": number} for text, number in zip(texts, numbers, strict=True)]
+    else:
+        rows = [{"prompt": "Rate: ", "completion": t, "rating": n} for t, n in zip(texts, numbers, strict=True)]
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    settings = {"type": objective, **({"labels": "ratings"} if objective == "reward" else {})}
+
+    detail = run(
+        people,
+        tmp_path,
+        stages=2,
+        model={"path": str(save_small_model(tmp_path / "model")), "dtype": "fp32"},
+        method={"type": "lora", "rank": 4},
+        objective=settings,
+        data={"train": path, "eval": path},
+        scoring={},
+        training={"steps": 12, "batch_size": 8, "micro_batch_size": 4, "lr": 3e-2},
+    )
+
+    before, after = (detail["scores"][moment]["score"] for moment in ("before", "after"))
+    if objective == "regression":
+        assert after["mse"] < before["mse"] and after["spearman"] > before["spearman"]
+    else:
+        assert after["auc"] > max(before["auc"], 0.7) and after["num_rows"] == 16
+    config = json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert "relative difference" in (tmp_path / "adapter2" / "README.md").read_text()
