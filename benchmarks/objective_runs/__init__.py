@@ -9,6 +9,7 @@ from benchmarks.objective_runs.loops import LLM2LLM
 from benchmarks.objective_runs.preferences import DPO, REWARD
 from benchmarks.objective_runs.run import Run, Settings
 from benchmarks.objective_runs.sampling import GRPO
+from benchmarks.objective_runs.shipped import SHIPPED
 
 __all__ = ["RUNS", "Settings"]
 
@@ -20,4 +21,5 @@ RUNS: Mapping[str, Run] = {
     "dapt_medical": DAPT_MEDICAL,
     "multitask": MULTITASK,
     "llm2llm": LLM2LLM,
+    **SHIPPED,
 }
