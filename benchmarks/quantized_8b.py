@@ -33,7 +33,7 @@ from benchmarks.stack import PlutinoStack
 from edge_node.stage.random_source import RandomSource
 from partitioner.explain import explain
 from partitioner.plan import Plan
-from plutino.events import StepCommitted, WorkerLoaded
+from plutino.events import PlanMade, StepCommitted, WorkerLoaded
 from plutino.job.spec import parse_spec
 from plutino.random_weights import RANDOM_FILE
 from plutino.sizes import GIB, MIB
@@ -128,11 +128,14 @@ def main() -> int:
     parser.add_argument("--preset", choices=PRESETS, default="8b")
     parser.add_argument("--device", help="cpu or cuda[:N]; by default the preset's")
     parser.add_argument("--steps", type=int, help="by default the preset's")
+    parser.add_argument("--agents", type=int, help="by default the preset's")
     parser.add_argument("--quick", action="store_true", help="one block an agent")
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/quantized_<preset>.json")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     preset = replace(preset, device=arguments.device or preset.device, num_steps=arguments.steps or preset.num_steps)
+    if arguments.agents is not None:
+        preset = replace(preset, num_agents=arguments.agents)
     if arguments.quick:
         blocks = replace(preset.workload, num_blocks=preset.num_agents)
         preset = replace(preset, name=f"{preset.name}_quick", workload=blocks)
@@ -160,12 +163,11 @@ def run(preset: Preset, folder: Path) -> dict[str, Any]:
     with PlutinoStack(state_dir) as stack:
         stack.start_agents(budgets, device=preset.device)
         spec = parse_spec(values, base_dir=folder)
-        plan = stack.plan(spec)
-        print(explain(plan), file=sys.stderr)
         try:
+            # Not asked for the plan before: measuring blocks of this size may outlast a call.
             job_id = stack.client.submit(spec)
             watch = JobWatch(stack.client, job_id)
-            loaded, steps = _collect(watch, preset)
+            plan, loaded, steps = _collect(watch, preset)
             stack.client.cancel(job_id)
             watch.join()
         except ContenderError as error:
@@ -173,12 +175,16 @@ def run(preset: Preset, folder: Path) -> dict[str, Any]:
     return _document(preset, plan, loaded, steps, total_s=time.monotonic() - started_s)
 
 
-def _collect(watch: JobWatch, preset: Preset) -> tuple[dict[str, WorkerLoaded], list[StepCommitted]]:
+def _collect(watch: JobWatch, preset: Preset) -> tuple[Plan, dict[str, WorkerLoaded], list[StepCommitted]]:
+    plan: Plan | None = None
     loaded: dict[str, WorkerLoaded] = {}
     steps: list[StepCommitted] = []
     while len(steps) < preset.num_steps:
         event = watch.next(_EVENT_TIMEOUT_S)
-        if isinstance(event, WorkerLoaded):
+        if isinstance(event, PlanMade):
+            plan = Plan.model_validate_json(event.plan_json)
+            print(explain(plan), file=sys.stderr, flush=True)
+        elif isinstance(event, WorkerLoaded):
             loaded[event.worker.device_name] = event
             print(
                 f"{event.worker.device_name}: loaded in {event.seconds:.0f} s, {event.rss_bytes / MIB:.0f} MiB",
@@ -189,7 +195,8 @@ def _collect(watch: JobWatch, preset: Preset) -> tuple[dict[str, WorkerLoaded], 
             print(f"step {event.step}: loss {event.loss:.4f}, {event.seconds:.2f} s", file=sys.stderr)
         elif event is None:
             raise ContenderError(f"the job ended after {len(steps)} of {preset.num_steps} steps")
-    return loaded, steps
+    assert plan is not None, "steps come after a plan"
+    return plan, loaded, steps
 
 
 def write_job(preset: Preset, folder: Path) -> dict[str, Any]:

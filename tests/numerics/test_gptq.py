@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from edge_node.quantize.gptq import Gptq
 from edge_node.quantize.linear import QuantLinear
+from edge_node.quantize.workspace import held_workspace_bytes, release_workspace
 from edge_node.stage.build import build_stage
 from edge_node.stage.weights import LocalSource
 from partitioner.packed import matrix_bytes
@@ -23,6 +25,7 @@ from plutino.gptq_index import GptqFormat
 from plutino.job.assignment import StageShape
 from plutino.job.model import Packing
 from tests.numerics.pipelines import make_batches, make_spec, pipeline_of, train
+from tests.numerics.test_quant_linear import tensors_alive
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "gptq"
 MADE = json.loads((DATA / "expected.json").read_text())
@@ -116,19 +119,48 @@ def test_repacked_layer_is_exact_in_every_published_variant(
     assert linear.packed_bytes == matrix_bytes("gptq", out_features, in_features, gptq=packing)
 
 
-@pytest.mark.parametrize("desc_act", [False, True])
-def test_gradient_after_an_evaluation_pass_is_that_of_the_dequantised_layer(desc_act):
-    packing = GptqFormat(bits=4, group_size=16, desc_act=desc_act, zero_offset=1)
-    stored, weight = hand_packed(packing, 48, 32)
-    linear = QuantLinear(Gptq(packing), 48, 32, Gptq(packing).repack("q", stored))
-    with torch.no_grad():
+every_gptq = pytest.mark.parametrize(("bits", "desc_act"), [(4, False), (4, True), (8, False), (8, True)])
+
+
+def gptq_layer(bits, desc_act, out_features=48, in_features=32):
+    packing = GptqFormat(bits=bits, group_size=16, desc_act=desc_act, zero_offset=1)
+    stored, weight = hand_packed(packing, out_features, in_features)
+    return QuantLinear(Gptq(packing), out_features, in_features, Gptq(packing).repack("q", stored)), weight.float()
+
+
+@every_gptq
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradient_after_an_evaluation_pass_is_that_of_the_dequantised_layer(bits, desc_act, mode):
+    linear, weight = gptq_layer(bits, desc_act)
+    release_workspace()  # so that the evaluation pass is the one that makes it
+    linear.eval()
+    with mode():
         linear(torch.randn(3, 32))
+    linear.train()
     x = torch.randn(5, 32, requires_grad=True)
     upstream = torch.randn(5, 48)
 
     linear(x).backward(upstream)
 
-    torch.testing.assert_close(x.grad, upstream @ weight.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad, upstream @ weight, rtol=1e-6, atol=1e-5)
+
+
+@every_gptq
+def test_nothing_of_the_weights_size_lives_between_forward_and_backward(bits, desc_act):
+    linear, _ = gptq_layer(bits, desc_act, 256, 128)
+    x = torch.randn(2, 128, requires_grad=True)
+    linear(x).sum().backward()  # the workspace exists from here on
+    known, held_bytes = {id(tensor) for tensor in tensors_alive()}, held_workspace_bytes()
+    saved = []
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = linear(x)
+
+    gc.collect()
+    new = [tensor for tensor in tensors_alive() if id(tensor) not in known]
+    assert saved == []
+    assert {tensor.untyped_storage().data_ptr() for tensor in new} == {y.untyped_storage().data_ptr()}
+    assert held_workspace_bytes() == held_bytes
 
 
 def changed(folder, tmp_path, change, config_change=None):
