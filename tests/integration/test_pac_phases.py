@@ -40,10 +40,11 @@ def spec_of(output, num_stages, *, activation_cache="raw", **training):
     )
 
 
-def agents_of(address, folder, num_devices, num_bytes=1 << 30):
+def agents_of(address, folder, num_devices, num_bytes=1 << 30, *, is_shared=False):
+    """Each with folders of its own, or all with the same ones, as agents of one machine have them."""
     found = []
     for index in range(num_devices):
-        own = folder / f"device{index}"
+        own = folder / ("machine" if is_shared else f"device{index}")
         weights = WeightsConfig(
             cache_dir=own / "weights",
             cache_bytes=1 << 30,
@@ -55,11 +56,11 @@ def agents_of(address, folder, num_devices, num_bytes=1 << 30):
 
 
 @contextmanager
-def fleet(folder, num_devices, num_bytes=1 << 30):
+def fleet(folder, num_devices, num_bytes=1 << 30, *, is_shared=False):
     """People and agents of a coordinator."""
     coordinator = ThreadCoordinator(folder / "state")
     people = People(coordinator.endpoints.people_address)
-    agents = agents_of(coordinator.endpoints.devices_address, folder, num_devices, num_bytes)
+    agents = agents_of(coordinator.endpoints.devices_address, folder, num_devices, num_bytes, is_shared=is_shared)
     try:
         wait_until(lambda: len(people.devices()) == num_devices, "all agents attached")
         yield people, agents
@@ -110,6 +111,16 @@ def test_job_trains_without_its_backbone_after_the_first_epoch_with_the_bits_of_
         *[(2, True)] * num_devices,
         *[(3, False)] * num_devices,
     ]
+
+
+@pytest.mark.slow
+def test_agents_of_one_machine_share_its_folder_and_leave_the_pipeline_all_the_same(tmp_path, undisturbed):
+    with fleet(tmp_path, 2, is_shared=True) as (people, agents):
+        found = run(people, tmp_path / "adapter", 2)
+        phases = {a.plan_epoch: a.from_cache for agent in agents for a in agent.assignments}
+
+    assert found[:2] == undisturbed[:2]
+    assert phases == {1: False, 2: True, 3: False}
 
 
 @pytest.mark.slow
