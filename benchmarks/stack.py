@@ -174,6 +174,10 @@ class PlutinoStack:
         """Resident memory of the coordinator's own process."""
         return int(psutil.Process(self._processes["coordinator"].process.pid).memory_info().rss)
 
+    def process_id(self, name: str) -> int:
+        """Of an agent's supervisor, whose children its workers are."""
+        return self._processes[name].process.pid
+
     def logs(self) -> str:
         """The end of every process's log."""
         return "\n".join(f"{name}: {child.last_words()}" for name, child in self._processes.items())

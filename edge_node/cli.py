@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--device {options.device!r} is not known; it is cpu, cuda or cuda:N")
     if options.threads < 1:
         raise ConfigError(f"--threads {options.threads} is less than 1")
-    memory_budget_bytes = parse_size(options.memory)
+    memory_budget_bytes = parse_size(options.memory or _default_memory(options.device))
     cache_bytes = 0 if options.cache == "0" else parse_size(options.cache)
     activation_bytes = 0 if options.activation_cache == "0" else parse_size(options.activation_cache)
     # Imported here: gRPC would cost --help more than the rest together.
@@ -194,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
             help="where workers compute; on a card --memory bounds what they take of its memory",
         )
         command.add_argument(
-            "--memory", default=_half_of_memory(), metavar="SIZE", help="bound on all workers' memory, such as 600MiB"
+            "--memory",
+            metavar="SIZE",
+            help="bound on all workers' memory, such as 600MiB; by default half of the machine's, 90 %% of a card's",
         )
         command.add_argument(
             "--cache", default="32GiB", metavar="SIZE", help="bound on cached weights on the disk; 0 keeps none"
@@ -246,8 +248,13 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _half_of_memory() -> str:
-    """Half of the machine's memory; the other half stays its owner's."""
+def _default_memory(device: str) -> str:
+    """Half of the machine's memory, the other half stays its owner's; of a card, what its context leaves."""
+    if device != "cpu":
+        from edge_node.processors import card_memory_bytes, processors_of
+
+        (card,) = processors_of(device)
+        return f"{int(0.9 * card_memory_bytes(card.removeprefix('card '))) // MIB}MiB"
     total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return f"{total_bytes // 2 // MIB}MiB"
 

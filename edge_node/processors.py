@@ -1,10 +1,16 @@
-"""Which cores or which card a device's workers compute on, found without torch."""
+"""Which cores or which card a device's workers compute on, and what bounds them there, found without torch."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+
+from plutino.errors import ConfigError
+from plutino.sizes import MIB
+
+_ASK_TIMEOUT_S = 20.0
 
 
 def processors_of(device: str, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -24,6 +30,25 @@ def processors_of(device: str, environment: Mapping[str, str] = os.environ) -> l
     index = int(device.partition(":")[2] or 0)
     visible = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return [f"card {visible[index] if index < len(visible) else index}"]
+
+
+def card_memory_bytes(card: str) -> int:
+    """Memory of a CUDA card, asked of its driver without making a context.
+
+    Args:
+        card: its number or UUID, as nvidia-smi and CUDA_VISIBLE_DEVICES name it.
+
+    Raises:
+        ConfigError: nvidia-smi is not there, or knows no such card.
+    """
+    command = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, check=True)
+        return int(asked.stdout.strip()) * MIB
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise ConfigError(
+            f"how much memory card {card} has cannot be asked ({error}); say how much of it workers may take: --memory"
+        ) from error
 
 
 def processor_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -112,6 +112,7 @@ PART_BY_PATH = {
     "integration/test_step_traces": PLANNER_AND_RAY,
     "unit/jobs/test_replanning": PLANNER_AND_RAY,
     "unit/jobs/test_tracing": PLANNER_AND_RAY,
+    "unit/edge/test_card_memory": PLANNER_AND_RAY,
     "unit/edge/test_profile_book": PLANNER_AND_RAY,
     "unit/fleet/test_cores": PLANNER_AND_RAY,
     "unit/engine/test_neighbours": PLANNER_AND_RAY,

@@ -13,6 +13,12 @@ if __name__ == "__main__":
     values = dict(zip(arguments[::2], arguments[1::2], strict=True))
     report = Path(Path(values["--token-file"]).read_text())
     draft = report.with_suffix(".draft")
-    draft.write_text(json.dumps({**values, "pid": os.getpid(), "rays_secrets": [k for k in os.environ if "RAY_" in k]}))
+    told = {
+        **values,
+        "pid": os.getpid(),
+        "rays_secrets": [k for k in os.environ if "RAY_" in k],
+        "cards": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+    }
+    draft.write_text(json.dumps(told))
     draft.rename(report)
     signal.pause()

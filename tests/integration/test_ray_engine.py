@@ -19,7 +19,6 @@ from coordinator.scheduling.ray_backend import engine as engine_module
 from coordinator.scheduling.ray_backend.cluster import OBJECT_STORE_BYTES, EmbeddedCluster, JoinedCluster
 from coordinator.scheduling.ray_backend.engine import RoundLostError
 from coordinator.scheduling.ray_backend.fleet import RayFleet
-from coordinator.scheduling.ray_backend.placement import OVERHEAD_BYTES
 from coordinator.scheduling.ray_backend.reaping import ProcessRecord, is_running, read_record
 from coordinator.scheduling.ray_backend.search_tasks import RayFan
 from coordinator.scheduling.round import SchedulingAnswer, SchedulingRound
@@ -67,6 +66,7 @@ def killed_coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
 @pytest.fixture(scope="module")
 def site(killed_coordinator: tuple[Path, ProcessRecord]) -> Iterator[Site]:
     site = Site(killed_coordinator[0])
+    site.run(until(lambda: site.engine.is_scheduler_up))
     yield site
     site.close()
 
@@ -111,6 +111,20 @@ def test_start_token_and_session_are_closed_to_others(site: Site) -> None:
     assert token.stat().st_mode & 0o777 == 0o600
     assert session_dir.stat().st_mode & 0o777 == 0o700
     assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(token)
+
+
+def test_first_round_on_a_cold_ray_is_answered_before_rays_process_is_up(site: Site) -> None:
+    async def scenario() -> tuple[str, bool, str]:
+        await site.engine._replace_scheduler()
+        cold = await site.engine.solve(EMPTY_ROUND)
+        was_up = site.engine.is_scheduler_up
+        await until(lambda: site.engine.is_scheduler_up)
+        return cold, was_up, await site.engine.solve(EMPTY_ROUND)
+
+    cold, was_up, warm = site.run(scenario())
+
+    assert cold == warm
+    assert not was_up
 
 
 def test_solve_empty_round_answers(site: Site) -> None:
@@ -282,6 +296,8 @@ def second_node(site: Site) -> Iterator[str]:
     params = RayParams(
         gcs_address=ray.get_runtime_context().gcs_address,
         num_cpus=1,
+        # Ray takes its word for it.
+        num_gpus=1,
         memory=SECOND_NODE_BYTES,
         node_ip_address="127.0.0.1",
         object_store_memory=OBJECT_STORE_BYTES,
@@ -315,7 +331,9 @@ def test_ray_fleet_keeps_one_agent_on_each_unequal_node(site: Site, second_node:
     first, second = sorted(site.run(scenario()), key=lambda report: report["--name"].endswith(second_node[:8]))
 
     assert (first["--threads"], second["--threads"]) == (str(os.cpu_count()), "1")
-    assert second["--memory"] == f"{(SECOND_NODE_BYTES - OVERHEAD_BYTES) // MIB}MiB"
+    assert first["--memory"].endswith("MiB") and "--device" not in first
+    # The node's card is the agent's, and the only one that it sees.
+    assert (second["--device"], second["cards"], "--memory" in second) == ("cuda:0", "0", False)
     assert first["rays_secrets"] == second["rays_secrets"] == []
     assert admission.names[-1] == admission.dismissed[0] == second["--name"]
     assert not any(psutil.pid_exists(report["pid"]) for report in admission.reports())

@@ -10,6 +10,10 @@ from __future__ import annotations
 class SchedulerActor:
     """Decides rounds of scheduling. It has no state: a restarted one answers like its predecessor."""
 
+    def is_up(self) -> bool:
+        """Answers once Ray has started the actor's process."""
+        return True
+
     def solve(self, round_json: str) -> str:
         """See :func:`coordinator.scheduling.round.solve`; long searches are spread over Ray's free workers."""
         from coordinator.scheduling.ray_backend.search_tasks import RayFan

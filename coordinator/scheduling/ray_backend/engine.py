@@ -18,6 +18,7 @@ from typing import Any
 
 from coordinator.scheduling.ray_backend.actors import RunnerActor, SchedulerActor
 from coordinator.scheduling.ray_backend.cluster import Cluster, EmbeddedCluster, JoinedCluster
+from coordinator.scheduling.round import solve
 from plutino.types import JobId
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,9 @@ class RayEngine:
         self._ready = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._scheduler: Any = None
+        self.is_scheduler_up = False
+        """Its process has started; until then rounds are solved in this one."""
+        self._coming_up: asyncio.Task[None] | None = None
         self._scheduler_numbers = itertools.count(1)
         self._rounds: set[asyncio.Task[str]] = set()
         self._runners: dict[JobId, _Runner] = {}
@@ -151,6 +155,8 @@ class RayEngine:
 
     async def _solve(self, round_json: str) -> str:
         await self._ready.wait()
+        if not self.is_scheduler_up:
+            return await self._solve_here(round_json)
         from ray.exceptions import ActorDiedError, RayError
 
         try:
@@ -163,6 +169,14 @@ class RayEngine:
             raise RoundLostError(f"the scheduler failed: {error}") from error
         return answer
 
+    async def _solve_here(self, round_json: str) -> str:
+        """A process of Ray takes seconds to start, minutes on a busy machine: nobody waits for the first of them."""
+        logger.info("the scheduler's process is still starting; this round is solved here")
+        try:
+            return await asyncio.to_thread(solve, round_json)
+        except Exception as error:
+            raise RoundLostError(f"the scheduler failed: {error}") from error
+
     async def _replace_scheduler(self) -> None:
         """Let the next round not stand behind one that was given up."""
         if self._ready.is_set():
@@ -173,6 +187,20 @@ class RayEngine:
         # The name of a killed actor is free only a while later.
         name = f"scheduler-{next(self._scheduler_numbers)}"
         self._scheduler = await asyncio.to_thread(_create_actor, SchedulerActor, name=name)
+        if self._coming_up is not None:
+            self._coming_up.cancel()
+        self.is_scheduler_up = False
+        self._coming_up = asyncio.create_task(self._note_scheduler_up(self._scheduler))
+
+    async def _note_scheduler_up(self, scheduler: Any) -> None:
+        from ray.exceptions import RayError
+
+        try:
+            await scheduler.is_up.remote()
+        except RayError as error:
+            # The rounds that ask it hear of it themselves, and replace it.
+            logger.warning("the scheduler does not start: %s", error)
+        self.is_scheduler_up = True
 
     async def _run_runner(self, job_id: JobId) -> None:
         await self._ready.wait()
@@ -198,6 +226,8 @@ class RayEngine:
     async def _end_calls(self) -> list[JobId]:
         """Cancel rounds and runners; returns the jobs that had a runner."""
         job_ids = list(self._runners)
+        if self._coming_up is not None:
+            self._coming_up.cancel()
         tasks: set[asyncio.Task[Any]] = {*self._rounds, *self._stopping, *(r.task for r in self._runners.values())}
         self._runners.clear()
         for task in tasks:

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 from coordinator.scheduling.ray_backend.actors import AgentActor
 from coordinator.scheduling.ray_backend.placement import Bundle, RayNode, place
-from plutino.sizes import MIB
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +177,7 @@ class RayFleet:
 
     @staticmethod
     def _arguments(name: str, bundle: Bundle) -> list[str]:
-        memory = f"{bundle.budget_bytes // MIB}MiB"
-        return ["--name", name, "--memory", memory, "--threads", str(bundle.num_cpus)]
+        return ["--name", name, *bundle.agent_options]
 
 
 async def _answer(reference: Any) -> Any:
@@ -200,6 +198,7 @@ def _look_around(groups: list[Any]) -> tuple[list[RayNode], str, list[str]]:
             address=node["NodeManagerAddress"],
             free_cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
             free_memory_bytes=free.get(node["NodeID"], {}).get("memory", 0.0),
+            free_gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"]
@@ -229,6 +228,7 @@ def _create_agent_actor(seat: _Seat) -> Any:
     )
     options = {
         "num_cpus": seat.bundle.num_cpus,
+        "num_gpus": seat.bundle.num_gpus,
         "memory": seat.bundle.memory_bytes,
         # A call is never repeated by Ray: each start of an agent needs a token of its own.
         "max_restarts": -1,

@@ -1,7 +1,8 @@
 """Which nodes of a Ray cluster get an agent, and what of each node it gets: pure.
 
-A node that gives an agent gives it all of its free processors, rounded down, and all of its free ``memory`` resource.
-Taking all processors is what keeps a second bundle, of this or a later placement group, off the node.
+A node that gives an agent gives it all of its free processors, rounded down, and all of its free ``memory`` resource;
+one that has a card free gives that too, and its agent computes there. Taking all processors is what keeps a second
+bundle, of this or a later placement group, off the node.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class RayNode:
     free_cpus: float
     free_memory_bytes: float
     """What nobody has taken of Ray's ``memory`` resource."""
+    free_gpus: float = 0.0
+    """Whole cards that nobody has taken; Ray also counts parts of cards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,8 @@ class Bundle:
 
     num_cpus: int
     memory_bytes: int
+    num_gpus: int = 0
+    """1 where the agent computes on a card; an agent has one device, so further cards of a node stay free."""
 
     @property
     def budget_bytes(self) -> int:
@@ -45,7 +50,18 @@ class Bundle:
     @property
     def resources(self) -> dict[str, float]:
         """In Ray's words."""
-        return {"CPU": self.num_cpus, "memory": self.memory_bytes}
+        cards = {"GPU": self.num_gpus} if self.num_gpus else {}
+        return {"CPU": self.num_cpus, "memory": self.memory_bytes, **cards}
+
+    @property
+    def agent_options(self) -> tuple[str, ...]:
+        """What an agent here is told of its device."""
+        threads = ("--threads", str(self.num_cpus))
+        if self.num_gpus:
+            # Ray shows the actor the card that it gave it as the only one. The bundle's memory is the host's; of the
+            # card's the agent gives what it gives by itself.
+            return ("--device", "cuda:0", *threads)
+        return ("--memory", f"{self.budget_bytes // MIB}MiB", *threads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +87,11 @@ def place(nodes: Sequence[RayNode], covered: Collection[str], reachable_from: st
     for node in sorted(nodes, key=lambda node: node.node_id):
         if node.node_id in covered:
             continue
-        bundle = Bundle(num_cpus=int(node.free_cpus), memory_bytes=int(node.free_memory_bytes))
+        bundle = Bundle(
+            num_cpus=int(node.free_cpus),
+            memory_bytes=int(node.free_memory_bytes),
+            num_gpus=min(1, int(node.free_gpus)),
+        )
         if reachable_from is not None and node.address != reachable_from:
             left_out[node.node_id] = (
                 f"{node.host} ({node.address}) does not reach the coordinator, which listens on loopback only; "

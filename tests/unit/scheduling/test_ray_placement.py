@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coordinator.scheduling.ray_backend.placement import LEAST_BUDGET_BYTES, OVERHEAD_BYTES, Bundle, RayNode, place
 from plutino.sizes import GIB, MIB
 
@@ -17,6 +19,16 @@ def test_place_unequal_nodes_each_gives_what_it_has_free() -> None:
     )
     assert found.bundles[1].budget_bytes == 900 * MIB - OVERHEAD_BYTES
     assert found.left_out == {}
+
+
+def test_place_node_with_cards_gives_its_agent_one_of_them() -> None:
+    found = place([replace(node("a"), free_gpus=2.0), replace(node("b"), free_gpus=0.5), node("c")], covered=())
+
+    assert [bundle.num_gpus for bundle in found.bundles] == [1, 0, 0]
+    assert found.bundles[0].resources == {"CPU": 2, "memory": 4 * GIB, "GPU": 1}
+    assert "GPU" not in found.bundles[1].resources
+    assert found.bundles[0].agent_options == ("--device", "cuda:0", "--threads", "2")
+    assert found.bundles[1].agent_options == ("--memory", "3840MiB", "--threads", "2")
 
 
 def test_place_covered_node_gets_no_second_agent() -> None:
