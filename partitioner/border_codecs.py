@@ -6,8 +6,11 @@ each boundary that hardly gains by it goes back to what it was.
 
 from __future__ import annotations
 
-from partitioner.exact import TOLERANCE
+from collections.abc import Sequence
+from dataclasses import replace
+
 from partitioner.pricing import Candidate, Pricer
+from partitioner.replay import replay
 
 _BORDER_SHARE = 0.005
 """A boundary that saves less than this share of the step stays as it is."""
@@ -22,17 +25,27 @@ def least_lossy(best: Candidate, pricer: Pricer) -> tuple[Candidate, Pricer]:
     shape = pricer.shape
     if shape.codec != "bf16" or shape.dtype != "fp32" or shape.side_reduction or len(best.layout) == 1:
         return best, pricer
-    limit_s = best.step_s * (1 + TOLERANCE)
-    borders = best.cuts[1:-1]
-    for border in reversed(best.cuts[1:-1]):
-        fewer = tuple(other for other in borders if other != border)
-        changed = shape.model_copy(update={"codec": "raw", "bf16_borders": fewer})
-        tried = Pricer(pricer.table, changed, pricer.devices, pricer.links)
-        found = tried.candidate(best.layout, best.cuts)
-        if found is None or found.checkpointing != best.checkpointing:
-            continue
-        if found.step_s <= limit_s * (1 + _BORDER_SHARE):
-            # What a boundary may cost is counted once: the next one is compared with this.
-            best, pricer, borders = found, tried, fewer
-            limit_s = max(limit_s, found.step_s)
-    return best, pricer
+    borders = list(best.cuts[1:-1])
+    mixed = _pricer_with(pricer, borders)
+    found = mixed.candidate(best.layout, best.cuts)
+    if found is None or found.checkpointing != best.checkpointing:
+        return best, pricer
+    groups, limit_s = list(found.groups), best.step_s
+    for k in reversed(range(len(groups) - 1)):
+        exact = replace(groups[k], links=mixed.links_below(best.layout, k, is_rounded=False))
+        step_s = replay([*groups[:k], exact, *groups[k + 1 :]], mixed.num_micro_batches).step_s
+        if step_s <= limit_s * (1 + _BORDER_SHARE):
+            # What a boundary costs is counted once: the next one is compared with this.
+            groups[k], limit_s = exact, max(limit_s, step_s)
+            borders.remove(best.cuts[k + 1])
+    if len(borders) == len(groups) - 1:
+        return best, pricer
+    chosen = _pricer_with(pricer, borders)
+    candidate = chosen.candidate(best.layout, best.cuts)
+    assert candidate is not None, "its memory is that of the one that fitted"
+    return candidate, chosen
+
+
+def _pricer_with(pricer: Pricer, borders: Sequence[int]) -> Pricer:
+    shape = pricer.shape.model_copy(update={"codec": "raw", "bf16_borders": tuple(borders)})
+    return Pricer(pricer.table, shape, pricer.devices, pricer.links)

@@ -203,14 +203,18 @@ class Pricer(Rooms):
     def group(self, layout: Layout, k: int, start: int, end: int, *, checkpointing: bool) -> StageGroup:
         """One stage of a layout with its seconds."""
         group = layout[k]
-        below = layout[k + 1] if k + 1 < len(layout) else ()
-        links = self._links[end in self.shape.bf16_borders]
         return StageGroup(
             replicas=tuple(self.cost(device, start, end, checkpointing=checkpointing) for device in group),
             owners=self.owners(group),
-            links=tuple(tuple(links[device][other] for other in below) for device in group),
+            links=self.links_below(layout, k, is_rounded=end in self.shape.bf16_borders),
             sum_s=self.sum_s(layout, k, start, end),
         )
+
+    def links_below(self, layout: Layout, k: int, *, is_rounded: bool) -> tuple[tuple[tuple[float, float], ...], ...]:
+        """Seconds on the links behind stage k, see :attr:`StageGroup.links`: of bf16, or of the job's codec."""
+        below = layout[k + 1] if k + 1 < len(layout) else ()
+        links = self._links[is_rounded]
+        return tuple(tuple(links[device][other] for other in below) for device in layout[k])
 
     def sum_s(self, layout: Layout, k: int, start: int, end: int) -> float:
         """Seconds in which the replicas of a stage add up their gradients: fp32, one micro-batch at a time.

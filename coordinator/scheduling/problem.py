@@ -89,7 +89,7 @@ class PlanningProblem(PlanValue):
             alone = answer(self._question(allow_replicas=False), fan=fan)
         except InfeasiblePlanError:
             return plan
-        return preferred(plan, alone)
+        return preferred(plan, alone, self.shape.cached_steps_share)
 
     def _question(self, *, allow_replicas: bool) -> Question:
         if not self.is_micro_batch_free:
@@ -113,18 +113,19 @@ def _holds(plan: Plan, devices: Sequence[DeviceProfile]) -> bool:
     return min(free_bytes.values(), default=-1) >= 0
 
 
-def preferred(shared: Plan, alone: Plan) -> Plan:
+def preferred(shared: Plan, alone: Plan, cached_steps_share: float = 0.0) -> Plan:
     """Of the best plan with replicas and the best one without: the first only where it is notably faster.
 
     Every replica is a device more that can be lost, and sends gradients where a stage of its own would send none.
     """
-    saved = 1 - shared.step_s / alone.step_s
+    shared_s, alone_s = (plan.mean_step_s(cached_steps_share) for plan in (shared, alone))
+    saved = 1 - shared_s / alone_s
     if saved >= REPLICAS_SHARE:
-        lost = RejectedPlan(what="without replicas", why=f"step {alone.step_s:.3g} s instead of {shared.step_s:.3g} s")
+        lost = RejectedPlan(what="without replicas", why=f"step {alone_s:.3g} s instead of {shared_s:.3g} s")
         return shared.model_copy(update={"rejected": (*shared.rejected, lost)})
     lost = RejectedPlan(
         what="with replicas",
-        why=f"step {shared.step_s:.3g} s, {max(saved, 0.0):.0%} shorter; they must save {REPLICAS_SHARE:.0%}",
+        why=f"step {shared_s:.3g} s, {max(saved, 0.0):.0%} shorter; they must save {REPLICAS_SHARE:.0%}",
     )
     return alone.model_copy(update={"rejected": (*alone.rejected, lost)})
 
