@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from partitioner.estimate import Estimator, Guess
 from partitioner.layout import Cuts, Group, Layout
-from partitioner.orders import have_own_cores, roomiest_first, with_own_cores
+from partitioner.orders import fastest_first, have_own_cores, with_own_cores
 from partitioner.pricing import Candidate, Pricer
 
 _MAX_ROUNDS = 12
@@ -135,7 +135,7 @@ def starts(pricer: Pricer, guesses: Guesses, limits: Limits) -> list[Layout]:
         seeds += layouts
     if limits.allow_replicas:
         devices = pricer.devices
-        alone = [(roomiest_first(with_own_cores([group[0] for group in s], devices), devices),) for s in seeds]
+        alone = [(fastest_first(with_own_cores([group[0] for group in s], devices), devices),) for s in seeds]
         seeds += dict.fromkeys(alone)
     guesses.add(seeds)
     return seeds
@@ -190,7 +190,7 @@ def _neighbours(pricer: Pricer, layout: Layout, limits: Limits) -> Iterator[Layo
 
 def _with_replicas(pricer: Pricer, layout: Layout, unused: Sequence[int]) -> Iterator[Layout]:
     def joined(group: Group, other: Sequence[int]) -> Group:
-        return roomiest_first((*group, *other), pricer.devices)
+        return fastest_first((*group, *other), pricer.devices)
 
     for k, group in enumerate(layout):
         for device in unused:

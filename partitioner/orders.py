@@ -26,7 +26,7 @@ def all_layouts(
 ) -> list[Layout] | None:
     """Every layout of every subset of the devices; None if there are more than MAX_LAYOUTS.
 
-    In a group the roomiest device is replica 0, which holds the most while gradients are added up.
+    In a group the fastest device is replica 0, to which the others send their gradients.
     """
     found = _layouts(devices, links, max_stages, allow_replicas)
     wanted = (layout for layout in found if exact_stages is None or len(layout) == exact_stages)
@@ -36,9 +36,21 @@ def all_layouts(
     return first if len(first) <= MAX_LAYOUTS else None
 
 
-def roomiest_first(group: Sequence[int], devices: Sequence[DeviceProfile]) -> Group:
-    """A group in the order of its replicas."""
-    return tuple(sorted(group, key=lambda i: (devices[i].baseline_bytes - devices[i].available_bytes, i)))
+def fastest_first(group: Sequence[int], devices: Sequence[DeviceProfile]) -> Group:
+    """A group in the order of its replicas: replica 0, which adds up, should have the most micro-batches itself.
+
+    The order does not depend on anybody's memory, so that more of it never makes a plan slower.
+    """
+
+    def rank(i: int) -> tuple[float, int, int]:
+        device = devices[i]
+        return (
+            device.timings.forward_s + device.timings.backward_s,
+            device.baseline_bytes - device.available_bytes,
+            i,
+        )
+
+    return tuple(sorted(group, key=rank))
 
 
 def have_own_cores(group: Sequence[int], devices: Sequence[DeviceProfile]) -> bool:
@@ -74,7 +86,7 @@ def _layouts(
                 # Of several unused twins the first ones stand for all.
                 if all(other in group for i in group for other in unused if other < i and twin_of[other] == twin_of[i]):
                     rest = tuple(i for i in unused if i not in group)
-                    yield from extend((*layout, roomiest_first(group, devices)), rest)
+                    yield from extend((*layout, fastest_first(group, devices)), rest)
 
     return extend((), tuple(range(len(devices))))
 
