@@ -21,9 +21,11 @@ a block share); the lowest trainable block keeps a little less.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from partitioner.model import JobShape, LinearShape, ModelTable
 from plutino.families import ATTENTION_OUTPUT, Family, family_of
+from plutino.family import ENCODER_OUTPUT
 
 _FP32_BYTES = 4
 
@@ -51,6 +53,8 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     """
     if block < shape.first_trainable_block:
         return 0
+    if table.num_encoder_blocks and block >= table.num_encoder_blocks:
+        return _decoder_block_bytes(table, shape, block)
     if shape.side_reduction:
         return _side_block_bytes(table, shape, block) if shape.adapter_params[block] else 0
     seen_tokens = shape.row_tokens + shape.past_tokens
@@ -59,6 +63,9 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     saved_bytes += _past_bytes(table, shape, family)
     if shape.adapter_kept_numbers:
         saved_bytes += _FP32_BYTES * shape.adapter_kept_numbers[block]
+    if block == table.num_encoder_blocks - 1 and family.norm == "rms":
+        # The norm behind an encoder.
+        saved_bytes += micro_batch_tokens(shape) * _FP32_BYTES * (table.hidden_size + 1)
     if shape.dtype_bytes < _FP32_BYTES and shape.adapter_cast_params:
         saved_bytes += shape.dtype_bytes * shape.adapter_cast_params[block]
     if family.norm_adds_one:
@@ -89,6 +96,36 @@ def block_kinds(table: ModelTable, shape: JobShape) -> list[int]:
         )
         kinds.append(first_of.setdefault(key, block))
     return kinds
+
+
+def _decoder_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
+    """What a block keeps that looks at its own tokens and at an encoder's output, which all blocks share."""
+    family = family_of(table.family)
+    adapted = adapted_linears(table, shape, block)
+    of_source = tuple(one for one in adapted if family.all_linears[one.name].reads == ENCODER_OUTPUT)
+    of_target = tuple(one for one in adapted if one not in of_source)
+    query_bytes = shape.dtype_bytes * table.num_heads * table.head_dim
+    rank_bytes = _lora_compute_bytes(shape) * _rank_sum(shape, block) // max(len(adapted), 1)
+    mask_heads = table.num_heads if family.biases_heads else 1
+    target_bytes = (
+        _norm_token_bytes(table, replace(family, num_norms=family.num_norms + 1), shape.dtype_bytes)
+        + _attention_token_bytes(table, family, shape.dtype_bytes, target_tokens(shape), has_past=False)
+        # Of cross-attention: queries, output, statistics and its copy of the mask.
+        + 2 * query_bytes
+        + _FP32_BYTES * table.num_heads
+        + shape.dtype_bytes * shape.row_tokens * mask_heads
+        + _mlp_token_bytes(table, family, shape.dtype_bytes, block)
+        + _lora_token_bytes(shape, family, of_target)
+        + rank_bytes * len(of_target)
+    )
+    source_bytes = 2 * query_bytes + _lora_token_bytes(shape, family, of_source) + rank_bytes * len(of_source)
+    num_targets = shape.micro_batch_rows * target_tokens(shape)
+    return num_targets * target_bytes + micro_batch_tokens(shape) * source_bytes
+
+
+def target_tokens(shape: JobShape) -> int:
+    """Tokens of an encoder-decoder's longest target; all of them carry loss."""
+    return -(-shape.label_tokens // shape.micro_batch_rows)
 
 
 def _past_bytes(table: ModelTable, shape: JobShape, family: Family) -> int:
@@ -167,6 +204,8 @@ def _norm_token_bytes(table: ModelTable, family: Family, compute_bytes: int) -> 
         return family.num_norms * compute_bytes * (table.hidden_size + 2)
     # The input in fp32, and one reciprocal root mean square.
     token_bytes = family.num_norms * _FP32_BYTES * (table.hidden_size + 1)
+    if family.norm_keeps_input and compute_bytes < _FP32_BYTES:
+        token_bytes += family.num_norms * compute_bytes * table.hidden_size
     for num_heads in (table.num_heads, table.num_kv_heads) if family.qk_norm != "none" else ():
         num_statistics = num_heads if family.qk_norm == "head" else 1
         token_bytes += _FP32_BYTES * (num_heads * table.head_dim + num_statistics)
@@ -186,7 +225,8 @@ def _attention_token_bytes(
         # Probabilities in fp32, once more in a narrower compute dtype, and what a soft cap of the scores keeps.
         copies_bytes = compute_bytes * ((compute_bytes < _FP32_BYTES) + family.has_soft_caps)
         return token_bytes + scores * (_FP32_BYTES + copies_bytes)
-    token_bytes += compute_bytes * row_tokens + _FP32_BYTES * table.num_heads
+    token_bytes += compute_bytes * row_tokens * (table.num_heads if family.biases_heads else 1)
+    token_bytes += _FP32_BYTES * table.num_heads
     return token_bytes + (_FP32_BYTES * scores if _keeps_scores(table) else 0)
 
 
@@ -208,7 +248,11 @@ def _mlp_token_bytes(table: ModelTable, family: Family, compute_bytes: int, bloc
 def boundary_bytes(table: ModelTable, shape: JobShape) -> int:
     """Bytes of the hidden states of one micro-batch in the compute dtype, with the side state where there is one."""
     side_bytes = _FP32_BYTES * (table.hidden_size // shape.side_reduction) if shape.side_reduction else 0
-    return micro_batch_tokens(shape) * (table.hidden_size * shape.dtype_bytes + side_bytes)
+    num_tokens = micro_batch_tokens(shape)
+    if table.num_encoder_blocks:
+        # The longest source and the longest target may be in different rows.
+        num_tokens += shape.micro_batch_rows * target_tokens(shape)
+    return num_tokens * table.hidden_size * shape.dtype_bytes + micro_batch_tokens(shape) * side_bytes
 
 
 def shared_bytes(table: ModelTable, shape: JobShape) -> int:
@@ -219,7 +263,7 @@ def shared_bytes(table: ModelTable, shape: JobShape) -> int:
     if family_of(table.family).attention == "eager":
         # Additive, for full attention and for sliding windows.
         mask_bytes += 2 * seen_tokens * shape.dtype_bytes
-    if table.adds_alibi:
+    if table.adds_alibi or family_of(table.family).biases_heads:
         mask_bytes += table.num_heads * seen_tokens * shape.dtype_bytes
     return micro_batch_tokens(shape) * (rotary_bytes + 2 * 8 + mask_bytes)
 
@@ -298,7 +342,7 @@ def _rank_sum(shape: JobShape, block: int) -> int:
 
 def _lora_token_bytes(shape: JobShape, family: Family, adapted: tuple[LinearShape, ...]) -> int:
     token_bytes = 0
-    shared: set[str] = {ATTENTION_OUTPUT}
+    shared: set[str] = {ATTENTION_OUTPUT, ENCODER_OUTPUT}
     for linear in adapted:
         source = family.all_linears[linear.name].reads
         has_own_copy = (shape.use_dora and shape.dtype == "bf16") or shape.has_dropout

@@ -8,6 +8,7 @@ from typing import Any
 
 from plutino.family import (
     ATTENTION_OUTPUT,
+    ENCODER_OUTPUT,
     MLP_INNER,
     SIZE_DEFAULTS,
     SIZE_KEYS,
@@ -124,7 +125,7 @@ _T5 = Family(
         encoder="encoder",
         decoder="decoder",
         decoder_prefix="decoder.block.",
-        decoder_linears={**_T5_SELF, **_t5_attention("layer.1.EncDecAttention", "encoder output"), **_t5_mlp(2)},
+        decoder_linears={**_T5_SELF, **_t5_attention("layer.1.EncDecAttention", ENCODER_OUTPUT), **_t5_mlp(2)},
         encoder_final=("encoder.final_layer_norm.",),
         table="layer.0.SelfAttention.relative_attention_bias.weight",
     ),
@@ -153,6 +154,8 @@ _T5 = Family(
     fix_sizes=_add_decoder_blocks,
     is_tied_by_default=True,
     always_tied=True,
+    norm_keeps_input=True,
+    biases_heads=True,
     is_gated=False,
     activation_keys=("feed_forward_proj",),
     activation_default="relu",
@@ -180,7 +183,7 @@ _BART = Family(
         encoder="model.encoder",
         decoder="model.decoder",
         decoder_prefix="model.decoder.layers.",
-        decoder_linears={**_BART_SELF, **_bart_attention("encoder_attn", "encoder output"), **_BART_MLP},
+        decoder_linears={**_BART_SELF, **_bart_attention("encoder_attn", ENCODER_OUTPUT), **_BART_MLP},
         decoder_entry=(
             "model.decoder.embed_positions.weight",
             "model.decoder.layernorm_embedding.weight",

@@ -26,6 +26,8 @@ class LinearRule(NamedTuple):
 
 ATTENTION_OUTPUT = "attention output"
 """What every family's output projection reads; attention itself keeps it."""
+ENCODER_OUTPUT = "encoder output"
+"""What keys and values of a decoder's cross-attention are made of, the same tensor in every block."""
 MLP_INNER = "mlp inner"
 """What the last layer of an MLP reads."""
 
@@ -159,6 +161,10 @@ class Family:
     activation_default: str = "silu"
     norm_adds_one: bool = False
     """Norms multiply by one plus their weight, and keep the sum."""
+    norm_keeps_input: bool = False
+    """Beside its fp32 copy, where the compute dtype is another."""
+    biases_heads: bool = False
+    """Every head adds biases of its own to its scores, which become one mask a block with those of padding."""
     has_soft_caps: bool = False
     """Logits pass through a tanh, and so do attention's scores where the backend is eager (Gemma 2,
     arXiv:2408.00118)."""
