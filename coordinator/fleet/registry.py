@@ -25,7 +25,8 @@ from protos import agents_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-_PROFILE_TIMEOUT_S = 120.0
+_PROFILE_TIMEOUT_S = 600.0
+"""A block of an 8B model takes 30 s to draw, pack and run on one core, and a busy or small device many times that."""
 _LOOK_AGAIN_S = 0.02
 
 
