@@ -124,6 +124,8 @@ PART_BY_PATH = {
     "unit/data/test_packing": OBJECTIVES,
     "unit/data/test_preview": OBJECTIVES,
     "unit/data/test_uses": OBJECTIVES,
+    "unit/data/test_tokens_elsewhere": OBJECTIVES,
+    "unit/test_examples": OBJECTIVES,
     "integration/test_objectives": OBJECTIVES,
     "unit/jobs/test_rewards": OBJECTIVES,
     "unit/jobs/test_value_scores": OBJECTIVES,

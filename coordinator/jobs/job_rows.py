@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from plutino.data.packing import pack
 from plutino.data.readers import Row, Rows, read_rows
 from plutino.data.samples import Batchable, JoinedSamples, Samples
 from plutino.data.sequences import class_names_of, sorted_class_names
-from plutino.data.tokenisation import tokenise
+from plutino.data.tokenisation import Spread, tokenise
 from plutino.data.tokenizer import ModelTokenizer, load_tokenizer
 from plutino.errors import ConfigError, DataError
 from plutino.hub_id import model_folder
@@ -49,8 +49,9 @@ class Task:
 class JobRows:
     """All rows that a job trains on, measures on or answers."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, spread: Callable[[Path], Spread] | None = None) -> None:
         self._spec = spec
+        self._spread = spread
 
     @functools.cached_property
     def tokenizer(self) -> ModelTokenizer:
@@ -225,6 +226,7 @@ class JobRows:
             use=objective.row_use,
             counted=objective.counted,
             class_names=self.class_names,
+            spread=None if self._spread is None else self._spread(model_folder(self._spec.model.path)),
         )
         return RowSet(rows, samples)
 

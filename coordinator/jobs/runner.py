@@ -11,6 +11,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from coordinator.artifacts.assemble import assemble_adapter
 from coordinator.artifacts.assemble_model import assemble_model
@@ -36,6 +37,7 @@ from plutino.data.batches import (
 )
 from plutino.data.mixture import mixture_indices
 from plutino.data.samples import Batchable
+from plutino.data.tokenisation import Spread
 from plutino.job.objective import GENERATED_METRICS, GrpoConfig, MetricName
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
@@ -56,12 +58,13 @@ class JobRunner:
         bulk_address: str,
         verify: Verify = run_verify_process,
         credentials: Credentials | None = None,
+        spread: Callable[[Path], Spread] | None = None,
     ) -> None:
         self._credentials = credentials
         self._spec = spec
         self._bulk_address = bulk_address
         self._verify = verify
-        self._rows = JobRows(spec)
+        self._rows = JobRows(spec, spread)
 
     def prepare(self) -> PreparedData:
         """Read and tokenise all rows.

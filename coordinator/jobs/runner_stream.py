@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -19,6 +19,7 @@ from coordinator.artifacts.verify_process import run_verify_process
 from coordinator.jobs.rollouts import Rollouts
 from coordinator.jobs.runner import JobRunner, Verify, rows_from_json
 from plutino.data.batches import MicroBatchRows, StepBatch
+from plutino.data.tokenisation import Spread
 from plutino.errors import PlutinoError
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
@@ -37,8 +38,11 @@ def run_job_runner(
     incarnation: int,
     verify: Verify = run_verify_process,
     identity: Path | None = None,
+    spread: Callable[[Path], Spread] | None = None,
 ) -> None:
     """Serve one job until the coordinator ends the stream or goes away.
+
+    ``spread`` makes, of a model folder, what tokenises large files elsewhere; None: nothing does.
 
     Raises:
         SecurityError: the runners' identity cannot be read here.
@@ -47,7 +51,7 @@ def run_job_runner(
     outgoing: queue.SimpleQueue[pb.RunnerEvent | None] = queue.SimpleQueue()
     outgoing.put(pb.RunnerEvent(hello=pb.RunnerHello(job_id=job_id, incarnation=incarnation)))
     channel = sync_channel(address, Lane.REPORT, credentials)
-    server = _Answers(bulk_address, verify, credentials)
+    server = _Answers(bulk_address, verify, credentials, spread)
     try:
         for command in runners_pb2_grpc.RunnerServiceStub(channel).Run(_drain(outgoing), wait_for_ready=True):
             if command.HasField("finish"):
@@ -71,7 +75,14 @@ def _drain(outgoing: queue.SimpleQueue[pb.RunnerEvent | None]) -> Iterator[pb.Ru
 class _Answers:
     """Turns commands into calls and results into events."""
 
-    def __init__(self, bulk_address: str, verify: Verify, credentials: Credentials | None) -> None:
+    def __init__(
+        self,
+        bulk_address: str,
+        verify: Verify,
+        credentials: Credentials | None,
+        spread: Callable[[Path], Spread] | None,
+    ) -> None:
+        self._spread = spread
         self._bulk_address = bulk_address
         self._credentials = credentials
         self._verify = verify
@@ -91,7 +102,7 @@ class _Answers:
         kind = command.WhichOneof("command")
         if kind == "prepare":
             spec = JobSpec.model_validate_json(command.prepare.spec_json)
-            self._runner = JobRunner(spec, self._bulk_address, self._verify, self._credentials)
+            self._runner = JobRunner(spec, self._bulk_address, self._verify, self._credentials, self._spread)
             yield pb.RunnerEvent(prepared=pb.Prepared(json=self._runner.prepare().model_dump_json()))
             return
         assert self._runner is not None, "the coordinator prepares a runner before it asks"

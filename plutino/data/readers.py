@@ -34,8 +34,15 @@ class Rows:
     problems: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """What is wrong with rows that were left out -> their lines; empty unless they were to be passed over."""
 
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """As :func:`read_rows` was given them."""
+
     def __len__(self) -> int:
         return len(self.rows)
+
+    def places(self) -> tuple[Sequence[int], Sequence[int]] | None:
+        """Where the rows stand in the file, and their lines; None: they are none of a file."""
+        return self.rows.places if isinstance(self.rows, StoredRows) else None
 
 
 class StoredRows(Sequence[Row]):
@@ -68,6 +75,11 @@ class StoredRows(Sequence[Row]):
 
     def __len__(self) -> int:
         return len(self._positions)
+
+    @property
+    def places(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Positions and lines of the rows."""
+        return self._positions, self._line_numbers
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -152,7 +164,19 @@ def scan_rows(
             raise DataError(_report(path, problems))
         raise DataError(f"{path} has no rows; {KNOWN_SHAPES}")
     rows = StoredRows(path, records, known, dict(columns), positions, line_numbers)
-    return Rows(path=path, format=known, sha256=records.sha256(), rows=rows, problems=problems)
+    return Rows(path=path, format=known, sha256=records.sha256(), rows=rows, problems=problems, columns=dict(columns))
+
+
+def rows_at(
+    path: Path, format: RowFormat, columns: Mapping[str, str], positions: Sequence[int], line_numbers: Sequence[int]
+) -> Rows:
+    """Rows that somebody has found before, by their places; the file is not read through and has no hash here.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    rows = StoredRows(path, open_records(path), format, columns, positions, line_numbers)
+    return Rows(path=path, format=format, sha256="", rows=rows, columns=columns)
 
 
 def name_lines(line_numbers: Sequence[int]) -> str:

@@ -21,11 +21,15 @@ from coordinator.scheduling.ray_backend.engine import RoundLostError
 from coordinator.scheduling.ray_backend.fleet import RayFleet
 from coordinator.scheduling.ray_backend.reaping import ProcessRecord, is_running, read_record
 from coordinator.scheduling.ray_backend.search_tasks import RayFan
+from coordinator.scheduling.ray_backend.token_tasks import RayTokenisation
 from coordinator.scheduling.round import SchedulingAnswer, SchedulingRound
 from partitioner import search as search_module
 from partitioner.plan import Plan
 from partitioner.spread import Fan, PartResult, SearchPart, in_turn
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from plutino.data.readers import read_rows
+from plutino.data.tokenisation import Reading, tokenise
+from plutino.data.tokenizer import load_tokenizer
 from plutino.errors import ConfigError, PlutinoError, UnreachableError
 from plutino.job.spec import parse_spec
 from plutino.sizes import MIB
@@ -223,6 +227,30 @@ def test_long_search_without_a_free_worker_is_answered_in_process(site: Site) ->
 
     assert fan.tasks == {}
     assert found == spread_plan(problem, in_turn)
+
+
+def test_large_file_tokenised_on_rays_workers_is_the_bytes_of_one_process(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((SNIPS_DIR / "train.jsonl").read_text().splitlines(keepends=True)[:600]))
+    rows, tokenizer = read_rows(path), load_tokenizer(TINY_LLAMA_DIR)
+    here = tokenise(rows, tokenizer, max_tokens=64)
+    spread = RayTokenisation(TINY_LLAMA_DIR, fewest_rows=1, rows_per_task=100)
+    wait = ray.wait
+    # This process waits, which it never does by itself: Ray gets every part.
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: wait(refs, timeout=WAIT_S))
+    on_ray = tokenise(rows, tokenizer, max_tokens=64, spread=spread)
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: ([], refs))
+    not_on_ray = tokenise(rows, tokenizer, max_tokens=64, spread=spread)
+
+    assert spread.num_done_by_ray == 6
+    assert RayTokenisation(TINY_LLAMA_DIR)(rows, Reading(max_tokens=64)) is None
+    for found in (on_ray, not_on_ray):
+        assert (found.input_ids == here.input_ids).all() and (found.label_mask == here.label_mask).all()
+        assert (found.starts == here.starts).all() and (found.line_numbers == here.line_numbers).all()
 
 
 def test_runner_dials_with_its_incarnation_and_reads_the_jobs_rows(site: Site) -> None:

@@ -34,9 +34,10 @@ class RunnerActor:
         from pathlib import Path
 
         from coordinator.jobs.runner_stream import run_job_runner
+        from coordinator.scheduling.ray_backend.token_tasks import RayTokenisation
 
         path = None if identity is None else Path(identity)
-        run_job_runner(address, bulk_address, job_id, incarnation, identity=path)
+        run_job_runner(address, bulk_address, job_id, incarnation, identity=path, spread=RayTokenisation)
 
 
 class AgentActor:
