@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from edge_node.engine.recorder import StepRecorder
 from edge_node.engine.schedule import Action, Backward, Forward, Receive, Send, forward_actions, train_actions
 from edge_node.engine.stage_input import first_stage_input, gradient_name, later_stage_input
 from edge_node.engine.step_gradients import StepGradients
-from edge_node.engine.unit import StepOutcome, StepTimes, UnitInput, not_finite
+from edge_node.engine.unit import InFlight, StepOutcome, StepTimes, UnitInput, not_finite
 from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
 from edge_node.methods.reward_adapter import RewardAdapter, RewardScores
@@ -37,18 +36,6 @@ from plutino.job.method import Unfreezing
 from plutino.types import Unit
 
 # Shape suffixes: B rows of a micro-batch, T tokens, D hidden size.
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """A micro-batch between its forward and its backward pass."""
-
-    trained_in: dict[str, Tensor]
-    """What came from below and may want a gradient back, by name: :attr:`StageInput.trained`."""
-    trained_out: dict[str, Tensor]
-    """What the next stage sends a gradient for, or the scaled loss on the last."""
-    message: dict[str, Tensor]
-    """For the next stage: hidden states, and what travels with them (lengths, position_ids, segment_ids)."""
 
 
 class StageExecutor:
@@ -261,7 +248,7 @@ class StageExecutor:
         recorder: StepRecorder | None = None,
     ) -> float:
         runs_backward = is_training and self.me.stage_index >= self._lowest_stage
-        in_flight: dict[int, _InFlight] = {}
+        in_flight: dict[int, InFlight] = {}
         received: dict[int, dict[str, Tensor]] = {}
         to_send: dict[int, dict[str, Tensor]] = {}
         loss_sum = 0.0
@@ -304,7 +291,7 @@ class StageExecutor:
 
     def _forward(
         self, work: UnitInput, m: int, received: dict[str, Tensor] | None, *, is_reference: bool
-    ) -> tuple[_InFlight, float]:
+    ) -> tuple[InFlight, float]:
         rows = work.rows[m]
         if received is None:
             assert rows is not None, "the first stage reads tokens"
@@ -318,19 +305,19 @@ class StageExecutor:
         output = self._run_stage(m, inputs, metadata["lengths"])
         trained_in = inputs.trained
         if not self.stage.is_last:
-            return _InFlight(trained_in, output.trained, output.tensors | metadata), 0.0
+            return InFlight(trained_in, output.trained, output.tensors | metadata), 0.0
         assert rows is not None, "the last stage reads labels"
         # Labels are counted over the rows' own tokens.
         own_BTD = output.hidden[:, self.method.num_prompt_tokens :]
         if is_reference:
             self._references[m] = self._objective.reference(self.stage, own_BTD, rows)
-            return _InFlight({}, {}, {}), 0.0
+            return InFlight({}, {}, {}), 0.0
         loss = self._scorer.loss(self.stage, own_BTD, rows, work.loss_weight, self._references.pop(m, None))
         for name, count in loss.counts.items():
             self._counts[name] = self._counts.get(name, 0.0) + count
         if loss.values_BK is not None and not torch.is_grad_enabled():
             self._row_values[m] = loss.values_BK.cpu()
-        return _InFlight(trained_in, {} if loss.scaled is None else {"loss": loss.scaled}, {}), loss.sum
+        return InFlight(trained_in, {} if loss.scaled is None else {"loss": loss.scaled}, {}), loss.sum
 
     def _run_stage(self, m: int, inputs: StageInput, lengths_B: Tensor) -> StageOutput:
         """Run the blocks and what is beside them, or only the latter where the activation cache knows the former."""
@@ -345,7 +332,7 @@ class StageExecutor:
             self._activation_cache.write(keys, output.states)
         return output
 
-    def _backward(self, flight: _InFlight, received: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    def _backward(self, flight: InFlight, received: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """Back-propagate one micro-batch; gives the gradients of what came in, if a stage wants them."""
         outputs = {name: output for name, output in flight.trained_out.items() if output.requires_grad}
         if outputs:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from edge_node.engine.recorder import StepRecorder
 from plutino.data.batches import MicroBatchRows
 from plutino.types import Unit
@@ -54,6 +56,18 @@ class StepOutcome:
     """What was recorded, where the unit asked for it."""
     counts: Mapping[str, float] = field(default_factory=dict)
     """What the objective counted, summed over this worker's micro-batches."""
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A micro-batch between its forward and its backward pass."""
+
+    trained_in: dict[str, Tensor]
+    """What came from below and may want a gradient back, by name: :attr:`StageInput.trained`."""
+    trained_out: dict[str, Tensor]
+    """What the next stage sends a gradient for, or the scaled loss on the last."""
+    message: dict[str, Tensor]
+    """For the next stage: hidden states, and what travels with them (lengths, position_ids, segment_ids)."""
 
 
 def not_finite(names: Sequence[str], norms: Sequence[float], loss_sum: float, step: int) -> str:
