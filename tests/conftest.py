@@ -98,7 +98,9 @@ PART_BY_PATH = {
     "numerics/test_planner": PLANNER_AND_RAY,
     "unit/partitioner/": PLANNER_AND_RAY,
     "unit/scheduling/": PLANNER_AND_RAY,
-    # Parallel adapters, activation cache, data-parallel epochs.
+    # Encoders, parallel adapters, activation cache, data-parallel epochs.
+    "numerics/test_encoder": PAC,
+    "integration/test_encoder": PAC,
     "numerics/test_pac": PAC,
     "integration/test_pac": PAC,
     "unit/activation_cache/": PAC,

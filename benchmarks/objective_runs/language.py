@@ -160,7 +160,7 @@ def _scores(settings: Settings, tasks: Sequence[Mapping[str, Any]], steps: int) 
         settings,
         method=_LORA,
         # So high a temperature that every task has the same share, whatever its rows.
-        data={"tasks": tasks, "max_tokens": 96, "mixing_temperature": 1e6},
+        data={"tasks": tasks, "max_tokens": 160, "mixing_temperature": 1e6},
         scoring={"metric": "exact_match", "max_new_tokens": 20, "batch_rows": 32},
         training={"steps": steps, "batch_size": 16, "lr": 2e-3, "warmup_steps": settings.few(10, 0)},
         evaluation={"measure_general": "never"},

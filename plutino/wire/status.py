@@ -40,6 +40,7 @@ STATUS_CODES: dict[type[PlutinoError], grpc.StatusCode] = {
     errors.UnknownJobError: grpc.StatusCode.NOT_FOUND,
     errors.InvalidTransitionError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NumericsError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ActivationCacheError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ExportError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.StoreError: grpc.StatusCode.INTERNAL,
     errors.SecurityError: grpc.StatusCode.PERMISSION_DENIED,

@@ -30,6 +30,7 @@ PORTS = {
     "WorkerService": "devices",
     "CertificateService": "devices",
     "JobService": "people",
+    "Llm2LlmService": "people",
     "RunnerService": "people",
     "SecurityService": "people",
     "SweepService": "people",
