@@ -163,6 +163,7 @@ def test_device_that_becomes_ten_times_slower_loses_its_blocks_at_a_commit_and_n
     assert detail["recoveries"] == 0 and all(row["status"] == "committed" for row in detail["ledger"])
 
 
+@pytest.mark.slow
 def test_job_in_bf16_that_moves_to_another_cut_still_rounds_where_its_first_plan_did(
     stack: ExitStack, tmp_path: Path, model_dir: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_job_gives_the_same_bits_on_one_and_two_workers_and_reports_what_it_samp
     assert rows[0] == rows[1] and rows[2] == rows[3]
 
 
+@pytest.mark.slow
 def test_job_that_lost_a_worker_between_two_steps_on_the_same_answers_ends_with_the_same_bits(
     people, tmp_path, parts, monkeypatch
 ):
@@ -89,6 +90,7 @@ def test_job_that_lost_a_worker_between_two_steps_on_the_same_answers_ends_with_
     assert adapter_bytes(tmp_path / "again") == expected
 
 
+@pytest.mark.slow
 def test_reward_adapter_of_a_finished_job_scores_the_answers_on_the_same_stages(people, tmp_path, parts):
     rated = [{"prompt": r["prompt"], "completion": r["completion"], "rating": i % 2} for i, r in enumerate(snips(8))]
     data = {"train": str(write(tmp_path / "rated.jsonl", rated)), "format": "rated"}

@@ -17,7 +17,7 @@ def people(tmp_path_factory):
     yield from two_devices(tmp_path_factory)
 
 
-@pytest.mark.parametrize("objective", ["classification", "dpo"])
+@pytest.mark.parametrize("objective", [pytest.param("classification", marks=pytest.mark.slow), "dpo"])
 def test_job_gives_the_same_bits_on_one_and_two_workers_and_its_adapter_is_reloaded(people, tmp_path, objective):
     make = labelled if objective == "classification" else preferences
     data = {"train": str(make(tmp_path / "train.jsonl", 9)), "eval": str(make(tmp_path / "eval.jsonl", 6))}

@@ -74,7 +74,7 @@ def stock_losses(model_dir, batches):
     return losses, first_gradients
 
 
-@pytest.mark.parametrize("model", ["tied_llama", "gpt2"])
+@pytest.mark.parametrize("model", [pytest.param("tied_llama", marks=pytest.mark.slow), "gpt2"])
 def test_tied_model_in_three_stages_equals_one_process_of_transformers_over_20_steps(model_dirs, model):
     batches = [batch for _ in range(NUM_STEPS // 4) for batch in make_batches(4)]
     losses, gradients = [], {}
