@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.contender import START_TIMEOUT_S, STEP_TIMEOUT_S, ContenderError
 from benchmarks.job_watch import JobWatch
 from benchmarks.model_folder import job_values, write_drawn_base
+from benchmarks.peers.workload import Workload
 from benchmarks.processor_quota import ProcessorQuota
 from benchmarks.run_figures import Figures, Run, figures_of, scaling_table
 from benchmarks.stack import PlutinoStack
@@ -31,6 +32,17 @@ from plutino.sizes import GIB
 NO_SHADOWS = 1_000_000
 LEAST_STEPS = 4
 """One warms up, and even and odd ones are compared."""
+TINY = Workload(
+    num_blocks=4,
+    hidden_dim=64,
+    intermediate_dim=128,
+    num_heads=4,
+    vocab_size=512,
+    seq_len_tokens=32,
+    batch_size=8,
+    num_micro_batches=8,
+)
+"""To see a benchmark run; quote nothing of it."""
 _NUM_SPARE_STEPS = 4
 """Steps beyond those that are looked at: the job is cancelled before it would export what nobody wants."""
 _BUDGET_BYTES = 3 * GIB

@@ -17,14 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.agent_runs import LEAST_STEPS, measure_all, physical_first
+from benchmarks.agent_runs import LEAST_STEPS, TINY, measure_all, physical_first
 from benchmarks.beside import run_beside
 from benchmarks.goals import goal_table
 from benchmarks.measure import RESULTS_DIR, machine_facts, write_results
 from benchmarks.peers.workload import Workload
 from benchmarks.processor_quota import quota_refusal
 from benchmarks.run_figures import Figures, Run, prediction_goals, scaling_table
-from benchmarks.scaling import TINY
 
 FULL = Workload(
     num_blocks=24,

@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agent_runs import LEAST_STEPS, measure_all, physical_first
+from benchmarks.agent_runs import LEAST_STEPS, TINY, measure_all, physical_first
 from benchmarks.beside import run_beside
 from benchmarks.goals import Goal, goal_table
 from benchmarks.measure import RESULTS_DIR, machine_facts, write_results
@@ -47,16 +47,6 @@ FULL = Workload(
     num_micro_batches=64,
 )
 """Many blocks and micro-batches: what is lost to whole blocks and to the bubble is not what this benchmark is about."""
-TINY = Workload(
-    num_blocks=4,
-    hidden_dim=64,
-    intermediate_dim=128,
-    num_heads=4,
-    vocab_size=512,
-    seq_len_tokens=32,
-    batch_size=8,
-    num_micro_batches=8,
-)
 
 
 def runs_of(part: str, workload: Workload, *, most_agents: int) -> list[Run]:

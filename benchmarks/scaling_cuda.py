@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.agent_runs import NO_SHADOWS, collect
+from benchmarks.agent_runs import NO_SHADOWS, TINY, collect
 from benchmarks.contender import ChildCommand, ChildContender, ContenderError
 from benchmarks.goals import Goal, goal_table
 from benchmarks.job_watch import JobWatch
@@ -27,7 +27,6 @@ from benchmarks.measure import machine_facts, write_results
 from benchmarks.model_folder import job_values, write_drawn_base
 from benchmarks.peers.workload import Workload
 from benchmarks.plutino_contender import seconds_by_stage
-from benchmarks.scaling import TINY
 from benchmarks.stack import PlutinoStack
 from coordinator.artifacts.traces import PlannedEpoch
 from coordinator.trace_command import draw_step

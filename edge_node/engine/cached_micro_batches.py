@@ -19,7 +19,7 @@ from edge_node.engine.schedule import neighbour
 from edge_node.transport.base import MessageKey, MessageKind
 
 if TYPE_CHECKING:
-    from edge_node.engine.executor import StageExecutor
+    from edge_node.engine.seat import Seat
     from edge_node.engine.unit import UnitInput
 
 
@@ -33,14 +33,14 @@ class CachedMicroBatch:
     """Whether the stage's blocks run: their output is needed above, or their states are not all here."""
 
 
-def agree_on_cached(executor: StageExecutor, work: UnitInput, cache: StageCache) -> dict[int, CachedMicroBatch]:
+def agree_on_cached(seat: Seat, work: UnitInput, cache: StageCache) -> dict[int, CachedMicroBatch]:
     """What is cached of the micro-batches that this worker runs.
 
     Raises:
         PeerLostError: a peer went away.
         UnitCancelledError: the coordinator abandoned the step.
     """
-    stages, me, stage = executor.stages, executor.me, executor.stage
+    stages, me, stage = seat.stages, seat.me, seat.stage
     mine = [m for m in range(work.num_micro_batches) if stages[me.stage_index].replica_of(m) == me.replica_index]
     keys: dict[int, Tensor] = {}
     for m in mine:
@@ -51,20 +51,20 @@ def agree_on_cached(executor: StageExecutor, work: UnitInput, cache: StageCache)
             keys[m] = row_keys(rows, cache.codec)
         else:
             # Received tensors live in a buffer that is lent again.
-            keys[m] = executor.transport.receive(neighbour(stages, me, m, -1), key)["keys"].clone()
+            keys[m] = seat.transport.receive(neighbour(stages, me, m, -1), key)["keys"].clone()
         if not stage.is_last:
-            executor.transport.send(neighbour(stages, me, m, +1), key, {"keys": keys[m]})
+            seat.transport.send(neighbour(stages, me, m, +1), key, {"keys": keys[m]})
     agreed: dict[int, CachedMicroBatch] = {}
     for m in mine:
         key = MessageKey(MessageKind.CACHE_NEEDS, work.unit, m)
         is_needed_above = False
         if not stage.is_last:
-            answer = executor.transport.receive(neighbour(stages, me, m, +1), key)
+            answer = seat.transport.receive(neighbour(stages, me, m, +1), key)
             is_needed_above = bool(answer["is_needed"][0])
         # Without blocks there is nothing to agree on: what is read is checked then.
         runs_blocks = stage.has_backbone and (not cache.holds(keys[m]) or is_needed_above)
         if not stage.is_first:
             answer = {"is_needed": torch.tensor([runs_blocks], dtype=torch.uint8)}
-            executor.transport.send(neighbour(stages, me, m, -1), key, answer)
+            seat.transport.send(neighbour(stages, me, m, -1), key, answer)
         agreed[m] = CachedMicroBatch(keys[m], runs_blocks)
     return agreed

@@ -23,7 +23,7 @@ from edge_node.engine.cached_micro_batches import CachedMicroBatch
 from edge_node.transport.base import MessageKey, MessageKind, Peer
 
 if TYPE_CHECKING:
-    from edge_node.engine.executor import StageExecutor
+    from edge_node.engine.seat import Seat
     from edge_node.engine.unit import UnitInput
 
 
@@ -48,9 +48,7 @@ class EntryOwners:
         """The owner of a step's micro-batch."""
         return self._owners[m % len(self._owners)] if self._owners else None
 
-    def hand_over(
-        self, executor: StageExecutor, work: UnitInput, cache: StageCache, cached: Mapping[int, CachedMicroBatch]
-    ) -> None:
+    def hand_over(self, seat: Seat, work: UnitInput, cache: StageCache, cached: Mapping[int, CachedMicroBatch]) -> None:
         """Send and take the entries of one step's micro-batches.
 
         Raises:
@@ -61,15 +59,13 @@ class EntryOwners:
             owner = self.of(m)
             if owner is None:
                 return
-            runs = [Peer(stage, shape.replica_of(m)) for stage, shape in enumerate(executor.stages)]
-            if executor.me == owner:
-                self._take(executor, work, cache, m, [peer for peer in runs if peer != owner])
-            elif executor.me in runs:
-                self._send(executor, work, cache, m, owner, cached[m].keys)
+            runs = [Peer(stage, shape.replica_of(m)) for stage, shape in enumerate(seat.stages)]
+            if seat.me == owner:
+                self._take(seat, work, cache, m, [peer for peer in runs if peer != owner])
+            elif seat.me in runs:
+                self._send(seat, work, cache, m, owner, cached[m].keys)
 
-    def _send(
-        self, executor: StageExecutor, work: UnitInput, cache: StageCache, m: int, owner: Peer, keys: Tensor
-    ) -> None:
+    def _send(self, seat: Seat, work: UnitInput, cache: StageCache, m: int, owner: Peer, keys: Tensor) -> None:
         name_of_all = bytes(keys.numpy())
         is_new = name_of_all not in self._handed
         for position, name in enumerate(cache.names):
@@ -79,20 +75,18 @@ class EntryOwners:
                 message["sizes"] = torch.tensor([len(entry) for entry in entries], dtype=torch.int64)
                 message["data"] = torch.cat(entries)
             key = MessageKey(MessageKind.CACHE_ENTRIES, work.unit, m, position)
-            executor.transport.send(owner, key, message)
+            seat.transport.send(owner, key, message)
         self._handed.add(name_of_all)
 
-    def _take(
-        self, executor: StageExecutor, work: UnitInput, cache: StageCache, m: int, senders: Sequence[Peer]
-    ) -> None:
-        layout = executor.stage.side_layout
+    def _take(self, seat: Seat, work: UnitInput, cache: StageCache, m: int, senders: Sequence[Peer]) -> None:
+        layout = seat.stage.side_layout
         assert layout is not None, "entries are kept for a side network"
         keys: Tensor | None = None
         for sender in senders:
-            shape = executor.stages[sender.stage_index]
+            shape = seat.stages[sender.stage_index]
             for position, name in enumerate(state_names_between(layout, shape.start_block, shape.end_block)):
                 key = MessageKey(MessageKind.CACHE_ENTRIES, work.unit, m, position)
-                message = executor.transport.receive(sender, key)
+                message = seat.transport.receive(sender, key)
                 cache.keep(name, message["keys"], message["data"].split(message["sizes"].tolist()))
                 keys = message["keys"].clone()
         if keys is not None:
