@@ -1,18 +1,22 @@
 """What mutual TLS costs a job: the same one with it and in plain, in turns: ``python -m benchmarks.tls``.
 
-Two coordinators with two agents each, of which one pair rests while the other trains, as in benchmarks.pipeline.
+Two coordinators with two agents each, of which one pair rests while the other trains, as in benchmarks.pipeline. Beside
+the time of a step stands the processor's, which other programs on the machine disturb far less.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.contender import StepFigures
 from benchmarks.goals import Goal, goal_table
 from benchmarks.measure import (
     RESULTS_DIR,
@@ -30,10 +34,28 @@ from benchmarks.pipeline import AGENT_BUDGET_BYTES, NO_SHADOWS, NUM_STAGES, QUIC
 from benchmarks.pipeline_peers import MAX_QUIET_LOAD
 from benchmarks.plutino_contender import PlutinoContender
 from benchmarks.stack import PlutinoStack
-from plutino.job.spec import parse_spec
+from plutino.job.spec import JobSpec, parse_spec
 
 LEAST_RATIO_TO_PLAIN = 0.95
 """Tokens/s with TLS over those without."""
+
+
+class CountingContender(PlutinoContender):
+    """Also counts the processor seconds of a step, of all its stack's processes."""
+
+    def __init__(self, name: str, stack: PlutinoStack, spec: JobSpec) -> None:
+        super().__init__(name, stack, spec)
+        self.processor_s: list[float] = []
+        """Of a step, by turn; the first turn warms up."""
+        self._counted = stack
+
+    def run_steps(self, num_steps: int) -> Sequence[StepFigures]:
+        """See :meth:`PlutinoContender.run_steps`."""
+        before_s = self._counted.cpu_s()
+        steps = super().run_steps(num_steps)
+        # Workers rest only when they have computed the step that the next turn begins with.
+        self.processor_s.append((self._counted.cpu_s() - before_s) / (num_steps + 1))
+        return steps
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,13 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
         num_steps = turns.warmup_steps + turns.num_turns * (turns.steps_per_turn + 1) + 4
         folder = write_with_adapter(workload, scratch, num_steps=num_steps)
         values = job_values(workload, folder, dtype="bf16", shadow_every=NO_SHADOWS, num_stages=NUM_STAGES)
-        contenders = []
+        contenders: list[CountingContender] = []
         for name, is_plaintext in (("plain", True), ("mutual TLS", False)):
             state_dir = scratch / name.replace(" ", "-")
             state_dir.mkdir()
             plutino = stack.enter_context(PlutinoStack(state_dir, is_plaintext=is_plaintext))
             plutino.start_agents({f"device-{index}": AGENT_BUDGET_BYTES for index in range(NUM_STAGES)})
-            contenders.append(PlutinoContender(name, plutino, parse_spec(values, base_dir=scratch)))
+            contenders.append(CountingContender(name, plutino, parse_spec(values, base_dir=scratch)))
         figures = measure_in_turns(contenders, turns)
     plain, tls = figures
     print(table(figures, tokens_per_step=workload.tokens_per_step))
@@ -63,11 +85,14 @@ def main(arguments: list[str] | None = None) -> int:
         name="mutual TLS / plain", measured=plain.median_step_s / tls.median_step_s, at_least=LEAST_RATIO_TO_PLAIN
     )
     print(goal_table([goal]))
+    processor_s = {each.name: each.processor_s[1:] for each in contenders}
+    plain_s, tls_s = (statistics.median(values) for values in processor_s.values())
+    print(f"processor seconds of a step: {plain_s:.2f} in plain, {tls_s:.2f} with mutual TLS, {tls_s / plain_s:.3f} x")
     difference = largest_loss_difference(figures)
     print(f"losses of the same step differ by at most {difference}")
     out = options.out or RESULTS_DIR / ("tls_quick.json" if options.quick else "tls.json")
     document = figures_document(figures, workload=asdict(workload), machine=machine, turns=turns)
-    write_results(out, {"goals": [goal.to_dict()], **document})
+    write_results(out, {"goals": [goal.to_dict()], "processor_s": processor_s, **document})
     print(f"all figures: {out}")
     return 0 if difference == 0 else 1
 
