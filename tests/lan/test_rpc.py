@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from plutino.security.certificates import Authority
 from plutino.security.identity import PeerName, Role
 from tests.lan.network import Lan
@@ -53,17 +55,38 @@ def test_rpc_over_tls_reaches_another_host_and_only_the_device_that_is_meant(lan
     assert "UnreachableError" in mistaken.stderr, os.linesep.join([mistaken.stdout, mistaken.stderr])
 
 
-def test_bursts_find_the_rate_of_the_cable_in_both_directions(lan, tmp_path):
+# A cable of 12.5 MB/s: what shapes it lets a first burst pass unshaped.
+MOST_BYTES_PER_S = 16e6
+LEAST_BYTES_PER_S = 6e6
+DIRECTIONS = ("up_bytes_per_s", "down_bytes_per_s")
+
+
+def bursts(lan, tmp_path, num_dials):
+    """What so many dials over a cable of 100 Mbit/s measured."""
     authority = Authority.open(tmp_path / "authority.pem")
     for name in ("desk", "pi"):
         authority.identity(PeerName(name, Role.NODE)).write(tmp_path / name)
     network = lan(2, rate_mbit=100)
-
+    figures = []
     with open_door(network, 0, tmp_path / "desk") as address:
-        measured = run(network.command(1, [*RPC, "measure", str(tmp_path / "pi"), address, "desk"]))
+        for _ in range(num_dials):
+            measured = run(network.command(1, [*RPC, "measure", str(tmp_path / "pi"), address, "desk"]))
+            assert measured.returncode == 0, measured.stderr
+            figures.append(json.loads(measured.stdout))
+    return figures
 
-    assert measured.returncode == 0, measured.stderr
-    figures = json.loads(measured.stdout)
-    # A cable of 12.5 MB/s: what shapes it lets a first burst pass unshaped, and both hosts share this machine's cores.
-    for direction in ("up_bytes_per_s", "down_bytes_per_s"):
-        assert 6e6 < figures[direction] < 16e6, figures
+
+def test_burst_tells_both_directions_and_never_more_than_the_cable_carries(lan, tmp_path):
+    (figures,) = bursts(lan, tmp_path, 1)
+
+    for direction in DIRECTIONS:
+        assert 0 < figures[direction] < MOST_BYTES_PER_S, figures
+
+
+@pytest.mark.slow
+def test_best_of_ten_bursts_finds_the_rate_of_the_cable_in_both_directions(lan, tmp_path):
+    # Both hosts share this machine's cores, so a burst may be slower than the cable, and none is faster.
+    figures = bursts(lan, tmp_path, 10)
+
+    for direction in DIRECTIONS:
+        assert LEAST_BYTES_PER_S < max(each[direction] for each in figures) < MOST_BYTES_PER_S, figures
