@@ -172,6 +172,8 @@ def test_200_reservations_at_once_none_over_committed_none_leaked_after_kills(si
 
     async def kill_scheduler(num_reserved: int) -> None:
         if num_reserved in (30, 120):
+            # Rounds need no actor while Ray starts it again, so it may not be there yet.
+            await until(lambda: actor_processes("SchedulerActor"))
             for process in await asyncio.to_thread(actor_processes, "SchedulerActor"):
                 process.send_signal(signal.SIGKILL)
                 killed.append(process.pid)
@@ -368,6 +370,7 @@ def test_ray_fleet_keeps_one_agent_on_each_unequal_node(site: Site, second_node:
     assert not any(Path(report["--state-dir"]).parent.exists() for report in admission.reports()[:-1])
 
 
+@pytest.mark.slow
 def test_engine_raylet_killed_starts_a_fresh_ray_with_its_runners(site: Site) -> None:
     old = record_of(site)
 

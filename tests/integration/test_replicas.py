@@ -144,7 +144,7 @@ def told(run: tuple[list[float], dict[str, bytes], dict[str, Any]]) -> tuple[Any
 
 @pytest.mark.parametrize(
     "names",
-    [pytest.param(["a", "b"], marks=pytest.mark.slow), ["a", "b", "c", "slow"]],
+    [pytest.param([*names], marks=pytest.mark.slow) for names in (["a", "b"], ["a", "b", "c", "slow"])],
     ids=["two", "four"],
 )
 def test_one_stage_on_several_devices_gives_the_bits_of_one(
