@@ -110,7 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(done, names))
     if not options.quick:
         goals = accuracy_goals(done, names)
-        print(goal_table(goals))
+        if goals:  # else nothing was trained beside unquantised weights
+            print(goal_table(goals))
         document = {"machine": machine, "settings": settings, "trials": dict(sorted(done.items()))}
         write_results(path, {**document, "goals": [goal.to_dict() for goal in goals]})
     print(f"written to {path}", file=sys.stderr)
