@@ -62,6 +62,8 @@ class DeviceProfile(PlanValue):
     """Resident memory of a worker before any job."""
     timings: BlockTimings
     dtypes: tuple[str, ...] = ("fp32",)
+    is_card: bool = False
+    """Its memory is a card's, which malloc has no part in."""
     cores_id: str = ""
     """Devices with the same one compute on the same cores, so that two of them are no faster than one; empty: its own
     cores alone."""

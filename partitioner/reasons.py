@@ -141,7 +141,7 @@ def _worker(pricer: Pricer, best: Candidate, k: int, replica: int, share: Replic
     )
     reuse = heap_reuse(items)
     needed_bytes = device.baseline_bytes + sum(item.bytes for item in items) + reuse.bytes
-    keeps_heap = needed_bytes <= device.available_bytes
+    keeps_heap = not device.is_card and needed_bytes <= device.available_bytes
     if keeps_heap:
         items = (*items, reuse)
     return ReplicaPlan(

@@ -117,4 +117,5 @@ def device_profile(device: Device, timings: BlockTimings, threads: int) -> Devic
         baseline_bytes=device.baseline_bytes,
         timings=timings,
         dtypes=device.dtypes,
+        is_card=device.hardware.kind == "cuda",
     )

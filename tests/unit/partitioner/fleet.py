@@ -6,10 +6,14 @@ from typing import Any
 
 from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkProfile, LinkTable
+from partitioner.memory import stage_memory
 from partitioner.model import JobShape, ModelTable, describe_model
 from plutino.families import family_of
 from plutino.job.method import LoraConfig
 from plutino.sizes import MIB
+
+TIGHT = {"row_tokens": 512, "label_tokens": 400, "batch_rows": 16, "micro_batch_rows": 16}
+"""Of a job that small devices hardly hold."""
 
 SLOW_LAN = LinkTable(other=LinkProfile(bandwidth_bytes_per_s=2e6, latency_s=2e-3))
 
@@ -128,3 +132,10 @@ def device(
         "dtypes": ("fp32", "bf16"),
     }
     return DeviceProfile(**(fields | changes))
+
+
+def tight_device(table: ModelTable, shape: JobShape, *, checkpointing: bool) -> DeviceProfile:
+    """A device that holds the whole job with less than 1 MiB to spare."""
+    whole = {"start_block": 0, "end_block": table.num_blocks, "num_stages": 1, "stage_index": 0}
+    items = stage_memory(table, shape, checkpointing=checkpointing, **whole)
+    return device("tight", available_mib=300 + sum(item.bytes for item in items) // MIB + 1)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from itertools import combinations, pairwise, permutations
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import strategies as st
 
 from partitioner.cost import stage_cost
 from partitioner.device import LinkProfile, LinkTable, MeasuredLink
-from partitioner.explain import explain
 from partitioner.fitting import fits
 from partitioner.memory import stage_memory
 from partitioner.micro_batch import scaled_devices, with_rows
@@ -17,29 +15,11 @@ from partitioner.orders import all_layouts
 from partitioner.plan import Plan
 from partitioner.pricing import Pricer
 from partitioner.replay import pipeline_step_time
-from partitioner.report import replayed
 from partitioner.search import choose_micro_batch, search
 from plutino.errors import InfeasiblePlanError
-from plutino.job.method import LoraConfig
 from plutino.sizes import MIB
-from tests.unit.partitioner.fleet import SLOW_LAN, device, job, llama
-
-LINKS = st.builds(
-    lambda bandwidth, latency: LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth, latency_s=latency)),
-    st.sampled_from([5e5, 5e6, 1e9]),
-    st.sampled_from([0.0, 1e-3, 2e-2]),
-)
-
-
-def fleets(max_devices):
-    one = st.builds(
-        lambda speed, available_mib: (speed, available_mib),
-        st.sampled_from([0.05, 0.5, 1.0, 1.7, 4.0]),
-        st.integers(316, 380),
-    )
-    return st.lists(one, min_size=1, max_size=max_devices).map(
-        lambda numbers: [device(f"d{i}", speed=s, available_mib=a) for i, (s, a) in enumerate(numbers)]
-    )
+from tests.unit.partitioner.drawn_fleets import LINKS, fleets
+from tests.unit.partitioner.fleet import SLOW_LAN, TIGHT, device, job, llama, tight_device
 
 
 def exhaustive_search(table, shape, devices, links, *, checkpointing):
@@ -149,13 +129,6 @@ def test_search_gives_the_faster_device_more_blocks():
     assert num_blocks["fast"] > num_blocks["slow"] > 0
 
 
-def tight_device(table, shape, *, checkpointing):
-    """A device that holds the whole job with less than 1 MiB to spare."""
-    whole = {"start_block": 0, "end_block": table.num_blocks, "num_stages": 1, "stage_index": 0}
-    items = stage_memory(table, shape, checkpointing=checkpointing, **whole)
-    return device("tight", available_mib=300 + sum(item.bytes for item in items) // MIB + 1)
-
-
 def test_search_checkpointing_auto_turns_on_only_where_budgets_need_it():
     table = llama(4)
     shape = job(table, row_tokens=256)
@@ -206,82 +179,6 @@ def test_search_same_inputs_give_the_same_plan():
     devices = [device(f"d{i}", speed=1 + i / 3) for i in range(4)]
 
     assert search(table, job(table), devices, SLOW_LAN) == search(table, job(table), devices, SLOW_LAN)
-
-
-TIGHT = {"row_tokens": 512, "label_tokens": 400, "batch_rows": 16, "micro_batch_rows": 16}
-
-
-def refusal(table, shape, devices):
-    with pytest.raises(InfeasiblePlanError) as caught:
-        search(table, shape, devices)
-    return str(caught.value)
-
-
-def test_refusal_names_need_offers_and_a_micro_batch_that_really_fits():
-    table = llama(4)
-    shape, devices = job(table, **TIGHT), [device("a", available_mib=380), device("b", available_mib=360)]
-
-    message = refusal(table, shape, devices)
-
-    assert re.search(r"needs at least [\d.]+ MiB", message)
-    assert "a 380 MiB (80 MiB beyond its baseline); b 360 MiB (60 MiB beyond its baseline)" in message
-    rows = int(re.search(r"micro_batch_size: (\d+) \(now 16\)", message)[1])
-    assert search(table, with_rows(shape, rows), devices)
-    assert not fits(table, with_rows(shape, rows * 2), devices, LinkTable())
-
-
-def test_refusal_names_a_length_that_really_fits():
-    table = llama(4)
-    shape, devices = job(table, **TIGHT), [device("a", available_mib=380)]
-
-    tokens = int(re.search(r"max_tokens: (\d+) \(now 512\)", refusal(table, shape, devices))[1])
-
-    assert fits(table, shape.model_copy(update={"row_tokens": tokens}), devices, LinkTable())
-    assert not fits(table, shape.model_copy(update={"row_tokens": tokens + 16}), devices, LinkTable())
-
-
-def test_refusal_names_one_more_device_that_really_helps():
-    table = llama(4)
-    shape, devices = job(table, **TIGHT), [device("a", available_mib=380)]
-
-    more_mib = int(re.search(r"one more device of (\d+) MiB", refusal(table, shape, devices))[1])
-
-    assert fits(table, shape, [*devices, device("b", available_mib=more_mib)], LinkTable())
-    assert not fits(table, shape, [*devices, device("b", available_mib=more_mib - 32)], LinkTable())
-
-
-def test_refusal_names_checkpointing_where_the_job_turned_it_off():
-    table = llama(4)
-    shape = job(table, row_tokens=256, checkpointing="off")
-
-    assert "training.checkpointing: on" in refusal(table, shape, [tight_device(table, shape, checkpointing=True)])
-
-
-def test_refusal_names_bf16_where_halved_weights_fit():
-    table = llama(4, vocab_size=120_000)
-    tight = tight_device(table, job(table, dtype="bf16"), checkpointing=True)
-
-    assert "model.dtype: bf16" in refusal(table, job(table), [tight])
-
-
-def test_refusal_names_a_rank_that_fits():
-    table = llama(4)
-    few_tokens = {"row_tokens": 8, "micro_batch_rows": 1, "label_tokens": 4}
-    tight = tight_device(table, job(table, LoraConfig(rank=512), **few_tokens), checkpointing=True)
-
-    message = refusal(table, job(table, LoraConfig(rank=2048), **few_tokens), [tight])
-
-    assert "method.rank divided by 4" in message
-
-
-def test_refusal_without_devices_says_how_to_start_one():
-    assert "plutino-node run" in refusal(llama(2), job(llama(2)), [])
-
-
-def test_refusal_of_more_stages_than_devices_names_both_numbers():
-    message = refusal(llama(4), job(llama(4), exact_stages=3), [device("a"), device("b")])
-
-    assert "exactly 3 stages, but 2 devices" in message
 
 
 def test_choose_micro_batch_takes_the_fastest_that_fits():
@@ -405,25 +302,6 @@ def test_search_checkpoints_only_the_stages_that_need_it():
     assert by_device["roomy"] is False and plan.checkpointing == any(by_device.values())
 
 
-def test_choose_codec_is_lossy_only_where_that_saves_notably():
-    table = llama(6)
-    devices = [device(name) for name in "ab"]
-    shape = job(table, batch_rows=16, exact_stages=2)
-
-    slow, fast = (
-        choose_micro_batch(
-            table,
-            shape,
-            devices,
-            LinkTable(other=LinkProfile(bandwidth_bytes_per_s=rate, latency_s=1e-4)),
-            codecs=("raw", "bf16"),
-        )
-        for rate in (1e6, 1e9)
-    )
-
-    assert (slow.codec, fast.codec) == ("bf16", "raw")
-
-
 def test_search_devices_on_the_same_cores_are_no_replicas_of_each_other():
     table = llama(2)
     shape = job(table, micro_batch_rows=1, exact_stages=1)
@@ -436,52 +314,12 @@ def test_search_devices_on_the_same_cores_are_no_replicas_of_each_other():
     assert len(apart.agent_ids) == 2 and set(apart.device_names) & {"a", "b"} and set(apart.device_names) & {"c", "d"}
 
 
-def bf16_over(links, **changes):
-    table = llama(6)
-    shape = job(table, batch_rows=16, exact_stages=3, **changes)
-    return choose_micro_batch(table, shape, [device(name) for name in "abc"], links, codecs=("raw", "bf16")), shape
+def test_search_only_a_device_with_malloc_keeps_its_heap():
+    table = llama(2)
+    roomy = device("a", available_mib=4000)
+    card = roomy.model_copy(update={"is_card": True})
 
+    (on_cpu,), (on_card,) = (search(table, job(table), [one]).stages for one in (roomy, card))
 
-def test_choose_codec_rounds_at_the_slow_link_alone_and_prices_each_boundary_by_its_own():
-    fast = LinkProfile(bandwidth_bytes_per_s=1e9, latency_s=1e-4)
-    measured = (MeasuredLink(agent_ids=("id-a", "id-b"), link=fast),)
-    links = LinkTable(measured=measured, other=LinkProfile(bandwidth_bytes_per_s=1e6, latency_s=1e-4))
-
-    plan, shape = bf16_over(links)
-
-    assert plan.codec == "raw" and len(plan.bf16_borders) == 1
-    by_link = {(link.from_device, link.to_device): link.down_bytes for link in plan.links}
-    (slow,) = (pair for pair in by_link if set(pair) != {"a", "b"})
-    (quick,) = (pair for pair in by_link if set(pair) == {"a", "b"})
-    assert by_link[quick] == 2 * by_link[slow]
-    found = replayed(plan, llama(6), shape, [device(name) for name in "abc"], links)
-    assert found.step_s == pytest.approx(plan.step_s)
-    assert "bf16 at 1 of 2 boundaries" in explain(plan)
-
-
-def test_search_keeps_recorded_borders_wherever_it_cuts():
-    """As a re-plan under a fixed record: a cut at a recorded border costs half of what it costs elsewhere."""
-    table, slow = llama(6), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=2e5, latency_s=1e-4))
-    devices = [device("a"), device("b")]
-
-    plans = {
-        borders: search(table, job(table, batch_rows=16, exact_stages=2, bf16_borders=borders), devices, slow)
-        for borders in ((), (2,), (4,))
-    }
-
-    assert [plan.bf16_borders for plan in plans.values()] == [(), (2,), (4,)]
-    assert max(plans[2,].step_s, plans[4,].step_s) < plans[()].step_s
-
-
-@settings(max_examples=10, deadline=None)
-@given(fleets(3), LINKS, st.sampled_from([(1,), (2, 3), (1, 2, 3, 4)]))
-def test_search_with_recorded_borders_is_within_budget_and_never_below_its_bound(devices, links, borders):
-    table = llama(5)
-    try:
-        plan = search(table, job(table, bf16_borders=borders), devices, links)
-    except InfeasiblePlanError:
-        return
-    raw = search(table, job(table), devices, links)
-
-    assert all(stage.peak_bytes <= stage.budget_bytes for stage in plan.stages)
-    assert plan.bound_s <= plan.step_s * (1 + 1e-9) and plan.step_s <= raw.step_s * (1 + 1e-9)
+    assert on_cpu.keeps_heap and not on_card.keeps_heap
+    assert "heap reuse" not in {item.name for item in on_card.memory}
