@@ -7,6 +7,7 @@ bottleneck adapters follows its habits: ``adapter_config.json`` names the adapte
     base_model.model.<layer>.adapter_down.weight  [bottleneck, width]     .bias  [bottleneck]
     base_model.model.<layer>.adapter_up.weight    [width, bottleneck]     .bias  [width]
 
+with the modules of the model that were trained beside them (``modules_to_save``: a score head) under their own names,
 and a layer's output y becomes ``y + up(activation(down(y)))`` (Houlsby et al. 2019, arXiv:1902.00751). Needs torch.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plutino.errors import ConfigError
+from plutino.saved_modules import KEY_PREFIX, load_saved_modules, saved_shapes
 from plutino.side_layout import SIDE_TYPE
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
 
 ADAPTER_TYPE = "PLUTINO_BOTTLENECK"
 """What stands in adapter_config.json where peft's adapters name their ``peft_type``."""
-KEY_PREFIX = "base_model.model."
-"""Before the base model's own names in a checkpoint, as peft has it."""
 _DOWN, _UP = "adapter_down", "adapter_up"
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -50,8 +50,10 @@ class BottleneckLayout(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     peft_type: Literal["PLUTINO_BOTTLENECK"] = "PLUTINO_BOTTLENECK"
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
     base_model_name_or_path: str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    """Modules of the base model that were trained whole beside the adapters: a score head."""
     placement: Literal["houlsby", "pfeiffer"]
     bottleneck: int
     activation: Literal["relu", "gelu", "silu", "tanh"]
@@ -61,7 +63,7 @@ class BottleneckLayout(BaseModel):
     """Global names of the adapted layers, in the model's order."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint with its shape."""
+        """Every tensor of the adapters with its shape."""
         sizes = {
             f"{_DOWN}.weight": (self.bottleneck, self.width),
             f"{_DOWN}.bias": (self.bottleneck,),
@@ -181,7 +183,7 @@ def expected_shapes(model: nn.Module, folder: Path) -> dict[str, tuple[int, ...]
         return expected_side_shapes(model, folder)
     layout = read_layout(folder)
     layout.check_model(model)
-    return layout.shapes()
+    return layout.shapes() | saved_shapes(model, layout.modules_to_save)
 
 
 def read_layout(folder: Path) -> BottleneckLayout:
@@ -205,11 +207,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoadedAdapter | Loaded
     """Put a published bottleneck adapter on its base model, or a side network beside it, in place.
 
     Args:
-        model: the base model, as transformers loads it; in any dtype, on one device.
+        model: the base model, as transformers loads it; in any dtype, on one device. Of the class for sequence
+            classification, with as many labels, where a score head was trained: it gets the trained one.
         folder: holds adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        ConfigError: the folder holds something else, or the model lacks a layer that it adapts.
+        ConfigError: the folder holds something else, or the model lacks a layer that it adapts or its score head.
     """
     folder = Path(folder)
     if _type_in(folder) == SIDE_TYPE:
@@ -221,12 +224,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoadedAdapter | Loaded
     layout.check_model(model)
     modules = dict(model.named_modules())
     tensors = load_file(folder / "adapter_model.safetensors")
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    saved = saved_shapes(model, layout.modules_to_save)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in saved}
     if found != layout.shapes():
         wrong = sorted(set(found.items()) ^ set(layout.shapes().items()))
         raise ConfigError(
             f"{folder}: tensors and adapter_config.json disagree, first about {wrong[0][0]}; copy it anew"
         )
+    load_saved_modules(model, layout.modules_to_save, tensors)
     bottlenecks = {}
     for layer in layout.layers:
         device = next(modules[layer].parameters()).device

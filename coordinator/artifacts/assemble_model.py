@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,7 @@ from coordinator.artifacts.verify_process import Check, VerifyReport, VerifyRequ
 from coordinator.artifacts.write_model import ModelWriter, TensorPlan
 from plutino.errors import ExportError
 from plutino.hub_id import model_folder
+from plutino.job.objective import ObjectiveConfig
 from plutino.job.spec import JobSpec
 from plutino.safetensors_index import TensorEntry, read_safetensors_headers
 from plutino.sizes import GIB
@@ -39,6 +42,8 @@ _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})
 """Configuration and tokenizer files of the base; code is never copied."""
 _READ_BYTES = 1 << 22
 _SHOWN_NAMES = 3
+_MODEL_CLASS = re.compile(r"(LMHeadModel|For[A-Z]\w*|Model)$")
+"""What of the name of a class of transformers says what the model is for."""
 
 
 def assemble_model(
@@ -65,7 +70,9 @@ def assemble_model(
             shutil.rmtree(staging_dir)
         staging_dir.mkdir(parents=True)
         files, sent_sha256 = _write_parts(request, bulk, staging_dir, max_shard_bytes)
-        _copy_settings(model_folder(spec.model.path), staging_dir)
+        # The spec may leave the classes to the data; who ran the probe knows them.
+        objective = spec.objective if request.probe is None else request.probe.objective
+        _copy_settings(model_folder(spec.model.path), staging_dir, objective)
         sync_dir(staging_dir)
         checks.append(_check_staged(staging_dir, sent_sha256, len(request.shadows)))
         report = verify(verify_request(request, spec, staging_dir))
@@ -140,15 +147,36 @@ def _new_tensors(
     return own
 
 
-def _copy_settings(base_dir: Path, staging_dir: Path) -> None:
-    """The base's configuration, told that the weights are fp32 now, and its tokenizer."""
+def _copy_settings(base_dir: Path, staging_dir: Path, objective: ObjectiveConfig | None) -> None:
+    """The base's configuration, told that the weights are fp32 now and what they score, and its tokenizer."""
     for path in sorted(base_dir.iterdir()):
         if path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json") and path.name != RECORD_FILE:
             shutil.copyfile(path, staging_dir / path.name)
     values = json.loads((base_dir / "config.json").read_bytes())
     values.pop("torch_dtype", None)
+    if objective is not None and objective.has_score_head:
+        values |= _score_settings(values, objective)
     text = json.dumps({**values, "dtype": "float32"}, indent=2, sort_keys=True) + "\n"
     write_durable(staging_dir / "config.json", text.encode())
+
+
+def _score_settings(values: Mapping[str, Any], objective: ObjectiveConfig) -> dict[str, Any]:
+    """What config.json says of a score head: as many outputs as labels, and the class that has it."""
+    names = getattr(objective, "labels", ())
+    if objective.type != "classification":
+        names = [f"LABEL_{index}" for index in range(objective.num_outputs)]
+    settings: dict[str, Any] = {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    problem = {"classification": "single_label_classification", "regression": "regression"}.get(objective.type)
+    if problem is not None:
+        settings["problem_type"] = problem
+    if values.get("architectures"):
+        settings["architectures"] = [
+            _MODEL_CLASS.sub("ForSequenceClassification", name) for name in values["architectures"]
+        ]
+    return settings
 
 
 def _check_staged(staging_dir: Path, sent_sha256: dict[str, str], num_parts: int) -> Check:

@@ -159,33 +159,39 @@ def _library(facts: CardFacts) -> str:
 def _loading(facts: CardFacts, adapter_name: str) -> str:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(facts.dtype, facts.dtype)
     # A JSON string is a Python string too.
+    task = "Seq2SeqLM" if facts.objective.type == "seq2seq" else "CausalLM"
+    num_labels, labels = "", ""
+    if facts.objective.has_score_head:
+        task, num_labels = "SequenceClassification", f", num_labels={facts.objective.num_outputs}"
+        names = getattr(facts.objective, "labels", ())
+        if facts.objective.num_outputs > 1:
+            labels = f"\nmodel.config.id2label = {dict(enumerate(names))!r}"
+    of_base = (
+        f"AutoModelFor{task}.from_pretrained({json.dumps(facts.base_path)}, dtype={json.dumps(dtype)}{num_labels})"
+    )
     if facts.method.trains_weights:
         code = (
-            "from transformers import AutoModelForCausalLM\n"
-            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(adapter_name)})"
+            f"from transformers import AutoModelFor{task}\n"
+            f"model = AutoModelFor{task}.from_pretrained({json.dumps(adapter_name)})"
         )
         return _fenced(code, "python")
     if not facts.method.has_peft_format:
         code = (
             "from plutino.load_adapter import load_adapter\n"
-            "from transformers import AutoModelForCausalLM\n"
-            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(facts.base_path)}, dtype={json.dumps(dtype)})\n"
-            f"load_adapter(model, {json.dumps(adapter_name)})  # in place"
+            f"from transformers import AutoModelFor{task}\n"
+            f"model = {of_base}\n"
+            f"load_adapter(model, {json.dumps(adapter_name)})  # in place{labels}"
         )
         return _fenced(code, "python")
     if facts.objective.has_score_head:
-        labels = getattr(facts.objective, "labels", ())
-        id2label = dict(enumerate(labels)) if facts.objective.num_outputs > 1 else {}
         code = (
             "from peft import PeftModel\n"
-            "from transformers import AutoModelForSequenceClassification\n"
-            f"base = AutoModelForSequenceClassification.from_pretrained({json.dumps(facts.base_path)}, "
-            f"dtype={json.dumps(dtype)}, num_labels={facts.objective.num_outputs})\n"
-            f"model = PeftModel.from_pretrained(base, {json.dumps(adapter_name)})"
-            + (f"\nmodel.config.id2label = {id2label!r}" if id2label else "")
+            f"from transformers import AutoModelFor{task}\n"
+            f"base = {of_base}\n"
+            f"model = PeftModel.from_pretrained(base, {json.dumps(adapter_name)}){labels}"
         )
         return _fenced(code, "python")
-    of_peft = "AutoPeftModelForSeq2SeqLM" if facts.objective.type == "seq2seq" else "AutoPeftModelForCausalLM"
+    of_peft = f"AutoPeftModelFor{task}"
     code = (
         f"from peft import {of_peft}\n"
         f"model = {of_peft}.from_pretrained({json.dumps(adapter_name)}, dtype={json.dumps(dtype)})\n"

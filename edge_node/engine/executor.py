@@ -32,7 +32,7 @@ from edge_node.objectives.base import Objective
 from edge_node.stage.stage import Stage, StageInput, StageOutput
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
 from plutino.job.assignment import StageShape
-from plutino.job.method import Unfreezing
+from plutino.job.method_part import Unfreezing
 from plutino.types import Unit
 
 # Shape suffixes: B rows of a micro-batch, T tokens, D hidden size.

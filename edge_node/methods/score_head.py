@@ -1,7 +1,7 @@
 """A trained head on the last stage that scores sequences, beside whatever a method trains.
 
 Joined over the stages the checkpoint is the one that stock peft writes for ``task_type: SEQ_CLS``: the head is among
-its ``modules_to_save`` under transformers' name for it.
+its ``modules_to_save`` under transformers' name for it. Of a model that is trained in full it is one more module.
 """
 
 from __future__ import annotations
@@ -75,10 +75,14 @@ class WithScoreHead:
     The head stays on while the method is switched off: the base model has none.
     """
 
-    def __init__(self, method: AttachedMethod, module: str, layers: ScoreLayers | None) -> None:
+    def __init__(
+        self, method: AttachedMethod, module: str, layers: ScoreLayers | None, *, is_whole_model: bool = False
+    ) -> None:
         self._method = method
         self._module = module
         own = {} if layers is None else layers.by_key()
+        if is_whole_model:
+            own = {key.removeprefix(KEY_PREFIX): parameter for key, parameter in own.items()}
         self._own = tuple(TrainableParameter(key, (("head", p),), ("head",)) for key, p in own.items())
         self.parameters: tuple[TrainableParameter, ...] = tuple(
             sorted((*method.parameters, *self._own), key=lambda p: p.name)
@@ -132,7 +136,7 @@ def attach_method(stage: Stage, spec: JobSpec) -> AttachedMethod:
         return method
     assert head is not None, "the family can score sequences"
     layers = put_score_head(stage, objective.num_outputs, spec.training.seed) if stage.is_last else None
-    return WithScoreHead(method, head.module, layers)
+    return WithScoreHead(method, head.module, layers, is_whole_model=spec.method.trains_weights)
 
 
 def put_score_head(stage: Stage, num_outputs: int, seed: int) -> ScoreLayers:

@@ -109,6 +109,9 @@ def build_stage(
         names_read = (*names_read, *_fill_buffers(model, source, family, dtype=dtype))
     if is_tied:
         _share_if_equal(model, family)
+    if not has_lm_head:
+        # A score head takes its place, and the embedding has nobody to share a parameter with.
+        config.tie_word_embeddings = False
     nn.Module.to(model, device)
     model.eval()
     model.requires_grad_(False)

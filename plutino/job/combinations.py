@@ -36,7 +36,7 @@ def _method_problems(spec: JobSpec) -> Iterator[str]:
     if objective.has_score_head and not method.saves_score_head:
         yield (
             f"objective.type: {objective.type} trains a score head, which a checkpoint of method.type: {method.type} "
-            "has no place for; set method.type: lora or p_tuning_v2"
+            "has no place for; set method.type: lora, adapters, full or p_tuning_v2"
         )
     if spec.training.init_adapter is not None and method.no_continuation:
         yield f"training.init_adapter: {method.no_continuation}"

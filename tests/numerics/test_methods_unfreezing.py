@@ -9,7 +9,8 @@ from edge_node.engine.freezing import block_of_use
 from edge_node.transport.base import Peer
 from plutino.errors import ConfigError
 from plutino.families import family_of
-from plutino.job.method import AdaptersConfig, FullConfig, LoraConfig, Unfreezing
+from plutino.job.method import AdaptersConfig, FullConfig, LoraConfig
+from plutino.job.method_part import Unfreezing
 from plutino.job.spec import parse_spec
 from tests.numerics.pipelines import (
     assert_same_tensors,
