@@ -22,9 +22,12 @@ from coordinator.jobs.prepared import TaskRows, for_devices
 from coordinator.jobs.rollouts import Rollouts
 from coordinator.jobs.runner import JobRunner
 from coordinator.jobs.scoring import ScoreReport
+from edge_node.activation_cache.stage_cache import StageCache
+from edge_node.activation_cache.store import ActivationStore
 from edge_node.engine.generate import GenerateOptions
 from edge_node.engine.reference import InProcessPipeline
 from edge_node.engine.unit import StepOutcome
+from edge_node.stage.stage import Stage
 from edge_node.stage.weights import LocalSource
 from edge_node.transport.base import Peer
 from plutino.data.batches import StepBatch
@@ -32,8 +35,10 @@ from plutino.errors import NumericsError
 from plutino.job.assignment import StageShape
 from plutino.job.objective import GENERATED_METRICS, GrpoConfig
 from plutino.job.spec import JobSpec
+from plutino.sizes import GIB
 from plutino.types import JobId, WorkerRef
 
+_CACHE_BYTES = 64 * GIB
 _NUM_ROWS_TOGETHER = 32
 """Held-out rows that are measured at once."""
 
@@ -46,9 +51,20 @@ class EngineJob:
         threads: torch's threads in every stage.
         num_stages: stages in this process, of equally many blocks.
         adapter: a published adapter's folder to start from; None starts fresh.
+        device: where it computes; None: the processor.
+        cache_dir: folder of the activation cache, where the spec asks for one; None: nothing is kept.
     """
 
-    def __init__(self, spec: JobSpec, *, threads: int = 1, num_stages: int = 1, adapter: Path | None = None) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        *,
+        threads: int = 1,
+        num_stages: int = 1,
+        adapter: Path | None = None,
+        device: torch.device | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
         self.runner = JobRunner(spec, bulk_address="")
         self.prepared = self.runner.prepare()
         self.spec = for_devices(spec, self.prepared)
@@ -61,8 +77,23 @@ class EngineJob:
         borders = [round(stage * num_blocks / num_stages) for stage in range(num_stages + 1)]
         stages = [StageShape(start_block=start, end_block=end) for start, end in itertools.pairwise(borders)]
         source = LocalSource(Path(spec.model.path))
+        self._caches: list[StageCache] = []
+        codec = spec.training.activation_cache
+
+        def cache_of(stage: Stage) -> StageCache:
+            assert cache_dir is not None and codec != "off"
+            store = ActivationStore(cache_dir, _CACHE_BYTES)
+            self._caches.append(StageCache(store, "one-job", stage, codec))
+            return self._caches[-1]
+
         self.pipeline = InProcessPipeline(
-            lambda: source, self.spec, stages, total_steps=self.prepared.total_steps, threads=threads
+            lambda: source,
+            self.spec,
+            stages,
+            total_steps=self.prepared.total_steps,
+            threads=threads,
+            device=device,
+            activation_cache=None if cache_dir is None or codec == "off" else cache_of,
         )
         if adapter is not None:
             self.load(load_file(adapter / "adapter_model.safetensors"))
@@ -74,6 +105,8 @@ class EngineJob:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.pipeline.close()
+        for cache in self._caches:
+            cache.close()
 
     @property
     def micro_batch_size(self) -> int:

@@ -21,6 +21,8 @@ class Row:
     has_peft: bool = False
     quantization: str = "none"
     num_virtual_tokens: int = 0
+    cache: str = "off"
+    """Codec of the activation cache."""
 
 
 _LORA = {"type": "lora", "rank": 16, "alpha": 32}

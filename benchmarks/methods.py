@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import machine_facts, write_results
 from benchmarks.method_rows import ROWS, TASKS, Cell
+from benchmarks.searched import Searched
 from coordinator.sweeps.results import trained_share
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.job.spec import JobSpec, parse_spec
 
-TIMEOUT_S = 3 * 3600.0
 SEEDS = (0, 1, 2)
 _KEPT_BACK_ROWS = 200
 
@@ -48,12 +44,12 @@ def main() -> int:
     return Tables(options).run()
 
 
-class Tables:
+class Tables(Searched):
     """All trainings of a call, and the tables that come of them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options.out, num_at_a_time=options.workers, threads=options.threads, table_file="methods.md")
         self._options = options
-        self._out: Path = options.out.resolve()
         self._models = {TINY_LLAMA_DIR.name: TINY_LLAMA_DIR}
         larger = None if options.data is None else options.data / "models" / "tiny-llama-28m"
         if larger is not None and larger.is_dir():
@@ -63,93 +59,41 @@ class Tables:
             # Last, because it takes longest: JSON with the larger model.
             tables.sort(key=lambda table: table == ("tiny-llama-28m", "json"))
         wanted = set(filter(None, options.only.split(",")))
-        self.tables = [table for table in tables if not wanted or "/".join(table) in wanted]
+        self._tables = [table for table in tables if not wanted or "/".join(table) in wanted]
         named = [name.strip() for name in options.rows.split(";") if name.strip()]
         self.rows = {name: ROWS[name] for name in named} if named else dict(ROWS)
         self.seeds = SEEDS[:1] if options.quick else SEEDS
-        self.failed: dict[str, str] = {}
         self._kept_back = self._write_kept_back()
-
-    def run(self) -> int:
-        """Train everything; 0 if nothing failed."""
-        started_s = time.monotonic()
-        waiting = sorted(cell for group, table in enumerate(self.tables) for cell in self._searches(group, *table))
-        chosen: set[tuple[int, str]] = set()
-        running: dict[Future[None], Cell] = {}
-        num_done = 0
-        with ThreadPoolExecutor(self._options.workers) as pool:
-            while waiting or running:
-                while waiting and len(running) < self._options.workers:
-                    cell = waiting.pop(0)
-                    running[pool.submit(self._train, cell)] = cell
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell = running.pop(future)
-                    future.result()
-                    num_done += 1
-                    key = (cell.group, cell.row)
-                    if key not in chosen and (rate := self._best_rate(cell.group, cell.row)) is not None:
-                        chosen.add(key)
-                        waiting = sorted([*waiting, *self._finals(cell.group, cell.row, rate)])
-                    print(f"{time.monotonic() - started_s:7.0f} s  {num_done} done  {cell.name}", flush=True)
-                    self.write()
-        for name, reason in self.failed.items():
-            print(f"FAILED {name}: {reason}", file=sys.stderr)
-        print((self._out / "methods.md").read_text(encoding="utf-8"))
-        return 1 if self.failed else 0
 
     # ---- what is trained ----
 
-    def _searches(self, group: int, model: str, task: str) -> Iterable[Cell]:
+    @property
+    def num_groups(self) -> int:
+        """See :class:`benchmarks.searched.Searched`."""
+        return len(self._tables)
+
+    def searches(self, group: int) -> Iterable[Cell]:
+        """See :class:`benchmarks.searched.Searched`."""
         for name, row in self.rows.items():
             for rate in row.rates[1:2] if self._options.quick else row.rates:
-                yield Cell(group, 0, model, task, name, "plutino", "search", rate, 0)
+                yield Cell(group, 0, *self._tables[group], name, "plutino", "search", rate, 0)
 
-    def _finals(self, group: int, name: str, rate: float) -> Iterable[Cell]:
+    def finals(self, group: int, name: str, rate: float) -> Iterable[Cell]:
+        """See :class:`benchmarks.searched.Searched`."""
         for system in ("plutino", "peft") if self.rows[name].has_peft else ("plutino",):
             for seed in self.seeds:
-                yield Cell(group, 1, *self.tables[group], name, system, "final", rate, seed)
+                yield Cell(group, 1, *self._tables[group], name, system, "final", rate, seed)
 
-    def _best_rate(self, group: int, name: str) -> float | None:
-        """The learning rate of the least loss on what was kept back; None while one of them is missing."""
-        cells = [cell for cell in self._searches(group, *self.tables[group]) if cell.row == name]
-        if any(self._read(cell) is None and cell.name not in self.failed for cell in cells):
-            return None
-        losses = {cell.rate: figures["eval_loss"] for cell in cells if (figures := self._read(cell)) is not None}
-        finite = {rate: loss for rate, loss in losses.items() if loss == loss and loss != float("inf")}
-        return min(finite, key=lambda rate: finite[rate]) if finite else None
+    def command(self, cell: Cell) -> Sequence[str]:
+        """See :class:`benchmarks.searched.Searched`."""
+        return ("benchmarks.method_training", cell.system, cell.part)
 
-    def _train(self, cell: Cell) -> None:
-        if self._read(cell) is not None:
-            return
-        spec_file = self._out / f"{cell.name}.spec.json"
-        spec_file.write_text(self._spec(cell).model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "benchmarks.method_training", cell.system, cell.part]
-        # The processor alone: trainings run side by side, and cards would be shared.
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(self._options.threads),
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        try:
-            ended = subprocess.run(
-                [*command, str(spec_file), str(self._file(cell))],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-            )
-        except subprocess.TimeoutExpired:
-            self.failed[cell.name] = f"no end within {TIMEOUT_S:.0f} s"
-            return
-        finally:
-            spec_file.unlink()
-        if ended.returncode != 0:
-            self.failed[cell.name] = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+    def badness(self, figures: Mapping[str, Any]) -> float:
+        """The loss on what was kept back."""
+        return float(figures["eval_loss"])
 
-    def _spec(self, cell: Cell) -> JobSpec:
+    def spec(self, cell: Cell) -> JobSpec:
+        """See :class:`benchmarks.searched.Searched`."""
         row, task, is_quick = self.rows[cell.row], TASKS[cell.task], self._options.quick
         train, held_out = (SNIPS_DIR / f"{name}{task.suffix}.jsonl" for name in ("train", "validation"))
         if cell.part == "search":
@@ -199,20 +143,10 @@ class Tables:
 
     # ---- what came of it ----
 
-    def _file(self, cell: Cell) -> Path:
-        return self._out / f"{cell.name}.json"
-
-    def _read(self, cell: Cell) -> dict[str, Any] | None:
-        try:
-            figures: dict[str, Any] = json.loads(self._file(cell).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return figures
-
     def write(self) -> None:
         """The tables as far as they have come, for people and as JSON."""
         texts, tables = [], {}
-        for group, (model, task) in enumerate(self.tables):
+        for group, (model, task) in enumerate(self._tables):
             found = {name: self._entry(group, name) for name in self.rows}
             tables[f"{model}/{task}"] = {name: entry for name, entry in found.items() if entry is not None}
             texts.append(table_text(model, task, tables[f"{model}/{task}"]))
@@ -222,21 +156,21 @@ class Tables:
         write_results(self._out / "methods.json", facts)
 
     def _entry(self, group: int, name: str) -> dict[str, Any] | None:
-        rate = self._best_rate(group, name)
+        rate = self.best_rate(group, name)
         if rate is None:
             return None
-        searches = [cell for cell in self._searches(group, *self.tables[group]) if cell.row == name]
-        finals = list(self._finals(group, name, rate))
-        spec = self._spec(finals[0])
+        searches = [cell for cell in self.searches(group) if cell.row == name]
+        finals = list(self.finals(group, name, rate))
+        spec = self.spec(finals[0])
         runs = {
-            system: [figures for cell in finals if cell.system == system and (figures := self._read(cell)) is not None]
+            system: [figures for cell in finals if cell.system == system and (figures := self.read(cell)) is not None]
             for system in ("plutino", "peft")
         }
         return {
             "method": json.loads(spec.method.model_dump_json()),
             "quantization": spec.model.quantization,
             "steps": spec.training.steps,
-            "searched": {f"{cell.rate:g}": (self._read(cell) or {}).get("eval_loss") for cell in searches},
+            "searched": {f"{cell.rate:g}": (self.read(cell) or {}).get("eval_loss") for cell in searches},
             "lr": rate,
             "is_at_the_edge": len(searches) > 1 and rate in (searches[0].rate, searches[-1].rate),
             "cacheable": spec.method.leaves_blocks_alone,
