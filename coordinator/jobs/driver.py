@@ -200,11 +200,10 @@ class JobDriver:
         is_loading = self.context.record.state in (JobState.LOADING, JobState.RECOVERING)
         if not is_loading and (missing := self._missing()):
             raise AgentLostError(f"{len(missing)} of the job's workers are gone")
-        started_s = time.monotonic()
-        names = await ensure_workers(self.context, restore_step=restore_step)
+        names, loading = await ensure_workers(self.context, restore_step=restore_step)
         crash_point("workers_linked")
         if is_loading:
-            self._replanner.load_s = time.monotonic() - started_s
+            self._replanner.loading = loading
         if not is_loading:
             return None
         if self._lost_at_s is not None:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.eligibility import eligible
+from coordinator.jobs.move_cost import LoadingTimes, move_cost_s
 from coordinator.jobs.planning import profiles_of
 from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.replanning import (
+    WINDOW_STEPS,
     Choice,
     Move,
     Pace,
@@ -26,7 +28,6 @@ from coordinator.jobs.replanning import (
     decide_move,
     have_changed,
     may_move,
-    move_cost_s,
     moves_in_words,
     planned_compute_s,
     step_s_of,
@@ -69,10 +70,12 @@ class Replanner:
         self._planned_s: dict[tuple[int, int], float] = {}
         self._seen_factors: dict[str, float] = {}
         self._seen_devices: frozenset[AgentId] = frozenset()
+        self._second_look_in: int | None = None
+        """Steps until the window has none from before the change that was looked at."""
         self._last_move_s: float | None = None
         self._considering: asyncio.Task[None] | None = None
-        self.load_s = 0.0
-        """Measured seconds from a plan to its workers being ready."""
+        self.loading = LoadingTimes(total_s=0.0)
+        """Of the plan's workers."""
         self.move: ReadyMove | None = None
         """Set once a move is worth it."""
 
@@ -83,6 +86,7 @@ class Replanner:
         self._planned_s = planned_compute_s(plan)
         self._pace.begin_plan()
         self._seen_factors = {}
+        self._second_look_in = None
         self._seen_devices = frozenset(device.agent_id for device in self._context.fleet.devices)
 
     def stop(self) -> None:
@@ -119,13 +123,20 @@ class Replanner:
             if self._planned_s.get(place):
                 ratios[agents[place]] = times.compute_s / self._planned_s[place]
         self._pace.note(ratios)
+        if self._second_look_in:
+            self._second_look_in -= 1
         if self._considering is not None or not may_move(self._clock(), self._last_move_s):
             return
         factors = self._pace.factors()
         present = frozenset(device.agent_id for device in context.fleet.devices)
-        if not have_changed(factors, self._seen_factors) and not present - self._seen_devices:
-            return
         joined = present - self._seen_devices
+        if have_changed(factors, self._seen_factors):
+            # Half of the window is older than the change: what is seen now is the least of it.
+            self._second_look_in = WINDOW_STEPS // 2 + 1
+        elif self._second_look_in == 0 and factors:
+            self._second_look_in = None
+        elif not joined:
+            return
         self._seen_factors, self._seen_devices = factors, present
         for agent_id in factors:
             self._profiler.doubt(AgentId(agent_id))
@@ -163,7 +174,14 @@ class Replanner:
                 steps_left=record.end_step - record.next_step,
                 step_s=step_s,
                 new_step_s=new.step_s,
-                move_s=move_cost_s(present, new, problem, load_s=self.load_s, upload_s=context.slowest_upload_s or 0.0),
+                move_s=move_cost_s(
+                    present,
+                    new,
+                    problem,
+                    loading=self.loading,
+                    upload_s=context.slowest_upload_s or 0.0,
+                    factors=factors,
+                ),
             )
         )
         names = {device.agent_id: device.name for device in problem.devices}

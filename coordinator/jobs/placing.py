@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from coordinator.artifacts.offered_adapters import offer_initial_adapter, offer_reward_adapter
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
+from coordinator.jobs.move_cost import LoadingTimes, StageLoad
 from coordinator.jobs.offering import offer_base
 from coordinator.jobs.phases import entry_owners
 from coordinator.jobs.prepared import for_devices
@@ -43,10 +44,13 @@ _PROGRESS_EVERY_S = 2.0
 LINK_TIMEOUT_S = 60.0
 
 
-async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str, ...]:
-    """All workers of the plan run, are loaded and linked; gives the union of their parameters' names.
+async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[tuple[str, ...], LoadingTimes]:
+    """All workers of the plan run, are loaded and linked.
 
     Workers that are there already are left alone.
+
+    Returns:
+        The union of their parameters' names, and how long it took since the base model was here to be handed out.
 
     Raises:
         AgentLostError: a worker that had loaded, or its device, is gone.
@@ -60,14 +64,20 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[str
     reward = await asyncio.to_thread(offer_reward_adapter, context.spec, context.job_id, files)
     assignments = _assignments(context, await _device_spec(context), restore_step, manifest, initial, reward)
     asked: set[WorkerRef] = set()
+    started_s = time.monotonic()
     await _load_all(context, refs, assignments, asked)
     await _link(context)
+    total_s = time.monotonic() - started_s
     for status in context.workers.statuses:
         if status.ref in asked and status.loaded is not None:
             await context.tell(_loaded_event(context, status.ref, status.loaded))
-    return tuple(
-        sorted({name for s in context.workers.statuses if s.loaded is not None for name in s.loaded.parameter_names})
+    loads = [(s.ref, s.loaded) for s in context.workers.statuses if s.loaded is not None]
+    stages = tuple(
+        StageLoad(agent_id=refs[ref], seconds=loaded.seconds, bytes_by_place=dict(loaded.bytes_by_place))
+        for ref, loaded in loads
     )
+    names = tuple(sorted({name for _, loaded in loads for name in loaded.parameter_names}))
+    return names, LoadingTimes(total_s=total_s, stages=stages)
 
 
 async def _load_all(

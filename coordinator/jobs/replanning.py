@@ -2,8 +2,8 @@
 
 Live seconds of the workers are compared with those that the plan was made from (:class:`Pace`). Where a device has
 become slower or faster, or others have joined, the present plan and the best one are priced with the same corrected
-numbers, and :func:`decide_move` weighs what the rest of the job would gain against what moving costs: every move stops
-all workers at a commit and starts them again, so its cost hardly depends on how much moves.
+numbers, and :func:`decide_move` weighs what the rest of the job would gain against what moving costs
+(:mod:`coordinator.jobs.move_cost`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ WINDOW_STEPS = 7
 """The median of so many steps is a worker's pace."""
 WARM_UP_STEPS = 2
 """The first steps of a plan also fill caches and the allocator."""
-_STOP_S = 1.0
 
 
 class Pace:
@@ -154,30 +153,6 @@ def step_s_of(problem: PlanningProblem, plan: Plan) -> float:
         for k, stage in enumerate(plan.stages)
     ]
     return replay(groups, plan.num_micro_batches).step_s
-
-
-def move_cost_s(present: Plan, new: Plan, problem: PlanningProblem, *, load_s: float, upload_s: float) -> float:
-    """Seconds that no step runs: store the state, stop, load, restore.
-
-    Args:
-        present: the plan that runs.
-        new: the plan to move to.
-        problem: what both were priced with.
-        load_s: measured, of the present plan's workers.
-        upload_s: measured, of the slowest shadow.
-    """
-    known = set(present.agent_ids)
-    bandwidth = problem.links.other.bandwidth_bytes_per_s
-    # A device that has not run the job has none of its weights.
-    fetched_bytes = (
-        item.bytes
-        for stage in new.stages
-        for replica in stage.replicas
-        if replica.agent_id not in known
-        for item in replica.memory
-        if item.name in ("weights", "packed weights")
-    )
-    return upload_s + _STOP_S + load_s + sum(fetched_bytes) / bandwidth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

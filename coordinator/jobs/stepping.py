@@ -103,7 +103,7 @@ class Stepper:
         self._phases.note(step, record.start_step, self._prepared.num_train, left_out)
         every = context.spec.training.eval_every if context.spec.data.has_eval else None
         until = record.end_step if every is None else min(record.end_step, (step // every + 1) * every)
-        return self._phases.leave_pipeline(until - step, move_s=self._replanner.load_s)
+        return self._phases.leave_pipeline(until - step, move_s=self._replanner.loading.total_s)
 
     async def _leave(self, steps_done: int, reason: str) -> job_events.MoveDecided:
         """The state must be durable before the workers that hold it end."""

@@ -22,7 +22,6 @@ from coordinator.jobs.replanning import (
     decide_move,
     have_changed,
     may_move,
-    move_cost_s,
     moves_in_words,
     planned_compute_s,
     step_s_of,
@@ -224,18 +223,6 @@ def test_running_problem_rounds_where_the_plan_does_wherever_it_cuts_next():
     assert running.shape.bf16_borders == plan.bf16_borders and running.shape.codec == "raw"
     assert step_s_of(running, plan) == pytest.approx(plan.step_s)
     assert set(again.bf16_borders) <= set(plan.bf16_borders)
-
-
-def test_moving_to_a_device_without_weights_costs_what_it_must_fetch():
-    problem = problem_of(1, 1, 1, num_blocks=4, allow_replicas=False, shape=job(llama(4), exact_stages=1))
-    present = plan_over(problem, 0)
-    elsewhere = plan_over(problem, 1)
-
-    here_s = move_cost_s(present, present, problem, load_s=2.0, upload_s=1.0)
-    there_s = move_cost_s(present, elsewhere, problem, load_s=2.0, upload_s=1.0)
-
-    weights = next(item.bytes for item in elsewhere.stages[0].memory if item.name == "weights")
-    assert there_s - here_s == pytest.approx(weights / 1e8)
 
 
 def test_moves_and_their_reason_in_words():
