@@ -22,6 +22,9 @@ _NUM_KEPT = 3
 """Layouts that each round goes on from, each of another number of stages."""
 _MAX_NEIGHBOURS = 130
 _NUM_RANKED = 8
+_NUM_RANKED_OF_FEW = 32
+"""Layouts of one length that are remembered; of few devices more, for guesses stray by 30 % where replicas wait."""
+_NUM_OPENED_OF_FEW = 8
 _NUM_TOP = 2
 _FEW_DEVICES = 8
 _SHIFTS = (1, 2, 4)
@@ -56,7 +59,9 @@ class Guesses:
         self._pricer, self._devices = pricer, pricer.devices
         self._limits = limits
         # A layout of few devices has few neighbours: more of them can be opened.
-        self._num_top = _NUM_RANKED if len(pricer.devices) <= _FEW_DEVICES else _NUM_TOP
+        has_few = len(pricer.devices) <= _FEW_DEVICES
+        self._num_top = _NUM_OPENED_OF_FEW if has_few else _NUM_TOP
+        self._num_ranked = _NUM_RANKED_OF_FEW if has_few else _NUM_RANKED
         self._found: dict[Layout, Guess] = {}
         self._ranked: dict[int, list[tuple[Layout, Guess]]] = {}
         self._nearest: list[tuple[Layout, Guess]] = []
@@ -82,7 +87,7 @@ class Guesses:
             self._nearest = sorted([*self._nearest, *lacking], key=lambda item: item[1].lacking_blocks)[:_NUM_RANKED]
         for length, items in by_length.items():
             ranked = sorted([*self._ranked.get(length, ()), *items], key=lambda item: item[1].step_s)
-            self._ranked[length] = ranked[:_NUM_RANKED]
+            self._ranked[length] = ranked[: self._num_ranked]
 
     def _allows(self, layout: Layout) -> bool:
         return self._limits.allow(layout) and all(
@@ -94,7 +99,7 @@ class Guesses:
         return self._found[layout].step_s if layout in self._found else math.inf
 
     def best(self, number: int) -> list[tuple[Layout, Guess]]:
-        """The shortest guesses, at most 8 of a length, of layouts that seem to fit."""
+        """The shortest guesses, at most 8 of a length or 32 of few devices, of layouts that seem to fit."""
         ranked = [item for items in self._ranked.values() for item in items]
         return sorted(ranked, key=lambda item: item[1].step_s)[:number]
 

@@ -37,6 +37,8 @@ _NUM_IMPROVED = 2
 _NUM_DEEP = 3
 """So many have the cuts of their best layouts improved."""
 _NUM_SETTLED = 6
+_SETTLED_CUTS = 2_000
+"""So many of the best guesses are cut exactly and replayed, and more as long as their stages times blocks are few."""
 _NUM_POLISHED = 2
 _FEW_CUTS = 200
 """Layouts of at most so many stages times blocks are all improved: it takes no time."""
@@ -223,10 +225,12 @@ def _guess_s(guesses: Guesses) -> float:
 
 
 def _settle_best(variant: _Variant, outcome: Outcome, *, is_promising: bool) -> None:
-    settled = settle(variant.pricer, variant.guesses.best(_NUM_SETTLED if is_promising else 1))
+    pricer = variant.pricer
+    num_settled = max(_NUM_SETTLED, _SETTLED_CUTS // (len(pricer.devices) * pricer.table.num_blocks))
+    settled = settle(pricer, variant.guesses.best(num_settled if is_promising else 1))
     settled.sort(key=lambda candidate: candidate.cost_s)
     for place, candidate in enumerate(settled):
-        outcome.take(candidate, variant.pricer)
+        outcome.take(candidate, pricer)
         is_small = len(candidate.layout) * candidate.cuts[-1] <= _FEW_CUTS
         hope = 2 * _HOPE if is_small else _HOPE
         if (
