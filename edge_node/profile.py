@@ -7,6 +7,7 @@ Weights are random, because their values do not change the time. Entry points: :
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,8 @@ _SHORT_VOCABULARY = 8192
 _SCORES = 8
 _REPEATS = 3
 _LEAST_S = 0.5
-"""Each timing is repeated until it has taken this long, but at least _REPEATS times; the fastest counts."""
+"""Each timing is repeated until it has taken this long, but at least _REPEATS times; the median counts. A step has
+hundreds of passes, slow ones among them: the fastest of a few says how short one can be, not how long they are."""
 _EVICTED_BYTES = 32 << 20
 """Written before each timing on a processor. In a stage other blocks' weights pass through the caches between two
 passes of one block; one that is timed alone, in a loop, finds its own there and looks faster than it will be."""
@@ -99,7 +101,7 @@ def _measure_block(source: RandomSource, request: ProfileRequest, device: Comput
         (output,) = middle.run(inputs).trained.values()
         return output
 
-    return _fastest_passes_s(device, forward, lambda output: output.backward(gradient))
+    return _median_passes_s(device, forward, lambda output: output.backward(gradient))
 
 
 def _measure_halves(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
@@ -120,7 +122,7 @@ def _measure_halves(source: RandomSource, request: ProfileRequest, device: Compu
         positions = torch.arange(request.row_tokens, device=device.torch).expand(rows, request.row_tokens)
         inputs = StageInput(position_ids=positions, source=streams[0], hidden=streams[1])
         name = "hidden" if stage.has_decoder_blocks else "source"
-        own_forward_s, own_backward_s = _fastest_passes_s(
+        own_forward_s, own_backward_s = _median_passes_s(
             device,
             lambda stage=stage, inputs=inputs, name=name: stage.run(inputs).trained[name],  # type: ignore[misc]
             lambda output: output.backward(torch.ones_like(output)),
@@ -145,7 +147,7 @@ def _measure_head(source: RandomSource, request: ProfileRequest, device: Compute
         assert scaled is not None, "at least one label is asked for"
         return scaled
 
-    return _fastest_passes_s(device, forward, lambda loss: loss.backward())
+    return _median_passes_s(device, forward, lambda loss: loss.backward())
 
 
 def _measure_score_head(last: Stage, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
@@ -153,7 +155,7 @@ def _measure_score_head(last: Stage, request: ProfileRequest, device: ComputeDev
     put_score_head(last, _SCORES, seed=0)
     first = torch.randn(request.micro_batch_rows, int(last.config.hidden_size), dtype=last.dtype, device=device.torch)
     first.requires_grad_(True)
-    return _fastest_passes_s(device, lambda: last.score(first).sum(), lambda loss: loss.backward())
+    return _median_passes_s(device, lambda: last.score(first).sum(), lambda loss: loss.backward())
 
 
 def fast_dtypes(device: ComputeDevice = CPU) -> list[str]:
@@ -230,23 +232,20 @@ def _label_rows(request: ProfileRequest) -> MicroBatchRows:
     )
 
 
-def _fastest_passes_s(
+def _median_passes_s(
     device: ComputeDevice, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]
 ) -> tuple[float, float]:
     """Seconds of a forward pass and of its backward pass, each with cold caches, as in a stage."""
     backward(forward())
     evicted = None if device.is_cuda else torch.zeros(_EVICTED_BYTES // 4)
-    fastest_s = [float("inf"), float("inf")]
-    spent_s = 0.0
-    repeats = 0
+    took_s: list[tuple[float, float]] = []
     quota = _quota(device)
-    while repeats < _REPEATS or spent_s < _LEAST_S:
+    while len(took_s) < _REPEATS or sum(map(sum, took_s)) < _LEAST_S:
         output, forward_s = _timed(device, evicted, quota, forward)
         _, backward_s = _timed(device, evicted, quota, lambda output=output: backward(output))  # type: ignore[misc]
-        fastest_s = [min(fastest_s[0], forward_s), min(fastest_s[1], backward_s)]
-        spent_s += forward_s + backward_s
-        repeats += 1
-    return fastest_s[0], fastest_s[1]
+        took_s.append((forward_s, backward_s))
+    forwards_s, backwards_s = zip(*took_s, strict=True)
+    return statistics.median(forwards_s), statistics.median(backwards_s)
 
 
 def _quota(device: ComputeDevice) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from partitioner.device import BlockTimings, ProfileRequest
@@ -28,21 +29,24 @@ class Profiler:
     async def timings(self, device: Device, request: ProfileRequest) -> BlockTimings:
         """Seconds on a device, known until they are doubted; the device itself keeps them beyond this coordinator.
 
-        Devices of one host share cores and so are measured one after the other; and twice in turn, of which the faster
-        counts. Otherwise a moment in which something else ran there would make one of two equal devices look slower,
-        and the cut would be uneven for the whole job (a block of 69 ms measured as 88 ms moves a block of twelve). What
-        a device has kept was measured so already.
+        Devices of one host are measured at the same time if each has its own cores, for so they will work, and what
+        else runs there slows them alike; on the same cores one after the other. And twice, of which the faster counts.
+        Otherwise a moment in which something else ran there would make one of two equal devices look slower, and the
+        cut would be uneven for the whole job (a block of 69 ms measured as 88 ms moves a block of twelve). What a
+        device has kept was measured so already.
 
         Raises:
             AgentLostError: the device left.
             AgentError: the device could not be measured.
         """
         key = (device.agent_id, request.model_dump_json())
-        shares_host = sum(other.host_id == device.host_id for other in self._fleet.devices) > 1
+        beside = [other for other in self._fleet.devices if other.host_id == device.host_id]
+        threads = {other.agent_id: min(other.threads, request.threads) for other in beside}
+        place = shared_cores(beside, threads).get(device.agent_id) or device.agent_id
         found: BlockTimings | None = None
-        for attempt in range(2 if shares_host else 1):
-            # The lock is fair: every device of the host has its first turn before any has its second.
-            async with self._one_at_a_time.setdefault(device.host_id, asyncio.Lock()):
+        for attempt in range(2 if len(beside) > 1 else 1):
+            # The lock is fair: every device on the same cores has its first turn before any has its second.
+            async with self._one_at_a_time.setdefault(place, asyncio.Lock()):
                 if key in self._known:
                     return self._known[key]
                 is_fresh = attempt > 0 or device.agent_id in self._doubted

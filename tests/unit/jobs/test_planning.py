@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -142,7 +143,7 @@ REQUEST = ProfileRequest(
 )
 
 
-def test_profiler_devices_of_one_host_are_measured_in_turns_and_the_faster_of_two_counts():
+def test_profiler_devices_on_the_same_cores_are_measured_in_turns_and_the_faster_of_two_counts():
     fleet = FakeFleet(budget_mib=500, slowdowns=(1.3, 1.0, 1.0, 2.0))
     profiler = Profiler(fleet)  # type: ignore[arg-type]
 
@@ -156,6 +157,30 @@ def test_profiler_devices_of_one_host_are_measured_in_turns_and_the_faster_of_tw
     assert (left.forward_s, left.head_backward_s) == (0.01, 0.01)
     assert asyncio.run(both()) == [left, right]
     assert fleet.num_measured == 4
+
+
+def test_profiler_devices_of_one_host_with_their_own_cores_are_measured_at_the_same_time():
+    fleet = FakeFleet(budget_mib=500)
+    fleet.devices = [replace(device, processors=(str(i),)) for i, device in enumerate(fleet.devices)]
+    both_began, began = asyncio.Event(), set()
+    measure = fleet.profile
+
+    async def profile(agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
+        began.add(agent_id)
+        if len(began) == 2:
+            both_began.set()
+        await asyncio.wait_for(both_began.wait(), 30)
+        return await measure(agent_id, request)
+
+    fleet.profile = profile
+    profiler = Profiler(fleet)  # type: ignore[arg-type]
+
+    async def both() -> None:
+        await asyncio.gather(*(profiler.timings(device, REQUEST) for device in fleet.devices))
+
+    asyncio.run(both())
+
+    assert sorted(fleet.measured) == ["a-left", "a-left", "a-right", "a-right"]
 
 
 def test_profiler_device_that_has_kept_its_seconds_is_asked_once_and_its_neighbour_has_both_turns():
