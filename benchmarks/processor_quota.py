@@ -31,13 +31,16 @@ class ProcessorQuota:
 
     Args:
         cores: processor seconds that its processes may use in a second, all together.
+        weight: times the share of another process that they get where processors are short. With a high one they get
+            their quota whatever else runs, so that their seconds follow from it alone.
         cgroups: where the cgroups are.
     """
 
-    def __init__(self, cores: float, *, cgroups: Path = _CGROUPS) -> None:
+    def __init__(self, cores: float, *, weight: int = 1, cgroups: Path = _CGROUPS) -> None:
         self._is_v2 = (cgroups / "cgroup.controllers").is_file()
         self._folder = (cgroups if self._is_v2 else cgroups / "cpu") / f"plutino-{secrets.token_hex(4)}"
         self._cores = cores
+        self._weight = weight
 
     def __enter__(self) -> ProcessorQuota:
         """Make it.
@@ -50,6 +53,8 @@ class ProcessorQuota:
         self._folder.mkdir()
         try:
             self.set(self._cores)
+            name, usual = ("cpu.weight", 100) if self._is_v2 else ("cpu.shares", 1024)
+            (self._folder / name).write_text(str(usual * self._weight))
         except OSError:
             self._folder.rmdir()
             raise
