@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from benchmarks.fleets import llama_table, lora_job, random_fleet
+from benchmarks.fleets import FAST_ETHERNET, device_of, llama_table, lora_job, random_fleet
+from partitioner.device import LinkTable
 from partitioner.fitting import fits
 from partitioner.search import search
 from tests.sampling import sampled
@@ -27,3 +28,18 @@ def test_search_without_proof_is_within_two_percent_of_the_proved_best(seed):
     climbed = search(table, shape, devices, links, allow_replicas=True, proof_work=0)
 
     assert climbed.step_s <= proved.step_s * (1 + MOST_EXCESS)
+
+
+def test_search_without_proof_finds_replicas_whose_step_was_guessed_a_third_too_long():
+    # One of 500 small cases, in which only the six best guesses were once looked at closely: 18 % off.
+    table = llama_table(6, 512)
+    shape = lora_job(table, batch_rows=8, micro_batch_rows=2, row_tokens=256)
+    rooms = {"d0": (4.0, 292_007_498), "d1": (1.0, 189_804_874), "d2": (1.0, 584_014_997)}
+    devices = [device_of(name, speed, room_bytes, table, shape) for name, (speed, room_bytes) in rooms.items()]
+    links = LinkTable(other=FAST_ETHERNET)
+
+    proved = search(table, shape, devices, links, allow_replicas=True)
+    climbed = search(table, shape, devices, links, allow_replicas=True, proof_work=0)
+
+    assert climbed.step_s == proved.step_s
+    assert [stage.device_names for stage in climbed.stages] == [("d2", "d1"), ("d0",)]
