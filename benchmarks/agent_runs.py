@@ -6,7 +6,6 @@ under one coordinator until its time is up, :func:`scaling_table` shows them.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contender import START_TIMEOUT_S, STEP_TIMEOUT_S, ContenderError
+from benchmarks.cores import apart, one_after_other, pinned
 from benchmarks.job_watch import JobWatch
 from benchmarks.model_folder import job_values, write_drawn_base
 from benchmarks.peers.workload import Workload
@@ -46,36 +46,11 @@ TINY = Workload(
 _NUM_SPARE_STEPS = 4
 """Steps beyond those that are looked at: the job is cancelled before it would export what nobody wants."""
 _BUDGET_BYTES = 3 * GIB
-_MANY_CORES = 9
-_TOPOLOGY = Path("/sys/devices/system/cpu")
-
-
-def cores_for(run: Run, available: Sequence[int]) -> tuple[dict[str, set[int]], bool]:
-    """Processors of each agent, and whether there are too few for all to have their own."""
-    found: dict[str, set[int]] = {}
-    at = 0
-    for index, threads in enumerate(run.threads):
-        found[agent_name(run, index)] = {available[(at + i) % len(available)] for i in range(threads)}
-        at += threads
-    return found, at > len(available)
 
 
 def agent_name(run: Run, index: int) -> str:
     """An agent's name; each run has its own agents."""
     return f"{run.name.replace(' ', '-').replace(':', '-')}-{index}"
-
-
-def physical_first(cores: Sequence[int], topology: Path = _TOPOLOGY) -> list[int]:
-    """The processors with one of each physical core first: two threads of one core are not two cores."""
-    seen: set[str] = set()
-    first: list[int] = []
-    second: list[int] = []
-    for core in sorted(cores):
-        path = topology / f"cpu{core}" / "topology" / "thread_siblings_list"
-        siblings = path.read_text().strip() if path.is_file() else str(core)
-        (second if siblings in seen else first).append(core)
-        seen.add(siblings)
-    return [*first, *second]
 
 
 def measure_all(
@@ -97,34 +72,25 @@ def measure_all(
         PlutinoError: the coordinator does not start.
     """
     deadline_s = time.monotonic() + 60 * minutes
-    cores = physical_first(cores)
-    own = cores[-2:] if len(cores) >= _MANY_CORES else cores
-    for_agents = [core for core in cores if core not in own] or cores
+    own, for_agents = apart(cores)
     failed: dict[str, str] = {}
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, own)
-    try:
-        with tempfile.TemporaryDirectory(prefix="plutino-runs-") as scratch:
-            state_dir = Path(scratch) / "state"
-            state_dir.mkdir()
-            with PlutinoStack(state_dir) as stack:
-                for run in runs:
-                    if time.monotonic() > deadline_s:
-                        failed[run.name] = f"not begun: the {minutes:g} minutes were over"
-                        continue
-                    try:
-                        figures = measure(
-                            run, stack, Path(scratch), for_agents, num_steps=num_steps, deadline_s=deadline_s
-                        )
-                    except (ContenderError, PlutinoError, OSError) as error:
-                        # One run's failure is no reason to lose the others' figures.
-                        failed[run.name] = f"{type(error).__name__}: {error}"
-                        print(f"{run.name} failed: {error}", file=sys.stderr, flush=True)
-                        continue
-                    print(scaling_table([figures]), flush=True)
-                    on_figures(figures)
-    finally:
-        os.sched_setaffinity(0, before)
+    with pinned(own), tempfile.TemporaryDirectory(prefix="plutino-runs-") as scratch:
+        state_dir = Path(scratch) / "state"
+        state_dir.mkdir()
+        with PlutinoStack(state_dir) as stack:
+            for run in runs:
+                if time.monotonic() > deadline_s:
+                    failed[run.name] = f"not begun: the {minutes:g} minutes were over"
+                    continue
+                try:
+                    figures = measure(run, stack, Path(scratch), for_agents, num_steps=num_steps, deadline_s=deadline_s)
+                except (ContenderError, PlutinoError, OSError) as error:
+                    # One run's failure is no reason to lose the others' figures.
+                    failed[run.name] = f"{type(error).__name__}: {error}"
+                    print(f"{run.name} failed: {error}", file=sys.stderr, flush=True)
+                    continue
+                print(scaling_table([figures]), flush=True)
+                on_figures(figures)
     return failed
 
 
@@ -146,8 +112,8 @@ def measure(
         PlutinoError: a process does not start, or the job does not fit.
         OSError: a quota was asked for and cannot be set here.
     """
-    pins, shares_cores = cores_for(run, cores)
     threads = {agent_name(run, index): count for index, count in enumerate(run.threads)}
+    pins, shares_cores = one_after_other(threads, cores)
     folder = scratch / run.name.replace(" ", "-")
     written = write_drawn_base(run.workload, folder, num_steps=num_steps + _NUM_SPARE_STEPS)
     values = job_values(

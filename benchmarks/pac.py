@@ -1,179 +1,322 @@
-"""PAC's planner as published (arXiv:2408.10746 sect. 5.1, equations 2 to 6), as a yardstick.
+"""The headline: from submit to saved adapter, ours beside PAC as published and what PAC was compared with.
 
-Written from the equations. The devices come in a given order; a stage's group is a run of them; a group splits every
-micro-batch equally, each of its n devices computing B / n rows; memory is weights, gradients and the activations of one
-micro-batch; the number of stages is chosen by the latency of equations 4 to 6, in which links count. Prices of plans
-are ours: see :func:`pac_groups`.
+    python -m benchmarks.pac --out DIR [--shapes t5-base,decoder-135m --agents 4 --cores-per-agent 3 --data DIR --quick]
+
+Every contender is a job of one runtime on one emulated fleet (:mod:`benchmarks.testbed`: agents with processors of
+their own, 1 Gbit links), but for transformers' own Trainer with peft, which has one device and no runtime of ours. A
+*lane* is one fleet's processors; contenders take their turn on them, one after the other, and with processors for
+several lanes several run at once, each on its own. Figures are written after every run, and what is in DIR is not run
+again. PAC's runs were of all 3,667 or 5,749 rows; here ``--samples`` of them are, and what all would take is
+extrapolated beside the measured seconds and called so. Ray Train is not measured: nothing here needs Ray.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
-from partitioner.cost import StageCost
-from partitioner.device import DeviceProfile, LinkTable
-from partitioner.layout import Cuts, Layout
-from partitioner.micro_batch import scaled_devices
-from partitioner.model import JobShape, ModelTable
-from partitioner.place import ReplicaShare
-from partitioner.pricing import Pricer
-from partitioner.replay import StageGroup
+from benchmarks.cores import physical_first, pinned
+from benchmarks.goals import Goal, goal_table
+from benchmarks.measure import machine_facts, write_results
+from benchmarks.pac_contenders import Contender, contenders, job_values, scaling_contenders
+from benchmarks.pac_figures import RunFigures
+from benchmarks.pac_goals import goals_of, scaling_goals, table, whole_task_s
+from benchmarks.pac_run import Order
+from benchmarks.pac_shapes import SHAPES, Shape, pair_rows, write_model, write_rows
+from plutino.errors import PlutinoError
+from plutino.families import family_of
+from plutino.job.spec import parse_spec
+from plutino.state_codecs import token_bytes
 
-_FP32_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class PacPlan:
-    """Groups of neighbouring devices with their blocks."""
-
-    layout: Layout
-    cuts: Cuts
-    predicted_s: float
-    """By equations 4 to 6."""
+SCALING = "scaling"
+_OWN_CORES = 2
+_LEAST_RUN_S = 30.0
+_END_S = 60.0
+_LOG_TAIL = 1500
 
 
-class PacPlanner:
-    """Plans for one job on one ordered fleet."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One contender on one shape."""
 
-    def __init__(self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> None:
-        self._table, self._shape, self._num_devices = table, shape, len(devices)
-        self._pricer = Pricer(table, shape.model_copy(update={"checkpointing": "off"}), devices, links)
-        # The same devices with a micro-batch cut into n equal parts.
-        self._parts = [
-            Pricer(table, self._pricer.shape, scaled_devices(devices, n, 1), links) for n in range(1, len(devices) + 1)
+    shape: Shape
+    contender: Contender
+    is_scaling: bool = False
+
+    @property
+    def group(self) -> str:
+        """What it is compared within."""
+        return f"{SCALING} {self.shape.name}" if self.is_scaling else self.shape.name
+
+    @property
+    def slug(self) -> str:
+        """Its files' name."""
+        words = "".join(c if c.isalnum() else "-" for c in f"{self.group} {self.contender.name}")
+        return "-".join(filter(None, words.split("-")))
+
+
+def refusal(turn: Turn) -> str | None:
+    """Why this contender cannot be a job; None: it can."""
+    if turn.contender.kind == "trainer":
+        return None if turn.contender.method["type"] in ("lora", "full") else "peft has no such method"
+    here = Path("/nowhere")
+    values = job_values(
+        turn.contender,
+        turn.shape,
+        model_dir=here,
+        rows_path=here / "rows.jsonl",
+        out_dir=here / "out",
+        devices=("one",),
+        epochs=1,
+        batch_size=2,
+        micro_batch_size=None,
+        num_stages=None,
+    )
+    try:
+        spec = parse_spec(values, base_dir=here)
+        family_of(turn.shape.family).refuse_method(spec.method.type)
+    except PlutinoError as error:
+        return str(error)
+    return None
+
+
+class Bench:
+    """All turns of a call, on as many lanes as there are processors for."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._out: Path = options.out.resolve()
+        self._deadline_s = time.monotonic() + 60 * options.minutes
+        self._machine = machine_facts(("torch", "transformers", "peft", "grpcio"))
+        self._lock = threading.Lock()
+        self._failed: dict[str, dict[str, str]] = {}
+        self._folders: dict[str, tuple[Path, Path]] = {}
+        self._turns = [turn for turn in self._all_turns() if self._is_wanted(turn)]
+        self._lanes = self._make_lanes()
+
+    def run(self) -> int:
+        """Run what has no figures yet; 0 if nothing failed."""
+        waiting: queue.SimpleQueue[Turn] = queue.SimpleQueue()
+        for turn in self._turns:
+            if (why := refusal(turn)) is not None:
+                self._failed.setdefault(turn.group, {})[turn.contender.name] = f"refused: {why}"
+            elif not self._figures_path(turn).is_file():
+                waiting.put(turn)
+        (self._out / "runs").mkdir(parents=True, exist_ok=True)
+        print(f"{waiting.qsize()} runs on {len(self._lanes)} lanes of {len(self._lanes[0])} processors", flush=True)
+        with tempfile.TemporaryDirectory(prefix="plutino-pac-models-", dir=self._options.scratch) as scratch:
+            lanes = [
+                threading.Thread(target=self._work, args=(waiting, lane, Path(scratch)), daemon=True)
+                for lane in self._lanes
+            ]
+            for lane in lanes:
+                lane.start()
+            for lane in lanes:
+                lane.join()
+        self._write()
+        self._show()
+        failed = [why for of_group in self._failed.values() for why in of_group.values()]
+        return 1 if any(not why.startswith("refused") for why in failed) else 0
+
+    def _all_turns(self) -> list[Turn]:
+        options = self._options
+        shapes = [SHAPES[name] for name in options.shapes.split(",")]
+        turns = [
+            Turn(shape=shape, contender=contender)
+            for shape in shapes
+            for contender in contenders(shape, num_agents=options.agents, codec=options.codec)
         ]
-        self._group_s: dict[tuple[int, int, int, int], tuple[float, float]] = {}
+        if options.scaling:
+            scaled = SHAPES[options.scaling]
+            turns += [Turn(shape=scaled, contender=each, is_scaling=True) for each in scaling_contenders(options.codec)]
+        return turns
 
-    def plan(self) -> PacPlan | None:
-        """The plan with the least latency over all numbers of stages; None if none fits PAC's own memory model."""
-        num_blocks, num_devices = self._table.num_blocks, self._num_devices
-        # best[s][n][y]: equation 2, with the choice that gave it.
-        first = [[(math.inf, 0, 0)] * (num_blocks + 1) for _ in range(num_devices + 1)]
-        for n in range(1, num_devices + 1):
-            for y in range(1, num_blocks + 1):
-                first[n][y] = (self._slowest_s(0, y, 0, n), 0, n)
-        tables = [first]
-        for _ in range(1, min(num_devices, num_blocks)):
-            tables.append(self._one_stage_more(tables[-1]))
-        found = [
-            self._traced(tables, s) for s in range(len(tables)) if tables[s][num_devices][num_blocks][0] < math.inf
-        ]
-        return min(found, key=lambda plan: plan.predicted_s, default=None)
+    def _is_wanted(self, turn: Turn) -> bool:
+        only = [name.strip() for name in self._options.only.split(";") if name.strip()]
+        return not only or turn.is_scaling or turn.contender.name in only
 
-    def _one_stage_more(self, shorter: list[list[tuple[float, int, int]]]) -> list[list[tuple[float, int, int]]]:
-        num_blocks, num_devices = self._table.num_blocks, self._num_devices
-        longer = [[(math.inf, 0, 0)] * (num_blocks + 1) for _ in range(num_devices + 1)]
-        for n in range(2, num_devices + 1):
-            for y in range(2, num_blocks + 1):
-                best = (math.inf, 0, 0)
-                for m in range(1, n):
-                    for q in range(1, y):
-                        front = shorter[n - m][q][0]
-                        if front >= best[0]:
-                            continue
-                        slowest_s = max(front, self._slowest_s(q, y, n - m, m))
-                        if slowest_s < best[0]:
-                            best = (slowest_s, q, m)
-                longer[n][y] = best
-        return longer
+    def _make_lanes(self) -> list[list[int]]:
+        options = self._options
+        ordered = physical_first(sorted(os.sched_getaffinity(0)))[: options.workers]
+        largest = max(sum(each.threads or ()) for each in scaling_contenders()) if options.scaling else 0
+        size = min(len(ordered), max(options.agents * options.cores_per_agent, largest) + _OWN_CORES)
+        return [ordered[first : first + size] for first in range(0, len(ordered) - size + 1, size)]
 
-    def _traced(self, tables: list[list[list[tuple[float, int, int]]]], s: int) -> PacPlan:
-        n, y = self._num_devices, self._table.num_blocks
-        groups, cuts = [], [y]
-        for of_stages in reversed(tables[: s + 1]):
-            _, q, m = of_stages[n][y]
-            groups.append(tuple(range(n - m, n)))
-            cuts.append(q)
-            n, y = n - m, q
-        layout, borders = tuple(reversed(groups)), tuple(reversed(cuts))
-        return PacPlan(layout, borders, self._latency_s(layout, borders))
+    def _work(self, waiting: queue.SimpleQueue[Turn], lane: Sequence[int], scratch: Path) -> None:
+        with pinned(lane):
+            while True:
+                try:
+                    turn = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                why = self._take(turn, lane, scratch)
+                with self._lock:
+                    if why is not None:
+                        self._failed.setdefault(turn.group, {})[turn.contender.name] = why
+                    self._write()
+                print(f"{turn.group}, {turn.contender.name}: {why or 'done'}", flush=True)
 
-    def _slowest_s(self, start: int, end: int, first: int, size: int) -> float:
-        """Equation 3: the slowest device of the group, or infinite where one is over its budget."""
-        return sum(self._seconds(start, end, first, size))
-
-    def _seconds(self, start: int, end: int, first: int, size: int) -> tuple[float, float]:
-        key = (start, end, first, size)
-        if key not in self._group_s:
-            group = range(first, first + size)
-            if any(self._is_over(device, start, end) for device in group):
-                self._group_s[key] = math.inf, math.inf
-            else:
-                part = self._parts[size - 1]
-                costs = [part.cost(device, start, end, checkpointing=False) for device in group]
-                slowest = max(costs, key=lambda cost: cost.compute_s)
-                self._group_s[key] = slowest.forward_s, slowest.backward_s
-        return self._group_s[key]
-
-    def _is_over(self, device: int, start: int, end: int) -> bool:
-        """PAC's memory: weights, gradients and activations, wherever the stage stands."""
-        share = ReplicaShare(in_flight=1, gradient_copies=1, num_peers=2)
-        num_stages = 1 if (start, end) == (0, self._table.num_blocks) else 3
-        index = 0 if start == 0 else (2 if end == self._table.num_blocks else 1)
-        job_bytes = self._pricer.memory.job_bytes(
-            start, end, num_stages=num_stages, stage_index=index, checkpointing=False, share=share
+    def _take(self, turn: Turn, lane: Sequence[int], scratch: Path) -> str | None:
+        """Run one; gives why there are no figures."""
+        if (left_s := self._deadline_s - time.monotonic()) < _LEAST_RUN_S:
+            return f"not begun: the {self._options.minutes:g} minutes were over"
+        model_dir, rows_path = self._written(turn.shape, scratch)
+        options, path = self._options, self._figures_path(turn)
+        order = Order(
+            shape=turn.shape.name,
+            contender=turn.contender.name,
+            is_scaling=turn.is_scaling,
+            model_dir=str(model_dir),
+            rows_path=str(rows_path),
+            out=str(path),
+            cores=tuple(lane),
+            num_agents=options.agents,
+            cores_per_agent=options.cores_per_agent,
+            memory=options.memory,
+            rate=options.rate,
+            latency_ms=options.latency_ms,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            micro_batch_size=options.micro_batch_size,
+            codec=options.codec,
+            timeout_s=left_s,
         )
-        return job_bytes > self._pricer.room_bytes[device]
+        order_path = scratch / f"{turn.slug}.json"
+        order_path.write_text(order.to_json(), encoding="utf-8")
+        log_path = path.with_suffix(".log")
+        with log_path.open("wb") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.pac_run", str(order_path)], stdout=log, stderr=log
+            )
+            try:
+                status = child.wait(left_s)
+            except subprocess.TimeoutExpired:
+                status = _ended(child)
+        if status == 0:
+            return None
+        tail = log_path.read_bytes()[-_LOG_TAIL:].decode(errors="replace").strip()
+        return f"ended with {status} after the time or an error: {tail}"
 
-    def _latency_s(self, layout: Layout, cuts: Cuts) -> float:
-        """Equations 4 to 6: the beginning, M micro-batches on the last stage, and the end."""
-        groups = self.groups(layout, cuts)
-        num_stages = len(groups)
-        forward_s = [group.replicas[0].forward_s for group in groups]
-        backward_s = [group.replicas[0].backward_s for group in groups]
-        link_s = [sum(group.links[0][0]) if group.links[0] else 0.0 for group in groups]
-        begin_s = sum(forward_s[k] + link_s[k] for k in range(num_stages - 1))
-        execute_s = self._shape.num_micro_batches * (forward_s[-1] + backward_s[-1])
-        end_s = max(
-            groups[i].sum_s + sum(backward_s[j] + link_s[j] for j in range(i, num_stages - 1))
-            for i in range(num_stages)
+    def _written(self, shape: Shape, scratch: Path) -> tuple[Path, Path]:
+        with self._lock:
+            if shape.name not in self._folders:
+                folder = scratch / shape.name
+                folder.mkdir()
+                rows = pair_rows(self._options.task, self._options.samples, self._options.data)
+                model_dir = write_model(shape, folder / "model", rows)
+                self._folders[shape.name] = (model_dir, write_rows(rows, folder / "rows.jsonl"))
+            return self._folders[shape.name]
+
+    def _figures_path(self, turn: Turn) -> Path:
+        return self._out / "runs" / f"{turn.slug}.json"
+
+    def _found(self) -> dict[str, dict[str, RunFigures]]:
+        found: dict[str, dict[str, RunFigures]] = {}
+        names = {field.name for field in fields(RunFigures)}
+        for turn in self._turns:
+            if (path := self._figures_path(turn)).is_file():
+                values = {name: value for name, value in json.loads(path.read_text()).items() if name in names}
+                tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+                found.setdefault(turn.group, {})[turn.contender.name] = RunFigures(**{**values, **tuples})
+        return found
+
+    def _goals(self, group: str, runs: dict[str, RunFigures]) -> list[Goal]:
+        if group.startswith(SCALING):
+            return scaling_goals(runs)
+        shape = SHAPES[group]
+        all_of = contenders(shape, num_agents=self._options.agents)
+        return goals_of(
+            runs,
+            shape=group,
+            baselines=[each.name for each in all_of if each.kind == "baseline"],
+            codec_bytes=token_bytes(self._options.codec, shape.hidden_size, 4),
+            hidden_size=shape.hidden_size,
+            task=self._options.task,
+            batch_size=self._options.batch_size,
+            num_devices=self._options.agents,
         )
-        return begin_s + execute_s + end_s
 
-    def groups(self, layout: Layout, cuts: Cuts) -> tuple[StageGroup, ...]:
-        """A plan as the simulator plays it: a group is one worker, as quick as its slowest device with B / n rows.
+    def _write(self) -> None:
+        options, found = self._options, self._found()
+        groups: dict[str, Any] = {}
+        for group in dict.fromkeys(turn.group for turn in self._turns):
+            runs = found.get(group, {})
+            groups[group] = {
+                "runs": {
+                    name: each.to_dict()
+                    | {"extrapolated_whole_task_s": whole_task_s(each, options.task, batch_size=options.batch_size)}
+                    for name, each in runs.items()
+                },
+                "failed": self._failed.get(group, {}),
+                "goals": [goal.to_dict() for goal in self._goals(group, runs)],
+            }
+        settings = {name: str(value) for name, value in vars(options).items()}
+        write_results(
+            self._out / "pac.json",
+            {"machine": self._machine, "settings": settings, "lanes": self._lanes, "groups": groups},
+        )
 
-        Rows pass between groups side by side, over as many links as the smaller group has devices, the slowest of
-        which counts; adapters are averaged by a ring, 2 (n - 1) / n of their bytes over its slowest link.
-        """
-        found = []
-        for k, group in enumerate(layout):
-            forward_s, backward_s = self._seconds(cuts[k], cuts[k + 1], group[0], len(group))
-            cost = self._pricer.cost(group[0], cuts[k], cuts[k + 1], checkpointing=False)
-            links: tuple[tuple[tuple[float, float], ...], ...] = ((),)
-            if k + 1 < len(layout):
-                below = layout[k + 1]
-                width = min(len(group), len(below))
-                pairs = list(zip(group[:width], below[:width], strict=True))
-                busy_s = max(float(self._pricer.busy_s[pair]) for pair in pairs) / width
-                links = (((busy_s, max(float(self._pricer.latency_s[pair]) for pair in pairs)),),)
-            worker: StageCost = replace(cost, forward_s=forward_s, backward_s=backward_s)
-            found.append(StageGroup((worker,), (), links, self._ring_s(layout, cuts, k)))
-        return tuple(found)
+    def _show(self) -> None:
+        for group, runs in self._found().items():
+            print(f"\n{group}")
+            print(table(runs, self._options.task, batch_size=self._options.batch_size))
+            if goals := self._goals(group, runs):
+                print(goal_table(goals))
+        print(f"all figures: {self._out / 'pac.json'}")
 
-    def _ring_s(self, layout: Layout, cuts: Cuts, k: int) -> float:
-        group = layout[k]
-        if len(group) == 1:
-            return 0.0
-        num_bytes = _FP32_BYTES * sum(self._shape.adapter_params[cuts[k] : cuts[k + 1]])
-        ring = [(group[i], group[(i + 1) % len(group)]) for i in range(len(group))]
-        slowest = min(float(self._pricer.bandwidth[pair]) for pair in ring)
-        return 2 * (len(group) - 1) / len(group) * num_bytes / slowest
 
-    def over_budget(self, plan: PacPlan) -> list[str]:
-        """Devices whose budget the plan breaks, with 1F1B's micro-batches in flight and B / n rows a device."""
-        over = []
-        num_stages, num_micro_batches = len(plan.layout), self._shape.num_micro_batches
-        for k, group in enumerate(plan.layout):
-            rows = -(-self._shape.micro_batch_rows // len(group))
-            part = self._pricer.shape.model_copy(
-                update={"micro_batch_rows": rows, "batch_rows": rows * num_micro_batches}
-            )
-            pricer = Pricer(self._table, part, self._pricer.devices, self._pricer.links)
-            job_bytes = pricer.memory.job_bytes(
-                plan.cuts[k], plan.cuts[k + 1], num_stages=num_stages, stage_index=k, checkpointing=False
-            )
-            over += [pricer.devices[device].name for device in group if job_bytes > pricer.room_bytes[device]]
-        return over
+def _ended(child: subprocess.Popen[bytes]) -> int:
+    """A run that took too long ends its own processes when it is asked to."""
+    child.send_signal(signal.SIGTERM)
+    try:
+        return child.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of figures; what is there is not run again")
+    parser.add_argument("--shapes", default="t5-base,decoder-135m", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--scaling", default="", help="also fleets of other sizes, with this shape")
+    parser.add_argument("--only", default="", help="contenders, separated by semicolons; empty: all")
+    parser.add_argument("--task", choices=("mrpc", "stsb"), default="mrpc")
+    parser.add_argument("--data", type=Path, help="folder with mrpc/train.jsonl and stsb/train.jsonl; none: generated")
+    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch-size", type=int, help="none: each contender's plan chooses")
+    parser.add_argument("--codec", default="int4")
+    parser.add_argument("--agents", type=int, default=4)
+    parser.add_argument("--cores-per-agent", type=int, default=3)
+    parser.add_argument("--memory", default="8GiB", help="of each agent")
+    parser.add_argument("--rate", default="1Gbit")
+    parser.add_argument("--latency-ms", type=float, default=0.3)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processors to use")
+    parser.add_argument("--minutes", type=float, default=60.0, help="nothing is begun or waited for after these")
+    parser.add_argument("--scratch", type=Path, help="where models are written; by default the temporary folder")
+    parser.add_argument("--quick", action="store_true", help="tiny models, few rows: see it run, quote nothing")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.shapes, options.samples, options.batch_size = "quick-decoder", 16, 8
+        options.agents, options.cores_per_agent, options.memory = 2, 1, "2GiB"
+        options.only = options.only or "ours;PAC as published;data-parallel: lora;transformers Trainer: lora"
+    return Bench(options).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from benchmarks.fleets import llama_table, lora_job, random_fleet
-from benchmarks.pac import PacPlanner
+from benchmarks.pac_planner import PacPlanner
 from partitioner.device import DeviceProfile, LinkProfile, LinkTable
 from partitioner.fitting import fits
 from partitioner.layout import replica_shares

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.agent_runs import LEAST_STEPS, TINY, measure_all, physical_first
+from benchmarks.agent_runs import LEAST_STEPS, TINY, measure_all
 from benchmarks.beside import run_beside
+from benchmarks.cores import physical_first
 from benchmarks.goals import goal_table
 from benchmarks.measure import RESULTS_DIR, machine_facts, write_results
 from benchmarks.peers.workload import Workload

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 
+from benchmarks.cores import pinned
 from benchmarks.processor_quota import ProcessorQuota
 from coordinator.demo.children import Child, Children
 from partitioner.plan import Plan
@@ -82,6 +81,7 @@ class PlutinoStack:
         threads: Mapping[str, int] | None = None,
         cores: Mapping[str, Collection[int]] | None = None,
         quotas: Mapping[str, ProcessorQuota] | None = None,
+        hosts: Mapping[str, tuple[str, str]] | None = None,
         has_own_caches: bool = False,
         within_s: float = _START_TIMEOUT_S,
     ) -> None:
@@ -94,6 +94,7 @@ class PlutinoStack:
             threads: of each one's workers; one, if not given.
             cores: processors that an agent and its workers may use; all, if not given.
             quotas: what bounds their processor time; nothing, if not given.
+            hosts: where an agent's workers listen, and where peers are told to dial them; not for a plaintext stack.
             has_own_caches: each keeps weights and hidden states in a folder of its own, as if on a machine of its own.
             within_s: seconds until all have joined.
 
@@ -101,7 +102,7 @@ class PlutinoStack:
             PlutinoError: one of them ended, or did not join in time.
         """
         for name, budget_bytes in budgets_bytes.items():
-            with _pinned((cores or {}).get(name)):
+            with pinned((cores or {}).get(name)):
                 self._processes[name] = self._children.start(
                     f"agent-{name}",
                     *("-m", "edge_node.cli"),
@@ -111,6 +112,7 @@ class PlutinoStack:
                     *("--threads", str((threads or {}).get(name, 1))),
                     *("--device", (devices or {}).get(name, device)),
                     *("--state-dir", str(self._state_dir / "agents" / name)),
+                    *self._where((hosts or {}).get(name)),
                     *(("--cache-dir", str(self._state_dir / "caches" / name / "weights")) if has_own_caches else ()),
                 )
             if (quota := (quotas or {}).get(name)) is not None:
@@ -121,6 +123,10 @@ class PlutinoStack:
             return set(budgets_bytes) <= alive or None
 
         self._children.wait_for("the agents' joining", all_in, min(within_s, _START_TIMEOUT_S))
+
+    @staticmethod
+    def _where(host: tuple[str, str] | None) -> tuple[str, ...]:
+        return () if host is None else ("--listen", host[0], "--advertise", host[1])
 
     def _how_to_join(self) -> tuple[str, ...]:
         if self._is_plaintext:
@@ -200,18 +206,3 @@ class PlutinoStack:
         before_s, started_s = self.cpu_s(), time.monotonic()
         time.sleep(_REST_WINDOW_S)
         return (self.cpu_s() - before_s) / (time.monotonic() - started_s)
-
-
-@contextlib.contextmanager
-def _pinned(cores: Collection[int] | None) -> Iterator[None]:
-    """What is started within inherits these processors; None leaves all."""
-    if cores is None:
-        yield
-        return
-    # Of this thread alone: a child begins with the mask of the thread that forks it.
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

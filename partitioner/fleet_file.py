@@ -57,6 +57,11 @@ class FleetDevice(PlanValue):
             raise ValueError(f"{self.name}: give flops or block_forward_s, one of the two")
         return self
 
+    @property
+    def names(self) -> list[str]:
+        """Of each device that this stands for."""
+        return [self.name] if self.count == 1 else [f"{self.name}-{i}" for i in range(1, self.count + 1)]
+
 
 class FleetLink(PlanValue):
     """The link between two devices by name."""
@@ -84,7 +89,7 @@ class FleetFile(PlanValue):
 
     @model_validator(mode="after")
     def _names(self) -> FleetFile:
-        names = [name for device in self.devices for name in _names_of(device)]
+        names = [name for device in self.devices for name in device.names]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two devices are called {twice[0]}")
@@ -96,7 +101,7 @@ class FleetFile(PlanValue):
 
     def profiles(self, table: ModelTable, shape: JobShape) -> tuple[DeviceProfile, ...]:
         """The devices as the planner sees them, for a job's micro-batch."""
-        return tuple(_profile(device, name, table, shape) for device in self.devices for name in _names_of(device))
+        return tuple(_profile(device, name, table, shape) for device in self.devices for name in device.names)
 
     def link_table(self) -> LinkTable:
         """The links as the planner sees them."""
@@ -181,10 +186,6 @@ def _find(devices: Sequence[DeviceProfile], name: str) -> DeviceProfile:
     if found is None:
         raise ConfigError(f"no device is called {name!r}; there are {', '.join(d.name for d in devices[:20])}")
     return found
-
-
-def _names_of(device: FleetDevice) -> list[str]:
-    return [device.name] if device.count == 1 else [f"{device.name}-{i}" for i in range(1, device.count + 1)]
 
 
 def _link(rate: str, latency_ms: float) -> LinkProfile:

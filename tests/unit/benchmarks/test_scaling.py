@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.agent_runs import cores_for, physical_first
+from benchmarks.cores import one_after_other, physical_first
 from benchmarks.peers.workload import Workload
 from benchmarks.run_figures import Figures, Run, WorkerBytes
 from benchmarks.scaling import TINY, goals_of, runs_of, shares_of_cores
@@ -31,10 +31,10 @@ def missed(*found: Figures) -> set[str]:
 
 
 def test_agents_have_processors_of_their_own_where_there_are_enough():
-    run = Run(name="unequal 4:2:1", threads=(4, 2, 1), workload=WORK)
+    threads = {"fast": 4, "middle": 2, "slow": 1}
 
-    pins, shares = cores_for(run, range(10, 20))
-    tight, shares_few = cores_for(run, [0, 1])
+    pins, shares = one_after_other(threads, range(10, 20))
+    tight, shares_few = one_after_other(threads, [0, 1])
 
     assert list(pins.values()) == [{10, 11, 12, 13}, {14, 15}, {16}]
     assert not shares

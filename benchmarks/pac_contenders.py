@@ -1,0 +1,168 @@
+"""Who is measured beside whom: job specs of one runtime, in the order in which they are run.
+
+PAC as published stands for what its paper says (arXiv:2408.10746): fp32, reduction 8, its planner's number of stages, a
+group's micro-batches in equal shares, a cache of raw hidden states. What differs: which blocks a stage gets is our
+planner's choice (equal devices: the same), and entries go to the device that trains from them while the first epoch
+runs, where PAC moves them behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.pac_shapes import Shape
+
+OURS = "ours"
+UNCACHED = "ours, no cache"
+PAC = "PAC as published"
+ALONE = "one device: parallel adapters"
+ALONE_CACHED = "one device: parallel adapters, cached"
+TOP_QUARTER = "LoRA on the top quarter"
+TOP_QUARTER_CACHED = "LoRA on the top quarter, cached"
+TRAINER = "transformers Trainer"
+FULL_PIPELINE = "pipeline: full"
+REDUCTION = 8
+
+Kind = Literal["ours", "variant", "baseline", "one device", "trainer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One way to fine-tune the same model on the same rows."""
+
+    name: str
+    kind: Kind
+    method: Mapping[str, Any]
+    stages: int | Literal["pac"] | None = None
+    """pac: as many as PAC's planner chooses."""
+    replicas: Literal["auto", "never"] = "auto"
+    cache: str = "off"
+    dtype: str = "fp32"
+    uses_one_device: bool = False
+    rate: str | None = None
+    """Of all links, in place of the fleet's."""
+    threads: tuple[int, ...] | None = None
+    """Processors of each agent, in place of the fleet's; :func:`scaling_contenders`."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def methods_of(shape: Shape) -> dict[str, dict[str, Any]]:
+    """What PAC is compared with, in the sizes of its runs: LoRA of rank 32, adapters of a sixteenth of the width."""
+    return {
+        "lora": {"type": "lora", "rank": 32, "alpha": 64, "target_modules": list(shape.query_and_value)},
+        "adapters": {"type": "adapters", "placement": "houlsby", "bottleneck": max(1, shape.hidden_size // 16)},
+        "full": {"type": "full"},
+    }
+
+
+def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Contender]:
+    """All of a shape; those that most ratios need come first."""
+    side = {"type": "parallel_adapters", "reduction": REDUCTION}
+    methods = methods_of(shape)
+    first_top = shape.num_blocks - max(1, shape.num_blocks // 4)
+    top = {**methods["lora"], "layers_to_transform": list(range(first_top, shape.num_blocks))}
+    found = [
+        Contender(name=OURS, kind="ours", method=side, cache=codec),
+        Contender(name=PAC, kind="variant", method=side, cache="raw", stages="pac"),
+        Contender(name="data-parallel: lora", kind="baseline", method=methods["lora"], stages=1),
+        Contender(name="pipeline: lora", kind="baseline", method=methods["lora"], stages=num_agents, replicas="never"),
+        Contender(name=FULL_PIPELINE, kind="baseline", method=methods["full"], stages=num_agents, replicas="never"),
+        Contender(name=ALONE, kind="one device", method=side, stages=1, uses_one_device=True),
+        Contender(name=UNCACHED, kind="variant", method=side),
+        Contender(name="one device: lora", kind="one device", method=methods["lora"], stages=1, uses_one_device=True),
+        Contender(name=f"{TRAINER}: lora", kind="trainer", method=methods["lora"], uses_one_device=True),
+        Contender(name="ours, 100 Mbit", kind="variant", method=side, cache=codec, rate="100Mbit"),
+        Contender(name=ALONE_CACHED, kind="one device", method=side, stages=1, uses_one_device=True, cache=codec),
+        Contender(name="data-parallel: adapters", kind="baseline", method=methods["adapters"], stages=1),
+        Contender(
+            name="pipeline: adapters", kind="baseline", method=methods["adapters"], stages=num_agents, replicas="never"
+        ),
+        Contender(name="data-parallel: full", kind="baseline", method=methods["full"], stages=1),
+        Contender(name=TOP_QUARTER_CACHED, kind="variant", method=top, cache=codec),
+        Contender(name=TOP_QUARTER, kind="variant", method=top),
+        Contender(
+            name="one device: adapters", kind="one device", method=methods["adapters"], stages=1, uses_one_device=True
+        ),
+        Contender(name="one device: full", kind="one device", method=methods["full"], stages=1, uses_one_device=True),
+        Contender(name=f"{TRAINER}: full", kind="trainer", method=methods["full"], uses_one_device=True),
+        Contender(name="ours, bf16", kind="variant", method=side, cache=codec, dtype="bf16"),
+    ]
+    return found
+
+
+def scaling_contenders(codec: str = "int4") -> list[Contender]:
+    """Ours on fleets of 2 and 8 equal agents, of 4:2:1, and on each of those three alone."""
+    fleets = {
+        "2 equal agents": (1,) * 2,
+        "8 equal agents": (1,) * 8,
+        "agents of 4:2:1": (4, 2, 1),
+        "alone 4": (4,),
+        "alone 2": (2,),
+        "alone 1": (1,),
+    }
+    side = {"type": "parallel_adapters", "reduction": REDUCTION}
+    return [
+        Contender(name=name, kind="variant", method=side, cache=codec, threads=threads)
+        for name, threads in fleets.items()
+    ]
+
+
+def job_values(
+    contender: Contender,
+    shape: Shape,
+    *,
+    model_dir: Path,
+    rows_path: Path,
+    out_dir: Path,
+    devices: Sequence[str],
+    epochs: int,
+    batch_size: int,
+    micro_batch_size: int | None,
+    num_stages: int | None,
+) -> dict[str, Any]:
+    """The contender's job file.
+
+    Args:
+        contender: who.
+        shape: of the model.
+        model_dir: the model.
+        rows_path: what it learns from.
+        out_dir: where the adapter is saved; must not exist.
+        devices: the agents that it may use.
+        epochs: passes over the rows.
+        batch_size: rows of a step.
+        micro_batch_size: rows of a micro-batch; None lets the plan choose.
+        num_stages: see :attr:`Contender.stages`, with PAC's number in its place.
+    """
+    return {
+        "name": contender.name,
+        "model": {"path": str(model_dir), "dtype": contender.dtype},
+        "method": dict(contender.method),
+        "objective": {"type": "seq2seq" if shape.is_seq2seq else "sft"},
+        "data": {"train": str(rows_path), "max_tokens": 128},
+        "training": {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "lr": 3e-4,
+            "activation_cache": contender.cache,
+            "checkpointing": "off",
+            **contender.training,
+        },
+        "placement": {
+            "devices": list(devices[:1] if contender.uses_one_device else devices),
+            "stages": num_stages,
+            "replicas": contender.replicas,
+            "replan": "never",
+            # Of methods that are cached whole; a frozen prefix's epochs go through the blocks above it.
+            **({"cached_epochs": "data-parallel"} if _leaves_pipeline(contender) else {}),
+        },
+        "output": {"dir": str(out_dir)},
+    }
+
+
+def _leaves_pipeline(contender: Contender) -> bool:
+    return contender.cache != "off" and contender.method["type"] == "parallel_adapters"

@@ -1,0 +1,196 @@
+"""Unequal devices on one Linux machine, as a fleet file describes them, under a real coordinator.
+
+A device becomes an agent process: as many processors of its own as it has threads, its memory as the agent's budget,
+links of the file's rates and latencies through :mod:`benchmarks.relay`, which needs no root. The device with the most
+operations a second and thread gets all of its processors' time, others their share of it, by a cgroup where one can be
+made and by fewer processors where not. What could not be had is in :attr:`LocalFleet.notes`. Model folders are read
+from the disk that all share, and the way to the coordinator is not slowed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks.cores import apart, one_after_other, pinned
+from benchmarks.processor_quota import ProcessorQuota, quota_refusal
+from benchmarks.relay import Host, RelayPlan, Way, way_name
+from benchmarks.stack import PlutinoStack
+from benchmarks.tcp_sockets import listing_refusal
+from coordinator.demo.children import Children
+from partitioner.device import LinkProfile
+from partitioner.fleet_file import FleetFile
+from plutino.errors import ConfigError
+from plutino.sizes import parse_size
+
+_LINKS_TIMEOUT_S = 20.0
+_MOST_AGENTS = 100
+_NETS = 254
+_FAST = 0.95
+"""Of the fastest device's speed a thread: not worth a quota."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentProcess:
+    """How a device of the fleet runs here."""
+
+    name: str
+    budget_bytes: int
+    threads: int
+    quota_cores: float | None = None
+    """Processors that it may use at the most, on those that it is pinned to; None: all of these."""
+
+
+def agent_processes(fleet: FleetFile, *, has_quotas: bool) -> tuple[list[AgentProcess], list[str]]:
+    """The agents that stand for a fleet's devices, and in what they differ from them.
+
+    Args:
+        fleet: the devices.
+        has_quotas: whether processor time can be bounded here.
+    """
+    speeds = [None if device.flops is None else device.flops / device.threads for device in fleet.devices]
+    fastest = max((speed for speed in speeds if speed is not None), default=None)
+    found: list[AgentProcess] = []
+    notes: list[str] = []
+    if fastest is None or None in speeds:
+        notes.append("devices without flops run as fast as their processors do")
+    for device, speed in zip(fleet.devices, speeds, strict=True):
+        share = 1.0 if speed is None or fastest is None else speed / fastest
+        threads, quota = device.threads, None
+        if share < _FAST and has_quotas:
+            quota = share * device.threads
+            threads = max(1, math.ceil(quota))
+        elif share < _FAST:
+            threads = max(1, round(share * device.threads))
+            if not math.isclose(threads, share * device.threads, rel_tol=0.1):
+                wanted = share * device.threads
+                notes.append(f"{device.name} has {threads} processors in place of {wanted:.2g}: no quota can be set")
+        found += [
+            AgentProcess(name=name, budget_bytes=parse_size(device.memory), threads=threads, quota_cores=quota)
+            for name in device.names
+        ]
+    return found, notes
+
+
+def relay_plan(fleet: FleetFile, state_dir: Path, number: int) -> RelayPlan:
+    """Who is reached where, and how quickly.
+
+    Args:
+        fleet: the devices and links.
+        state_dir: of the stack.
+        number: of this fleet: others on this machine at the same time have other addresses.
+    """
+    net = f"127.{1 + number // _NETS % _NETS}.{1 + number % _NETS}"
+    names = [name for device in fleet.devices for name in device.names]
+    if len(names) > _MOST_AGENTS:
+        raise ConfigError(f"{len(names)} devices have no loopback addresses of their own; take {_MOST_AGENTS} at most")
+    hosts = tuple(
+        Host(
+            name=name,
+            listens=f"{net}.{i}",
+            advertises=f"{net}.{_MOST_AGENTS + i}",
+            mark=str(state_dir / "agents" / name),
+        )
+        for i, name in enumerate(names, start=1)
+    )
+    table = fleet.link_table()
+    ways = {
+        way_name(source, target): _way(link.link)
+        for link in table.measured
+        for source, target in (link.agent_ids, link.agent_ids[::-1])
+    }
+    return RelayPlan(hosts=hosts, other=_way(table.other), ways=ways)
+
+
+def _way(link: LinkProfile) -> Way:
+    return Way(bytes_per_s=link.bandwidth_bytes_per_s, latency_s=link.latency_s)
+
+
+class LocalFleet:
+    """A coordinator and a fleet's agents; leaving the ``with`` block ends every process.
+
+    Args:
+        fleet: what to be like.
+        state_dir: an existing, empty folder.
+        cores: processors for all of it; with 9 or more the coordinator gets two that no agent has.
+        has_links: False leaves the links as quick as loopback is.
+    """
+
+    def __init__(self, fleet: FleetFile, state_dir: Path, *, cores: Sequence[int], has_links: bool = True) -> None:
+        self._fleet, self._state_dir = fleet, state_dir
+        self.own_cores, available = apart(cores)
+        refusal = quota_refusal()
+        self.agents, self.notes = agent_processes(fleet, has_quotas=refusal is None)
+        threads = {agent.name: agent.threads for agent in self.agents}
+        self.cores, self.shares_cores = one_after_other(threads, available)
+        unable = listing_refusal() if has_links else None
+        self._has_links = has_links and unable is None
+        if unable is not None:
+            self.notes.append(f"links are as quick as loopback: {unable}")
+        if self.shares_cores:
+            self.notes.append(f"agents share {len(available)} processors: no time says anything")
+        self._ending = ExitStack()
+        self.stack = PlutinoStack(state_dir)
+
+    def __enter__(self) -> LocalFleet:
+        """Start everything, and wait until all agents are in and their links are known.
+
+        Raises:
+            PlutinoError: something does not start.
+        """
+        with ExitStack() as ending:
+            quotas = {
+                agent.name: ending.enter_context(ProcessorQuota(agent.quota_cores))
+                for agent in self.agents
+                if agent.quota_cores is not None
+            }
+            with pinned(self.own_cores):
+                hosts = self._start_relay(ending) if self._has_links else None
+                ending.enter_context(self.stack)
+            self.stack.start_agents(
+                {agent.name: agent.budget_bytes for agent in self.agents},
+                threads={agent.name: agent.threads for agent in self.agents},
+                cores=self.cores,
+                quotas=quotas,
+                hosts=hosts,
+                has_own_caches=True,
+            )
+            self._wait_for_links()
+            self._ending = ending.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ending.__exit__(kind, error, traceback)
+
+    def _start_relay(self, ending: ExitStack) -> dict[str, tuple[str, str]]:
+        plan = relay_plan(self._fleet, self._state_dir, os.getpid())
+        path = self._state_dir / "relay.json"
+        path.write_text(plan.to_json(), encoding="utf-8")
+        ending.enter_context(Children(self._state_dir)).start("relay", "-m", "benchmarks.relay", str(path))
+        return {host.name: (host.listens, host.advertises) for host in plan.hosts}
+
+    def _wait_for_links(self) -> None:
+        """A plan waits for figures of links, but a fleet that is older than a moment has them."""
+        deadline_s = time.monotonic() + _LINKS_TIMEOUT_S
+        while missing := len(self.agents) * (len(self.agents) - 1) - len(self.links()):
+            if time.monotonic() > deadline_s:
+                return self.notes.append(f"{missing // 2} links were not measured in time; plans assume something")
+            time.sleep(0.1)
+
+    def links(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """Bytes a second and latency in seconds between agents, as they measured them; both ways round."""
+        found = {}
+        for device in self.stack.client.devices():
+            for row in device["measured_links"]:
+                one, other = row["between"]
+                if row["bandwidth_bytes_per_s"] is not None:
+                    found[one, other] = found[other, one] = (row["bandwidth_bytes_per_s"], row["latency_s"])
+        return found
