@@ -171,9 +171,10 @@ def _parallel_adapters(table: ModelTable, method: ParallelAdaptersConfig) -> Ada
         side_block = matrices // reduction**2 + (table.block_params[index] - matrices) // reduction
         params = side_block + projection + 1 + (projection if index == chosen[0] else 0)
         blocks.append(BlockAdapter(params=params if index in chosen else 0, rank_sum=0, linears=()))
-    out_width = table.head_params // table.vocab_size
-    # Where the head reads another width, what stands before it is a projection and no norm.
-    norm_params = table.final_params // reduction if out_width == hidden else 0
+    out_width = table.head_params // table.vocab_size or hidden
+    # Where the head reads another width, what stands before it is a projection and no norm; an encoder has a pooler.
+    has_norm = out_width == hidden and table.head_params > 0
+    norm_params = table.final_params // reduction if has_norm else 0
     return AdapterTable(
         blocks=tuple(blocks),
         first_params=0,

@@ -53,7 +53,6 @@ _BERT = Family(
         "prompt": "its score is read at a row's first token, whose place a prompt would take; use lora or adapters",
         "prefix": f"{_NO_PAST}; use lora or adapters",
         "p_tuning_v2": f"{_NO_PAST}; use lora or adapters",
-        "parallel_adapters": "its side blocks would have to see both ways; use adapters",
     },
     config_keys={**SIZE_KEYS, "kv_heads": (), "head_dim": ()},
     size_defaults=SIZE_DEFAULTS,

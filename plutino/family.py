@@ -223,7 +223,9 @@ class Family:
         return int(_first(config, self.config_keys["blocks"])) if self.halves is not None else 0
 
     def num_blocks(self, config: Mapping[str, Any]) -> int:
-        """All blocks of an encoder-decoder, by the values of config.json."""
+        """All blocks, by the values of config.json."""
+        if self.halves is None:
+            return int(_first(config, self.config_keys["blocks"]))
         num_encoder_blocks = self.num_encoder_blocks(config)
         num_decoder_blocks = _first(config, self.config_keys["decoder_blocks"])
         return num_encoder_blocks + int(num_encoder_blocks if num_decoder_blocks is None else num_decoder_blocks)

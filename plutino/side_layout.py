@@ -19,6 +19,9 @@ SIDE_TYPE = "PLUTINO_SIDE_NETWORK"
 _ONE_VALUE_A_BLOCK = ("no_rope_layers",)
 """Config fields with a value a block that constructors read, beside those of Family.per_block_config."""
 
+_OF_THE_MODEL_ALONE = ("architectures", "transformers_version", "id2label", "label2id", "problem_type")
+"""Config fields that say nothing about blocks."""
+
 
 class SideLayout(BaseModel):
     """Content of adapter_config.json."""
@@ -26,7 +29,9 @@ class SideLayout(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     peft_type: Literal["PLUTINO_SIDE_NETWORK"] = "PLUTINO_SIDE_NETWORK"
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    modules_to_save: tuple[str, ...] = ()
+    """Modules of the model that were trained beside the side network: a score head."""
     base_model_name_or_path: str | None = None
     reduction: int
     """Every width of the side network is the backbone's divided by it."""
@@ -34,6 +39,8 @@ class SideLayout(BaseModel):
     """Blocks of the backbone that a side block follows, ascending."""
     num_blocks: int
     """Blocks of the backbone."""
+    num_encoder_blocks: int = 0
+    """Those of them that are an encoder-decoder's encoder, the first ones; 0 for other models."""
     width: int
     """Width D of the backbone's hidden states."""
     out_width: int
@@ -50,8 +57,21 @@ class SideLayout(BaseModel):
         """Blocks of ``[start_block, end_block)`` that a side block follows."""
         return tuple(block for block in self.blocks if start_block <= block < end_block)
 
+    @property
+    def encoder_blocks(self) -> tuple[int, ...]:
+        """Blocks of an encoder-decoder's encoder that a side block follows."""
+        return self.own_blocks(0, self.num_encoder_blocks)
+
+    @property
+    def top_blocks(self) -> tuple[int, ...]:
+        """Those whose side state reaches the head: an encoder-decoder's decoder's, all of other models."""
+        return self.own_blocks(self.num_encoder_blocks, self.num_blocks)
+
     def stage_config(self, own_blocks: Sequence[int], family: Family) -> dict[str, Any]:
-        """Configuration of these side blocks alone; of the first one where there are none."""
+        """Configuration of these side blocks alone; where there are none, of the first one of a single stack."""
+        if self.num_encoder_blocks:
+            num_of_encoder = sum(block < self.num_encoder_blocks for block in own_blocks)
+            return _with_halves(self.config, family, num_of_encoder, len(own_blocks) - num_of_encoder)
         places = [self.blocks.index(block) for block in own_blocks] or [0]
         return _with_blocks(self.config, family, places)
 
@@ -78,8 +98,8 @@ def side_layout(
     Raises:
         ConfigError: the family's blocks cannot be narrowed, by no number or not by this one, or a block does not exist.
     """
-    num_blocks = sizes["blocks"]
-    chosen = chosen_blocks(blocks, num_blocks)
+    num_blocks, num_encoder_blocks = sizes["blocks"], family.num_encoder_blocks(values)
+    chosen = chosen_blocks(blocks, num_blocks, num_encoder_blocks)
     check_reduction(family, reduction, sizes)
     narrow = _narrowed(values, family, reduction, sizes)
     head_dim = sizes["head_dim"] // reduction
@@ -89,27 +109,45 @@ def side_layout(
                 f"method.reduction: {reduction} leaves heads of {head_dim} numbers, of which {rotated} would be "
                 f"rotated by their position; rotation takes pairs: choose a smaller reduction than {reduction}"
             )
-    return SideLayout(
+    layout = SideLayout(
+        task_type="SEQ_2_SEQ_LM" if num_encoder_blocks else "CAUSAL_LM",
         reduction=reduction,
         blocks=chosen,
         num_blocks=num_blocks,
+        num_encoder_blocks=num_encoder_blocks,
         width=sizes["hidden"],
         out_width=out_width,
-        config=_with_blocks(narrow, family, chosen),
+        config=narrow,
     )
+    if num_encoder_blocks:
+        config = _with_halves(narrow, family, len(layout.encoder_blocks), len(layout.top_blocks))
+    else:
+        config = _with_blocks(narrow, family, chosen)
+    return layout.model_copy(update={"config": config})
 
 
-def chosen_blocks(blocks: Sequence[int] | None, num_blocks: int) -> tuple[int, ...]:
+def chosen_blocks(blocks: Sequence[int] | None, num_blocks: int, num_encoder_blocks: int = 0) -> tuple[int, ...]:
     """Blocks that a side block follows, ascending.
 
+    Args:
+        blocks: those that were named; None: all.
+        num_blocks: of the model.
+        num_encoder_blocks: those of them that are an encoder-decoder's encoder.
+
     Raises:
-        ConfigError: a block does not exist, or none was named.
+        ConfigError: a block does not exist, none was named, or none of an encoder-decoder's halves.
     """
     if blocks is None:
         return tuple(range(num_blocks))
     if not blocks or not all(0 <= block < num_blocks for block in blocks):
         raise ConfigError(
             f"method.blocks is {list(blocks)} but the blocks are 0 to {num_blocks - 1}; leave it out to follow all"
+        )
+    if num_encoder_blocks and not min(blocks) < num_encoder_blocks <= max(blocks):
+        raise ConfigError(
+            f"method.blocks is {list(blocks)}, but what follows the decoder's blocks looks at what follows the "
+            f"encoder's: name some of 0 to {num_encoder_blocks - 1} and some of {num_encoder_blocks} to "
+            f"{num_blocks - 1}, or leave it out to follow all"
         )
     return tuple(sorted(set(blocks)))
 
@@ -137,7 +175,7 @@ def check_reduction(family: Family, reduction: int, sizes: Mapping[str, int]) ->
 
 def _narrowed(values: Mapping[str, Any], family: Family, reduction: int, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The model's configuration with all widths divided; as many heads, of which each is narrower."""
-    narrow = {key: value for key, value in values.items() if key not in ("architectures", "transformers_version")}
+    narrow = {key: value for key, value in values.items() if key not in _OF_THE_MODEL_ALONE}
     for size in ("hidden", "inner", "head_dim", "embedding"):
         for key in family.config_keys.get(size, ()):
             if narrow.get(key) is not None:
@@ -170,6 +208,12 @@ def _rotated_sizes(values: Mapping[str, Any], head_dim: int) -> Iterator[int]:
     for each in [rope] if "rope_type" in rope else rope.values():
         if isinstance(each, Mapping):
             yield int(head_dim * each.get("partial_rotary_factor", 1.0))
+
+
+def _with_halves(values: Mapping[str, Any], family: Family, num_of_encoder: int, num_of_decoder: int) -> dict[str, Any]:
+    """The configuration of so many blocks of either half."""
+    numbers = {"blocks": num_of_encoder, "decoder_blocks": num_of_decoder}
+    return {**values, **{key: number for size, number in numbers.items() for key in family.config_keys[size]}}
 
 
 def _with_blocks(values: Mapping[str, Any], family: Family, places: Sequence[int]) -> dict[str, Any]:

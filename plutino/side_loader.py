@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from plutino.errors import ConfigError
 from plutino.families import FAMILIES, family_of
+from plutino.saved_modules import load_saved_modules, saved_shapes
 from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates, BackboneTap, SideNetwork, copy_values, side_shapes
 
@@ -73,6 +74,9 @@ class _Beside:
             cache=output.past_key_values,
         )
         output.last_hidden_state = self._side.mix(output.last_hidden_state, side)
+        pooler = getattr(base, "pooler", None)
+        if pooler is not None:
+            output.pooler_output = pooler(output.last_hidden_state)
         return output
 
 
@@ -97,7 +101,8 @@ def expected_side_shapes(model: nn.Module, folder: Path) -> dict[str, tuple[int,
         ConfigError: the side network belongs to another model.
     """
     layout = read_side_layout(folder)
-    return side_shapes(layout, _checked(model, layout).config.model_type)
+    shapes = side_shapes(layout, _checked(model, layout).config.model_type)
+    return shapes | saved_shapes(model, layout.modules_to_save)
 
 
 def load_side_network(model: nn.Module, folder: Path) -> LoadedSideNetwork:
@@ -123,13 +128,15 @@ def load_side_network(model: nn.Module, folder: Path) -> LoadedSideNetwork:
     )
     tensors = load_file(folder / "adapter_model.safetensors")
     expected = {name: tuple(parameter.shape) for name, parameter in side.by_key().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    saved = saved_shapes(model, layout.modules_to_save)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in saved}
     if found != expected:
         wrong = sorted(set(found.items()) ^ set(expected.items()))
         raise ConfigError(
             f"{folder}: tensors and adapter_config.json disagree, first about {wrong[0][0]}; copy it anew"
         )
     copy_values(side, tensors)
+    load_saved_modules(model, layout.modules_to_save, tensors)
     side.requires_grad_(False)
     tap = BackboneTap(base_model, family_of(config.model_type), side)
     # OPT's head calls the decoder inside the base model.
@@ -143,8 +150,9 @@ def load_side_network(model: nn.Module, folder: Path) -> LoadedSideNetwork:
 def _checked(model: nn.Module, layout: SideLayout) -> PreTrainedModel:
     config = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel) or getattr(config, "model_type", None) not in FAMILIES:
-        raise ConfigError("a side network stands beside a causal language model of transformers; load one with it")
-    found = (int(model.config.num_hidden_layers), int(model.config.hidden_size))
+        raise ConfigError("a side network stands beside a model of transformers of a known family; load one with it")
+    config = model.config
+    found = (family_of(config.model_type).num_blocks(config.to_dict()), int(config.hidden_size))
     if found != (layout.num_blocks, layout.width):
         raise ConfigError(
             f"the model has {found[0]} blocks of hidden size {found[1]}, the side network belongs to one with "

@@ -9,13 +9,16 @@ next and nothing of it ever enters the backbone:
     a      = side_block_i(g_i * a + (1 - g_i) * down_i(b_i))  g_i = sigmoid(gate_i / 0.1), one number a block
     output = b_final + up(norm(a))                            what the backbone's head reads
 
-With ``up`` at zero the output is the backbone's. Side blocks compute in fp32, ``entry`` and ``down`` take their product
-in the backbone's dtype. On disk (fp32, beside an adapter_config.json that is :class:`plutino.side_layout.SideLayout`):
+Encoder-decoders have a ladder beside either half (:mod:`plutino.side_halves`), the decoder's with an entry of its own;
+T5's side blocks have a table of position biases each. With ``up`` at zero the output is the backbone's. Side blocks
+compute in fp32, ``entry`` and ``down`` take their product in the backbone's dtype. On disk (fp32, beside an
+adapter_config.json that is :class:`plutino.side_layout.SideLayout`):
 
     side.entry.weight       [R, D]      side.entry.bias   [R]
     side.down.<i>.weight    [R, D]      side.down.<i>.bias  [R]      side.gate.<i>   [1]
     side.blocks.<i>.<name in a block of the model's class>
     side.norm.<name in the model's final norm>
+    side.target_entry.weight, .bias, side.encoder_norm.<name in the encoder's final norm>    of encoder-decoders
     side.up.weight          [out, R]    side.up.bias      [out]
 
 Needs torch and transformers.
@@ -31,9 +34,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 
 from plutino.families import Family, family_of
+from plutino.side_blocks import make_side_blocks
 from plutino.side_layout import SideLayout
 
 GATE_TEMPERATURE = 0.1
@@ -41,24 +45,15 @@ GATE_TEMPERATURE = 0.1
 # Shape suffixes: B rows, T tokens, D hidden size, R side width.
 
 
-class AddsNothing(nn.Module):
-    """Stands where ``forward`` adds position embeddings that are in the hidden states already.
-
-    Its output is negative zero, the one number whose sum with any other leaves every bit as it was: 0.0 would turn
-    -0.0 into 0.0.
-    """
-
-    def forward(self, *_: object, **__: object) -> Tensor:
-        """Give a scalar, which takes part in no dtype promotion."""
-        return torch.tensor(-0.0)
-
-
 @dataclass(slots=True)
 class BackboneStates:
     """What a side network reads of one pass of the backbone."""
 
     entry: Tensor | None = None
-    """[B, T, D], what the first chosen block got; None where that block is elsewhere."""
+    """[B, T, D], what the first chosen block got; None where that block is elsewhere. Of an encoder-decoder, which has
+    a second entry, its encoder's."""
+    target_entry: Tensor | None = None
+    """[B, T, D], what the first chosen block of an encoder-decoder's decoder got."""
     outputs: dict[int, Tensor] = field(default_factory=dict)
     """Chosen block -> its output [B, T, D]."""
     final: Tensor | None = None
@@ -86,31 +81,54 @@ class SideNetwork(nn.Module):
         family = family_of(model_type)
         self.own_blocks = layout.own_blocks(start_block, end_block)
         """Blocks of the backbone here that a side block follows."""
-        self.reads_side = layout.blocks[0] < start_block
-        """Whether a side state comes from below."""
+        self.reads_source = layout.blocks[0] < start_block and layout.num_encoder_blocks > 0
+        """Whether the side state of an encoder-decoder's source comes from below."""
+        self.reads_side = layout.top_blocks[0] < start_block
+        """Whether a side state comes from below; of an encoder-decoder, the target's."""
         self.has_entry = layout.blocks[0] in self.own_blocks
-        """Whether the side state starts here."""
+        """Whether the side state starts here; of an encoder-decoder, the source's."""
+        self.has_target_entry = layout.num_encoder_blocks > 0 and layout.top_blocks[0] in self.own_blocks
+        """Whether the side state of an encoder-decoder's target starts here."""
         self.is_last = end_block == layout.num_blocks
-        self._num_backbone_blocks = end_block - start_block
+        self.num_cached_blocks = end_block - max(start_block, layout.num_encoder_blocks)
+        """Blocks of the backbone here that have a layer in a KV cache."""
         width, side_width = layout.width, layout.side_width
-        model, norm = _side_model(layout, family, self.own_blocks, attention)
-        blocks = list(model.get_submodule(family.block_prefix.rstrip(".")).children())
-        self.blocks = nn.ModuleDict({str(index): block for index, block in zip(self.own_blocks, blocks, strict=False)})
+        made = make_side_blocks(layout, family, self.own_blocks, attention)
+        self.blocks = nn.ModuleDict(
+            {str(index): block for index, block in zip(self.own_blocks, made.blocks, strict=True)}
+        )
         self.down = nn.ModuleDict({str(index): nn.Linear(width, side_width) for index in self.own_blocks})
         self.gate = nn.ParameterDict({str(index): nn.Parameter(torch.zeros(1)) for index in self.own_blocks})
         self.entry = nn.Linear(width, side_width) if self.has_entry else None
-        self.norm: nn.Module | None = norm if self.is_last else None
+        self.target_entry = nn.Linear(width, side_width) if self.has_target_entry else None
+        ends_encoder = start_block < layout.num_encoder_blocks <= end_block
+        self.encoder_norm: nn.Module | None = made.encoder_norm if ends_encoder else None
+        self.norm: nn.Module | None = made.norm if self.is_last else None
         self.up = nn.Linear(side_width, layout.out_width) if self.is_last else None
         if self.up is not None:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
-        # The model around the blocks makes masks and rotary angles; a second owner of the blocks would name them twice.
-        object.__setattr__(self, "_around", model.base_model.to(device).eval())
+        # The models around the blocks make masks and rotary angles; a second owner of the blocks would name them twice.
+        object.__setattr__(self, "_stacks", tuple(stack.to(device).eval() for stack in made.stacks))
         object.__setattr__(self, "_states", BackboneStates())
         for index, block in self.blocks.items():
             block.register_forward_pre_hook(self._rung(index), with_kwargs=True)
         self.to(device)
         self.eval()
+
+    @property
+    def stacks(self) -> tuple[Any, ...]:
+        """The model around the blocks; of an encoder-decoder its encoder and its decoder."""
+        return cast(tuple[Any, ...], cast(Any, self)._stacks)
+
+    @contextmanager
+    def reading(self, states: BackboneStates) -> Iterator[None]:
+        """Let side blocks that run meanwhile read what the backbone's blocks gave."""
+        object.__setattr__(self, "_states", states)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_states", BackboneStates())
 
     def by_key(self) -> dict[str, nn.Parameter]:
         """Parameters by the keys of the checkpoint."""
@@ -136,21 +154,18 @@ class SideNetwork(nn.Module):
         """
         if self.entry is not None:
             assert states.entry is not None, "the first chosen block is here"
-            side_BTR = _product(states.entry, self.entry)
+            side_BTR = product(states.entry, self.entry)
         assert side_BTR is not None, "the side state comes from below"
         if not self.own_blocks:
             return side_BTR
-        object.__setattr__(self, "_states", states)
-        try:
-            output = cast(Any, self)._around(
+        with self.reading(states):
+            output = self.stacks[0](
                 inputs_embeds=side_BTR,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=None if cache is None else self._layers_behind(cache),
                 use_cache=cache is not None,
             )
-        finally:
-            object.__setattr__(self, "_states", BackboneStates())
         return cast(Tensor, output.last_hidden_state)
 
     def mix(self, hidden: Tensor, side: Tensor) -> Tensor:
@@ -161,7 +176,7 @@ class SideNetwork(nn.Module):
     def _rung(self, index: str) -> Any:
         def mix_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             side = args[0] if args else kwargs["hidden_states"]
-            below = _product(cast(Any, self)._states.outputs[int(index)], cast(nn.Linear, self.down[index]))
+            below = product(cast(Any, self)._states.outputs[int(index)], cast(nn.Linear, self.down[index]))
             share = torch.sigmoid(self.gate[index] / GATE_TEMPERATURE)
             mixed = share * side + (1 - share) * below
             if args:
@@ -172,10 +187,10 @@ class SideNetwork(nn.Module):
 
     def _layers_behind(self, cache: Cache) -> Cache:
         """The side blocks' part of a KV cache, as a cache: what reorders or crops the whole moves them too."""
-        if len(cache.layers) <= self._num_backbone_blocks:
-            cache.layers.extend(DynamicCache(config=cast(Any, self)._around.config).layers)
+        if len(cache.layers) <= self.num_cached_blocks:
+            cache.layers.extend(DynamicCache(config=self.stacks[0].config).layers)
         part = DynamicCache()
-        part.layers = cache.layers[self._num_backbone_blocks :]
+        part.layers = cache.layers[self.num_cached_blocks :]
         # Layers are there already; a cache that makes its own would make them anew.
         part.layer_class_to_replicate = None
         return part
@@ -186,11 +201,14 @@ class BackboneTap:
 
     def __init__(self, model: nn.Module, family: Family, side: SideNetwork) -> None:
         self._states: BackboneStates | None = None
+        layout = side.layout
         for index in side.own_blocks:
-            block = model.get_submodule(f"{family.block_prefix}{index}")
+            block = model.get_submodule(family.block_name(index, layout.num_encoder_blocks))
             block.register_forward_hook(self._output_hook(index))
-            if side.has_entry and index == side.layout.blocks[0]:
-                block.register_forward_pre_hook(self._entry_hook, with_kwargs=True)
+            if side.has_entry and index == layout.blocks[0]:
+                block.register_forward_pre_hook(self._entry_hook("entry"), with_kwargs=True)
+            if side.has_target_entry and index == layout.top_blocks[0]:
+                block.register_forward_pre_hook(self._entry_hook("target_entry"), with_kwargs=True)
 
     @contextmanager
     def recording(self) -> Iterator[BackboneStates]:
@@ -201,9 +219,12 @@ class BackboneTap:
         finally:
             self._states = None
 
-    def _entry_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._states is not None:
-            self._states.entry = args[0] if args else kwargs["hidden_states"]
+    def _entry_hook(self, entry: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._states is not None:
+                setattr(self._states, entry, args[0] if args else kwargs["hidden_states"])
+
+        return record
 
     def _output_hook(self, index: int) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -226,30 +247,6 @@ def copy_values(side: SideNetwork, values: Mapping[str, Tensor]) -> None:
             parameter.copy_(values[key])
 
 
-def _product(hidden: Tensor, linear: nn.Linear) -> Tensor:
+def product(hidden: Tensor, linear: nn.Linear) -> Tensor:
     """[..., D] to fp32 [..., R], multiplied in the backbone's dtype."""
     return functional.linear(hidden, linear.weight.to(hidden.dtype), linear.bias.to(hidden.dtype)).float()
-
-
-def _side_model(
-    layout: SideLayout, family: Family, own_blocks: tuple[int, ...], attention: str
-) -> tuple[PreTrainedModel, nn.Module]:
-    """A model of these side blocks without what stands before and behind them, and its final norm."""
-    config = CONFIG_MAPPING[family.model_type].from_dict(layout.stage_config(own_blocks, family))
-    # Whatever transformers draws is drawn aside: nobody's generator moves.
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    assert isinstance(model, PreTrainedModel)
-    modules = dict(model.named_modules())
-    for tensor in (*family.embedding, *family.optional_embedding):
-        name = tensor.rpartition(".")[0]
-        if name in modules:
-            model.set_submodule(name, AddsNothing() if name in family.entry_sums else nn.Identity())
-    for name in family.entry_factors:
-        owner, _, attribute = name.rpartition(".")
-        setattr(modules[owner], attribute, 1.0)
-    norm_name = family.final[0].rstrip(".")
-    norm = modules.get(norm_name, nn.Identity())
-    if norm_name in modules:
-        model.set_submodule(norm_name, nn.Identity())
-    return model, norm

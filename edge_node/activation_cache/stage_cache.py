@@ -223,6 +223,8 @@ def row_keys(rows: MicroBatchRows, codec: StateCodec) -> Tensor:
         if codec == "raw":
             digest.update(f"{len(rows.lengths)} {rows.padded_tokens} {index} ".encode())
         digest.update(segments)
+        if rows.second_starts is not None:
+            digest.update(f"second text at {rows.second_starts[index]} ".encode())
         digest.update(rows.input_ids[start : start + length].astype("<i4").tobytes())
         start += length
         keys += digest.digest()

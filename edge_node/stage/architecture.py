@@ -27,18 +27,10 @@ from edge_node.stage.halves import cut_halves
 from plutino.errors import ModelError
 from plutino.families import Family, family_of
 from plutino.family import Kind
-from plutino.side_network import AddsNothing
+from plutino.stand_ins import leave_out_entry
 
 _NO_INTEGER = -1
 """Stands in integer buffers that are not computed yet; all are indices."""
-
-
-class HandsOnEmbeddings(nn.Module):
-    """Stands for an embedding module on stages whose input has been through it."""
-
-    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> Tensor:
-        """Give the input."""
-        return inputs_embeds
 
 
 # Shape suffixes: B rows, T tokens of this pass, S tokens seen so far with this pass, D hidden size.
@@ -130,15 +122,7 @@ def cut_to_stage(
 
     modules = dict(model.named_modules())
     if start_block > 0:
-        for tensor in (*family.embedding, *family.optional_embedding):
-            name = tensor.rpartition(".")[0]
-            if name in modules:
-                model.set_submodule(name, AddsNothing() if name in family.entry_sums else nn.Identity())
-        for name in family.entry_modules:
-            model.set_submodule(name, HandsOnEmbeddings())
-        for name in family.entry_factors:
-            owner, _, attribute = name.rpartition(".")
-            setattr(modules[owner], attribute, 1.0)
+        leave_out_entry(model, family)
     if end_block < num_blocks:
         for prefix in family.final:
             if prefix.rstrip(".") in modules:

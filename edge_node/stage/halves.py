@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from plutino.families import Family
-from plutino.side_network import AddsNothing
+from plutino.stand_ins import leave_out
 
 # Shape suffixes: B rows, S source tokens, T target tokens of this pass, D hidden size.
 
@@ -51,11 +51,11 @@ def cut_halves(
         model.set_submodule(prefix.rstrip("."), blocks)
     for half in (halves.encoder, halves.decoder):
         model.set_submodule(f"{half}.embed_tokens", nn.Identity())
-    _leave_out(model, family, () if start_block == 0 else family.embedding)
+    leave_out(model, family, () if start_block == 0 else family.embedding)
     has_decoder_entry = start_block <= num_encoder_blocks < end_block
-    _leave_out(model, family, () if has_decoder_entry else halves.decoder_entry)
-    _leave_out(model, family, () if start_block < num_encoder_blocks <= end_block else halves.encoder_final)
-    _leave_out(model, family, () if end_block == num_blocks else family.final)
+    leave_out(model, family, () if has_decoder_entry else halves.decoder_entry)
+    leave_out(model, family, () if start_block < num_encoder_blocks <= end_block else halves.encoder_final)
+    leave_out(model, family, () if end_block == num_blocks else family.final)
 
 
 def _add_table(block: nn.Module, table: str, *, is_first: bool) -> None:
@@ -66,14 +66,6 @@ def _add_table(block: nn.Module, table: str, *, is_first: bool) -> None:
     attention.relative_attention_bias = nn.Embedding(
         attention.relative_attention_num_buckets, attention.n_heads, device="meta", dtype=attention.q.weight.dtype
     )
-
-
-def _leave_out(model: PreTrainedModel, family: Family, tensors: tuple[str, ...]) -> None:
-    modules = dict(model.named_modules())
-    for tensor in tensors:
-        name = tensor.rpartition(".")[0]
-        if name in modules:
-            model.set_submodule(name, AddsNothing() if name in family.entry_sums else nn.Identity())
 
 
 def copied_tables(family: Family, start_block: int, end_block: int, *, num_encoder_blocks: int) -> dict[str, str]:

@@ -114,6 +114,7 @@ class ParallelAdaptersConfig(MethodPart):
 
     size_setting: ClassVar[str] = "reduction"
     has_peft_format: ClassVar[bool] = False
+    saves_score_head: ClassVar[bool] = True
 
     type: Literal["parallel_adapters"] = "parallel_adapters"
     reduction: int = Field(8, ge=2, le=1024)

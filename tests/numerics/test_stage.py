@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from edge_node.stage.architecture import AddsNothing, make_position_ids
+from edge_node.stage.architecture import make_position_ids
 from edge_node.stage.build import build_stage
 from edge_node.stage.weights import RANGE_BYTES, LocalSource, RangeSource
 from plutino.errors import ModelError
 from plutino.families import family_of
 from plutino.safetensors_index import read_safetensors_headers
+from plutino.stand_ins import AddsNothing
 from tests.numerics.chain import Batch, frozen_chain, make_batch, run_chain
 
 MODELS = ("llama", "tied_llama", "gpt2")
