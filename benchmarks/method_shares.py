@@ -135,7 +135,7 @@ def count(claim: Claim) -> Count:
     shapes = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
     table = describe_model(config, shapes, family_of(config["model_type"]))
     try:
-        stock_config = peft_config_of(spec)
+        stock_config = peft_config_of(spec, table.num_blocks)
     except ConfigError:
         by_peft = None
     else:

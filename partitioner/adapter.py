@@ -15,6 +15,7 @@ from partitioner.model import LinearShape, ModelTable
 from partitioner.values import PlanValue
 from plutino.errors import ConfigError
 from plutino.families import ATTENTION_OUTPUT, MLP_INNER, family_of
+from plutino.job.blocks import chosen_blocks
 from plutino.job.method import (
     AdaptersConfig,
     FullConfig,
@@ -26,7 +27,7 @@ from plutino.job.method import (
     PromptConfig,
     PTuningV2Config,
 )
-from plutino.side_layout import check_reduction, chosen_blocks
+from plutino.side_layout import check_reduction
 
 
 class BlockAdapter(PlanValue):
@@ -100,7 +101,7 @@ def adapter_params_of(table: ModelTable, method: MethodConfig) -> AdapterTable:
     family_of(table.family).refuse_method(method.type)
     adapter = _SIZES[method.type](table, method)
     if adapter.num_params == 0:
-        raise ConfigError("the method would train 0 parameters; set method.target_modules or layers_to_transform")
+        raise ConfigError("the method would train 0 parameters; set method.target_modules or method.blocks")
     return adapter
 
 
@@ -110,8 +111,11 @@ def _lora(table: ModelTable, method: LoraConfig) -> AdapterTable:
     A linear of shape in x out gets rank * (in + out) of them (Hu et al. 2021, arXiv:2106.09685), with DoRA one
     magnitude more for each of its outputs (Liu et al. 2024, arXiv:2402.09353).
     """
-    _check_layers(table, method.layers_to_transform)
-    blocks = tuple(_block_adapter(table, method, index) for index in range(table.num_blocks))
+    chosen = chosen_blocks(method.blocks, table.num_blocks)
+    bare = BlockAdapter(params=0, rank_sum=0, linears=())
+    blocks = tuple(
+        _block_adapter(table, method, index) if index in chosen else bare for index in range(table.num_blocks)
+    )
     _check_targets(table, method)
     first_params, last_params = _outer_params(table, method)
     return AdapterTable(
@@ -126,7 +130,7 @@ def _lora(table: ModelTable, method: LoraConfig) -> AdapterTable:
 
 def _adapters(table: ModelTable, method: AdaptersConfig) -> AdapterTable:
     """One of bottleneck m on hidden size D has 2 D m + D + m parameters (Houlsby et al. 2019, arXiv:1902.00751 2.1)."""
-    _check_layers(table, method.layers_to_transform)
+    chosen = chosen_blocks(method.blocks, table.num_blocks)
     reads = (ATTENTION_OUTPUT, MLP_INNER) if method.placement == "houlsby" else (MLP_INNER,)
     family = family_of(table.family)
     for read in reads:
@@ -145,7 +149,6 @@ def _adapters(table: ModelTable, method: AdaptersConfig) -> AdapterTable:
         linears=(),
     )
     bare = BlockAdapter(params=0, rank_sum=0, linears=())
-    chosen = range(table.num_blocks) if method.layers_to_transform is None else method.layers_to_transform
     return AdapterTable(
         blocks=tuple(adapted if index in chosen else bare for index in range(table.num_blocks)),
         first_params=0,
@@ -264,8 +267,6 @@ _SIZES: Mapping[str, Callable[[ModelTable, Any], AdapterTable]] = {
 
 
 def _block_adapter(table: ModelTable, method: LoraConfig, index: int) -> BlockAdapter:
-    if method.layers_to_transform is not None and index not in method.layers_to_transform:
-        return BlockAdapter(params=0, rank_sum=0, linears=())
     prefix = f"{family_of(table.family).block_name(index, table.num_encoder_blocks)}."
     params, rank_sum, names = 0, 0, []
     for linear in table.block_linears[index]:
@@ -294,14 +295,6 @@ def _ends_with_any(key: str, names: Iterable[str]) -> bool:
 def _rank_of(key: str, patterns: Mapping[str, int], default: int) -> int:
     """The first matching pattern wins, in the order in which they are written."""
     return next((rank for pattern, rank in patterns.items() if re.match(rf"(.*\.)?({pattern})$", key)), default)
-
-
-def _check_layers(table: ModelTable, layers_to_transform: Iterable[int] | None) -> None:
-    outside = [index for index in layers_to_transform or () if not 0 <= index < table.num_blocks]
-    if outside:
-        raise ConfigError(
-            f"method.layers_to_transform names block {outside[0]}, but the model has blocks 0 to {table.num_blocks - 1}"
-        )
 
 
 def _check_targets(table: ModelTable, method: LoraConfig) -> None:

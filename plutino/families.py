@@ -14,7 +14,16 @@ from plutino.encoder_families import ENCODER_FAMILIES
 from plutino.errors import ModelError
 from plutino.family import ATTENTION_OUTPUT, MLP_INNER, SIZE_DEFAULTS, SIZE_KEYS, Family, LinearRule, ScoreHead
 
-__all__ = ["ATTENTION_OUTPUT", "FAMILIES", "MLP_INNER", "Family", "LinearRule", "ScoreHead", "family_of"]
+__all__ = [
+    "ATTENTION_OUTPUT",
+    "EMBEDDING_NAMES",
+    "FAMILIES",
+    "MLP_INNER",
+    "Family",
+    "LinearRule",
+    "ScoreHead",
+    "family_of",
+]
 
 _LLAMA = Family(
     model_type="llama",
@@ -248,6 +257,10 @@ _ALL = (
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*_ALL, *ENCODER_FAMILIES)}
+
+
+EMBEDDING_NAMES = frozenset(family.embedding[0].split(".")[-2] for family in FAMILIES.values())
+"""What token embeddings are called, over all families."""
 
 
 def family_of(model_type: str | None) -> Family:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from plutino.errors import ConfigError
 from plutino.families import Family
+from plutino.job.blocks import chosen_blocks
 
 SIDE_TYPE = "PLUTINO_SIDE_NETWORK"
 """What stands in adapter_config.json where peft's adapters name their ``peft_type``."""
@@ -81,7 +82,7 @@ def side_layout(
     family: Family,
     *,
     reduction: int,
-    blocks: Sequence[int] | None,
+    blocks: Sequence[int] | str | None,
     sizes: Mapping[str, int],
     out_width: int,
 ) -> SideLayout:
@@ -99,7 +100,7 @@ def side_layout(
         ConfigError: the family's blocks cannot be narrowed, by no number or not by this one, or a block does not exist.
     """
     num_blocks, num_encoder_blocks = sizes["blocks"], family.num_encoder_blocks(values)
-    chosen = chosen_blocks(blocks, num_blocks, num_encoder_blocks)
+    chosen = followed_blocks(blocks, num_blocks, num_encoder_blocks)
     check_reduction(family, reduction, sizes)
     narrow = _narrowed(values, family, reduction, sizes)
     head_dim = sizes["head_dim"] // reduction
@@ -126,7 +127,7 @@ def side_layout(
     return layout.model_copy(update={"config": config})
 
 
-def chosen_blocks(blocks: Sequence[int] | None, num_blocks: int, num_encoder_blocks: int = 0) -> tuple[int, ...]:
+def followed_blocks(blocks: Sequence[int] | str | None, num_blocks: int, num_encoder_blocks: int = 0) -> tuple[int, ...]:
     """Blocks that a side block follows, ascending.
 
     Args:
@@ -137,19 +138,14 @@ def chosen_blocks(blocks: Sequence[int] | None, num_blocks: int, num_encoder_blo
     Raises:
         ConfigError: a block does not exist, none was named, or none of an encoder-decoder's halves.
     """
-    if blocks is None:
-        return tuple(range(num_blocks))
-    if not blocks or not all(0 <= block < num_blocks for block in blocks):
+    chosen = chosen_blocks(blocks, num_blocks)
+    if num_encoder_blocks and not chosen[0] < num_encoder_blocks <= chosen[-1]:
         raise ConfigError(
-            f"method.blocks is {list(blocks)} but the blocks are 0 to {num_blocks - 1}; leave it out to follow all"
-        )
-    if num_encoder_blocks and not min(blocks) < num_encoder_blocks <= max(blocks):
-        raise ConfigError(
-            f"method.blocks is {list(blocks)}, but what follows the decoder's blocks looks at what follows the "
+            f"method.blocks is {list(chosen)}, but what follows the decoder's blocks looks at what follows the "
             f"encoder's: name some of 0 to {num_encoder_blocks - 1} and some of {num_encoder_blocks} to "
             f"{num_blocks - 1}, or leave it out to follow all"
         )
-    return tuple(sorted(set(blocks)))
+    return chosen
 
 
 def check_reduction(family: Family, reduction: int, sizes: Mapping[str, int]) -> None:

@@ -39,6 +39,7 @@ from plutino.data.samples import Samples
 from plutino.data.tokenisation import tokenise
 from plutino.data.tokenizer import ModelTokenizer, load_tokenizer
 from plutino.errors import ConfigError
+from plutino.job.blocks import chosen_blocks
 from plutino.job.data import ScoringConfig
 from plutino.job.method import FullConfig, LoraConfig, PrefixConfig, PromptConfig, PTuningV2Config
 from plutino.job.spec import JobSpec, load_spec
@@ -146,14 +147,14 @@ def _load_model(spec: JobSpec) -> peft.PeftModel:
     elif isinstance(spec.method, FullConfig):
         model = cast("peft.PeftModel", base)  # what is asked of it below, both have
     else:
-        model = peft.get_peft_model(base, peft_config_of(spec))
+        model = peft.get_peft_model(base, peft_config_of(spec, int(base.config.num_hidden_layers)))
     if spec.training.checkpointing == "on":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def peft_config_of(spec: JobSpec) -> peft.PeftConfig:
-    """The job's method as a person would ask stock peft for it.
+def peft_config_of(spec: JobSpec, num_blocks: int) -> peft.PeftConfig:
+    """The job's method on a model of so many blocks, as a person would ask stock peft for it.
 
     Raises:
         ConfigError: peft has no such method.
@@ -173,18 +174,18 @@ def peft_config_of(spec: JobSpec) -> peft.PeftConfig:
             task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=method.num_virtual_tokens, **projection
         )
     if isinstance(method, LoraConfig) and method.unfreeze is None:
-        return _lora(method)
+        return _lora(method, num_blocks)
     raise ConfigError(f"stock peft has no method.type: {method.type} with these settings")
 
 
-def _lora(method: LoraConfig) -> peft.LoraConfig:
+def _lora(method: LoraConfig, num_blocks: int) -> peft.LoraConfig:
     return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]  # annotated int, used as a float
         lora_dropout=method.dropout,
         target_modules=method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules),
-        layers_to_transform=None if method.layers_to_transform is None else list(method.layers_to_transform),
+        layers_to_transform=None if method.blocks is None else list(chosen_blocks(method.blocks, num_blocks)),
         rank_pattern=dict(method.rank_pattern),
         alpha_pattern=dict(method.alpha_pattern),
         use_rslora=method.use_rslora,

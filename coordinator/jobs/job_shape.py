@@ -13,6 +13,7 @@ from partitioner.adapter import adapter_params_of
 from partitioner.model import JobShape, ModelTable
 from plutino.data.batches import steps_per_epoch
 from plutino.families import family_of
+from plutino.job.frozen_blocks import kept_place
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
 from plutino.state_codecs import token_bytes
@@ -34,6 +35,7 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
     """What a job asks of a pipeline, at a micro-batch of so many rows."""
     family_of(table.family).refuse_objective(spec.objective)
     adapters = adapter_params_of(table, spec.method)
+    kept_place(spec, table.num_blocks)  # refuses a cache that would keep nothing
     per_sample = spec.objective.sequences_per_row
     head_params = table.hidden_size * (spec.objective.num_outputs or len(prepared.class_names))
     fields = adapters.shape_fields

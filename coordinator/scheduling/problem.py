@@ -14,7 +14,7 @@ from partitioner.search import answer
 from partitioner.spread import Fan, PartResult, SearchPart, in_turn
 from partitioner.values import PlanValue
 from plutino.errors import InfeasiblePlanError
-from plutino.families import FAMILIES
+from plutino.families import EMBEDDING_NAMES
 from plutino.job.assignment import StageShape
 from plutino.job.spec import JobSpec
 
@@ -145,8 +145,7 @@ def stage_shapes(plan: Plan) -> tuple[StageShape, ...]:
 
 def first_trainable_stage(spec: JobSpec, stages: Sequence[StageShape]) -> int:
     """The lowest stage that holds anything to train: the stages below it only run forward."""
-    embeddings = {family.embedding[0].split(".")[-2] for family in FAMILIES.values()}
-    lowest = spec.method.lowest_trained_block(embeddings)
+    lowest = spec.method.lowest_trained_block(stages[-1].end_block, EMBEDDING_NAMES)
     if lowest is None:
         return len(stages) - 1
     return next((i for i, stage in enumerate(stages) if lowest < stage.end_block), len(stages) - 1)

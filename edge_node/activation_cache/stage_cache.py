@@ -53,7 +53,7 @@ class StageCache:
     Args:
         store: the device's cache; None: its owner gives none, and nothing is ever found.
         namespace: everything that the states follow from beside rows and blocks.
-        stage: with its side network beside it.
+        stage: with its side network beside it, or told which blocks are frozen.
         codec: how states lie on the disk.
     """
 
@@ -62,7 +62,9 @@ class StageCache:
         self.codec = codec
         self.counts = CacheCounts()
         self.names = state_names(stage)
-        """The states that this stage's side network reads."""
+        """The states that this stage reads: its side network, or its lowest trained block."""
+        # Experts compute their tokens together, padding among them: how many these are may change the last bit.
+        self._keeps_padding = codec == "raw" and bool(stage.family.merged)
         self._store = store
         self._namespace = namespace
         self._files: dict[str, StateFile] = {}
@@ -106,7 +108,7 @@ class StageCache:
             return
         by_name = {name: self._get(states, name) for name in self.names}
         for index, key in enumerate(_each(rows.keys)):
-            length = int(rows.lengths[index])
+            length = rows.padded_tokens if self._keeps_padding else int(rows.lengths[index])
             is_whole = True
             for name, file in self._files.items():
                 if is_whole and not file.holds(key):
@@ -172,12 +174,15 @@ class StageCache:
 
     def _width(self, name: str) -> int:
         side = self._stage.side
-        assert side is not None, "only a stage with a side network reads states"
+        if side is None:
+            return int(self._stage.config.hidden_size)
         return side.layout.out_width if name == "final" else side.layout.width
 
     def _put(self, states: BackboneStates, name: str, value: Tensor) -> None:
         side = self._stage.side
-        assert side is not None
+        if side is None:
+            states.entry = value
+            return
         if name == "final":
             states.final = value
             return
@@ -194,9 +199,11 @@ class StageCache:
 
 
 def state_names(stage: Stage) -> tuple[str, ...]:
-    """The states that a stage's side network reads."""
+    """The states that a stage reads: its side network, or the lowest block that is trained."""
     side = stage.side
-    return () if side is None else state_names_between(side.layout, stage.start_block, stage.end_block)
+    if side is None:
+        return () if stage.frozen_prefix is None else (f"h{stage.kept_place}",)
+    return state_names_between(side.layout, stage.start_block, stage.end_block)
 
 
 def state_names_between(layout: SideLayout, start_block: int, end_block: int) -> tuple[str, ...]:

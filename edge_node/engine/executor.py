@@ -320,13 +320,13 @@ class StageExecutor:
         return InFlight(trained_in, {} if loss.scaled is None else {"loss": loss.scaled}, {}), loss.sum
 
     def _run_stage(self, m: int, inputs: StageInput, lengths_B: Tensor) -> StageOutput:
-        """Run the blocks and what is beside them, or only the latter where the activation cache knows the former."""
+        """Run the whole stage, or leave out frozen blocks where the activation cache knows what they give."""
         cached = self._cached.get(m)
         if cached is None or self._activation_cache is None:
             return self.stage.run(inputs)
         keys = CacheKeys(cached.keys, lengths_B, inputs.position_ids.shape[1])
         if not cached.runs_blocks:
-            return self.stage.run_beside(inputs, self._activation_cache.read(keys, are_checked=self.stage.has_backbone))
+            return self.stage.run_known(inputs, self._activation_cache.read(keys, are_checked=self.stage.has_backbone))
         output = self.stage.run(inputs)
         if output.states is not None:
             self._activation_cache.write(keys, output.states)

@@ -15,6 +15,7 @@ from edge_node.methods.seeding import seeded_generator
 from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
 from plutino.families import ATTENTION_OUTPUT, MLP_INNER
+from plutino.job.blocks import chosen_blocks
 from plutino.job.method import AdaptersConfig
 from plutino.load_adapter import Bottleneck, BottleneckLayout, insert_bottleneck
 
@@ -24,9 +25,7 @@ class AttachedAdapters(StoredAsTrained):
 
     def __init__(self, bottlenecks: Mapping[str, Bottleneck], layout: BottleneckLayout) -> None:
         own = {key: p for layer, each in bottlenecks.items() for key, p in each.by_key(layer).items()}
-        super().__init__(
-            in_blocks(own), advice="Set placement, bottleneck and layers_to_transform as they were when it was trained"
-        )
+        super().__init__(in_blocks(own), advice="Set placement, bottleneck and blocks as they were when it was trained")
         self._bottlenecks = tuple(bottlenecks.values())
         self._layout = layout
 
@@ -77,12 +76,7 @@ def attach_adapters(stage: Stage, config: AdaptersConfig, *, seed: int) -> Attac
 
 def _adapted_layers(stage: Stage, config: AdaptersConfig) -> tuple[str, ...]:
     """Global names of the adapted layers, over all stages, in the model's order."""
-    blocks = config.layers_to_transform
-    if blocks is not None and (not blocks or not all(0 <= block < stage.num_blocks for block in blocks)):
-        raise ConfigError(
-            f"layers_to_transform is {list(blocks)} but the blocks are 0 to {stage.num_blocks - 1}; "
-            "leave it out to adapt all of them"
-        )
+    chosen = chosen_blocks(config.blocks, stage.num_blocks)
     names = {read: stage.family.sublayer_outputs((read,)) for read in (ATTENTION_OUTPUT, MLP_INNER)}
     wanted = (ATTENTION_OUTPUT, MLP_INNER) if config.placement == "houlsby" else (MLP_INNER,)
     if not all(names[read] for read in wanted):
@@ -91,5 +85,4 @@ def _adapted_layers(stage: Stage, config: AdaptersConfig) -> tuple[str, ...]:
             "use method.type: lora"
         )
     of_block = tuple(name for read in wanted for name in names[read])
-    chosen = range(stage.num_blocks) if blocks is None else sorted(set(blocks))
     return tuple(f"{stage.family.block_prefix}{block}.{name}" for block in chosen for name in of_block)

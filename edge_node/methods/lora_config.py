@@ -17,6 +17,7 @@ from edge_node.methods.base import Role
 from edge_node.stage.stage import Stage
 from plutino.errors import ConfigError
 from plutino.family import Family
+from plutino.job.blocks import chosen_blocks
 from plutino.job.method import LoraConfig
 
 
@@ -26,17 +27,12 @@ def resolve_peft_config(stage: Stage, config: LoraConfig) -> peft.LoraConfig:
     Raises:
         ConfigError: target modules or blocks that the model does not have.
     """
-    blocks = config.layers_to_transform
-    if blocks is not None and stage.family.halves is not None:
+    if config.blocks is not None and stage.family.halves is not None:
         raise ConfigError(
-            f"layers_to_transform would mean blocks of {stage.family.model_type}'s encoder and of its decoder at once; "
+            f"method.blocks would mean blocks of {stage.family.model_type}'s encoder and of its decoder at once; "
             "leave it out, and name layers of one of them in target_modules"
         )
-    if blocks is not None and (not blocks or not all(0 <= block < stage.num_blocks for block in blocks)):
-        raise ConfigError(
-            f"layers_to_transform is {list(blocks)} but the blocks are 0 to {stage.num_blocks - 1}; "
-            "leave it out to adapt all of them"
-        )
+    blocks = None if config.blocks is None else list(chosen_blocks(config.blocks, stage.num_blocks))
     # peft types alpha as int and writes it so, but computes with any number.
     values: dict[str, Any] = {
         "lora_alpha": _whole_if_possible(config.alpha),
@@ -47,7 +43,7 @@ def resolve_peft_config(stage: Stage, config: LoraConfig) -> peft.LoraConfig:
         r=config.rank,
         lora_dropout=config.dropout,
         target_modules=_resolve_target_modules(stage, config),
-        layers_to_transform=None if blocks is None else sorted(set(blocks)),
+        layers_to_transform=blocks,
         rank_pattern=dict(config.rank_pattern),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -66,7 +62,7 @@ def list_targets(stage: Stage, config: LoraConfig, peft_config: peft.LoraConfig)
     if not targets:
         raise ConfigError(
             f"no linear layer of the blocks {peft_config.layers_to_transform} is named as target_modules asks; "
-            "widen layers_to_transform or target_modules"
+            "widen method.blocks or target_modules"
         )
     for setting, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:

@@ -19,6 +19,7 @@ from edge_node.methods.registry import METHODS
 from edge_node.methods.seeding import seeded_generator
 from edge_node.stage.stage import Stage
 from plutino.family import ScoreHead
+from plutino.job.frozen_blocks import kept_place
 from plutino.job.spec import JobSpec
 from plutino.key_value_layout import bare_name
 
@@ -131,6 +132,8 @@ def attach_method(stage: Stage, spec: JobSpec) -> AttachedMethod:
     stage.family.refuse_method(spec.method.type)
     stage.family.refuse_objective(spec.objective)
     method = METHODS[spec.method.type](stage, spec.method, seed=spec.training.seed)
+    if (place := kept_place(spec, stage.num_blocks)) is not None:
+        stage.keep_below(place)
     objective, head = spec.objective, stage.family.score_head
     if not objective.has_score_head:
         return method

@@ -37,9 +37,10 @@ def _round_first(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
-        return (_rounded(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": _rounded(kwargs["hidden_states"])}
+        return (rounded_to_bf16(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": rounded_to_bf16(kwargs["hidden_states"])}
 
 
-def _rounded(values: Tensor) -> Tensor:
+def rounded_to_bf16(values: Tensor) -> Tensor:
+    """The nearest bf16 numbers in the values' own dtype; their gradient is rounded on its way back, too."""
     return cast(Tensor, _RoundedToBf16.apply(values))  # type: ignore[no-untyped-call]

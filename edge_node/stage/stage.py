@@ -17,7 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from edge_node.stage.architecture import count_blocks, make_packed_masks
+from edge_node.stage.frozen_prefix import FrozenPrefix
 from edge_node.stage.halves import new_halves_cache, run_halves
+from edge_node.stage.known_output import GivesItsInput
 from edge_node.stage.past import FixedPast, Past, for_rows
 from edge_node.stage.rounding import round_inputs
 from plutino.errors import ActivationCacheError, ModelError
@@ -37,7 +39,7 @@ class StageInput:
     input_ids: Tensor | None = None
     """int64 [B, T] on the first stage, None on the others."""
     hidden: Tensor | None = None
-    """[B, T, D], the previous stage's output; None on the first stage."""
+    """[B, T, D], the previous stage's output; None on the first stage, and where blocks below did not run."""
     side: Tensor | None = None
     """fp32 [B, T, R], the previous stage's side state; None where no side network runs below."""
     attention_mask: Tensor | None = None
@@ -73,7 +75,7 @@ class StageOutput:
     side: Tensor | None = None
     """fp32 [B, T, R], the side state; None where no side network runs, and on the last stage, which mixes it in."""
     states: BackboneStates | None = None
-    """What a side network read of the blocks."""
+    """What a side network read of the blocks, or what the lowest trained block got, where that is kept."""
     source: Tensor | None = None
     """[B, S, D], of an encoder-decoder; None where later tokens of a target do not need it."""
 
@@ -95,41 +97,6 @@ class StageOutput:
         """What the next stage gets, by name."""
         parts = {"hidden": self.known_hidden, "side": self.side, "source": self.source}
         return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
-
-
-class _KnownOutput:
-    """Output of a base model of which only the hidden states are known."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: int) -> Tensor:
-        assert index == 0
-        return self.last_hidden_state
-
-    def __getattr__(self, name: str) -> None:
-        """Caches, attention maps and the like, which heads pass on without looking at them."""
-
-
-class _GivesItsInput(nn.Module):
-    """Stands for a base model whose output is known already."""
-
-    @property
-    def decoder(self) -> _GivesItsInput:
-        """OPT's head looks for the decoder inside the base model."""
-        return self
-
-    def forward(
-        self,
-        *_: object,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        **__: object,
-    ) -> _KnownOutput:
-        """Hand the input on: the target's, where there are two."""
-        known = inputs_embeds if decoder_inputs_embeds is None else decoder_inputs_embeds
-        assert known is not None, "heads read hidden states"
-        return _KnownOutput(known)
 
 
 class Stage:
@@ -184,8 +151,12 @@ class Stage:
         """A method's network beside these blocks, see :meth:`put_beside`."""
         self.side_layout: SideLayout | None = None
         """Of the job's whole side network, also on stages that have no part of it."""
+        self.kept_place: int | None = None
+        """See :meth:`keep_below`."""
+        self.frozen_prefix: FrozenPrefix | None = None
         self._tap: BackboneTap | None = None
         self._rounding: list[RemovableHandle] = []
+        self._rounded_borders: frozenset[int] = frozenset()
 
     @property
     def is_first(self) -> bool:
@@ -234,6 +205,14 @@ class Stage:
         self.side = side
         self._tap = BackboneTap(self.model, self.family, side) if self.has_backbone else None
 
+    def keep_below(self, place: int) -> None:
+        """Nothing below a block is trained: from now on passes give what it gets, and may leave out what lies below."""
+        self.kept_place = place
+        if self.start_block <= place < self.end_block:
+            blocks = self.model.get_submodule(self.family.block_prefix.rstrip("."))
+            self.frozen_prefix = FrozenPrefix(blocks, self.start_block, place)
+            self.frozen_prefix.is_rounded = place in self._rounded_borders
+
     def round_at(self, borders: Iterable[int]) -> None:
         """Round hidden states to bf16 at these block borders, as a codec does where a stage ends there.
 
@@ -241,7 +220,10 @@ class Stage:
         """
         for handle in self._rounding:
             handle.remove()
-        inside = [b for b in borders if self.has_backbone and self.start_block < b < self.end_block]
+        self._rounded_borders = frozenset(borders)
+        if self.frozen_prefix is not None:
+            self.frozen_prefix.is_rounded = self.kept_place in self._rounded_borders
+        inside = [b for b in self._rounded_borders if self.has_backbone and self.start_block < b < self.end_block]
         self._rounding = round_inputs(self.model.get_submodule(f"{self.family.block_prefix}{b}") for b in inside)
 
     def run(self, inputs: StageInput) -> StageOutput:
@@ -251,6 +233,9 @@ class Stage:
         """
         if self.family.halves is not None:
             return self._run_halves(inputs)
+        if self.frozen_prefix is not None:
+            with self.frozen_prefix.recording() as states:
+                return StageOutput(self.forward(inputs), states=states)
         if self.side is None or not self.side.is_enabled or self._tap is None:
             return StageOutput(self.forward(inputs))
         with torch.no_grad(), self._tap.recording() as states:
@@ -278,6 +263,19 @@ class Stage:
             has_new_source=inputs.has_new_source,
         )
         return StageOutput(target_BTD, source=source_BSD)
+
+    def run_known(self, inputs: StageInput, states: BackboneStates) -> StageOutput:
+        """The stage's pass with what the activation cache knows of frozen blocks, which do not run."""
+        if self.kept_place is None:
+            return self.run_beside(inputs, states)
+        if self.end_block <= self.kept_place:
+            return StageOutput(None)
+        if self.frozen_prefix is None:
+            return StageOutput(self.forward(inputs))
+        assert states.entry is not None, "the lowest trained block reads what lies below"
+        known_BTD = states.entry.to(self.device)
+        with self.frozen_prefix.left_out(known_BTD):
+            return StageOutput(self.forward(replace(inputs, hidden=known_BTD)))
 
     def run_beside(self, inputs: StageInput, states: BackboneStates) -> StageOutput:
         """The side network's part of a pass, with what is known of the blocks; they do not run."""
@@ -333,7 +331,7 @@ class Stage:
         below = self.model.base_model_prefix
         # T5's head stands beside its decoder, without a base model around both halves.
         below = below if below in self.model._modules else "decoder"
-        above_blocks._modules = dict(self.model._modules) | {below: _GivesItsInput()}
+        above_blocks._modules = dict(self.model._modules) | {below: GivesItsInput()}
         rows = hidden.unsqueeze(0) if hidden.dim() == 2 else hidden
         known: dict[str, object] = {"inputs_embeds": rows}
         if self.family.halves is not None:
@@ -385,11 +383,10 @@ class Stage:
         return replace(inputs, cache=cache, attention_mask=mask, position_ids=inputs.position_ids + past.num_tokens)
 
     def _entry(self, inputs: StageInput) -> Tensor:
-        if not self.is_first:
-            assert inputs.hidden is not None, "a later stage needs the previous stage's hidden states"
+        if inputs.hidden is not None:
             # What comes over a wire lies on the CPU; autograd brings its gradient back there.
             return inputs.hidden.to(self.device)
-        assert inputs.input_ids is not None, "the first stage needs token ids"
+        assert self.is_first and inputs.input_ids is not None, "the first stage needs token ids, others hidden states"
         embedded_BTD = cast(Tensor, self.model.get_submodule(self.embedding_name)(inputs.input_ids.to(self.device)))
         if not inputs.num_prompt_tokens:
             return embedded_BTD

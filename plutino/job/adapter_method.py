@@ -104,7 +104,7 @@ def _lora(values: Mapping[str, Any]) -> LoraConfig:
         rank=values["r"],
         alpha=values["lora_alpha"],
         target_modules="all-linear" if targets == "all-linear" else tuple(targets),
-        layers_to_transform=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+        blocks=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
         use_rslora=bool(values.get("use_rslora")),
@@ -129,7 +129,7 @@ def _adapters(values: Mapping[str, Any]) -> AdaptersConfig:
         placement=values["placement"],
         bottleneck=values["bottleneck"],
         activation=values["activation"],
-        layers_to_transform=tuple(sorted({int(match[1]) for match in found if match is not None})),
+        blocks=tuple(sorted({int(match[1]) for match in found if match is not None})),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from plutino.families import EMBEDDING_NAMES
 from plutino.job.objective import GENERATED_METRICS
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ def _method_problems(spec: JobSpec) -> Iterator[str]:
 def _activation_cache_problems(spec: JobSpec) -> Iterator[str]:
     if spec.training.activation_cache == "off":
         return
-    if not spec.method.leaves_blocks_alone:
+    method = spec.method
+    if not method.leaves_blocks_alone and not method.may_freeze_blocks(EMBEDDING_NAMES):
+        upper = "train in upper blocks alone (method.blocks: last 4), " if "blocks" in type(method).model_fields else ""
         yield (
-            f"training.activation_cache keeps what the model's blocks give, which method.type: {spec.method.type} "
-            "changes with every step; set it to off, or use method.type: parallel_adapters"
+            f"training.activation_cache keeps what the model's blocks give, which method.type: {method.type} "
+            f"changes with every step; {upper}set it to off, or use method.type: parallel_adapters"
         )
     trained = [task for task in spec.data.sources if task.train is not None]
     if spec.objective.answers_per_row > 1:

@@ -12,11 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from plutino.job.method_part import InBackbonePart, MethodPart
+from plutino.job.method_part import InBackbonePart, InChosenBlocksPart, MethodPart
 from plutino.key_value_layout import Float32Array, block_name, join_blocks, split_blocks
 
 
-class LoraConfig(InBackbonePart):
+class LoraConfig(InChosenBlocksPart, InBackbonePart):
     """LoRA (Hu et al. 2021, arXiv:2106.09685)."""
 
     size_setting: ClassVar[str] = "rank"
@@ -31,8 +31,6 @@ class LoraConfig(InBackbonePart):
     """Dropout on the input of A, drawn from (seed, step, micro-batch, name) so that no partition changes it."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers that get an adapter: names as in the model (q_proj, c_attn, ...), or all of them but the head."""
-    layers_to_transform: tuple[int, ...] | None = None
-    """Blocks that get an adapter; None means all."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Another rank for modules whose name matches the key (a regular expression, as in peft)."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
@@ -66,18 +64,25 @@ class LoraConfig(InBackbonePart):
         """DoRA takes the norm of every adapted weight."""
         return "use_dora" if self.use_dora else ""
 
-    def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
+    def lowest_trained_block(self, num_blocks: int, embedding_names: Collection[str]) -> int | None:
         """See :class:`MethodPart`."""
-        if self.ensure_weight_tying or set(embedding_names) & set(self.modules_to_save):
-            return 0
-        return 0 if self.layers_to_transform is None else min(self.layers_to_transform, default=None)
+        return (
+            0 if self._trains_embedding(embedding_names) else super().lowest_trained_block(num_blocks, embedding_names)
+        )
+
+    def may_freeze_blocks(self, embedding_names: Collection[str]) -> bool:
+        """See :class:`MethodPart`."""
+        return super().may_freeze_blocks(embedding_names) and not self._trains_embedding(embedding_names)
+
+    def _trains_embedding(self, embedding_names: Collection[str]) -> bool:
+        return self.ensure_weight_tying or bool(set(embedding_names) & set(self.modules_to_save))
 
     def for_profile(self) -> LoraConfig:
         """LoRA of this rank on all linear layers."""
         return LoraConfig(rank=self.rank)
 
 
-class AdaptersConfig(InBackbonePart):
+class AdaptersConfig(InChosenBlocksPart, InBackbonePart):
     """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247).
 
     ``y + up(activation(down(y)))``, with y what a sublayer adds to the hidden states.
@@ -94,19 +99,13 @@ class AdaptersConfig(InBackbonePart):
     """Inner dimension of each adapter."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """Non-linearity between down and up."""
-    layers_to_transform: tuple[int, ...] | None = None
-    """Blocks that get adapters; None means all."""
-
-    def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
-        """See :class:`MethodPart`."""
-        return 0 if self.layers_to_transform is None else min(self.layers_to_transform, default=None)
 
     def for_profile(self) -> AdaptersConfig:
         """The same adapters in all blocks."""
-        return self.model_copy(update={"layers_to_transform": None})
+        return self.model_copy(update={"blocks": None})
 
 
-class ParallelAdaptersConfig(MethodPart):
+class ParallelAdaptersConfig(InChosenBlocksPart):
     """PAC's parallel adapters (Ouyang et al. 2024, arXiv:2408.10746): a narrow network beside the frozen model.
 
     It reads what the model's blocks give and no gradient of it enters them.
@@ -119,8 +118,6 @@ class ParallelAdaptersConfig(MethodPart):
     type: Literal["parallel_adapters"] = "parallel_adapters"
     reduction: int = Field(8, ge=2, le=1024)
     """Every width of the side network is the model's divided by it; the number of heads stays."""
-    blocks: tuple[int, ...] | None = None
-    """Blocks that a side block follows; None means all. The lowest one decides how far down gradients go."""
     init: Literal["pruning", "random"] = "pruning"
     """Where side blocks start: from the largest weights of the blocks that they follow, or from random numbers."""
 
@@ -128,10 +125,6 @@ class ParallelAdaptersConfig(MethodPart):
     def leaves_blocks_alone(self) -> bool:
         """See :class:`MethodPart`."""
         return True
-
-    def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
-        """See :class:`MethodPart`."""
-        return 0 if self.blocks is None else min(self.blocks, default=None)
 
     def for_profile(self) -> ParallelAdaptersConfig:
         """A side network beside all blocks."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from plutino.job.base import SpecPart
+from plutino.job.blocks import Blocks, chosen_blocks
 from plutino.key_value_layout import Float32Array
 
 if TYPE_CHECKING:
@@ -98,13 +99,24 @@ class MethodPart(SpecPart, ABC):
         """The config for devices, which have no tokenizer, with the ids of :attr:`text`; itself if it has none."""
         return self
 
-    def lowest_trained_block(self, embedding_names: Collection[str]) -> int | None:
+    def lowest_trained_block(self, num_blocks: int, embedding_names: Collection[str]) -> int | None:
         """The lowest block that a gradient has to reach; None if nothing below the head is trained.
 
         Args:
+            num_blocks: blocks of the model.
             embedding_names: what embeddings are called, over all families; training one counts as block 0.
+
+        Raises:
+            ConfigError: the method names blocks that the model does not have.
         """
         return 0
+
+    def may_freeze_blocks(self, embedding_names: Collection[str]) -> bool:
+        """Whether the lowest blocks may train nothing and see nothing trained, so that what they give can be kept.
+
+        How many they are, if any, :meth:`lowest_trained_block` says.
+        """
+        return False
 
     @abstractmethod
     def for_profile(self) -> MethodConfig:
@@ -136,11 +148,27 @@ class InBackbonePart(MethodPart):
 
     @model_validator(mode="after")
     def _unfreezing_counts_all_blocks(self) -> InBackbonePart:
-        if self.unfreeze is not None and getattr(self, "layers_to_transform", None) is not None:
-            raise ValueError("unfreeze counts all blocks from the top; leave layers_to_transform out")
+        if self.unfreeze is not None and getattr(self, "blocks", None) is not None:
+            raise ValueError("unfreeze counts all blocks from the top; leave blocks out")
         return self
 
     @property
     def unfreezing(self) -> Unfreezing | None:
         """See :class:`MethodPart`."""
         return self.unfreeze
+
+
+class InChosenBlocksPart(MethodPart):
+    """What methods share that train in blocks which the job may choose."""
+
+    blocks: Blocks = None
+    """Blocks that are trained in: [8, 9], 8-11 or last 4; None means all. The lowest one decides how far down gradients
+    go, and what training.activation_cache can keep."""
+
+    def lowest_trained_block(self, num_blocks: int, embedding_names: Collection[str]) -> int | None:
+        """See :class:`MethodPart`."""
+        return chosen_blocks(self.blocks, num_blocks)[0]
+
+    def may_freeze_blocks(self, embedding_names: Collection[str]) -> bool:
+        """See :class:`MethodPart`."""
+        return self.blocks is not None and 0 not in (() if isinstance(self.blocks, str) else self.blocks)

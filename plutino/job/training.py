@@ -52,7 +52,7 @@ class TrainingConfig(SpecPart):
     activation_cache: Literal["off", "raw", "bf16", "int8", "int4"] = "off"
     """Keep what the frozen blocks give on the devices' disks, coded so, and run those blocks once instead of in every
     epoch. Later epochs repeat the first one's micro-batches in another order; with raw they give the bits of epochs
-    without a cache. For methods that no block depends on."""
+    without a cache. For methods that no block depends on, and for those that train in upper blocks alone."""
     shadow_every: int | Literal["auto"] = "auto"
     """Steps between copies of the training state on the coordinator; auto keeps them under 2 % of the time."""
 

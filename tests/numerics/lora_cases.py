@@ -27,7 +27,7 @@ def make_configs(**few) -> dict[str, LoraConfig]:
         "dropout": LoraConfig(rank=4, dropout=0.3, **few),
         "dora_dropout": LoraConfig(rank=4, dropout=0.3, use_dora=True, **few),
         "rslora": LoraConfig(rank=4, use_rslora=True, **few),
-        "blocks": LoraConfig(rank=4, layers_to_transform=(1, 3), **few),
+        "blocks": LoraConfig(rank=4, blocks=(1, 3), **few),
         "head": LoraConfig(rank=4, modules_to_save=("lm_head",), **few),
         "tied": LoraConfig(rank=4, modules_to_save=("lm_head",), ensure_weight_tying=True, **few),
     }
@@ -37,7 +37,7 @@ LLAMA = make_configs(target_modules=FEW["llama"]) | {
     "patterns": LoraConfig(
         rank=4, rank_pattern={"down_proj": 2, r"layers\.[23]\..*_proj": 3}, alpha_pattern={"up_proj": 3.5}
     ),
-    "all_linear_blocks": LoraConfig(rank=4, layers_to_transform=(2,)),
+    "all_linear_blocks": LoraConfig(rank=4, blocks=(2,)),
     "both": LoraConfig(rank=4, modules_to_save=("embed_tokens", "lm_head"), target_modules=FEW["llama"]),
     "tied_by_embedding": LoraConfig(
         rank=4, modules_to_save=("embed_tokens",), ensure_weight_tying=True, target_modules=FEW["llama"]
@@ -82,7 +82,7 @@ def stock_model(model_dir, config: LoraConfig, dtype=torch.float32):
     """The whole model under stock peft, built from the job's settings and not from ours."""
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     targets = config.target_modules if config.target_modules == "all-linear" else list(config.target_modules)
-    if config.layers_to_transform and targets == "all-linear":
+    if config.blocks and targets == "all-linear":
         # peft refuses to combine the two.
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     stock = peft.LoraConfig(
@@ -90,7 +90,7 @@ def stock_model(model_dir, config: LoraConfig, dtype=torch.float32):
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=targets,
-        layers_to_transform=list(config.layers_to_transform) if config.layers_to_transform else None,
+        layers_to_transform=list(config.blocks) if config.blocks else None,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         use_rslora=config.use_rslora,

@@ -17,7 +17,7 @@ CONFIGS: dict[str, dict[str, MethodConfig]] = {
     "adapters": {
         "pfeiffer": AdaptersConfig(bottleneck=6, activation="gelu"),
         "houlsby": AdaptersConfig(bottleneck=5, placement="houlsby"),
-        "blocks": AdaptersConfig(bottleneck=4, activation="silu", layers_to_transform=(1, 3)),
+        "blocks": AdaptersConfig(bottleneck=4, activation="silu", blocks=(1, 3)),
     },
     "full": {"all": FullConfig()},
     "lora": {"all_linear": LoraConfig(rank=4)},

@@ -42,7 +42,7 @@ METHODS = {
     "dora_dropout": {"dropout": 0.1, "use_dora": True},
     "rank_pattern": {"rank_pattern": {r"2\..*q_proj": 2}, "alpha_pattern": {"down_proj": 5.0}},
     "tied": TIED,
-    "blocks": {"layers_to_transform": (2, 3)},
+    "blocks": {"blocks": "last 2"},
 }
 
 

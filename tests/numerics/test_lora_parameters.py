@@ -51,7 +51,7 @@ def test_initial_values_are_pefts_kind(model_dirs):
 def test_stage_without_trainable_parameter_is_legal(model_dirs):
     stages = build_chain(model_dirs["llama"], 3)
 
-    methods = attach(stages, LoraConfig(rank=2, layers_to_transform=(3,), rank_pattern={"q_proj": 3}))
+    methods = attach(stages, LoraConfig(rank=2, blocks=(3,), rank_pattern={"q_proj": 3}))
 
     assert [len(method.parameters) for method in methods] == [0, 0, 14]
     assert methods[0].state() == {}
@@ -135,10 +135,10 @@ def test_load_is_strict_about_own_names_and_ignores_others(model_dirs):
         (LoraConfig(target_modules=("q_prj",)), "q_prj names no linear layer.*down_proj.*q_proj"),
         (LoraConfig(target_modules=("lm_head",)), "lm_head names no linear layer"),
         (LoraConfig(target_modules=()), "an empty list"),
-        (LoraConfig(layers_to_transform=(1, 4)), "blocks are 0 to 3"),
-        (LoraConfig(layers_to_transform=()), "blocks are 0 to 3"),
+        (LoraConfig(blocks=(1, 4)), "blocks are 0 to 3"),
+        (LoraConfig(blocks=()), "blocks are 0 to 3"),
         (LoraConfig(rank_pattern={"q_prj": 4}), "rank_pattern: 'q_prj' matches"),
-        (LoraConfig(layers_to_transform=(1,), alpha_pattern={r"2\.mlp\.up_proj": 4}), "alpha_pattern"),
+        (LoraConfig(blocks=(1,), alpha_pattern={r"2\.mlp\.up_proj": 4}), "alpha_pattern"),
         (LoraConfig(rank_pattern={"(": 4}), "no regular expression"),
         (LoraConfig(modules_to_save=("norm",)), "'norm' cannot be trained in full.*embed_tokens and lm_head"),
         (LoraConfig(modules_to_save=("lm_head",), ensure_weight_tying=True), "are not tied"),

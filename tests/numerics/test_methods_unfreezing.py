@@ -156,4 +156,4 @@ def test_schedule_is_part_of_the_job_file_and_refused_beside_chosen_layers(tmp_p
     spec = parse_spec({**values, "method": method}, base_dir=tmp_path)
     assert spec.method.unfreezing == Unfreezing(every_steps=10, blocks=2)
     with pytest.raises(ConfigError, match="counts all blocks from the top"):
-        parse_spec({**values, "method": {**method, "layers_to_transform": [1]}}, base_dir=tmp_path)
+        parse_spec({**values, "method": {**method, "blocks": [1]}}, base_dir=tmp_path)

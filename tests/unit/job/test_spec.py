@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from plutino.errors import ConfigError
+from plutino.job.frozen_blocks import kept_place
 from plutino.job.spec import JobSpec, load_spec, parse_spec
 
 MINIMAL: dict[str, Any] = {"model": "base", "data": {"train": "train.jsonl"}}
@@ -168,5 +169,45 @@ def test_activation_cache_is_refused_for_methods_that_change_what_the_blocks_giv
     }
 
     assert parse_spec(values | {"method": {"type": "parallel_adapters"}}, base_dir=tmp_path)
-    with pytest.raises(ConfigError, match=r"which method\.type: lora changes with every step"):
-        parse_spec(values | {"method": {"type": "lora"}}, base_dir=tmp_path)
+    for blocks in ("last 4", "8-11", [3, 5]):
+        for method in ("lora", "adapters"):
+            assert parse_spec(values | {"method": {"type": method, "blocks": blocks}}, base_dir=tmp_path)
+    changing = [
+        {"type": "lora"},
+        {"type": "lora", "blocks": "0-3"},
+        {"type": "lora", "blocks": "last 4", "modules_to_save": ["embed_tokens"]},
+    ]
+    for method in changing:
+        with pytest.raises(ConfigError, match=r"which method\.type: lora changes with every step; .*blocks: last 4"):
+            parse_spec(values | {"method": method}, base_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"type: prompt changes with every step; set it to off"):
+        parse_spec(values | {"method": {"type": "prompt"}}, base_dir=tmp_path)
+
+
+def test_blocks_are_said_in_one_way_for_all_methods_that_choose_them(tmp_path):
+    values = {"model": {"path": str(tmp_path)}, "data": {"train": "rows.jsonl"}}
+    for method in ("lora", "adapters", "parallel_adapters"):
+        found = {}
+        for blocks in ([9, 8], "8-9", "last 2"):
+            spec = parse_spec(values | {"method": {"type": method, "blocks": blocks}}, base_dir=tmp_path)
+            again = JobSpec.model_validate_json(spec.model_dump_json())
+            assert again == spec
+            found[str(blocks)] = again.method.lowest_trained_block(10, ())
+        assert set(found.values()) == {8}
+        for blocks in ("last", "last 0", "9-8", "some"):
+            with pytest.raises(ConfigError, match="blocks"):
+                parse_spec(values | {"method": {"type": method, "blocks": blocks}}, base_dir=tmp_path)
+
+
+def test_cache_that_would_keep_nothing_is_refused_with_the_number_of_blocks(tmp_path):
+    values = {
+        "model": {"path": str(tmp_path)},
+        "data": {"train": "rows.jsonl"},
+        "training": {"activation_cache": "raw"},
+        "method": {"type": "lora", "blocks": "last 4"},
+    }
+    spec = parse_spec(values, base_dir=tmp_path)
+
+    assert kept_place(spec, 12) == 8
+    with pytest.raises(ConfigError, match="would keep nothing: the model has 4 blocks"):
+        kept_place(spec, 4)

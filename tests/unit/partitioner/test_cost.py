@@ -74,7 +74,7 @@ def test_stage_cost_checkpointing_adds_one_forward_to_each_backward():
 
 def test_stage_cost_blocks_below_the_lowest_adapter_have_no_backward():
     table = llama(4)
-    shape = job(table, LoraConfig(layers_to_transform=(2,)))
+    shape = job(table, LoraConfig(blocks=(2,)))
 
     below, across = (cost_of(table, shape, *blocks, link=LinkProfile()) for blocks in ((0, 2), (1, 4)))
 

@@ -87,7 +87,7 @@ FLEETS = st.lists(st.tuples(st.sampled_from([0.2, 1.0, 3.0]), st.integers(330, 4
 )
 def test_bound_never_exceeds_the_replay_of_any_cuts(numbers, num_blocks, rows, bandwidth, adapted, data):
     table = llama(max(num_blocks, 4))
-    shape = job(table, LoraConfig(layers_to_transform=adapted), micro_batch_rows=rows)
+    shape = job(table, LoraConfig(blocks=adapted), micro_batch_rows=rows)
     devices = [device(f"d{i}", speed=s, available_mib=a) for i, (s, a) in enumerate(numbers)]
     links = LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth, latency_s=1e-3))
     pricer = Pricer(table, shape, devices, links)

@@ -112,7 +112,7 @@ def test_memory_logits_only_on_the_last_stage_and_for_label_tokens():
 
 def test_memory_blocks_below_the_lowest_adapter_keep_nothing():
     table = llama(4)
-    shape = job(table, LoraConfig(layers_to_transform=(2, 3)))
+    shape = job(table, LoraConfig(blocks=(2, 3)))
 
     frozen = bill(table, shape, 0, 2, num_stages=2, stage_index=0)["activations"]
     trained = bill(table, shape, 2, 4, num_stages=2, stage_index=1)["activations"]
@@ -162,11 +162,11 @@ def test_memory_model_adapter_of_another_model_is_refused():
 METHODS = [
     LoraConfig(),
     LoraConfig(rank_pattern={"layers.2.*q_proj": 3}),
-    LoraConfig(layers_to_transform=(3, 5), use_dora=True),
+    LoraConfig(blocks=(3, 5), use_dora=True),
     LoraConfig(target_modules=("q_proj", "v_proj"), dropout=0.1),
     ParallelAdaptersConfig(reduction=4),
     ParallelAdaptersConfig(reduction=4, blocks=(2, 4, 5)),
-    AdaptersConfig(layers_to_transform=(4,)),
+    AdaptersConfig(blocks=(4,)),
     PrefixConfig(),
     FullConfig(),
 ]

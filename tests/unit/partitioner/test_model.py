@@ -10,7 +10,7 @@ from partitioner.model import describe_model
 from plutino import families
 from plutino.errors import ConfigError, ModelError
 from plutino.families import family_of
-from plutino.job.method import LoraConfig
+from plutino.job.method import AdaptersConfig, LoraConfig
 from plutino.safetensors_index import read_safetensors_headers
 from tests.unit.partitioner.fleet import gpt2, gpt2_config, gpt2_tensors, llama, llama_config, llama_tensors
 
@@ -108,8 +108,8 @@ def test_adapter_rank_pattern_first_match_wins_and_is_anchored_at_the_end():
     assert [block.rank_sum for block in adapter.blocks] == [8, 6]
 
 
-def test_adapter_layers_to_transform_leaves_other_blocks_empty():
-    adapter = adapter_params_of(llama(4), LoraConfig(layers_to_transform=(1, 3)))
+def test_adapter_in_chosen_blocks_leaves_the_others_empty():
+    adapter = adapter_params_of(llama(4), LoraConfig(blocks=(1, 3)))
 
     assert [bool(block.params) for block in adapter.blocks] == [False, True, False, True]
 
@@ -140,9 +140,10 @@ def test_adapter_modules_to_save_trains_embedding_and_head_in_full(modules, tie,
     ("method", "names"),
     [
         (LoraConfig(target_modules=("c_attn",)), r"'c_attn'.*q_proj"),
-        (LoraConfig(layers_to_transform=(7,)), "block 7.*0 to 3"),
+        (LoraConfig(blocks=(7,)), r"blocks is \[7\].*0 to 3"),
         (LoraConfig(modules_to_save=("norm",)), r"'norm'.*embed_tokens and lm_head"),
-        (LoraConfig(layers_to_transform=()), "0 parameters"),
+        (LoraConfig(blocks=()), r"blocks is \[\]"),
+        (AdaptersConfig(blocks="last 5"), "last 5 but the model has 4"),
     ],
 )
 def test_adapter_name_that_matches_nothing_says_what_there_is(method, names):

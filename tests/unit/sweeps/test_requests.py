@@ -98,7 +98,7 @@ def test_adapters_of_two_base_models_are_refused_unless_one_is_named(tmp_path):
         ({}, LoraConfig(rank=4, alpha=8, target_modules=("q_proj",))),
         (
             {"use_dora": True, "layers_to_transform": 1},
-            LoraConfig(rank=4, alpha=8, target_modules=("q_proj",), use_dora=True, layers_to_transform=(1,)),
+            LoraConfig(rank=4, alpha=8, target_modules=("q_proj",), use_dora=True, blocks=(1,)),
         ),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}, PTuningV2Config(num_virtual_tokens=3, init="zero")),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, PromptConfig(num_virtual_tokens=3, init="random")),
@@ -110,7 +110,7 @@ def test_adapters_of_two_base_models_are_refused_unless_one_is_named(tmp_path):
                 "activation": "gelu",
                 "layers": ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"],
             },
-            AdaptersConfig(placement="houlsby", bottleneck=5, activation="gelu", layers_to_transform=(1,)),
+            AdaptersConfig(placement="houlsby", bottleneck=5, activation="gelu", blocks=(1,)),
         ),
         (
             {"peft_type": "PLUTINO_SIDE_NETWORK", "reduction": 2, "blocks": [0, 3]},
