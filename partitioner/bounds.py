@@ -206,7 +206,8 @@ class Bounds:
             starts, ends = self._starts, self._ends
             is_first, is_last = starts == 0, ends == self._pricer.table.num_blocks
             num_trained = ends - np.maximum(starts, np.minimum(shape.first_trainable_block, ends))
-            forward_s = (ends - starts) * timings.forward_s + is_first * timings.embedding_s
+            num_run = num_trained + shape.frozen_share * (ends - starts - num_trained)
+            forward_s = num_run * timings.forward_s + is_first * shape.frozen_share * timings.embedding_s
             forward_s = forward_s + is_last * timings.head_forward_s
             backward_s = num_trained * (timings.backward_s + (timings.forward_s if choice else 0.0))
             goes_back = is_last & ((num_trained > 0) | (shape.last_trainable_params > 0))

@@ -49,7 +49,7 @@ def stage_cost(
     checkpointing: bool,
     link: LinkProfile | None,
 ) -> StageCost:
-    """Seconds of blocks ``[start_block, end_block)`` on a device.
+    """Seconds of blocks ``[start_block, end_block)`` on a device, frozen ones over as many steps as they run in.
 
     Checkpointing adds one forward pass of every block to its backward pass. Blocks below the first trainable one have
     no backward pass, and a stage of only such blocks gets no gradient.
@@ -66,10 +66,11 @@ def stage_cost(
     timings = device.timings
     num_trained = end_block - max(start_block, min(shape.first_trainable_block, end_block))
     has_head_backward = end_block == table.num_blocks and (num_trained > 0 or shape.last_trainable_params > 0)
-    forward_s = (end_block - start_block) * timings.forward_s
+    num_frozen = end_block - start_block - num_trained
+    forward_s = (num_trained + shape.frozen_share * num_frozen) * timings.forward_s
     backward_s = num_trained * (timings.backward_s + (timings.forward_s if checkpointing else 0.0))
     if start_block == 0:
-        forward_s += timings.embedding_s
+        forward_s += shape.frozen_share * timings.embedding_s
     if end_block == table.num_blocks:
         forward_s += timings.head_forward_s
         backward_s += timings.head_backward_s if has_head_backward else 0.0

@@ -77,8 +77,9 @@ class Estimator:
         self._arrays: dict[str, Floats] = {}
         self._cap_array: Ints = np.zeros(0, dtype=np.int64)
         self._member_array: Floats = np.zeros(0)
-        trained_share = 1.0 - pricer.shape.first_trainable_block / pricer.table.num_blocks
-        self._trained_share = trained_share
+        self._trained_share = 1.0 - pricer.shape.first_trainable_block / pricer.table.num_blocks
+        self._run_share = self._trained_share + pricer.shape.frozen_share * (1.0 - self._trained_share)
+        """Mean share of the steps in which a block runs."""
 
     def _caps_of_devices(self) -> Ints:
         """[device, micro-batches in flight, is first + 2 * is last, checkpointing] -> blocks that fit."""
@@ -186,7 +187,7 @@ class Estimator:
         window = np.cumsum(sizes[:, ::-1], axis=1)[:, ::-1].astype(np.int64)
         kind = is_first + 2 * is_last
         caps = self._cap_array[order, window, kind].astype(np.float32)
-        block_s = a["forward_s"] + self._trained_share * a["backward_s"]
+        block_s = self._run_share * a["forward_s"] + self._trained_share * a["backward_s"]
         slow_block_s = block_s + self._trained_share * a["recompute_s"]
         fixed_s = is_first * a["embedding_s"] + is_last * (a["head_forward_s"] + a["head_backward_s"])
         # Pace 1: all stages equally busy, were there no budgets and no whole blocks.
@@ -248,7 +249,9 @@ class Estimator:
         recomputes = counts > caps[:, None, :, 0]
         a = {name: values[:, None, :] for name, values in a.items()}
         first, last, stage = is_first[None, None, :], is_last[:, None, :], is_stage[:, None, :]
-        f = counts * a["forward_s"] + first * a["embedding_s"] + last * a["head_forward_s"]
+        frozen_share = pricer.shape.frozen_share
+        num_run = trained + frozen_share * (counts - trained)
+        f = num_run * a["forward_s"] + first * frozen_share * a["embedding_s"] + last * a["head_forward_s"]
         b = trained * (a["backward_s"] + recomputes * a["recompute_s"])
         has_back = (trained > 0) | (last & (pricer.shape.last_trainable_params > 0))
         b = b + (last & has_back) * a["head_backward_s"]

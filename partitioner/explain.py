@@ -48,7 +48,12 @@ def _summary(plan: Plan) -> str:
 
 
 def _from_cache(plan: Plan) -> str:
-    """Who trains the side network, once the blocks are not needed any more."""
+    """Who trains the side network, once the blocks are not needed any more, or which blocks still run."""
+    if plan.upper is not None:
+        return (
+            f"from the activation cache: step {plan.upper.step_s:.3g} s, blocks 0 to {plan.upper.place - 1} run in the "
+            "first epoch alone"
+        )
     cached = plan.cached
     if cached is None or plan.from_cache:
         return ""

@@ -118,6 +118,16 @@ class CachedStep(PlanValue):
     """Until all have the whole gradient."""
 
 
+class UpperStep(PlanValue):
+    """One optimiser step of later epochs, where what frozen blocks give comes from the activation cache."""
+
+    place: int
+    """The lowest block that runs."""
+    step_s: float
+    row_bytes: int
+    """Of the longest row's entry, on the disks of the devices that hold the place."""
+
+
 class RejectedPlan(PlanValue):
     """An alternative and why it lost."""
 
@@ -155,6 +165,8 @@ class Plan(PlanValue):
     """What would make it faster or smaller."""
     cached: CachedStep | None = None
     """How these devices would train from the activation cache, without the backbone; None: the job will not."""
+    upper: UpperStep | None = None
+    """How later epochs run in this pipeline with their frozen blocks left out; None: all blocks run in every epoch."""
     from_cache: bool = False
     """This is how: one stage without blocks, with the whole side network on every replica."""
     rejected: tuple[RejectedPlan, ...] = ()
@@ -162,9 +174,15 @@ class Plan(PlanValue):
 
     def mean_step_s(self, cached_steps_share: float) -> float:
         """Mean seconds of all steps, where so many come from the cache for each one through the blocks."""
-        if self.cached is None or self.from_cache:
+        if self.from_cache or (later_s := self.later_step_s) is None:
             return self.step_s
-        return (self.step_s + cached_steps_share * self.cached.step_s) / (1 + cached_steps_share)
+        return (self.step_s + cached_steps_share * later_s) / (1 + cached_steps_share)
+
+    @property
+    def later_step_s(self) -> float | None:
+        """Of a step behind the first epoch, which comes from the activation cache; None: it is like the others."""
+        later = self.cached or self.upper
+        return None if later is None else later.step_s
 
     @property
     def bf16_borders(self) -> tuple[int, ...]:

@@ -7,18 +7,18 @@ priced by the same numbers wherever it was found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from partitioner.cached_epoch import cached_step_of
+from partitioner.cached_epoch import cached_step_of, read_s
 from partitioner.cost import StageCost, message_bytes, stage_cost
 from partitioner.device import DeviceProfile, LinkProfile, LinkTable
 from partitioner.layout import Cuts, Group, Layout
 from partitioner.model import JobShape, ModelTable
 from partitioner.place import Ints
-from partitioner.plan import CachedStep
+from partitioner.plan import CachedStep, UpperStep
 from partitioner.replay import Floats, StageGroup, StepTime, replay, replay_many
 from partitioner.rooms import Rooms
 
@@ -261,6 +261,40 @@ class Pricer(Rooms):
         groups = tuple(self.group(layout, k, cuts[k], cuts[k + 1], checkpointing=modes[k]) for k in range(len(layout)))
         return self._candidate(layout, cuts, modes, groups)
 
+    def first_epoch(self, found: Candidate) -> Candidate:
+        """A candidate with the seconds of an epoch in which all blocks run, where it is compared by the mean."""
+        if self.shape.frozen_share == 1.0:
+            return found
+        return self._at_share(1.0).fixed(found.layout, found.cuts, found.checkpointing)
+
+    def upper_step(self, found: Candidate) -> UpperStep | None:
+        """A step of the later epochs of a candidate; None: all blocks run in them."""
+        shape = self.shape
+        if shape.frozen_share == 1.0:
+            return None
+        place = shape.first_trainable_block
+        at = next(k for k in range(len(found.layout)) if place < found.cuts[k + 1])
+        later = self._at_share(0.0).fixed(found.layout, found.cuts, found.checkpointing)
+        groups = []
+        for k, group in enumerate(later.groups):
+            if k == at:
+                seconds = read_s(shape, 1)
+                read = [replace(cost, forward_s=cost.forward_s + seconds) for cost in group.replicas]
+                group = replace(group, replicas=tuple(read))
+            # No hidden states cross a border at or below the place.
+            is_idle = found.cuts[k + 1] <= place
+            groups.append(replace(group, links=_free(group.links)) if is_idle else group)
+        return UpperStep(
+            place=place,
+            step_s=replay(groups, self.num_micro_batches).step_s,
+            row_bytes=shape.row_tokens * shape.entry_token_bytes,
+        )
+
+    def _at_share(self, frozen_share: float) -> Pricer:
+        return Pricer(
+            self.table, self.shape.model_copy(update={"frozen_share": frozen_share}), self.devices, self.links
+        )
+
     def _candidate(
         self, layout: Layout, cuts: Cuts, modes: tuple[bool, ...], groups: tuple[StageGroup, ...]
     ) -> Candidate:
@@ -306,3 +340,7 @@ class Pricer(Rooms):
             backward_s.append(np.array([idle if o is None else o.backward_s for o in of_stage])[numbers])
             sum_s.append(np.array([0.0 if o is None else o.group.sum_s for o in of_stage])[numbers])
         return replay_many(groups, forward_s, backward_s, np.array(sum_s).T, self.num_micro_batches)
+
+
+def _free(links: tuple[tuple[tuple[float, float], ...], ...]) -> tuple[tuple[tuple[float, float], ...], ...]:
+    return tuple(tuple((0.0, 0.0) for _ in row) for row in links)

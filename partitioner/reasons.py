@@ -87,8 +87,10 @@ def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Can
         all_devices: every device that was offered, those that the search could not use included.
         freed: the best candidate if memory cost nothing.
     """
-    best, pricer = outcome.chosen()
-    shape = pricer.shape
+    compared, pricer = outcome.chosen()
+    shape, best = pricer.shape, pricer.first_epoch(compared)
+    if freed is not None:
+        freed = pricer.first_epoch(freed)
     stages = tuple(_stage(pricer, best, k) for k in range(len(best.layout)))
     return Plan(
         stages=stages,
@@ -101,6 +103,7 @@ def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Can
         step_s=best.step_s,
         bound_s=outcome.bound_s if shape.cached_steps_share == 0 else None,
         cached=pricer.cached_step(best.layout) if shape.cached_steps_share else None,
+        upper=pricer.upper_step(compared),
         links=_link_uses(pricer, best),
         bubble_share=best.time.bubble_share,
         bottleneck=_bottleneck(shape.num_micro_batches, stages, best),

@@ -17,7 +17,7 @@ from partitioner.simulate import Noise, simulate_step
 from partitioner.trace import Trace
 from partitioner.values import PlanValue
 from plutino.errors import PlanError
-from plutino.sizes import MIB
+from plutino.sizes import MIB, format_size
 
 _NOISE = Noise(compute_sigma=0.1, link_sigma=0.2, is_card_shared=True)
 _NUM_PLAYED = 20
@@ -47,8 +47,12 @@ class PlanReport(PlanValue):
     epoch_s: float
     epoch_range_s: tuple[float, float]
     cached_step_s: float | None = None
-    """A step of later epochs, from the activation cache and without the blocks; None: they run as the first."""
+    """A step of later epochs, from the activation cache; None: they run as the first."""
     cached_epoch_s: float | None = None
+    upper_blocks: tuple[int, int] | None = None
+    """The blocks [from, to) that later epochs run; None: all, or with a side network none."""
+    entry_bytes: int | None = None
+    """Of what frozen blocks give of all rows, at most, on the disks of the devices that read it."""
     mean_step_s: float
     """Over all steps of the job: what plans were compared by."""
     devices: tuple[DeviceUse, ...]
@@ -70,8 +74,8 @@ def replayed(
     Raises:
         PlanError: the plan is not one for these devices.
     """
-    codecs = {"codec": plan.codec, "bf16_borders": () if plan.codec == "bf16" else plan.bf16_borders}
-    used = with_rows(shape, plan.micro_batch_rows).model_copy(update=codecs)
+    changes = {"codec": plan.codec, "bf16_borders": () if plan.codec == "bf16" else plan.bf16_borders}
+    used = with_rows(shape, plan.micro_batch_rows).model_copy(update={**changes, "frozen_share": 1.0})
     pricer = Pricer(table, used, scaled_devices(devices, shape.micro_batch_rows, plan.micro_batch_rows), links)
     position = {device.agent_id: i for i, device in enumerate(devices)}
     lost = [agent_id for agent_id in plan.agent_ids if agent_id not in position]
@@ -105,15 +109,17 @@ def report(
         for seed in range(_NUM_PLAYED)
     ]
     low_s, high_s = min(*played, plan.step_s), max(*played, plan.step_s)
-    steps = -(-num_rows // batch_rows)
+    steps, later_s = -(-num_rows // batch_rows), plan.later_step_s
     return PlanReport(
         step_s=plan.step_s,
         step_range_s=(low_s, high_s),
         steps_per_epoch=steps,
         epoch_s=steps * plan.step_s,
         epoch_range_s=(steps * low_s, steps * high_s),
-        cached_step_s=None if plan.cached is None else plan.cached.step_s,
-        cached_epoch_s=None if plan.cached is None else steps * plan.cached.step_s,
+        cached_step_s=later_s,
+        cached_epoch_s=None if later_s is None else steps * later_s,
+        upper_blocks=None if plan.upper is None else (plan.upper.place, plan.stages[-1].end_block),
+        entry_bytes=None if plan.upper is None else num_rows * plan.upper.row_bytes,
         mean_step_s=plan.mean_step_s(cached_steps_share),
         devices=tuple(
             DeviceUse(
@@ -139,8 +145,12 @@ def report_text(figures: PlanReport) -> str:
         f"{_duration(epoch_high_s)})",
     ]
     if figures.cached_step_s is not None and figures.cached_epoch_s is not None:
+        what = "without the blocks"
+        if figures.upper_blocks is not None and figures.entry_bytes is not None:
+            first, end = figures.upper_blocks
+            what = f"which runs blocks {first} to {end - 1} alone and keeps at most {format_size(figures.entry_bytes)}"
         lines.append(
-            f"later epochs come from the activation cache, without the blocks: a step {figures.cached_step_s:.3g} s, "
+            f"later epochs come from the activation cache, {what}: a step {figures.cached_step_s:.3g} s, "
             f"an epoch {_duration(figures.cached_epoch_s)}; {figures.mean_step_s:.3g} s a step over the whole job"
         )
     lines.append("memory left at the peak:")

@@ -35,7 +35,6 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
     """What a job asks of a pipeline, at a micro-batch of so many rows."""
     family_of(table.family).refuse_objective(spec.objective)
     adapters = adapter_params_of(table, spec.method)
-    kept_place(spec, table.num_blocks)  # refuses a cache that would keep nothing
     per_sample = spec.objective.sequences_per_row
     head_params = table.hidden_size * (spec.objective.num_outputs or len(prepared.class_names))
     fields = adapters.shape_fields
@@ -66,11 +65,15 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
 def _cached_fields(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype_bytes: int) -> dict[str, Any]:
     """How many steps come from the activation cache, after a first epoch through the blocks that fills it."""
     codec = spec.training.activation_cache
-    if codec == "off" or spec.placement.cached_epochs == "pipeline":
+    place = kept_place(spec, table.num_blocks)
+    # Where blocks are trained the job stays a pipeline in any case.
+    if codec == "off" or (place is None and spec.placement.cached_epochs == "pipeline"):
         return {}
     epoch_steps = steps_per_epoch(prepared.num_train, spec.training.batch_size)
+    share = max(0, prepared.total_steps - epoch_steps) / epoch_steps
     return {
-        "cached_steps_share": max(0, prepared.total_steps - epoch_steps) / epoch_steps,
+        "cached_steps_share": share,
+        "frozen_share": 1.0 if place is None else 1 / (1 + share),
         "entry_token_bytes": token_bytes(codec, table.hidden_size, dtype_bytes),
     }
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.cached_epoch import SideDevice, cached_step, cached_step_of, side_worker_bytes
+from partitioner.cached_epoch import SideDevice, cached_step, cached_step_of, read_s, side_worker_bytes
 from partitioner.device import LinkProfile, LinkTable
 from partitioner.explain import explain
 from partitioner.orders import all_layouts
@@ -143,3 +143,61 @@ def test_search_with_cached_epochs_equals_the_cheapest_of_all_layouts_and_cuts(n
         return
 
     assert plan.mean_step_s(share) == pytest.approx(min(costs))
+
+
+def prefix_job(table, share, **changes):
+    values = {"batch_rows": 16, "micro_batch_rows": 2, "cached_steps_share": share, "entry_token_bytes": 256}
+    values["frozen_share"] = 1 / (1 + share)
+    return job(table, LoraConfig(blocks="last 4"), **(values | changes))
+
+
+def test_search_with_a_frozen_prefix_deals_out_the_blocks_that_later_epochs_run():
+    table, links = llama(12), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=GIGABIT))
+    devices = [device("a"), device("b")]
+
+    once, often = (search(table, prefix_job(table, share, exact_stages=2), devices, links) for share in (0.0, 40.0))
+
+    assert once.upper is None
+    assert once.stages[0].end_block < often.stages[0].end_block == 10
+    assert (often.upper.place, often.upper.row_bytes) == (8, 64 * 256)
+    assert often.upper.step_s < once.step_s < often.step_s
+    assert often.mean_step_s(40.0) == pytest.approx((often.step_s + 40 * often.upper.step_s) / 41)
+    # What is told of the stages is the first epoch, in which all their blocks run.
+    assert often.stages[0].forward_s > often.stages[1].forward_s * 2
+    assert "blocks 0 to 7 run in the first epoch alone" in explain(often)
+
+
+@pytest.mark.parametrize("share", [0.5, 4.0])
+@pytest.mark.parametrize("bandwidth", [1e6, 1e8])
+def test_search_with_a_frozen_prefix_equals_the_cheapest_of_all_layouts_and_cuts(share, bandwidth):
+    table, links = llama(6), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth, latency_s=1e-3))
+    devices = [device("a"), device("b", speed=3.0), device("c", speed=0.3, available_mib=305)]
+    shape = prefix_job(table, share)
+    pricer = Pricer(table, shape, devices, links)
+    candidates = [
+        candidate
+        for layout in all_layouts(devices, links, max_stages=3, allow_replicas=False)
+        for inner in combinations(range(1, 6), len(layout) - 1)
+        if (candidate := pricer.candidate(layout, (0, *inner, 6))) is not None
+    ]
+    cheapest = min(candidates, key=lambda candidate: candidate.cost_s)
+
+    found = search(table, shape, devices, links)
+
+    assert [stage.end_block for stage in found.stages] == list(cheapest.cuts[1:])
+    assert found.step_s == pytest.approx(pricer.first_epoch(cheapest).step_s)
+
+
+def test_steps_without_the_prefix_carry_nothing_over_the_borders_below_it_and_read_it_from_the_disk():
+    table, links = llama(12), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=1e6))
+    devices = [device("a"), device("b")]
+    shape = prefix_job(table, 4.0)
+    pricer = Pricer(table, shape, devices, links)
+
+    below, alone = (pricer.candidate(layout, cuts) for layout, cuts in ((((0,), (1,)), (0, 8, 12)), (((0,),), (0, 12))))
+    slow_disk = Pricer(table, shape.model_copy(update={"entry_token_bytes": 256_000}), devices, links)
+
+    # All that trains is on one device in both.
+    assert pricer.upper_step(below).step_s == pytest.approx(pricer.upper_step(alone).step_s)
+    more_s = slow_disk.upper_step(alone).step_s - pricer.upper_step(alone).step_s
+    assert more_s == pytest.approx(8 * read_s(slow_disk.shape, 1) - 8 * read_s(shape, 1))
