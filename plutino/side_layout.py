@@ -127,7 +127,9 @@ def side_layout(
     return layout.model_copy(update={"config": config})
 
 
-def followed_blocks(blocks: Sequence[int] | str | None, num_blocks: int, num_encoder_blocks: int = 0) -> tuple[int, ...]:
+def followed_blocks(
+    blocks: Sequence[int] | str | None, num_blocks: int, num_encoder_blocks: int = 0
+) -> tuple[int, ...]:
     """Blocks that a side block follows, ascending.
 
     Args:
