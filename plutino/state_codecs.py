@@ -6,10 +6,10 @@ from typing import Literal
 
 StateCodec = Literal["raw", "bf16", "int8", "int4"]
 
-INT4_WORD = 16
-"""Numbers of int4 that share a word of 8 bytes."""
-INT4_GROUP_WORDS = 8
-"""Words that share a scale, at least: the topmost bit of each is one of the scale's."""
+INT4_UNIT = 16
+"""A token's numbers of int4 are filled up with zeros to a multiple of so many."""
+INT4_GROUP_BYTES = 64
+"""Bytes that share a scale, at least."""
 
 
 def token_bytes(codec: StateCodec, width: int, dtype_bytes: int) -> int:
@@ -22,6 +22,6 @@ def token_bytes(codec: StateCodec, width: int, dtype_bytes: int) -> int:
         case "int8":
             return width + 4
         case "int4":
-            num_words = -(-width // INT4_WORD)
-            # Fewer words than a scale has bits: it stands before them.
-            return 8 * num_words + (1 if num_words < INT4_GROUP_WORDS else 0)
+            num_bytes = -(-width // INT4_UNIT) * INT4_UNIT // 2
+            # Too few bytes to take a scale in: it stands before them.
+            return num_bytes + (1 if num_bytes < INT4_GROUP_BYTES else 0)

@@ -7,16 +7,18 @@ A token's bytes depend on nothing but that token, so that padding, order and nei
 | raw | h numbers in the backbone's dtype | none |
 | bf16 | 2 h | 2^-8 of each number |
 | int8 | h + 4 | 1/254 of the token's largest number |
-| int4 | h / 2 | 1/12 of the largest of those that share a scale, at least 128 |
+| int4 | h / 2 | 1/13 of the largest of those that share a scale, at least 128; of 8 of them 1/5 |
 
-int4 has 15 levels, and 15^16 is less than 2^63: 16 numbers are the digits of one in base 15, and the topmost bits of
-8 such words are their scale, one of 256 that lie a sixth of an octave apart: it takes no bytes of its own. Widths
-below 128 have a byte for it; what 128 does not divide belongs to the last scale. Of W words the first has the numbers
-0, W, 2 W, ..., so that what is computed runs along memory; behind the last number there are zeros.
+int4 keeps two numbers in a byte, so that taking them apart is a mask and a shift: of B bytes, byte j has the numbers j
+and B + j. 64 bytes and their 128 numbers share a scale, one of 256 that lie a sixth of an octave apart, and it takes
+no bytes of its own: the first 8 of these bytes have one of its bits each, and one number each with half as many
+levels. Widths below 128 have a byte for the scale; what 128 does not divide belongs to the last scale. Behind the last
+number there are zeros.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import get_args
 
 import torch
@@ -24,18 +26,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from plutino.errors import ConfigError
-from plutino.state_codecs import INT4_GROUP_WORDS, INT4_WORD, StateCodec
+from plutino.state_codecs import INT4_GROUP_BYTES, INT4_UNIT, StateCodec
 
-_LEVELS = 15
-_HALF = _LEVELS // 2
-_CHUNK = _LEVELS**4
-"""Four digits are a number that fp32 holds exactly; they are put together and taken apart as floats, which is quick."""
-_TOP_BIT = -(1 << 63)
+_LARGEST = 7
+_ZERO = 8
+"""A digit lies as a nibble that is so much more."""
+_LARGEST_IN_STEPS = 7.5
+"""The largest number of a group in steps of its scale, at most: half a step off like any other."""
+_NUM_SCALE_BITS = 8
+_THIN_STEP = 7 / 6
+"""Even digits of numbers with half the levels stand for so many times as much: 6 is the largest of a group, too."""
 SCALES = torch.tensor([2.0 ** ((code - 128) / 6) for code in range(256)])
-"""By code, 4e-7 to 2e6: seven times that is the largest number that is not cut off."""
-_NUM_CHUNKS = INT4_WORD // 4
+"""By code, 4e-7 to 2e6."""
+_LOWEST_BITS = 0x0101010101010101
+_GATHER = 0x0102040810204080
+"""Times eight bytes of one bit each: has these bits one after the other in its topmost byte."""
 
-# Shape suffixes: T tokens, D width, W words of a token, G groups of a token, P places of a word, C chunks of a word.
+# Shape suffixes: T tokens, D width, B bytes of a token, G groups of a token, P bytes of a group, 2 nibbles of a byte.
 
 
 def check_codec(codec: str) -> None:
@@ -83,62 +90,67 @@ def decode(codec: StateCodec, data: Tensor, width: int, dtype: torch.dtype) -> T
 
 def _encode_int4(states_TD: Tensor) -> Tensor:
     num_tokens, width = states_TD.shape
-    padded_TPW = functional.pad(states_TD, (0, -width % INT4_WORD)).view(num_tokens, INT4_WORD, -1)
-    group_of_word = _group_of_word(padded_TPW.shape[2])
-    num_groups = int(group_of_word[-1]) + 1
-    largest_TW = padded_TPW.abs().amax(dim=1)
-    largest_TG = torch.stack([largest_TW[:, group_of_word == group].amax(dim=1) for group in range(num_groups)], dim=1)
-    # The smallest scale with which nothing is cut off.
-    codes_TG = torch.bucketize(largest_TG / _HALF, SCALES).clamp(max=255)
-    scales_T1W = SCALES[codes_TG][:, group_of_word].unsqueeze(1)
-    digits_TPW = (padded_TPW / scales_T1W).round_().clamp_(-_HALF, _HALF).add_(_HALF)
-    chunks_TCW = torch.zeros(num_tokens, _NUM_CHUNKS, padded_TPW.shape[2])
-    words_TW = torch.zeros(num_tokens, padded_TPW.shape[2], dtype=torch.int64)
-    for place in reversed(range(4)):
-        chunks_TCW = chunks_TCW.mul_(_LEVELS).add_(digits_TPW.view(num_tokens, _NUM_CHUNKS, 4, -1)[:, :, place])
-    for chunk in reversed(range(_NUM_CHUNKS)):
-        words_TW = words_TW.mul_(_CHUNK).add_(chunks_TCW[:, chunk].long())
-    if len(group_of_word) < INT4_GROUP_WORDS:
-        return torch.cat([codes_TG.to(torch.uint8), words_TW.view(torch.uint8)], dim=1)
-    bits_TGb = (codes_TG.unsqueeze(2) >> torch.arange(INT4_GROUP_WORDS)) & 1
-    words_TW[:, : num_groups * INT4_GROUP_WORDS] |= bits_TGb.flatten(1) * _TOP_BIT
-    return words_TW.view(torch.uint8)
+    padded_T2B = functional.pad(states_TD, (0, -width % INT4_UNIT)).view(num_tokens, 2, -1)
+    num_bytes = padded_T2B.shape[2]
+    data_TB = torch.empty(num_tokens, num_bytes, dtype=torch.uint8)
+    codes: list[Tensor] = []
+    for start, end, num_groups in _spans(num_bytes):
+        span_T2GP = padded_T2B[:, :, start:end].unflatten(2, (num_groups, -1))
+        # The smallest scale with which nothing is cut off by more than half a step.
+        largest_TG = span_T2GP.abs().amax(dim=3).amax(dim=1)
+        codes_TG = torch.bucketize(largest_TG / _LARGEST_IN_STEPS, SCALES).clamp_(max=255)
+        codes.append(codes_TG.to(torch.uint8))
+        scales_TG = SCALES[codes_TG]
+        digits_T2GP = (span_T2GP / scales_TG[:, None, :, None]).round_().clamp_(-_LARGEST, _LARGEST)
+        if num_bytes >= INT4_GROUP_BYTES:
+            thin_TGb = span_T2GP[:, 0, :, :_NUM_SCALE_BITS] / (2 * _THIN_STEP * scales_TG[:, :, None])
+            bits_TGb = (codes_TG[:, :, None] >> torch.arange(_NUM_SCALE_BITS)) & 1
+            # Even digits: the lowest bit of the nibble is free.
+            digits_T2GP[:, 0, :, :_NUM_SCALE_BITS] = thin_TGb.round_().clamp_(-3, 3).mul_(2).add_(bits_TGb)
+        # Signed bytes: torch makes them of floats four times as fast.
+        nibbles_T2GP = digits_T2GP.add_(_ZERO).to(torch.int8)
+        data_TB[:, start:end] = (nibbles_T2GP[:, 0] | (nibbles_T2GP[:, 1] << 4)).view(torch.uint8).flatten(1)
+    return data_TB if num_bytes >= INT4_GROUP_BYTES else torch.cat([codes[0], data_TB], dim=1)
 
 
 def _decode_int4(data: Tensor, width: int) -> Tensor:
-    num_tokens, num_words = len(data), -(-width // INT4_WORD)
-    group_of_word = _group_of_word(num_words)
-    if num_words < INT4_GROUP_WORDS:
-        codes_TG = data[:, :1].long()
-        words_TW = data[:, 1:].contiguous().view(torch.int64)
-    else:
-        words_TW = data.contiguous().view(torch.int64)
-        num_groups = int(group_of_word[-1]) + 1
-        bits_TGb = (words_TW[:, : num_groups * INT4_GROUP_WORDS] < 0).view(num_tokens, num_groups, -1).long()
-        codes_TG = (bits_TGb << torch.arange(INT4_GROUP_WORDS)).sum(dim=2)
-        words_TW = words_TW & ~_TOP_BIT
-    chunks_TCW = torch.empty(num_tokens, _NUM_CHUNKS, num_words)
-    for chunk in range(_NUM_CHUNKS):
-        rest_TW = torch.div(words_TW, _CHUNK, rounding_mode="floor")
-        chunks_TCW[:, chunk] = words_TW - rest_TW * _CHUNK
-        words_TW = rest_TW
-    digits_TC4W = torch.empty(num_tokens, _NUM_CHUNKS, 4, num_words)
-    for place in range(4):
-        # Half a unit keeps the quotient away from whole numbers, so that its rounding does not matter.
-        rest_TCW = ((chunks_TCW + 0.5) * (1 / _LEVELS)).floor_()
-        digits_TC4W[:, :, place] = chunks_TCW.sub_(rest_TCW, alpha=_LEVELS)
-        chunks_TCW = rest_TCW
-    scales_T1W = SCALES[codes_TG][:, group_of_word].unsqueeze(1)
-    numbers_TPW = digits_TC4W.flatten(1, 2).sub_(_HALF).mul_(scales_T1W)
-    return numbers_TPW.view(num_tokens, -1)[:, :width]
+    num_tokens = len(data)
+    num_bytes = -(-width // INT4_UNIT) * INT4_UNIT // 2
+    has_own_scale = num_bytes < INT4_GROUP_BYTES
+    data_TB = data[:, 1:] if has_own_scale else data
+    numbers_T2B = torch.empty(num_tokens, 2, num_bytes)
+    numbers_T2B[:, 0] = data_TB & _low_mask(num_bytes)
+    numbers_T2B[:, 1] = data_TB >> 4
+    numbers_T2B.sub_(_ZERO)
+    for start, end, num_groups in _spans(num_bytes):
+        numbers_T2GP = numbers_T2B[:, :, start:end].unflatten(2, (num_groups, -1))
+        if has_own_scale:
+            codes_TG = data[:, :1].long()
+        else:
+            bits_TGb = data_TB[:, start:end].unflatten(1, (num_groups, -1))[:, :, :_NUM_SCALE_BITS].contiguous()
+            codes_TG = (((bits_TGb.view(torch.int64).squeeze(2) & _LOWEST_BITS) * _GATHER) >> 56) & 255
+            numbers_T2GP[:, 0, :, :_NUM_SCALE_BITS] *= _THIN_STEP
+        numbers_T2GP.mul_(SCALES[codes_TG][:, None, :, None])
+    return numbers_T2B.view(num_tokens, -1)[:, :width]
 
 
-def _group_of_word(num_words: int) -> Tensor:
-    return (
-        torch.arange(num_words)
-        .div(INT4_GROUP_WORDS, rounding_mode="floor")
-        .clamp(max=max(1, num_words // INT4_GROUP_WORDS) - 1)
-    )
+@functools.lru_cache(maxsize=8)
+def _low_mask(num_bytes: int) -> Tensor:
+    """What of each byte is its low number: uint8 [B]."""
+    mask_B = torch.full((num_bytes,), 15, dtype=torch.uint8)
+    if num_bytes >= INT4_GROUP_BYTES:
+        for start, end, num_groups in _spans(num_bytes):
+            mask_B[start:end].view(num_groups, -1)[:, :_NUM_SCALE_BITS] = 14
+    return mask_B
+
+
+def _spans(num_bytes: int) -> list[tuple[int, int, int]]:
+    """Groups of a token's bytes: those from one to another byte are so many of equal size."""
+    num_groups = max(1, num_bytes // INT4_GROUP_BYTES)
+    if num_bytes in (num_groups * INT4_GROUP_BYTES, 0) or num_groups == 1:
+        return [(0, num_bytes, num_groups)]
+    last = (num_groups - 1) * INT4_GROUP_BYTES
+    return [(0, last, num_groups - 1), (last, num_bytes, 1)]
 
 
 def _scales(scales: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ class StageCache:
     def _padded(self, file: StateFile, name: str, rows: CacheKeys, *, are_checked: bool) -> Tensor:
         width = self._width(name)
         row_bytes = token_bytes(self.codec, width, self._stage.dtype.itemsize)
-        padded = torch.zeros(len(rows.keys), rows.padded_tokens, width, dtype=self._stage.dtype)
+        padded = torch.empty(len(rows.keys), rows.padded_tokens, width, dtype=self._stage.dtype)
         for index, key in enumerate(_each(rows.keys)):
             data = file.read(key, is_checked=are_checked)
             if data is None:
@@ -170,6 +170,7 @@ class StageCache:
                 )
             tokens = torch.from_numpy(data).view(-1, row_bytes)
             padded[index, : len(tokens)] = decode(self.codec, tokens, width, self._stage.dtype)
+            padded[index, len(tokens) :] = 0
         return padded.to(self._stage.device)
 
     def _width(self, name: str) -> int:
@@ -240,7 +241,7 @@ def row_keys(rows: MicroBatchRows, codec: StateCodec) -> Tensor:
 
 def namespace_of(*parts: object) -> str:
     """A folder's name for everything that states follow from beside rows and blocks."""
-    text = "\n".join(("plutino activations 2", *map(str, parts)))
+    text = "\n".join(("plutino activations 3", *map(str, parts)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

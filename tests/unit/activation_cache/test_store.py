@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from edge_node.activation_cache.store import ActivationStore
 
@@ -54,18 +55,21 @@ def test_entry_whose_record_or_bytes_a_crash_cut_off_is_not_there_and_the_next_o
     third.close()
 
 
-def test_changed_bit_is_noticed_and_the_entry_can_be_written_anew(tmp_path):
+# In the sums of words, in their last one, in what is left over, and the last byte of all.
+@pytest.mark.parametrize("place", [0, 500, 4991, 4992, 4999])
+def test_changed_bit_is_noticed_and_the_entry_can_be_written_anew(tmp_path, place):
     store = ActivationStore(tmp_path, 1 << 20)
     file = store.open("space", "h1")
-    file.write(KEYS[0], entry(1))
+    file.write(KEYS[1], entry(2, 100))
+    file.write(KEYS[0], entry(1, 5000))
     with (tmp_path / "space" / "h1.data").open("r+b") as raw:
-        raw.seek(500)
-        raw.write(b"\xff")
+        raw.seek(128 + place)
+        raw.write(b"\x03")
 
     assert file.read(KEYS[0]) is None
     assert file.num_damaged == 1
-    assert file.write(KEYS[0], entry(1))
-    assert np.array_equal(file.read(KEYS[0]), entry(1))
+    assert file.write(KEYS[0], entry(1, 5000))
+    assert np.array_equal(file.read(KEYS[0]), entry(1, 5000))
     file.close()
 
 
