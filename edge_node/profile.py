@@ -22,8 +22,9 @@ from edge_node.methods.score_head import put_score_head
 from edge_node.objectives.sft import SftObjective
 from edge_node.processors import processor_quota
 from edge_node.stage.build import COMPUTE_DTYPES, build_stage
+from edge_node.stage.passes import StageInput
 from edge_node.stage.random_source import RandomSource
-from edge_node.stage.stage import Stage, StageInput
+from edge_node.stage.stage import Stage
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.data.batches import MicroBatchRows
 from plutino.families import family_of

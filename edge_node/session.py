@@ -64,6 +64,7 @@ class WorkerSession:
         self._is_loaded = False
         self._is_linked = False
         self._commit_s = 0.0
+        self._encode_s = 0.0
         self._finish_reason = "the coordinator did not come back"
         self._bounds = UnitBounds(assignment, self._me)
         self._inbox = Inbox(reads_rows=self._bounds.reads_rows, decode_rows=self._bounds.decode_rows)
@@ -185,6 +186,7 @@ class WorkerSession:
             credentials=self._credentials,
             advertised_host=self._network.advertised_host,
             bounds=self._bounds.of_messages(stage.boundary_width, self.executor.largest_gradient_bytes),
+            is_for_card=self._device.is_cuda,
             on_peer_lost=self._on_peer_lost,
         )
 
@@ -230,6 +232,7 @@ class WorkerSession:
             device=self._device,
             transport=self._transport,
             activations=self._activations,
+            encode_s=self._take_encode_s(),
             commit_s=self._commit_s,
         )
         self._send(pb.WorkerEvent(step_ready=vote), keep_as="step_ready")
@@ -253,6 +256,11 @@ class WorkerSession:
         self._finish_unit(task.work.unit)
         if isinstance(decision, pb.Commit) and decision.shadow:
             self._write_shadow()
+
+    def _take_encode_s(self) -> float:
+        """Seconds of encoding since the last vote."""
+        before_s, self._encode_s = self._encode_s, 0.0 if self._transport is None else self._transport.usage.encode_s
+        return self._encode_s - before_s
 
     def _write_shadow(self) -> None:
         # All replicas of a stage hold the same state to the bit: one copy is enough for all of them.

@@ -30,6 +30,7 @@ def step_vote(
     device: ComputeDevice,
     transport: PeerTransport | None,
     activations: StageCache | None,
+    encode_s: float,
     commit_s: float,
 ) -> pb.StepReady:
     """The vote on a step.
@@ -41,6 +42,7 @@ def step_vote(
         device: where it was computed.
         transport: has counted what was sent; None: the job has one worker.
         activations: has counted what was read; None: the job has no activation cache.
+        encode_s: seconds of encoding messages since the last vote.
         commit_s: seconds from the last vote to its decision.
     """
     counts = CacheCounts() if activations is None else activations.counts
@@ -56,7 +58,7 @@ def step_vote(
             total_s=outcome.times.total_s,
             compute_s=outcome.times.compute_s,
             wait_s=outcome.times.wait_s,
-            serialise_s=outcome.times.send_s + (0.0 if transport is None else transport.usage.encode_s),
+            serialise_s=outcome.times.send_s + encode_s,
             commit_s=commit_s,
             sent_bytes=0 if transport is None else transport.usage.sent_bytes,
             rss_bytes=device.held_bytes(),

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from partitioner.layout import Group, Layout
+from partitioner.layout import Group, Layout, ahead_of
 from partitioner.place import Place
 from partitioner.pricing import Pricer
 from partitioner.replay import Floats
@@ -134,7 +134,7 @@ class Bounds:
         """Seconds of stage k of a layout for all (start, end)."""
         group = layout[k]
         below: Group = layout[k + 1] if k + 1 < len(layout) else ()
-        window = sum(map(len, layout[k:]))
+        window = sum(map(len, layout[k:])) + ahead_of(layout, k, runs_ahead=self._pricer.shape.runs_ahead)
         before = len(layout[k - 1]) if k > 0 else 0
         key = (group, below, window, before, len(layout) if self._pricer.shape.generate_rows else int(k == 0))
         if key not in self._terms:

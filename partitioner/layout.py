@@ -45,12 +45,21 @@ def owners_of(seconds: Sequence[float], num_micro_batches: int) -> tuple[int, ..
     return tuple(owners)
 
 
-def windows(layout: Layout) -> tuple[int, ...]:
+def ahead_of(layout: Layout, stage_index: int, *, runs_ahead: bool) -> int:
+    """Micro-batches by which a stage's forward passes run further ahead than workers lie from it to the end.
+
+    One for each boundary behind it, if at all: in 1F1B a message's way to a neighbour and the answer's way back are
+    waited for with every other micro-batch; so they pass while the neighbour runs the micro-batch between.
+    """
+    return len(layout) - 1 - stage_index if runs_ahead else 0
+
+
+def windows(layout: Layout, *, runs_ahead: bool = False) -> tuple[int, ...]:
     """For every stage how many micro-batches its forward passes run ahead of its backward passes."""
     found, behind = [], 0
-    for group in reversed(layout):
-        behind += len(group)
-        found.append(behind)
+    for k in reversed(range(len(layout))):
+        behind += len(layout[k])
+        found.append(behind + ahead_of(layout, k, runs_ahead=runs_ahead))
     return tuple(reversed(found))
 
 
@@ -67,9 +76,11 @@ def most_in_flight(owners: Sequence[int], replica: int, window: int) -> int:
     return most
 
 
-def replica_shares(layout: Layout, stage_index: int, owners: Sequence[int]) -> tuple[ReplicaShare, ...]:
+def replica_shares(
+    layout: Layout, stage_index: int, owners: Sequence[int], *, runs_ahead: bool = False
+) -> tuple[ReplicaShare, ...]:
     """What each replica of a stage has of the step."""
-    group, window = layout[stage_index], windows(layout)[stage_index]
+    group, window = layout[stage_index], windows(layout, runs_ahead=runs_ahead)[stage_index]
     num_neighbours = sum(len(layout[k]) for k in (stage_index - 1, stage_index + 1) if 0 <= k < len(layout))
     num_micro_batches = len(owners)
     shares = []

@@ -90,6 +90,9 @@ class JobShape(PlanValue):
     is_on_cards: bool = False
     """Every device computes on a card, whose memory the budgets are about: what waits for the network or is on its way
     to the coordinator lies in the host's memory then."""
+    runs_ahead: bool = False
+    """Forward passes run one micro-batch further ahead for each boundary behind a stage, so that nobody waits for what
+    is on its way; each holds one micro-batch's activations more."""
     batch_rows: int
     micro_batch_rows: int
     rows_per_sample: int = 1

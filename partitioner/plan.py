@@ -153,6 +153,8 @@ class Plan(PlanValue):
     """Share of the model's weights that stay in the compute dtype."""
     codec: str
     """Of every boundary whose stage does not name another."""
+    runs_ahead: bool = False
+    """See :attr:`partitioner.model.JobShape.runs_ahead`."""
     step_s: float
     """Predicted seconds of one optimiser step."""
     bound_s: float | None = None

@@ -15,7 +15,7 @@ import numpy as np
 from partitioner.cached_epoch import cached_step_of, read_s
 from partitioner.cost import StageCost, message_bytes, stage_cost
 from partitioner.device import DeviceProfile, LinkProfile, LinkTable
-from partitioner.layout import Cuts, Group, Layout
+from partitioner.layout import Cuts, Group, Layout, ahead_of
 from partitioner.model import JobShape, ModelTable
 from partitioner.place import Ints
 from partitioner.plan import CachedStep, UpperStep
@@ -207,6 +207,7 @@ class Pricer(Rooms):
             replicas=tuple(self.cost(device, start, end, checkpointing=checkpointing) for device in group),
             owners=self.owners(group),
             links=self.links_below(layout, k, is_rounded=end in self.shape.bf16_borders),
+            ahead=ahead_of(layout, k, runs_ahead=self.shape.runs_ahead),
             sum_s=self.sum_s(layout, k, start, end),
         )
 

@@ -100,6 +100,7 @@ def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Can
         checkpointing=any(best.checkpointing),
         dtype=shape.dtype,
         codec=shape.codec,
+        runs_ahead=shape.runs_ahead,
         step_s=best.step_s,
         bound_s=outcome.bound_s if shape.cached_steps_share == 0 else None,
         cached=pricer.cached_step(best.layout) if shape.cached_steps_share else None,
@@ -115,7 +116,7 @@ def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Can
 
 def _stage(pricer: Pricer, best: Candidate, k: int) -> StagePlan:
     start, end = best.cuts[k], best.cuts[k + 1]
-    shares = replica_shares(best.layout, k, best.groups[k].owners)
+    shares = replica_shares(best.layout, k, best.groups[k].owners, runs_ahead=pricer.shape.runs_ahead)
     workers = [_worker(pricer, best, k, r, share) for r, share in enumerate(shares)]
     first = workers[0]
     return StagePlan(
@@ -221,7 +222,8 @@ def _relief(pricer: Pricer, stages: Sequence[StagePlan], best: Candidate, freed:
 def _memory_relief(pricer: Pricer, freed: Candidate) -> str:
     needs = []
     for k, group in enumerate(freed.layout):
-        for share, index in zip(replica_shares(freed.layout, k, freed.groups[k].owners), group, strict=True):
+        shares = replica_shares(freed.layout, k, freed.groups[k].owners, runs_ahead=pricer.shape.runs_ahead)
+        for share, index in zip(shares, group, strict=True):
             device = pricer.devices[index]
             job_bytes = pricer.memory.job_bytes(
                 freed.cuts[k],

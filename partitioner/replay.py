@@ -33,6 +33,8 @@ class StageGroup:
     """Replica that runs micro-batch m; empty: replica 0 runs all."""
     links: tuple[tuple[tuple[float, float], ...], ...] = ()
     """[replica][replica of the next stage] -> (seconds a message occupies the link, its latency)."""
+    ahead: int = 0
+    """See :func:`partitioner.layout.ahead_of`."""
     sum_s: float = 0.0
     """Seconds from the last backward pass until all replicas have the whole gradient."""
 
@@ -154,7 +156,7 @@ def _run(groups: Sequence[Any], num_micro_batches: int, later: Callable[[Any, An
     """The step's end; seconds may be numbers or arrays of one shape."""
     last = len(groups) - 1
     sizes = [len(group.replicas) for group in groups]
-    windows = tuple(sum(sizes[k:]) for k in range(len(groups)))
+    windows = tuple(sum(sizes[k:]) + group.ahead for k, group in enumerate(groups))
     order = evaluation_order(windows, num_micro_batches, tuple(g.replicas[0].has_backward for g in groups))
     owners = [group.owners or (0,) * num_micro_batches for group in groups]
     forwards = [[cost.forward_s for cost in group.replicas] for group in groups]

@@ -74,8 +74,13 @@ def replayed(
     Raises:
         PlanError: the plan is not one for these devices.
     """
-    changes = {"codec": plan.codec, "bf16_borders": () if plan.codec == "bf16" else plan.bf16_borders}
-    used = with_rows(shape, plan.micro_batch_rows).model_copy(update={**changes, "frozen_share": 1.0})
+    changes = {
+        "codec": plan.codec,
+        "bf16_borders": () if plan.codec == "bf16" else plan.bf16_borders,
+        "runs_ahead": plan.runs_ahead,
+        "frozen_share": 1.0,
+    }
+    used = with_rows(shape, plan.micro_batch_rows).model_copy(update=changes)
     pricer = Pricer(table, used, scaled_devices(devices, shape.micro_batch_rows, plan.micro_batch_rows), links)
     position = {device.agent_id: i for i, device in enumerate(devices)}
     lost = [agent_id for agent_id in plan.agent_ids if agent_id not in position]

@@ -71,7 +71,7 @@ class Rooms:
         if layout not in self._places:
             found = []
             for k, group in enumerate(layout):
-                shares = replica_shares(layout, k, self.owners(group))
+                shares = replica_shares(layout, k, self.owners(group), runs_ahead=self.shape.runs_ahead)
                 places = tuple(place_of(len(layout), k, self.num_micro_batches, share) for share in shares)
                 found.append(StagePlaces(self._merged(places), tuple(self.room_bytes[device] for device in group)))
             self._places[layout] = tuple(found)

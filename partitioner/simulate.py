@@ -75,7 +75,7 @@ class _Simulation:
         self._owners = [group.owners or (0,) * num_micro_batches for group in groups]
         sizes = [len(group.replicas) for group in groups]
         has_backward = tuple(group.replicas[0].has_backward for group in groups)
-        ahead = tuple(sum(sizes[k:]) for k in range(len(groups)))
+        ahead = tuple(sum(sizes[k:]) + group.ahead for k, group in enumerate(groups))
         self._workers = {(k, r): _Worker(deque()) for k, size in enumerate(sizes) for r in range(size)}
         for k, is_forward, m in evaluation_order(ahead, num_micro_batches, has_backward):
             self._workers[k, self._owners[k][m]].actions.append((is_forward, m))

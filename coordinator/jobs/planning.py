@@ -123,6 +123,8 @@ async def make_problem(
     if must_fit and not is_started:
         # Known without a second of measuring, which an absurd job would keep devices busy with.
         await asyncio.to_thread(_refuse_what_cannot_fit, table, shape, devices, is_micro_batch_free)
+    # Cards have the memory for it. Small devices hold blocks rather than more micro-batches.
+    shape = shape.model_copy(update={"runs_ahead": is_on_cards})
     if links is not None:
         # Before the devices measure themselves, which bursts would disturb.
         await links.known_among(device.agent_id for device in devices)

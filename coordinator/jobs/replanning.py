@@ -143,7 +143,8 @@ def step_s_of(problem: PlanningProblem, plan: Plan) -> float:
         KeyError: the problem lacks one of the plan's devices.
     """
     position = {device.agent_id: i for i, device in enumerate(problem.devices)}
-    pricer = Pricer(problem.table, problem.shape, problem.devices, problem.links)
+    shape = problem.shape.model_copy(update={"runs_ahead": plan.runs_ahead})
+    pricer = Pricer(problem.table, shape, problem.devices, problem.links)
     layout = tuple(tuple(position[agent_id] for agent_id in stage.agent_ids) for stage in plan.stages)
     groups = [
         replace(

@@ -82,7 +82,14 @@ class PlanningProblem(PlanValue):
         return self._question(allow_replicas=part.allow_replicas).run_part(part)
 
     def _search(self, fan: Fan) -> Plan:
-        plan = answer(self._question(allow_replicas=self.allow_replicas), fan=fan)
+        try:
+            plan = answer(self._question(allow_replicas=self.allow_replicas), fan=fan)
+        except InfeasiblePlanError:
+            if not self.shape.runs_ahead:
+                raise
+            # Waiting for messages is better than not fitting.
+            waiting = self.shape.model_copy(update={"runs_ahead": False})
+            return self.model_copy(update={"shape": waiting})._search(fan)
         if not plan.has_replicas:
             return plan
         try:
@@ -138,6 +145,7 @@ def stage_shapes(plan: Plan) -> tuple[StageShape, ...]:
             end_block=stage.end_block,
             num_replicas=len(stage.agent_ids),
             micro_batch_owner=owners if len(stage.agent_ids) > 1 else (),
+            ahead=len(plan.stages) - 1 - stage.stage_index if plan.runs_ahead else 0,
         )
         for stage, owners in zip(plan.stages, plan.micro_batch_owners, strict=True)
     )

@@ -20,16 +20,19 @@ from edge_node.engine.entry_owners import EntryOwners
 from edge_node.engine.freezing import freeze_below, stage_of_block
 from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
+from edge_node.engine.pass_clock import PassClock
 from edge_node.engine.recorder import StepRecorder
 from edge_node.engine.schedule import Action, Backward, Forward, Receive, Send, forward_actions, train_actions
 from edge_node.engine.stage_input import first_stage_input, gradient_name, later_stage_input
-from edge_node.engine.step_gradients import StepGradients
+from edge_node.engine.step_gradients import StepGradients, squared_norms
 from edge_node.engine.unit import InFlight, StepOutcome, StepTimes, UnitInput, not_finite
 from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
 from edge_node.methods.reward_adapter import RewardAdapter, RewardScores
 from edge_node.objectives.base import Objective
-from edge_node.stage.stage import Stage, StageInput, StageOutput
+from edge_node.stage.passes import StageInput, StageOutput
+from edge_node.stage.placing import to_device
+from edge_node.stage.stage import Stage
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
 from plutino.job.assignment import StageShape
 from plutino.job.method_part import Unfreezing
@@ -148,12 +151,7 @@ class StageExecutor:
         times.wait_s += time.perf_counter() - summed_s
         if recorder is not None and self._step_gradients.groups:
             recorder.end("sum", -1, summed_s)
-        norms = tuple(
-            float(torch.linalg.vector_norm(self._gradients[p.name], dtype=torch.float64)) ** 2
-            if p.name in self._trained
-            else 0.0
-            for p in self.method.parameters
-        )
+        norms = squared_norms(self._gradients, [p.name for p in self.method.parameters])
         names = [p.name for p in self.method.parameters]
         reason = not_finite(names, norms, loss_sum, work.unit.serial)
         times.total_s = time.perf_counter() - started_s
@@ -251,7 +249,8 @@ class StageExecutor:
         in_flight: dict[int, InFlight] = {}
         received: dict[int, dict[str, Tensor]] = {}
         to_send: dict[int, dict[str, Tensor]] = {}
-        loss_sum = 0.0
+        losses: list[float | Tensor] = []
+        clock = PassClock(self.stage.device)
         for action in actions:
             self.check_cancelled(work.unit)
             started_s = time.perf_counter()
@@ -260,21 +259,23 @@ class StageExecutor:
                     received[m] = self.transport.receive(peer, MessageKey(kind, work.unit, m))
                     times.wait_s += time.perf_counter() - started_s
                 case Forward(m):
+                    clock.start()
                     with self._position(work, m, is_training=is_training):
                         in_flight[m], loss = self._forward(work, m, received.pop(m, None), is_reference=is_reference)
-                    loss_sum += loss
+                    clock.end()
+                    losses.append(loss)
                     if self.stage.is_last and not runs_backward:
                         del in_flight[m]
-                    times.compute_s += time.perf_counter() - started_s
                 case Send(m, MessageKind.FORWARD | MessageKind.REFERENCE as kind, peer):
                     flight = in_flight[m] if runs_backward else in_flight.pop(m)
                     self.transport.send(peer, MessageKey(kind, work.unit, m), flight.message, codec=self.codec_below)
                     times.send_s += time.perf_counter() - started_s
                 case Backward(m):
+                    clock.start()
                     with self._position(work, m, is_training=is_training):
                         to_send[m] = self._backward(in_flight.pop(m), received.pop(m, None))
                     self._step_gradients.take(m)
-                    times.compute_s += time.perf_counter() - started_s
+                    clock.end()
                 case Send(m, kind, peer):
                     self.transport.send(peer, MessageKey(kind, work.unit, m), to_send.pop(m), codec=self.codec_above)
                     times.send_s += time.perf_counter() - started_s
@@ -282,7 +283,9 @@ class StageExecutor:
                     raise AssertionError(f"unknown action {action}")
             if recorder is not None:
                 recorder.end_action(action, started_s)
-        return loss_sum
+        times.compute_s += clock.seconds()
+        # One after the other in the order of micro-batches: losses must not depend on when they are read.
+        return sum(map(float, losses), 0.0)
 
     def _position(self, work: UnitInput, m: int, *, is_training: bool) -> AbstractContextManager[None]:
         if not is_training:
@@ -291,14 +294,16 @@ class StageExecutor:
 
     def _forward(
         self, work: UnitInput, m: int, received: dict[str, Tensor] | None, *, is_reference: bool
-    ) -> tuple[InFlight, float]:
+    ) -> tuple[InFlight, float | Tensor]:
         rows = work.rows[m]
         if received is None:
             assert rows is not None, "the first stage reads tokens"
             inputs, metadata = first_stage_input(self.stage, rows, self.method.num_prompt_tokens)
+            inputs = inputs.on(self.stage.device)
         else:
             metadata = received
-            inputs = later_stage_input(metadata)
+            # Leaves of the graph lie where it is computed: their gradients do not come back to the host here.
+            inputs = later_stage_input(metadata).on(self.stage.device)
             if torch.is_grad_enabled():
                 for tensor in inputs.trained.values():
                     tensor.requires_grad_(self.me.stage_index > self._lowest_stage)
@@ -338,7 +343,7 @@ class StageExecutor:
         if outputs:
             gradients = None
             if received is not None:
-                gradients = [received[gradient_name(name)].to(output.device) for name, output in outputs.items()]
+                gradients = [to_device(received[gradient_name(name)], o.device) for name, o in outputs.items()]
             torch.autograd.backward(list(outputs.values()), gradients)
         # A micro-batch without label tokens has no gradient; the stages below still wait for one.
         return {

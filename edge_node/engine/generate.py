@@ -22,7 +22,7 @@ from edge_node.engine.stage_input import pad_token_id, padded_ids, padding_mask
 from edge_node.engine.unit import UnitInput
 from edge_node.stage.architecture import make_position_ids
 from edge_node.stage.halves import start_token_id
-from edge_node.stage.stage import StageInput
+from edge_node.stage.passes import StageInput
 from edge_node.transport.base import MessageKey, MessageKind, Peer
 from plutino.data.batches import MicroBatchRows
 

@@ -56,13 +56,16 @@ Action = Forward | Backward | Send | Receive
 def forward_window(stages: Sequence[StageShape], stage_index: int) -> int:
     """How far a stage's forward passes run ahead of its backward passes, in micro-batches of the step.
 
+    As far as 1F1B needs to keep all busy, and further by :attr:`StageShape.ahead`: with one more for each boundary a
+    message has the time of a whole micro-batch for its way before anybody waits for it.
+
     Every replica of this and of all later stages must have a micro-batch to work on; with one replica everywhere this
     is the number of stages from this one on. Micro-batch m is run backward only after every micro-batch of the same
     worker below m + window was run forward. The window shrinks from stage to stage, so what a stage needs forward for
     m is held up, one stage below, by backward passes of micro-batches below m alone: whatever the tables, no workers
     ever wait for each other in a circle.
     """
-    return sum(stage.num_replicas for stage in stages[stage_index:])
+    return sum(stage.num_replicas for stage in stages[stage_index:]) + stages[stage_index].ahead
 
 
 def forwards_ahead(stages: Sequence[StageShape], stage_index: int) -> int:

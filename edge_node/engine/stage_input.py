@@ -9,7 +9,8 @@ from torch import Tensor
 
 from edge_node.stage.architecture import make_position_ids
 from edge_node.stage.halves import start_token_id
-from edge_node.stage.stage import Stage, StageInput
+from edge_node.stage.passes import StageInput
+from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 
 # Shape suffixes: B rows of a micro-batch, T tokens, D hidden size, R side width.

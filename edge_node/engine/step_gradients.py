@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from edge_node.methods.base import TrainableParameter
 from edge_node.transport.base import Peer, Transport
 from plutino.job.assignment import StageShape
 from plutino.types import Unit
+
+
+def squared_norms(gradients: Mapping[str, Tensor], names: Sequence[str]) -> tuple[float, ...]:
+    """Squared L2 norm of each gradient in the order of names, in fp64; 0 where there is none. One wait for a card."""
+    found = [name for name in names if name in gradients]
+    if not found:
+        return (0.0,) * len(names)
+    norms = torch.stack([torch.linalg.vector_norm(gradients[name], dtype=torch.float64) for name in found]).tolist()
+    of_name = dict(zip(found, norms, strict=True))
+    return tuple(of_name.get(name, 0.0) ** 2 for name in names)
 
 
 class StepGradients:

@@ -21,8 +21,9 @@ class Loss:
     scaled: Tensor | None
     """Scalar to back-propagate: the sum of losses over the step's global loss weight. None: nothing in the micro-batch
     carries loss."""
-    sum: float
-    """Sum of losses: in nats over label tokens, or over rows (a pair is one row)."""
+    sum: float | Tensor
+    """Sum of losses: in nats over label tokens, or over rows (a pair is one row). A scalar on a card is not waited for
+    before the step's end."""
     values_BK: Tensor | None = None
     """What the objective says of each row, detached fp32, for scoring; None: nothing that a score is made of."""
     counts: Mapping[str, float] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edge_node.objectives.base import Loss, NoReference
+from edge_node.stage.placing import to_device
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 
@@ -33,8 +34,9 @@ class LabelTokenLoss(NoReference):
         if len(labels_N) == 0:
             return Loss(None, 0.0)
         logits_NV = token_logits(stage, hidden_BTD, positions_N)
-        total = functional.cross_entropy(logits_NV, labels_N.to(logits_NV.device), reduction="sum")
-        return Loss(total / loss_weight, float(total.detach()))
+        total = functional.cross_entropy(logits_NV, to_device(labels_N, logits_NV.device), reduction="sum")
+        seen = total.detach()
+        return Loss(total / loss_weight, seen if seen.is_cuda else float(seen))
 
 
 def row_logps(stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows, *, average: bool = False) -> Tensor:
@@ -71,5 +73,5 @@ def label_positions(rows: MicroBatchRows, padded_tokens: int) -> tuple[Tensor, T
 
 def token_logits(stage: Stage, hidden_BTD: Tensor, positions_N: Tensor) -> Tensor:
     """Logits [N, V] in fp32."""
-    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[positions_N.to(hidden_BTD.device)]
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[to_device(positions_N, hidden_BTD.device)]
     return stage.head(hidden_ND).float()

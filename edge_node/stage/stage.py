@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -20,6 +20,7 @@ from edge_node.stage.architecture import count_blocks, make_packed_masks
 from edge_node.stage.frozen_prefix import FrozenPrefix
 from edge_node.stage.halves import new_halves_cache, run_halves
 from edge_node.stage.known_output import GivesItsInput
+from edge_node.stage.passes import StageInput, StageOutput
 from edge_node.stage.past import FixedPast, Past, for_rows
 from edge_node.stage.rounding import round_inputs
 from plutino.errors import ActivationCacheError, ModelError
@@ -28,75 +29,7 @@ from plutino.job.model import Packing
 from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates, BackboneTap, SideNetwork
 
-
 # Shape suffixes: B rows, T tokens of this pass, D hidden size, V vocabulary.
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageInput:
-    """What one micro-batch brings to a stage."""
-
-    position_ids: Tensor
-    """int64 [B, T], from :func:`edge_node.stage.architecture.make_position_ids`."""
-    input_ids: Tensor | None = None
-    """int64 [B, T] on the first stage, None on the others."""
-    hidden: Tensor | None = None
-    """[B, T, D], the previous stage's output; None on the first stage, and where blocks below did not run."""
-    side: Tensor | None = None
-    """fp32 [B, T, R], the previous stage's side state; None where no side network runs below."""
-    attention_mask: Tensor | None = None
-    """[B, tokens seen so far with this pass]: 1 for tokens, 0 for padding. None: no padding."""
-    segment_ids: Tensor | None = None
-    """int64 [B, T], segment of each token of packed rows, from 0 up; None: every row is one sequence."""
-    target_ids: Tensor | None = None
-    """int64 [B, T] on an encoder-decoder's first stage, whose ``input_ids`` and ``attention_mask`` are the source's."""
-    source: Tensor | None = None
-    """[B, S, D], an encoder-decoder's source as the previous stage left it; ``hidden`` is the target's then."""
-    has_new_source: bool = True
-    """False: the encoder's blocks have seen the source."""
-    token_types: Tensor | None = None
-    """int64 [B, T] on the first stage: 0 for tokens of the first text, 1 for those of the second; None: one text."""
-    num_prompt_tokens: int = 0
-    """Virtual tokens that come before the rows' own in this pass: counted in the other fields' T, but for input_ids."""
-    cache: Cache | None = None
-    """KV cache of this stage, extended in place; None in training."""
-
-    @property
-    def trained(self) -> dict[str, Tensor]:
-        """What of the previous stage's output may want a gradient back, by the names of :class:`StageOutput`."""
-        parts = {"source": self.source} | ({"hidden": self.hidden} if self.side is None else {"side": self.side})
-        return {name: tensor for name, tensor in parts.items() if tensor is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class StageOutput:
-    """What a stage makes of one micro-batch."""
-
-    known_hidden: Tensor | None
-    """[B, T, D]: on the last stage what the head reads; None where the blocks did not run and nobody needs it."""
-    side: Tensor | None = None
-    """fp32 [B, T, R], the side state; None where no side network runs, and on the last stage, which mixes it in."""
-    states: BackboneStates | None = None
-    """What a side network read of the blocks, or what the lowest trained block got, where that is kept."""
-    source: Tensor | None = None
-    """[B, S, D], of an encoder-decoder; None where later tokens of a target do not need it."""
-
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden states of blocks that did run."""
-        assert self.known_hidden is not None, "the blocks did not run"
-        return self.known_hidden
-
-    @property
-    def trained(self) -> dict[str, Tensor]:
-        """The parts that a gradient comes back for, by name."""
-        parts = {"source": self.source}
-        parts |= {"hidden": self.known_hidden} if self.side is None else {"side": self.side}
-        return {name: tensor for name, tensor in parts.items() if tensor is not None}
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """What the next stage gets, by name."""
-        parts = {"hidden": self.known_hidden, "side": self.side, "source": self.source}
-        return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
 
 
 class Stage:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from edge_node.methods.base import AttachedMethod
-from edge_node.stage.stage import Stage, StageInput
+from edge_node.stage.passes import StageInput
+from edge_node.stage.stage import Stage
 
 _ROWS, _TOKENS = 2, 8
 

@@ -30,7 +30,7 @@ from plutino.wire.frames import (
     num_chunks,
 )
 from plutino.wire.messages import Ack, Bounds, Codec, MessageHeader, Origin, Refusal, RefusedFrameError, TensorSpec
-from plutino.wire.tensors import BufferPool, describe, pack
+from plutino.wire.tensors import BufferPool, HostCopy, describe, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ class LinkUsage:
 @dataclass(slots=True)
 class _Outgoing:
     key: MessageKey
-    tensors: dict[str, Tensor]
+    tensors: HostCopy
     specs: tuple[TensorSpec, ...]
     sequence: int = 0
     """0 until the message is sent for the first time."""
@@ -131,13 +131,14 @@ class Link:
         """
         specs = describe(tensors, codec)
         self._check_size(key, specs)
+        tensors_on_host = HostCopy(specs, tensors)
         with self._lock:
             while True:
                 self._inbox.check_unit(key.unit)
                 if self._lost_reason:
                     raise PeerLostError(self._lost_message())
                 if len(self._queue) < QUEUE_MESSAGES:
-                    self._queue.append(_Outgoing(key, tensors, specs))
+                    self._queue.append(_Outgoing(key, tensors_on_host, specs))
                     self._wake_send_thread()
                     return
                 self._room_came.wait()
@@ -287,8 +288,9 @@ class Link:
         return outgoing
 
     def _frames_of(self, outgoing: _Outgoing, stream: StreamToken) -> Iterator[bytes]:
+        tensors = outgoing.tensors.wait()
         start_s = time.perf_counter()
-        pieces = pack(outgoing.specs, outgoing.tensors)
+        pieces = pack(outgoing.specs, tensors)
         header = MessageHeader(
             origin=self._own,
             kind=outgoing.key.kind,

@@ -57,6 +57,7 @@ class PeerTransport:
         bounds: What a peer may make this worker hold; the same on all workers of a plan.
         credentials: This device's; None for plain streams, on loopback only.
         advertised_host: Where peers reach this device; None where the host listened on says it.
+        is_for_card: A card computes here: messages lie in page-locked memory, from which it takes copies by itself.
         reconnect_s: How long a broken stream may take to come back before the peer is lost.
         on_peer_lost: Called once per lost peer, from a thread of the transport, with the reason.
 
@@ -75,12 +76,13 @@ class PeerTransport:
         *,
         credentials: Credentials | None = None,
         advertised_host: str | None = None,
+        is_for_card: bool = False,
         reconnect_s: float = 5.0,
         on_peer_lost: Callable[[Peer, str], None] | None = None,
     ) -> None:
         self._bounds = bounds or Bounds()
         self._inbox = Inbox()
-        self._pool = BufferPool()
+        self._pool = BufferPool(is_page_locked=is_for_card)
         self._state = TransportState(
             own,
             Origin(job_hash(job_id), plan_epoch, own.stage_index, own.replica_index),

@@ -5,12 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_node.transport.base import MessageKey, MessageKind, Peer
 from edge_node.transport.inbox import Arrival, Inbox, Message
 from plutino.wire.frames import ChunkFrame
 from plutino.wire.messages import Ack, Bounds, MessageHeader, Origin, Refusal, RefusedFrameError
 from plutino.wire.tensors import BufferPool, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -19,8 +26,10 @@ class _Assembly:
 
     header: MessageHeader
     key: MessageKey
-    buffer: memoryview | None
+    memory: Tensor | None
     """Where the payload goes; None if the message is not wanted."""
+    view: NDArray[np.uint8] | None
+    """The same for writing."""
     next_chunk: int = 0
     received_bytes: int = 0
 
@@ -80,8 +89,9 @@ class Receiver:
         start = assembly.received_bytes
         assembly.next_chunk += 1
         assembly.received_bytes += len(chunk.payload)
-        if assembly.buffer is not None:
-            assembly.buffer[start : assembly.received_bytes] = chunk.payload
+        if assembly.view is not None:
+            # By numpy, which copies without the interpreter lock: who computes needs it for every kernel.
+            assembly.view[start : assembly.received_bytes] = np.frombuffer(chunk.payload, np.uint8)
         if assembly.next_chunk < chunk.num_chunks:
             return False
         self._assembly = None
@@ -110,7 +120,8 @@ class Receiver:
             raise RefusedFrameError(Refusal.MALFORMED, f"no message is of kind {header.kind}") from error
         key = MessageKey(kind, header.unit, header.micro_batch, header.position)
         is_wanted = not self._inbox.is_over(header.unit)
-        self._assembly = _Assembly(header, key, self._pool.lend(header.payload_bytes) if is_wanted else None)
+        memory = self._pool.lend(header.payload_bytes) if is_wanted else None
+        self._assembly = _Assembly(header, key, memory, None if memory is None else memory.numpy())
         return self._assembly
 
     def _complete(self, assembly: _Assembly) -> None:
@@ -120,8 +131,8 @@ class Receiver:
         with self._lock:
             self._held_messages += 1
             self._held_bytes += num_bytes
-        if assembly.buffer is not None:
-            message = Message(unpack(header.tensors, assembly.buffer), num_bytes)
+        if assembly.memory is not None:
+            message = Message(unpack(header.tensors, assembly.memory), num_bytes)
             arrival = self._inbox.put(self._peer, assembly.key, message)
         if arrival is not Arrival.STORED:
             self._count_refusal(Refusal(arrival.value))

@@ -24,6 +24,9 @@ class StageShape(_Part):
     num_replicas: int = 1
     micro_batch_owner: tuple[int, ...] = ()
     """Replica that runs micro-batch m of a step; empty means replica 0 runs all. Longer steps wrap around."""
+    ahead: int = 0
+    """Forward passes by which the stage runs further ahead of its backward passes than workers lie from it to the end;
+    never more on a later stage."""
 
     def replica_of(self, micro_batch: int) -> int:
         """The replica that runs a micro-batch."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from edge_node.stage.architecture import make_position_ids
 from edge_node.stage.build import build_stage
-from edge_node.stage.stage import Stage, StageInput
+from edge_node.stage.passes import StageInput
+from edge_node.stage.stage import Stage
 from edge_node.stage.weights import LocalSource
 from plutino.families import family_of
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from coordinator.jobs.barrier import Abort, Commit, Vote, decide, open_barrier
 from edge_node.engine.reference import InProcessPipeline
 from edge_node.engine.unit import StepOutcome
-from edge_node.stage.stage import StageInput
+from edge_node.stage.passes import StageInput
 from edge_node.stage.weights import LocalSource
 from edge_node.transport.base import Peer
 from plutino.data.batches import MicroBatchRows

@@ -7,7 +7,8 @@ from weakref import ref
 import pytest
 import torch
 
-from edge_node.stage.stage import Stage, StageInput
+from edge_node.stage.passes import StageInput
+from edge_node.stage.stage import Stage
 from partitioner.activations import saved_block_bytes
 from tests.numerics.test_family_memory import DTYPES, LOOSEST, ROWS, Kept, describe, job_shape, kept_ratio, make_stage
 from tests.numerics.tiny_families import ENCODER_DECODERS, ENCODERS, make_config

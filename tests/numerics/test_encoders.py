@@ -21,7 +21,7 @@ from edge_node.methods.score_head import attach_method
 from edge_node.objectives.sequence_scores import sequence_scores
 from edge_node.profile import measure
 from edge_node.stage.build import build_stage
-from edge_node.stage.stage import StageInput
+from edge_node.stage.passes import StageInput
 from edge_node.stage.weights import LocalSource
 from partitioner.adapter import adapter_params_of
 from partitioner.device import ProfileRequest

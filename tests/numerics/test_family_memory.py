@@ -11,8 +11,9 @@ from torch import Tensor
 
 from edge_node.methods.registry import METHODS
 from edge_node.stage.build import build_stage
+from edge_node.stage.passes import StageInput
 from edge_node.stage.random_source import RandomSource
-from edge_node.stage.stage import Stage, StageInput
+from edge_node.stage.stage import Stage
 from partitioner.activations import micro_batch_tokens, saved_block_bytes, shared_bytes, workspace_bytes
 from partitioner.adapter import adapter_params_of
 from partitioner.model import JobShape, ModelTable, describe_model

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from edge_node.engine.generate import GenerateOptions
 from edge_node.methods.prefix import attach_prefix
-from edge_node.stage.stage import StageInput
+from edge_node.stage.passes import StageInput
 from edge_node.transport.base import Peer
 from partitioner.adapter import adapter_params_of
 from plutino.errors import ConfigError, ModelError

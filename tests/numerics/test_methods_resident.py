@@ -11,8 +11,8 @@ from edge_node.engine.unit import UnitInput
 from edge_node.methods.registry import METHODS
 from edge_node.objectives.sft import SftObjective
 from edge_node.stage.build import build_stage
+from edge_node.stage.passes import StageInput
 from edge_node.stage.resident import ResidentStage
-from edge_node.stage.stage import StageInput
 from edge_node.stage.weights import LocalSource
 from edge_node.transport.base import Peer
 from plutino.job.assignment import StageShape

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from edge_node.engine.generate import GenerateOptions
 from edge_node.methods.parallel_adapters import attach_parallel_adapters
-from edge_node.stage.stage import StageInput
+from edge_node.stage.passes import StageInput
 from edge_node.transport.base import MessageKind, Peer
 from partitioner.activations import saved_block_bytes
 from partitioner.adapter import adapter_params_of

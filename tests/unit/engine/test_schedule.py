@@ -22,9 +22,17 @@ QUEUE_MESSAGES = 2
 """What every transport promises: so many messages of one kind may wait between two workers."""
 
 
-def chain(*replicas: int, tables: tuple[tuple[int, ...], ...] | None = None) -> list[StageShape]:
+def chain(
+    *replicas: int, tables: tuple[tuple[int, ...], ...] | None = None, runs_ahead: bool = False
+) -> list[StageShape]:
     return [
-        StageShape(start_block=i, end_block=i + 1, num_replicas=r, micro_batch_owner=tables[i] if tables else ())
+        StageShape(
+            start_block=i,
+            end_block=i + 1,
+            num_replicas=r,
+            micro_batch_owner=tables[i] if tables else (),
+            ahead=len(replicas) - 1 - i if runs_ahead else 0,
+        )
         for i, r in enumerate(replicas)
     ]
 
@@ -34,7 +42,7 @@ def pipelines(draw):
     """Stages with any table over their replicas, fair or not, and the number of micro-batches of a step."""
     replicas = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
     tables = tuple(tuple(draw(st.lists(st.integers(0, r - 1), min_size=1, max_size=6))) for r in replicas)
-    stages = chain(*replicas, tables=tables)
+    stages = chain(*replicas, tables=tables, runs_ahead=draw(st.booleans()))
     return stages, draw(st.integers(0, 12)), draw(st.integers(0, len(stages) - 1))
 
 
@@ -155,6 +163,16 @@ def test_three_stages_of_one_replica_run_1f1b():
         "F0 F1 F2 B0 F3 B1 F4 B2 B3 B4",
         "F0 F1 B0 F2 B1 F3 B2 F4 B3 B4",
         "F0 B0 F1 B1 F2 B2 F3 B3 F4 B4",
+    ]
+
+
+def test_stages_that_run_ahead_have_a_micro_batch_to_run_while_a_message_is_on_its_way():
+    actions_of = step_actions(chain(1, 1, 1, runs_ahead=True), 6)
+
+    assert [short(actions) for actions in actions_of.values()] == [
+        "F0 F1 F2 F3 F4 B0 F5 B1 B2 B3 B4 B5",
+        "F0 F1 F2 B0 F3 B1 F4 B2 F5 B3 B4 B5",
+        "F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5",
     ]
 
 

@@ -33,15 +33,21 @@ TABLES = st.integers(1, 9).flatmap(
 
 
 @settings(max_examples=60, deadline=None)
-@given(TABLES, st.integers(0, 3))
-def test_evaluation_order_of_one_worker_is_what_the_executor_runs(table, num_frozen):
+@given(TABLES, st.integers(0, 3), st.booleans())
+def test_evaluation_order_of_one_worker_is_what_the_executor_runs(table, num_frozen, runs_ahead):
     num_micro_batches, owners, sizes = table
     stages = [
-        StageShape(start_block=k, end_block=k + 1, num_replicas=n, micro_batch_owner=owners[k])
+        StageShape(
+            start_block=k,
+            end_block=k + 1,
+            num_replicas=n,
+            micro_batch_owner=owners[k],
+            ahead=len(sizes) - 1 - k if runs_ahead else 0,
+        )
         for k, n in enumerate(sizes)
     ]
     first_trainable = min(num_frozen, len(sizes) - 1)
-    ahead = windows(tuple(tuple(range(n)) for n in sizes))
+    ahead = windows(tuple(tuple(range(n)) for n in sizes), runs_ahead=runs_ahead)
     order = evaluation_order(ahead, num_micro_batches, tuple(k >= first_trainable for k in range(len(sizes))))
 
     for k, n in enumerate(sizes):
@@ -83,11 +89,12 @@ FLEETS = st.lists(st.tuples(st.sampled_from([0.2, 1.0, 3.0]), st.integers(330, 4
     st.sampled_from([1, 2, 4]),
     st.sampled_from([2e5, 5e6, 1e9]),
     st.sampled_from([None, (2,), (0, 3)]),
+    st.booleans(),
     st.data(),
 )
-def test_bound_never_exceeds_the_replay_of_any_cuts(numbers, num_blocks, rows, bandwidth, adapted, data):
+def test_bound_never_exceeds_the_replay_of_any_cuts(numbers, num_blocks, rows, bandwidth, adapted, runs_ahead, data):
     table = llama(max(num_blocks, 4))
-    shape = job(table, LoraConfig(blocks=adapted), micro_batch_rows=rows)
+    shape = job(table, LoraConfig(blocks=adapted), micro_batch_rows=rows, runs_ahead=runs_ahead)
     devices = [device(f"d{i}", speed=s, available_mib=a) for i, (s, a) in enumerate(numbers)]
     links = LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth, latency_s=1e-3))
     pricer = Pricer(table, shape, devices, links)
@@ -103,6 +110,22 @@ def test_bound_never_exceeds_the_replay_of_any_cuts(numbers, num_blocks, rows, b
         assert bound_s <= candidate.step_s * (1 + 1e-9)
         assert pricer.step_seconds(layout, [cuts])[0] == pytest.approx(candidate.step_s)
         assert pricer.least_starts(layout) is not None
+
+
+def test_stages_that_run_ahead_do_not_wait_for_messages_shorter_than_half_a_micro_batch():
+    num_micro_batches, message_s = 8, 1.0
+    links = (((message_s, 0.0),),)
+    waiting, ahead, free = (
+        replay(
+            [StageGroup((StageCost(1.0, 2.0),), links=way, ahead=further), StageGroup((StageCost(1.0, 2.0),))],
+            num_micro_batches,
+        ).step_s
+        for further, way in ((0, links), (1, links), (0, (((0.0, 0.0),),)))
+    )
+
+    assert free == 3.0 * (num_micro_batches + 1)
+    assert ahead == free + 2 * message_s
+    assert waiting == free + num_micro_batches * message_s
 
 
 def test_replay_replicas_share_the_micro_batches_and_add_up_at_the_end():

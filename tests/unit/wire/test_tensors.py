@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,9 +30,9 @@ def over_the_wire(
     specs = describe(tensors, codec_named(codec))
     payload = b"".join(pack(specs, tensors))
     assert len(payload) == layout(specs)[1]
-    buffer = (pool or BufferPool()).lend(len(payload))
-    buffer[: len(payload)] = payload
-    return unpack(specs, buffer)
+    memory = (pool or BufferPool()).lend(len(payload))
+    memory.numpy()[: len(payload)] = np.frombuffer(payload, np.uint8)
+    return unpack(specs, memory)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
