@@ -50,7 +50,7 @@ _BUDGET_BYTES = 3 * GIB
 
 def agent_name(run: Run, index: int) -> str:
     """An agent's name; each run has its own agents."""
-    return f"{run.name.replace(' ', '-').replace(':', '-')}-{index}"
+    return f"{run.label}-{index}"
 
 
 def measure_all(
@@ -80,13 +80,13 @@ def measure_all(
         with PlutinoStack(state_dir) as stack:
             for run in runs:
                 if time.monotonic() > deadline_s:
-                    failed[run.name] = f"not begun: the {minutes:g} minutes were over"
+                    failed[run.label] = f"not begun: the {minutes:g} minutes were over"
                     continue
                 try:
                     figures = measure(run, stack, Path(scratch), for_agents, num_steps=num_steps, deadline_s=deadline_s)
                 except (ContenderError, PlutinoError, OSError) as error:
                     # One run's failure is no reason to lose the others' figures.
-                    failed[run.name] = f"{type(error).__name__}: {error}"
+                    failed[run.label] = f"{type(error).__name__}: {error}"
                     print(f"{run.name} failed: {error}", file=sys.stderr, flush=True)
                     continue
                 print(scaling_table([figures]), flush=True)
@@ -114,7 +114,7 @@ def measure(
     """
     threads = {agent_name(run, index): count for index, count in enumerate(run.threads)}
     pins, shares_cores = one_after_other(threads, cores)
-    folder = scratch / run.name.replace(" ", "-")
+    folder = scratch / run.label
     written = write_drawn_base(run.workload, folder, num_steps=num_steps + _NUM_SPARE_STEPS)
     values = job_values(
         run.workload, written, dtype=run.dtype, checkpointing=run.checkpointing, shadow_every=NO_SHADOWS, num_stages=1

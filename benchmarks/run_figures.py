@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from benchmarks.goals import Goal
@@ -37,6 +37,14 @@ class Run:
     """Instead of budgets: what a worker holds before any job, and this share of what the job would take alone."""
     num_stages: int | None = None
     """None: as many as the planner likes."""
+    turn: int = 0
+    """The same run again has another number, and agents of its own."""
+
+    @property
+    def label(self) -> str:
+        """Unique among all turns of all runs, and good as a file's name."""
+        of_turn = f"-again{self.turn}" if self.turn else ""
+        return self.name.replace(" ", "-").replace(":", "-") + of_turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +73,11 @@ class Figures:
     compute_s: tuple[float, ...]
     """Median seconds of computation of each worker in a step."""
     predicted_compute_s: tuple[float, ...]
+    bubble_share: float = 0.0
+    """Of the busiest stage's time, as the plan has it: what a pipeline of so many stages and micro-batches cannot give,
+    whoever runs it."""
+    later_turns: tuple[tuple[float, ...], ...] = ()
+    """Steps of the same run, begun anew after others had their turn."""
 
     @property
     def values(self) -> dict[str, object]:
@@ -79,12 +92,15 @@ class Figures:
 
     @property
     def median_step_s(self) -> float:
-        """Measured."""
-        return statistics.median(self.step_s)
+        """Measured, over all turns."""
+        return statistics.median([*self.step_s, *(s for turn in self.later_turns for s in turn)])
 
     @property
     def a_a_noise(self) -> float:
-        """How far even and odd steps are apart."""
+        """How far the same run's turns are apart, or even and odd steps of its only one."""
+        if self.later_turns:
+            medians = [statistics.median(turn) for turn in (self.step_s, *self.later_turns)]
+            return max(medians) / min(medians) - 1
         return abs(statistics.median(self.step_s[0::2]) / statistics.median(self.step_s[1::2]) - 1)
 
     @property
@@ -96,6 +112,10 @@ class Figures:
     def tokens_per_s(self) -> float:
         """Tokens trained."""
         return self.run.workload.tokens_per_step / self.median_step_s
+
+    def with_turn(self, again: Figures) -> Figures:
+        """With the steps of another turn of the same run; the plan and its workers are the first turn's."""
+        return replace(self, later_turns=(*self.later_turns, again.step_s))
 
 
 def figures_of(run: Run, plan: Plan, steps: Sequence[StepCommitted], *, shares_cores: bool) -> Figures:
@@ -133,18 +153,23 @@ def figures_of(run: Run, plan: Plan, steps: Sequence[StepCommitted], *, shares_c
             for place, (replica, _) in planned.items()
         ),
         compute_s=tuple(statistics.median(compute_s[place]) for place in planned),
+        bubble_share=plan.bubble_share,
         predicted_compute_s=tuple(count * (r.forward_s + r.backward_s) for r, count in planned.values()),
     )
 
 
 def scaling_table(found: Sequence[Figures]) -> str:
     """Plain text: a line a run."""
-    lines = [f"{'run':<20} {'workers':>7} {'s/step':>8} {'predicted':>9} {'error':>7} {'A/A':>5} {'tokens/s':>9}"]
+    lines = [
+        f"{'run':<20} {'workers':>7} {'s/step':>8} {'predicted':>9} {'error':>7} {'A/A':>5} {'tokens/s':>9} "
+        f"{'bubble':>6}"
+    ]
     for each in found:
         note = "  (agents share processors)" if each.shares_cores else ""
         lines.append(
             f"{each.run.name:<20} {each.num_workers:>7} {each.median_step_s:>8.3f} {each.predicted_step_s:>9.3f} "
-            f"{each.error:>+7.1%} {each.a_a_noise:>5.1%} {each.tokens_per_s:>9.0f}{note}"
+            f"{each.error:>+7.1%} {each.a_a_noise:>5.1%} {each.tokens_per_s:>9.0f} "
+            f"{each.bubble_share:>6.1%}{note}"
         )
     return "\n".join(lines)
 

@@ -5,6 +5,10 @@ Agents are processes with processors of their own (:mod:`benchmarks.agent_runs`)
 - equal agents, 1, 2, 4 and 8: tokens/s beside those of one;
 - agents of 4, 2 and 1 threads: together beside the sum of each alone.
 
+Beside each figure stands the bubble's share as planned: of M micro-batches a pipeline of S stages loses (S - 1) of
+M + S - 1, so that 8 stages with 64 cannot give more than 0.915 of four times what 2 give, with 128 no more than 0.956.
+All runs of a part are repeated in the other order (``--turns``), and how far a run's turns are apart is its A/A.
+
 The predictions of all these runs are judged as well; benchmarks.predicted asks about nothing else. ``--at-once`` gives
 each part processors of its own and runs them beside each other. ``--cuda`` asks another question: two cards beside
 torch.distributed.pipelining over NCCL (:mod:`benchmarks.scaling_cuda`). Whatever plan comes is taken: a pipeline,
@@ -37,7 +41,7 @@ PARTS = ("equal", "unequal")
 _UNEQUAL = (4, 2, 1)
 _OWN_CORES = 2
 
-FULL = Workload(
+UNEQUAL = Workload(
     num_blocks=24,
     hidden_dim=512,
     intermediate_dim=1408,
@@ -49,6 +53,11 @@ FULL = Workload(
 )
 """Many blocks and micro-batches: what is lost to whole blocks and to the bubble is not what this benchmark is about."""
 
+EQUAL = replace(UNEQUAL, seq_len_tokens=64, batch_size=128, num_micro_batches=128)
+"""As many tokens, in twice as many micro-batches, because there are up to 8 stages."""
+
+FULL = {"equal": EQUAL, "unequal": UNEQUAL}
+
 
 def runs_of(part: str, workload: Workload, *, most_agents: int) -> list[Run]:
     """The runs of a part; those that take longest come last, because time may be up before."""
@@ -58,6 +67,14 @@ def runs_of(part: str, workload: Workload, *, most_agents: int) -> list[Run]:
     fast = _UNEQUAL if most_agents > 2 else (2, 1)
     together = Run(name=f"unequal {':'.join(map(str, fast))}", threads=fast, workload=workload)
     return [together, *(Run(name=f"alone {threads}", threads=(threads,), workload=workload) for threads in fast)]
+
+
+def in_turns(runs: Sequence[Run], num_turns: int) -> list[Run]:
+    """All runs, then all of them again in the other order, and so on: a drift of the machine hits all alike."""
+    found: list[Run] = []
+    for turn in range(num_turns):
+        found += [replace(run, turn=turn) for run in (runs if turn % 2 == 0 else reversed(runs))]
+    return found
 
 
 def cores_needed(part: str, *, most_agents: int) -> int:
@@ -95,23 +112,26 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or RESULTS_DIR / ("scaling_quick.json" if options.quick else "scaling.json")
     if options.at_once:
         return _at_once(options, out)
-    workload = TINY if options.quick else FULL
+    workloads = dict.fromkeys(PARTS, TINY) if options.quick else FULL
     if options.rows is not None:
-        workload = replace(workload, batch_size=options.rows, num_micro_batches=options.rows)
+        rows = {"batch_size": options.rows, "num_micro_batches": options.rows}
+        workloads = {part: replace(workload, **rows) for part, workload in workloads.items()}
     machine = machine_facts(("torch", "transformers", "peft", "grpcio"))
     found: dict[str, Figures] = {}
 
     def note(figures: Figures) -> None:
-        found[figures.run.name] = figures
-        _write(out, machine, workload, found, {})
+        name = figures.run.name
+        found[name] = found[name].with_turn(figures) if name in found else figures
+        _write(out, machine, workloads, found, {})
 
-    runs = [run for part in options.parts for run in runs_of(part, workload, most_agents=options.agents)]
+    once = [run for part in options.parts for run in runs_of(part, workloads[part], most_agents=options.agents)]
+    runs = in_turns(once, options.turns)
     cores = sorted(os.sched_getaffinity(0))
     failed = measure_all(runs, cores, num_steps=options.steps, minutes=options.minutes, on_figures=note)
     print(scaling_table(list(found.values())))
     if goals := goals_of(found):
         print(goal_table(goals))
-    _write(out, machine, workload, found, failed)
+    _write(out, machine, workloads, found, failed)
     print(f"all figures: {out}")
     return 1 if failed else 0
 
@@ -119,13 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _write(
     out: Path,
     machine: Mapping[str, object],
-    workload: Workload,
+    workloads: Mapping[str, Workload],
     found: Mapping[str, Figures],
     failed: Mapping[str, str],
 ) -> None:
     document = {
         "machine": machine,
-        "workload": asdict(workload),
+        "workloads": {part: asdict(workload) for part, workload in workloads.items()},
         "runs": {name: figures.values for name, figures in found.items()},
         "failed": dict(failed),
         "goals": [goal.to_dict() for goal in goals_of(found)],
@@ -162,6 +182,7 @@ def _at_once(options: argparse.Namespace, out: Path) -> int:
             *("--minutes", str(options.minutes), "--out", str(_part_path(out, part))),
             *(["--quick"] if options.quick else []),
             *(["--rows", str(options.rows)] if options.rows is not None else []),
+            *("--turns", str(options.turns)),
         ]
         for part in shares
     }
@@ -187,7 +208,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--agents", type=int, default=8, help="most agents of a run")
     parser.add_argument("--steps", type=int, default=7, help="steps of each run, the first of which is left out")
     parser.add_argument("--minutes", type=float, default=60.0, help="nothing is begun or waited for after these")
-    parser.add_argument("--rows", type=int, help="rows of a step, one a micro-batch; by default 64")
+    parser.add_argument("--rows", type=int, help="rows of a step, one a micro-batch; by default 128 or 64")
+    parser.add_argument("--turns", type=int, default=2, help="how often every run is begun")
     parser.add_argument("--cuda", action="store_true", help="instead: two cards beside torch pipelining over NCCL")
     parser.add_argument("--quick", action="store_true", help="a tiny model: see it run, quote nothing")
     parser.add_argument("--out", type=Path, default=None, help="where the figures go; by default benchmarks/results")

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.cores import one_after_other, physical_first
 from benchmarks.peers.workload import Workload
 from benchmarks.run_figures import Figures, Run, WorkerBytes
-from benchmarks.scaling import TINY, goals_of, runs_of, shares_of_cores
+from benchmarks.scaling import TINY, goals_of, in_turns, runs_of, shares_of_cores
 
 WORK = Workload(batch_size=10, seq_len_tokens=10, num_micro_batches=10)
 
@@ -46,6 +46,22 @@ def test_runs_of_all_parts_have_names_of_their_own():
     runs = [run for part in ("equal", "unequal") for run in runs_of(part, TINY, most_agents=8)]
 
     assert len({run.name for run in runs}) == len(runs) == 8
+
+
+def test_turns_reverse_the_order_and_have_agents_of_their_own():
+    runs = in_turns(runs_of("equal", TINY, most_agents=2), 2)
+
+    assert [run.name for run in runs] == ["equal 2", "equal 1", "equal 1", "equal 2"]
+    assert len({run.label for run in runs}) == 4
+
+
+def test_turns_of_a_run_are_counted_together_and_their_distance_is_the_noise():
+    first = figures("equal 1", (1,), 2.0)
+
+    found = first.with_turn(figures("equal 1", (1,), 2.5))
+
+    assert found.median_step_s == 2.25
+    assert found.a_a_noise == pytest.approx(0.25)
 
 
 def test_one_thread_of_each_physical_core_comes_first(tmp_path):
