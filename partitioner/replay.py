@@ -33,10 +33,10 @@ class StageGroup:
     """Replica that runs micro-batch m; empty: replica 0 runs all."""
     links: tuple[tuple[tuple[float, float], ...], ...] = ()
     """[replica][replica of the next stage] -> (seconds a message occupies the link, its latency)."""
-    ahead: int = 0
-    """See :func:`partitioner.layout.ahead_of`."""
     sum_s: float = 0.0
     """Seconds from the last backward pass until all replicas have the whole gradient."""
+    ahead: int = 0
+    """See :func:`partitioner.layout.ahead_of`."""
 
 
 @dataclass(frozen=True, slots=True)

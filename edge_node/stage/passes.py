@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,9 @@ class StageInput:
         """The same on the device that computes, without waiting for it."""
         if device.type == "cpu":
             return self
-        parts = {part.name: getattr(self, part.name) for part in fields(self)}
-        return replace(self, **{name: to_device(t, device) for name, t in parts.items() if isinstance(t, Tensor)})
+        parts: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        moved: dict[str, Any] = {name: to_device(t, device) for name, t in parts.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
     @property
     def trained(self) -> dict[str, Tensor]:
