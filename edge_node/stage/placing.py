@@ -18,4 +18,5 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # Page-locked memory of one row that stands for all of them cannot be written.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)

@@ -20,7 +20,7 @@ def busy(num_products: int = 50) -> torch.Tensor:
     """What a card computes for a while, queued and not waited for."""
     product = torch.randn(2048, 2048, device=CARD)
     for _ in range(num_products):
-        product = product @ product / product.abs().max()
+        product = torch.tanh(product @ product)
     return product
 
 
@@ -67,6 +67,12 @@ def test_page_locked_memory_is_not_lent_again_while_a_card_copies_from_it():
         del memory, received
 
     assert [tensor.unique().tolist() for tensor in on_card] == [[float(value)] for value in range(16)]
+
+
+def test_rows_that_share_their_memory_come_to_the_card_each():
+    positions_BT = torch.arange(5).expand(3, 5)
+
+    assert torch.equal(to_device(positions_BT, CARD).cpu(), positions_BT)
 
 
 def test_transports_of_cards_carry_their_tensors_with_equal_bits():
