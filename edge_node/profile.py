@@ -115,22 +115,34 @@ def _measure_halves(source: RandomSource, request: ProfileRequest, device: Compu
     forward_s = backward_s = 0.0
     for block, num_alike in ((1, num_encoder_blocks), (2, num_blocks - num_encoder_blocks)):
         stage = _adapted_stage(source, block, request, device)
-        width = int(stage.config.hidden_size)
-        streams = [
-            torch.randn(rows, tokens, width, dtype=dtype, device=device.torch).requires_grad_(True)
-            for tokens in (request.row_tokens, target_tokens)
-        ]
-        positions = torch.arange(request.row_tokens, device=device.torch).expand(rows, request.row_tokens)
-        inputs = StageInput(position_ids=positions, source=streams[0], hidden=streams[1])
-        name = "hidden" if stage.has_decoder_blocks else "source"
+        inputs = _halves_input(stage, rows, (request.row_tokens, target_tokens), dtype)
+        name = "source" if stage.side is None else "source side"
+
+        def run(stage: Stage = stage, inputs: StageInput = inputs, name: str = name) -> Tensor:
+            output = stage.run(inputs)
+            return output.hidden if stage.has_decoder_blocks else output.trained[name]
+
         own_forward_s, own_backward_s = _median_passes_s(
-            device,
-            lambda stage=stage, inputs=inputs, name=name: stage.run(inputs).trained[name],  # type: ignore[misc]
-            lambda output: output.backward(torch.ones_like(output)),
+            device, run, lambda output: output.backward(torch.ones_like(output))
         )
         forward_s += own_forward_s * num_alike / num_blocks
         backward_s += own_backward_s * num_alike / num_blocks
     return forward_s, backward_s
+
+
+def _halves_input(stage: Stage, rows: int, num_tokens: tuple[int, int], dtype: torch.dtype) -> StageInput:
+    """A source and a target, and a gradient back for what a method wants one for."""
+
+    def stream(tokens: int, width: int, of: torch.dtype, *, is_trained: bool) -> Tensor:
+        return torch.randn(rows, tokens, width, dtype=of, device=stage.device).requires_grad_(is_trained)
+
+    width, side = int(stage.config.hidden_size), stage.side
+    source, hidden = (stream(tokens, width, dtype, is_trained=side is None) for tokens in num_tokens)
+    source_side = None
+    if side is not None and side.reads_source:
+        source_side = stream(num_tokens[0], side.layout.side_width, torch.float32, is_trained=True)
+    positions = torch.arange(num_tokens[0], device=stage.device).expand(rows, num_tokens[0])
+    return StageInput(position_ids=positions, source=source, hidden=hidden, source_side=source_side)
 
 
 def _measure_head(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:

@@ -53,10 +53,10 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     """
     if block < shape.first_trainable_block:
         return 0
-    if table.num_encoder_blocks and block >= table.num_encoder_blocks:
-        return _decoder_block_bytes(table, shape, block)
     if shape.side_reduction:
         return _side_block_bytes(table, shape, block) if shape.adapter_params[block] else 0
+    if table.num_encoder_blocks and block >= table.num_encoder_blocks:
+        return _decoder_block_bytes(table, shape, block)
     seen_tokens = shape.row_tokens + shape.past_tokens
     saved_bytes = micro_batch_tokens(shape) * block_token_bytes(table, shape, block, seen_tokens)
     family = family_of(table.family)
@@ -87,7 +87,8 @@ def block_kinds(table: ModelTable, shape: JobShape) -> list[int]:
     for block in range(table.num_blocks):
         key = (
             block < lowest,
-            bool(shape.side_reduction) and block == lowest,
+            bool(shape.side_reduction) and block in (lowest, table.num_encoder_blocks),
+            block >= table.num_encoder_blocks,
             block in table.expert_blocks,
             table.block_params[block],
             shape.adapter_params[block],
@@ -146,7 +147,9 @@ def _side_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     family = family_of(table.family)
     # The block's output, which the projection multiplies; the state that is mixed with it, and both factors.
     token_bytes = shape.dtype_bytes * width + 3 * _FP32_BYTES * side_width
-    if block == shape.first_trainable_block:
+    is_decoders = block >= table.num_encoder_blocks > 0
+    is_entry = is_decoders and not any(shape.adapter_params[table.num_encoder_blocks : block])
+    if is_entry or block == shape.first_trainable_block:
         token_bytes += shape.dtype_bytes * width + _FP32_BYTES * side_width
     if family.norm == "rms":
         # A trained norm keeps what its weight multiplies.
@@ -154,7 +157,8 @@ def _side_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
         if family.qk_norm != "none":
             token_bytes += _FP32_BYTES * (narrow.num_heads + narrow.num_kv_heads) * narrow.head_dim
     cast_bytes = 2 * shape.dtype_bytes * width * side_width if shape.dtype_bytes < _FP32_BYTES else 0
-    return micro_batch_tokens(shape) * token_bytes + cast_bytes + saved_block_bytes(narrow, side_shape, block)
+    num_tokens = shape.micro_batch_rows * target_tokens(shape) if is_decoders else micro_batch_tokens(shape)
+    return num_tokens * token_bytes + cast_bytes + saved_block_bytes(narrow, side_shape, block)
 
 
 def narrow_table(table: ModelTable, reduction: int) -> ModelTable:
@@ -252,7 +256,7 @@ def boundary_bytes(table: ModelTable, shape: JobShape) -> int:
     if table.num_encoder_blocks:
         # The longest source and the longest target may be in different rows.
         num_tokens += shape.micro_batch_rows * target_tokens(shape)
-    return num_tokens * table.hidden_size * shape.dtype_bytes + micro_batch_tokens(shape) * side_bytes
+    return num_tokens * (table.hidden_size * shape.dtype_bytes + side_bytes)
 
 
 def shared_bytes(table: ModelTable, shape: JobShape) -> int:

@@ -27,7 +27,7 @@ from plutino.job.method import (
     PromptConfig,
     PTuningV2Config,
 )
-from plutino.side_layout import check_reduction
+from plutino.side_layout import check_reduction, followed_blocks
 
 
 class BlockAdapter(PlanValue):
@@ -166,13 +166,16 @@ def _parallel_adapters(table: ModelTable, method: ParallelAdaptersConfig) -> Ada
     reduction, hidden = method.reduction, table.hidden_size
     sizes = {"hidden": hidden, "head_dim": table.head_dim, "inner": table.intermediate_size}
     check_reduction(family_of(table.family), reduction, sizes)
-    chosen = chosen_blocks(method.blocks, table.num_blocks)
+    num_encoder_blocks = table.num_encoder_blocks
+    chosen = followed_blocks(method.blocks, table.num_blocks, num_encoder_blocks)
+    # The side state of an encoder-decoder's target starts beside its decoder.
+    entries = {chosen[0], next(block for block in chosen if block >= num_encoder_blocks)}
     projection = hidden // reduction * (hidden + 1)
     blocks = []
     for index in range(table.num_blocks):
         matrices = sum(linear.in_features * linear.out_features for linear in table.block_linears[index])
-        side_block = matrices // reduction**2 + (table.block_params[index] - matrices) // reduction
-        params = side_block + projection + 1 + (projection if index == chosen[0] else 0)
+        side_block = matrices // reduction**2 + _vector_params(table, index) // reduction + table.repeated_params
+        params = side_block + projection + 1 + (projection if index in entries else 0)
         blocks.append(BlockAdapter(params=params if index in chosen else 0, rank_sum=0, linears=()))
     out_width = table.head_params // table.vocab_size or hidden
     # Where the head reads another width, what stands before it is a projection and no norm; an encoder has a pooler.
@@ -185,6 +188,19 @@ def _parallel_adapters(table: ModelTable, method: ParallelAdaptersConfig) -> Ada
         size_setting=method.size_setting,
         side_reduction=reduction,
     )
+
+
+def _vector_params(table: ModelTable, index: int) -> int:
+    """Parameters of a block that are no matrix of a linear layer, without the biases that a half's blocks share."""
+
+    def of(block: int) -> int:
+        matrices = sum(linear.in_features * linear.out_features for linear in table.block_linears[block])
+        has_table = table.num_encoder_blocks > 0 and block in (0, table.num_encoder_blocks)
+        return table.block_params[block] - matrices - (table.repeated_params if has_table else 0)
+
+    # What stands before a decoder is counted with its first block.
+    is_first_of_decoder = index == table.num_encoder_blocks > 0 and index + 1 < table.num_blocks
+    return of(index + 1) if is_first_of_decoder else of(index)
 
 
 def _prompt(table: ModelTable, method: PromptConfig) -> AdapterTable:

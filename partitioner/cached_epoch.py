@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from partitioner.activations import micro_batch_tokens
+from partitioner.activations import micro_batch_tokens, target_tokens
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import owners_of
 from partitioner.memory import MemoryModel
@@ -142,7 +142,13 @@ def side_device(
     num_blocks = num_side_blocks(shape)
     head_s = timings.head_forward_s + timings.head_backward_s
     # What stands before the lowest side block, what each side block reads, and what the final norm gives.
-    entry_bytes = micro_batch_tokens(shape) * (num_blocks + 2) * entry_token_bytes
+    num_entry_tokens = micro_batch_tokens(shape) * (num_blocks + 2)
+    if table.num_encoder_blocks:
+        num_of_encoder = sum(params > 0 for params in shape.adapter_params[: table.num_encoder_blocks])
+        num_targets = shape.micro_batch_rows * target_tokens(shape)
+        num_entry_tokens = micro_batch_tokens(shape) * (num_of_encoder + 1)
+        num_entry_tokens += num_targets * (num_blocks - num_of_encoder + 2)
+    entry_bytes = num_entry_tokens * entry_token_bytes
     return SideDevice(
         agent_id=device.agent_id,
         compute_s=num_blocks * (1 + _FORWARD_SHARE) * timings.backward_s + head_s,

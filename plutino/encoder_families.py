@@ -90,7 +90,7 @@ def _add_decoder_blocks(config: Mapping[str, Any], sizes: dict[str, int]) -> Non
     sizes["blocks"] += sizes.pop("decoder_blocks")
 
 
-_ONE_STACK = ("adapters", "full", "prompt", "prefix", "p_tuning_v2", "parallel_adapters")
+_ONE_STACK = ("adapters", "full", "prompt", "prefix", "p_tuning_v2")
 _NOT_IN_TWO_HALVES = dict.fromkeys(_ONE_STACK, "it knows models of one stack of blocks only; use lora")
 
 
@@ -206,7 +206,7 @@ _BART = Family(
         "blocks": ("encoder_layers",),
         "decoder_blocks": ("decoder_layers",),
         "hidden": ("d_model",),
-        "inner": ("encoder_ffn_dim",),
+        "inner": ("encoder_ffn_dim", "decoder_ffn_dim"),
         "heads": ("encoder_attention_heads",),
         "kv_heads": (),
         "head_dim": (),

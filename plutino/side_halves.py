@@ -8,7 +8,7 @@ else. Needs torch and transformers.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
@@ -27,7 +27,7 @@ def run_ladders(
     *,
     source_mask_BS: Tensor | None,
     cache: Cache | None,
-    has_new_source: bool = True,
+    parts: Literal["source", "target", "both"] = "both",
 ) -> tuple[Tensor | None, Tensor | None]:
     """The side states of source and target behind the last of the blocks here; None before the first one.
 
@@ -38,11 +38,12 @@ def run_ladders(
         target_BTR: the target's; None where it starts here or above.
         source_mask_BS: 1 for tokens of the source, 0 for padding; None: no padding.
         cache: the decoder's KV cache after this pass; the side blocks' layers stand behind its own.
-        has_new_source: the encoder's side blocks run; otherwise the source has been through them.
+        parts: whose side blocks run: the encoder's, the decoder's, or both. Without the encoder's the source has been
+            through them.
     """
     encoder, decoder = side.stacks
     of_encoder = [block for block in side.own_blocks if block < side.layout.num_encoder_blocks]
-    if has_new_source:
+    if parts != "target":
         if side.entry is not None:
             assert states.entry is not None, "the first chosen block is here"
             source_BSR = product(states.entry, side.entry)
@@ -51,6 +52,8 @@ def run_ladders(
                 source_BSR = encoder(inputs_embeds=source_BSR, attention_mask=source_mask_BS).last_hidden_state
         if side.encoder_norm is not None:
             source_BSR = cast(Tensor, side.encoder_norm(source_BSR))
+    if parts == "source":
+        return source_BSR, target_BTR
     if side.target_entry is not None:
         assert states.target_entry is not None, "the decoder's first chosen block is here"
         target_BTR = product(states.target_entry, side.target_entry)

@@ -1,17 +1,14 @@
 """Puts a trained side network beside a plain transformers model; :func:`plutino.load_adapter.load_adapter` calls it.
 
-The model's own code runs as ever: hooks record what its blocks give and add the side network's part to what the head
-reads. Generation works, with a KV cache too: the side blocks' layers stand behind the model's own in the same cache.
-Needs torch and transformers.
+The model's own code runs as ever, with the hooks of :mod:`plutino.side_hooks`. Generation works, with a KV cache too:
+the side blocks' layers stand behind the model's own in the same cache. Needs torch and transformers.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -21,8 +18,9 @@ from transformers import PreTrainedModel
 from plutino.errors import ConfigError
 from plutino.families import FAMILIES, family_of
 from plutino.saved_modules import load_saved_modules, saved_shapes
+from plutino.side_hooks import BesideOneStack, put_beside_halves
 from plutino.side_layout import SideLayout
-from plutino.side_network import BackboneStates, BackboneTap, SideNetwork, copy_values, side_shapes
+from plutino.side_network import BackboneTap, SideNetwork, copy_values, side_shapes
 
 
 class LoadedSideNetwork:
@@ -40,44 +38,6 @@ class LoadedSideNetwork:
             yield
         finally:
             self.side.is_enabled = True
-
-
-class _Beside:
-    """Hooks on a model's base: record before and in it, mix behind it."""
-
-    def __init__(self, base: nn.Module, tap: BackboneTap, side: SideNetwork) -> None:
-        self._tap, self._side = tap, side
-        self._signature = inspect.signature(base.forward)
-        self._recording: AbstractContextManager[BackboneStates] | None = None
-        self._states = BackboneStates()
-
-    def before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._recording = None
-        if self._side.is_enabled:
-            self._recording = self._tap.recording()
-            self._states = self._recording.__enter__()
-
-    def after(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._recording is None:
-            return output
-        self._recording.__exit__(None, None, None)
-        states, self._states = self._states, BackboneStates()
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = given | given.get("kwargs", {})
-        if isinstance(output, tuple):
-            raise ConfigError("a side network needs return_dict=True, which is transformers' default")
-        side = self._side(
-            states,
-            None,
-            attention_mask=given.get("attention_mask"),
-            position_ids=given.get("position_ids"),
-            cache=output.past_key_values,
-        )
-        output.last_hidden_state = self._side.mix(output.last_hidden_state, side)
-        pooler = getattr(base, "pooler", None)
-        if pooler is not None:
-            output.pooler_output = pooler(output.last_hidden_state)
-        return output
 
 
 def read_side_layout(folder: Path) -> SideLayout:
@@ -139,11 +99,12 @@ def load_side_network(model: nn.Module, folder: Path) -> LoadedSideNetwork:
     load_saved_modules(model, layout.modules_to_save, tensors)
     side.requires_grad_(False)
     tap = BackboneTap(base_model, family_of(config.model_type), side)
-    # OPT's head calls the decoder inside the base model.
-    blocks_owner = getattr(base_model.base_model, "decoder", base_model.base_model)
-    beside = _Beside(blocks_owner, tap, side)
-    blocks_owner.register_forward_pre_hook(beside.before, with_kwargs=True)
-    blocks_owner.register_forward_hook(beside.after, with_kwargs=True)
+    halves = family_of(config.model_type).halves
+    if halves is not None:
+        put_beside_halves(base_model, halves, tap, side)
+    else:
+        # OPT's head calls the decoder inside the base model.
+        BesideOneStack(getattr(base_model.base_model, "decoder", base_model.base_model), tap, side)
     return LoadedSideNetwork(layout, side)
 
 

@@ -57,6 +57,8 @@ class _Group:
     cache: Cache | None
     source: Tensor | None = None
     """[B, tokens of the source, D], an encoder's output, on stages with blocks of its decoder."""
+    source_side: Tensor | None = None
+    """[B, tokens of the source, R], the side state behind the encoder, on the same stages."""
     is_done: bool = False
     finished_B: Tensor | None = None
     new_tokens: list[Tensor] = field(default_factory=list)
@@ -116,7 +118,7 @@ class _Generation:
             if all(self._groups[g].is_done for g in together):
                 break
         for g in together:
-            self._groups[g].cache = self._groups[g].source = None
+            self._groups[g].cache = self._groups[g].source = self._groups[g].source_side = None
 
     def _round(self, g: int, position: int) -> None:
         self._executor.check_cancelled(self._work.unit)
@@ -129,11 +131,12 @@ class _Generation:
             return
         output = self._stage.run(inputs)
         if self._stage.has_decoder_blocks:
-            self._groups[g].source = output.source
+            self._groups[g].source, self._groups[g].source_side = output.source, output.source_side
         if self._next is not None:
             tensors = {**output.tensors, "position_ids": inputs.position_ids}
             if position > 0:
-                tensors.pop("source", None)  # later stages kept it
+                for name in ("source", "source side"):
+                    tensors.pop(name, None)  # later stages kept it
             if position == 0:
                 tensors["mask"] = self._groups[g].attention_mask_BS.to(torch.uint8)
             self._send_forward(g, position, tensors)
@@ -157,6 +160,7 @@ class _Generation:
             hidden=received["hidden"],
             side=received.get("side"),
             source=received.get("source"),
+            source_side=received.get("source side"),
         )
 
     def _first_input(self, g: int, position: int) -> StageInput | None:
@@ -219,6 +223,7 @@ class _Generation:
         hidden: Tensor | None = None,
         side: Tensor | None = None,
         source: Tensor | None = None,
+        source_side: Tensor | None = None,
         target_ids: Tensor | None = None,
         num_prompt_tokens: int = 0,
     ) -> StageInput:
@@ -226,6 +231,7 @@ class _Generation:
         return StageInput(
             target_ids=target_ids,
             source=group.source if source is None else source,
+            source_side=group.source_side if source_side is None else source_side,
             has_new_source=source is not None or input_ids is not None,
             position_ids=position_ids,
             input_ids=input_ids,

@@ -15,6 +15,9 @@ from plutino.data.batches import MicroBatchRows
 
 # Shape suffixes: B rows of a micro-batch, T tokens, D hidden size, R side width.
 
+TARGET_LENGTHS = "target_lengths"
+"""Tokens of each row's target, in the metadata of encoder-decoders; targets are padded to the longest of them."""
+
 
 def first_stage_input(
     stage: Stage, rows: MicroBatchRows, num_prompt_tokens: int
@@ -55,6 +58,7 @@ def later_stage_input(metadata: dict[str, Tensor]) -> StageInput:
         hidden=metadata.pop("hidden", None),
         side=metadata.pop("side", None),
         source=metadata.pop("source", None),
+        source_side=metadata.pop("source side", None),
         attention_mask=padding_mask(metadata["lengths"], metadata["position_ids"].shape[1], side="right"),
         segment_ids=metadata.get("segment_ids"),
     )
@@ -62,7 +66,7 @@ def later_stage_input(metadata: dict[str, Tensor]) -> StageInput:
 
 def gradient_name(name: str) -> str:
     """How the gradient of one of :attr:`StageInput.trained` is called on its way back."""
-    return "source gradient" if name == "source" else "gradient"
+    return f"{name} gradient" if name.startswith("source") else "gradient"
 
 
 def _two_texts_input(stage: Stage, rows: MicroBatchRows) -> tuple[StageInput, dict[str, Tensor]]:
@@ -83,7 +87,8 @@ def _two_texts_input(stage: Stage, rows: MicroBatchRows) -> tuple[StageInput, di
         target_ids=torch.cat([start_B1, labels_BT[:, :-1]], dim=1),
         attention_mask=padding_mask(lengths, ids_BS.shape[1], side="right"),
     )
-    return inputs, {"lengths": lengths, "position_ids": position_ids_BS}
+    target_lengths = torch.as_tensor(num_target_B.astype(np.int32))
+    return inputs, {"lengths": lengths, "position_ids": position_ids_BS, TARGET_LENGTHS: target_lengths}
 
 
 def _padded(ids: NDArray[np.int32], lengths_B: NDArray[np.int64], pad_id: int) -> Tensor:

@@ -98,21 +98,40 @@ def _first_values(side: SideNetwork, stage: Stage, config: ParallelAdaptersConfi
         return values
     sizes = model_sizes(stage.config.to_dict(), stage.family)
     axes = Axes(hidden=sizes["hidden"], head=sizes["head_dim"], inner=sizes["inner"])
+    tables = _tables(stage)
     for index in side.own_blocks:
-        block = stage.model.get_submodule(f"{stage.family.block_prefix}{index}")
+        block = stage.model.get_submodule(stage.family.block_name(index, stage.num_encoder_blocks))
         places = choose_places(block, stage.family, axes, config.reduction)
         pruned = pruned_parameters(block, stage.family, axes, places)
+        pruned |= tables.get(index >= stage.num_encoder_blocks, {})
         values |= {f"side.blocks.{index}.{name}": value for name, value in pruned.items()}
         # What a side block reads of the backbone are the very places that its weights were kept for.
         selection = nn.functional.one_hot(places["hidden"], axes.hidden).float()
         values[f"side.down.{index}.weight"] = selection
         if side.has_entry and index == side.layout.blocks[0]:
             values["side.entry.weight"] = selection
+        if side.has_target_entry and index == side.layout.top_blocks[0]:
+            values["side.target_entry.weight"] = selection
     return values
 
 
+def _tables(stage: Stage) -> dict[bool, dict[str, Tensor]]:
+    """Is it the decoder's? -> what all blocks of that half bias their scores by, as tensors of a block."""
+    halves = stage.family.halves
+    if halves is None or not halves.table:
+        return {}
+    first_blocks = {False: stage.start_block, True: max(stage.start_block, stage.num_encoder_blocks)}
+    return {
+        is_decoder: {halves.table: parameters[name].detach().float().cpu()}
+        for is_decoder, block in first_blocks.items()
+        for parameters in (dict(stage.model.named_parameters()),)
+        for name in (f"{stage.family.block_name(block, stage.num_encoder_blocks)}.{halves.table}",)
+        if name in parameters
+    }
+
+
 def _is_border_bias(key: str) -> bool:
-    return key.endswith(".bias") and key.startswith(("side.down.", "side.entry."))
+    return key.endswith(".bias") and key.startswith(("side.down.", "side.entry.", "side.target_entry."))
 
 
 def _drawn(key: str, parameter: Tensor, seed: int) -> Tensor:

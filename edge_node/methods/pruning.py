@@ -37,8 +37,8 @@ def choose_places(block: nn.Module, family: Family, axes: Axes, reduction: int) 
     Heads keep places in pairs (j, j + head / 2), as rotation takes them, wherever the number allows.
     """
     scores = {kind: torch.zeros(axes.of(kind), dtype=torch.float64) for kind in ("hidden", "head", "inner")}
-    for name in family.linears:
-        weight = _weight(block.get_submodule(name)).abs()
+    for name, linear in _linears(block, family).items():
+        weight = _weight(linear).abs()
         for dim, kind in enumerate(_kinds(family, name)):
             sums = weight.sum(dim=1 - dim, dtype=torch.float64).cpu()
             scores[kind] += sums.view(-1, axes.of(kind)).sum(dim=0)
@@ -62,32 +62,42 @@ def pruned_parameters(block: nn.Module, family: Family, axes: Axes, places: Mapp
     def indices(kind: str, size: int) -> Tensor:
         return torch.cat([places[kind] + start for start in range(0, size, axes.of(kind))])
 
+    linears = _linears(block, family)
     for name, module in block.named_modules():
-        if name not in family.linears:
+        if isinstance(module, nn.Embedding):
+            # Position biases, one for each of the heads, of which all stay.
+            kept[f"{name}.weight"] = module.weight.detach().float().cpu()
+        elif name not in linears:
             for key, parameter in module.named_parameters(recurse=False):
                 value = parameter.detach().float().cpu()
                 kind = "head" if name.endswith(("q_norm", "k_norm")) else "hidden"
                 kept[f"{name}.{key}"] = value[indices(kind, len(value))]
-            continue
-        weight = _weight(module).cpu()
-        rows, columns = (indices(kind, size) for kind, size in zip(_kinds(family, name), weight.shape, strict=True))
-        narrow = weight[rows][:, columns]
-        kept[f"{name}.weight"] = narrow.T if family.has_conv1d else narrow
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, Tensor):
-            kept[f"{name}.bias"] = bias.detach().float().cpu()[rows]
+        else:
+            weight = _weight(module).cpu()
+            rows, columns = (indices(kind, size) for kind, size in zip(_kinds(family, name), weight.shape, strict=True))
+            narrow = weight[rows][:, columns]
+            kept[f"{name}.weight"] = narrow.T if family.has_conv1d else narrow
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                kept[f"{name}.bias"] = bias.detach().float().cpu()[rows]
     return {name: value.contiguous() for name, value in kept.items()}
+
+
+def _linears(block: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """The linear layers that a block has of those that its family's blocks may have."""
+    modules = dict(block.named_modules())
+    return {name: modules[name] for name in family.all_linears if name in modules}
 
 
 def _kinds(family: Family, linear: str) -> tuple[str, str]:
     """What the outputs and the inputs of a linear layer are places of."""
     kinds: Mapping[str, tuple[str, str]] = {
-        "attention input": ("head", "hidden"),
         ATTENTION_OUTPUT: ("hidden", "head"),
         "mlp input": ("inner", "hidden"),
         MLP_INNER: ("hidden", "inner"),
     }
-    return kinds[family.linears[linear].reads]
+    # What is left makes queries, keys and values, of a row's own tokens or of an encoder's output.
+    return kinds.get(family.all_linears[linear].reads, ("head", "hidden"))
 
 
 def _largest(scores: Tensor, num: int) -> Tensor:

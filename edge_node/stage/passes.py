@@ -25,7 +25,10 @@ class StageInput:
     hidden: Tensor | None = None
     """[B, T, D], the previous stage's output; None on the first stage, and where blocks below did not run."""
     side: Tensor | None = None
-    """fp32 [B, T, R], the previous stage's side state; None where no side network runs below."""
+    """fp32 [B, T, R], the previous stage's side state, of an encoder-decoder the target's; None where no side network
+    runs below."""
+    source_side: Tensor | None = None
+    """fp32 [B, S, R], the side state of an encoder-decoder's source."""
     attention_mask: Tensor | None = None
     """[B, tokens seen so far with this pass]: 1 for tokens, 0 for padding. None: no padding."""
     segment_ids: Tensor | None = None
@@ -54,8 +57,7 @@ class StageInput:
     @property
     def trained(self) -> dict[str, Tensor]:
         """What of the previous stage's output may want a gradient back, by the names of :class:`StageOutput`."""
-        parts = {"source": self.source} | ({"hidden": self.hidden} if self.side is None else {"side": self.side})
-        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+        return _trained(self.hidden, self.source, self.side, self.source_side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +67,14 @@ class StageOutput:
     known_hidden: Tensor | None
     """[B, T, D]: on the last stage what the head reads; None where the blocks did not run and nobody needs it."""
     side: Tensor | None = None
-    """fp32 [B, T, R], the side state; None where no side network runs, and on the last stage, which mixes it in."""
+    """fp32 [B, T, R], the side state; None where no side network runs, and on the last stage, which mixes it in. Of an
+    encoder-decoder the target's, from its decoder on."""
     states: BackboneStates | None = None
     """What a side network read of the blocks, or what the lowest trained block got, where that is kept."""
     source: Tensor | None = None
     """[B, S, D], of an encoder-decoder; None where later tokens of a target do not need it."""
+    source_side: Tensor | None = None
+    """fp32 [B, S, R], the side state of an encoder-decoder's source."""
 
     @property
     def hidden(self) -> Tensor:
@@ -80,12 +85,20 @@ class StageOutput:
     @property
     def trained(self) -> dict[str, Tensor]:
         """The parts that a gradient comes back for, by name."""
-        parts = {"source": self.source}
-        parts |= {"hidden": self.known_hidden} if self.side is None else {"side": self.side}
-        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+        return _trained(self.known_hidden, self.source, self.side, self.source_side)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What the next stage gets, by name."""
-        parts = {"hidden": self.known_hidden, "side": self.side, "source": self.source}
+        parts = {"hidden": self.known_hidden, "side": self.side, "source": self.source, "source side": self.source_side}
         return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
+
+
+def _trained(
+    hidden: Tensor | None, source: Tensor | None, side: Tensor | None, source_side: Tensor | None
+) -> dict[str, Tensor]:
+    """What a gradient comes back for: beside a side network its states alone, by name."""
+    beside = {"source side": source_side, "side": side}
+    has_side = any(tensor is not None for tensor in beside.values())
+    parts = beside if has_side else {"source": source, "hidden": hidden}
+    return {name: tensor for name, tensor in parts.items() if tensor is not None}

@@ -6,7 +6,6 @@ the whole model computes. :func:`edge_node.stage.build.build_stage` makes one; m
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import cast
@@ -19,13 +18,14 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from edge_node.stage.architecture import count_blocks, make_packed_masks
 from edge_node.stage.frozen_prefix import FrozenPrefix
 from edge_node.stage.halves import new_halves_cache, run_halves
-from edge_node.stage.known_output import GivesItsInput
+from edge_node.stage.head import logits_of
 from edge_node.stage.passes import StageInput, StageOutput
 from edge_node.stage.past import FixedPast, Past, for_rows
 from edge_node.stage.rounding import round_inputs
 from plutino.errors import ActivationCacheError, ModelError
 from plutino.families import Family, family_of
 from plutino.job.model import Packing
+from plutino.side_halves import run_ladders
 from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates, BackboneTap, SideNetwork
 
@@ -131,7 +131,8 @@ class Stage:
         """Numbers a token that cross a border of the stage, at most."""
         # The longest source and the longest target of a micro-batch may be in different rows.
         num_streams = 1 if self.family.halves is None else 2
-        return num_streams * int(self.config.hidden_size) + (0 if self.side is None else self.side.layout.side_width)
+        side_width = 0 if self.side is None else self.side.layout.side_width
+        return num_streams * (int(self.config.hidden_size) + side_width)
 
     def put_beside(self, side: SideNetwork) -> None:
         """Run a side network with every pass from now on."""
@@ -164,21 +165,25 @@ class Stage:
 
         Blocks with a side network run without autograd: no gradient ever enters them.
         """
-        if self.family.halves is not None:
-            return self._run_halves(inputs)
+        run = self._blocks_alone if self.family.halves is None else self._halves_alone
         if self.frozen_prefix is not None:
             with self.frozen_prefix.recording() as states:
-                return StageOutput(self.forward(inputs), states=states)
+                return replace(run(inputs), states=states)
         if self.side is None or not self.side.is_enabled or self._tap is None:
-            return StageOutput(self.forward(inputs))
+            return run(inputs)
         with torch.no_grad(), self._tap.recording() as states:
-            hidden_BTD = self.forward(inputs)
+            alone = run(inputs)
         if self.is_last:
-            states.final = hidden_BTD
+            states.final = alone.hidden
         beside = self.run_beside(inputs, states)
-        return beside if self.is_last else StageOutput(hidden_BTD, beside.side, states)
+        hidden_BTD = beside.hidden if self.is_last else alone.hidden
+        return replace(beside, known_hidden=hidden_BTD, source=alone.source)
 
-    def _run_halves(self, inputs: StageInput) -> StageOutput:
+    def _blocks_alone(self, inputs: StageInput) -> StageOutput:
+        return StageOutput(self.forward(inputs))
+
+    def _halves_alone(self, inputs: StageInput) -> StageOutput:
+        self._require_backbone()
         embed = self.model.get_submodule(self.embedding_name) if self.is_first else None
         source_BSD, target_BTD = inputs.source, inputs.hidden
         if embed is not None:
@@ -214,17 +219,30 @@ class Stage:
         """The side network's part of a pass, with what is known of the blocks; they do not run."""
         if self.side is None:
             return StageOutput(None)
-        side_BTR = self.side(
-            states,
-            None if inputs.side is None else inputs.side.to(self.device),
-            attention_mask=_move(self._mask(inputs, torch.float32), self.device),
-            position_ids=inputs.position_ids.to(self.device),
-            cache=inputs.cache,
-        )
+        side_BTR = None if inputs.side is None else inputs.side.to(self.device)
+        source_side_BSR = None if inputs.source_side is None else inputs.source_side.to(self.device)
+        if self.family.halves is not None:
+            source_side_BSR, side_BTR = run_ladders(
+                self.side,
+                states,
+                source_side_BSR,
+                side_BTR,
+                source_mask_BS=None if inputs.attention_mask is None else inputs.attention_mask.to(self.device),
+                cache=inputs.cache,
+                parts="both" if inputs.has_new_source else "target",
+            )
+        else:
+            side_BTR = self.side(
+                states,
+                side_BTR,
+                attention_mask=_move(self._mask(inputs, torch.float32), self.device),
+                position_ids=inputs.position_ids.to(self.device),
+                cache=inputs.cache,
+            )
         if not self.is_last:
-            return StageOutput(None, side_BTR, states)
-        assert states.final is not None, "the last stage mixes into the final hidden states"
-        return StageOutput(self.side.mix(states.final, side_BTR), None, states)
+            return StageOutput(None, side_BTR, states, source_side=source_side_BSR)
+        assert states.final is not None and side_BTR is not None, "the last stage mixes into the final hidden states"
+        return StageOutput(self.side.mix(states.final, side_BTR), None, states, source_side=source_side_BSR)
 
     def forward(self, inputs: StageInput) -> Tensor:
         """Hidden states [B, T, D] of the blocks alone: on the last stage after the final norm, before the head.
@@ -233,11 +251,7 @@ class Stage:
             ModelError: packed rows where they cannot be packed.
             ActivationCacheError: the blocks are not here.
         """
-        if not self.has_backbone:
-            raise ActivationCacheError(
-                "this worker trains from the activation cache, which lacks rows of the step; the job goes back to the "
-                "pipeline, where their blocks run"
-            )
+        self._require_backbone()
         hidden_BTD = self._entry(inputs)
         if self.past is not None and self.past.num_tokens:
             inputs = self._behind(self.past, inputs, len(hidden_BTD))
@@ -252,6 +266,13 @@ class Stage:
         )
         return cast(Tensor, output.last_hidden_state)
 
+    def _require_backbone(self) -> None:
+        if not self.has_backbone:
+            raise ActivationCacheError(
+                "this worker trains from the activation cache, which lacks rows of the step; the job goes back to the "
+                "pipeline, where their blocks run"
+            )
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D] of the last stage, in the model's dtype.
 
@@ -259,18 +280,7 @@ class Stage:
         the part below the head is left out.
         """
         assert self.is_last, f"blocks [{self.start_block}, {self.end_block}) of {self.num_blocks} have no head"
-        # Made anew because methods put other modules in the head's place.
-        above_blocks = copy.copy(self.model)
-        below = self.model.base_model_prefix
-        # T5's head stands beside its decoder, without a base model around both halves.
-        below = below if below in self.model._modules else "decoder"
-        above_blocks._modules = dict(self.model._modules) | {below: GivesItsInput()}
-        rows = hidden.unsqueeze(0) if hidden.dim() == 2 else hidden
-        known: dict[str, object] = {"inputs_embeds": rows}
-        if self.family.halves is not None:
-            known = {"encoder_outputs": (rows,), "decoder_inputs_embeds": rows}
-        logits = cast(Tensor, above_blocks(**known, use_cache=False).logits)
-        return logits.squeeze(0) if hidden.dim() == 2 else logits
+        return logits_of(self.model, self.family, hidden)
 
     def score(self, hidden_BD: Tensor) -> Tensor:
         """Outputs [B, outputs] in fp32 of the score head for one token's hidden states of each row."""

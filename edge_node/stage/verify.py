@@ -65,4 +65,13 @@ def _two_texts_probe(stage: Stage, position_ids: Tensor, generator: torch.Genera
         torch.randn(*shape, int(stage.config.hidden_size), generator=generator).to(stage.dtype)
         for _ in ("source", "target")
     )
-    return StageInput(position_ids=position_ids, source=source, hidden=hidden)
+    beside: dict[str, Tensor] = {}
+    if stage.side is not None:
+        read = {"source_side": stage.side.reads_source, "side": stage.side.reads_side}
+        beside = {
+            name: torch.randn(*shape, stage.side.layout.side_width, generator=generator)
+            for name, is_read in read.items()
+            if is_read
+        }
+    side, source_side = beside.get("side"), beside.get("source_side")
+    return StageInput(position_ids=position_ids, source=source, hidden=hidden, side=side, source_side=source_side)
