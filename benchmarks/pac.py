@@ -132,12 +132,13 @@ class Bench:
 
     def _all_turns(self) -> list[Turn]:
         options = self._options
-        shapes = [SHAPES[name] for name in options.shapes.split(",")]
-        turns = [
-            Turn(shape=shape, contender=contender)
-            for shape in shapes
-            for contender in contenders(shape, num_agents=options.agents, codec=options.codec)
-        ]
+        shapes = [SHAPES[name] for name in options.shapes.split(",") if name]
+        turns = []
+        for shape in shapes:
+            found = contenders(shape, num_agents=options.agents, codec=options.codec)
+            ours = Turn(shape=shape, contender=found[0])
+            # Without ours there is nothing to compare the others with.
+            turns += [ours] if refusal(ours) else [Turn(shape=shape, contender=each) for each in found]
         if options.scaling:
             scaled = SHAPES[options.scaling]
             turns += [Turn(shape=scaled, contender=each, is_scaling=True) for each in scaling_contenders(options.codec)]

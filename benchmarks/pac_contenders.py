@@ -62,35 +62,47 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
     """All of a shape; those that most ratios need come first."""
     side = {"type": "parallel_adapters", "reduction": REDUCTION}
     methods = methods_of(shape)
-    first_top = shape.num_blocks - max(1, shape.num_blocks // 4)
-    top = {**methods["lora"], "layers_to_transform": list(range(first_top, shape.num_blocks))}
-    found = [
+    top = {**methods["lora"], "blocks": f"last {max(1, shape.num_blocks // 4)}"}
+    return [
         Contender(name=OURS, kind="ours", method=side, cache=codec),
         Contender(name=PAC, kind="variant", method=side, cache="raw", stages="pac"),
-        Contender(name="data-parallel: lora", kind="baseline", method=methods["lora"], stages=1),
-        Contender(name="pipeline: lora", kind="baseline", method=methods["lora"], stages=num_agents, replicas="never"),
-        Contender(name=FULL_PIPELINE, kind="baseline", method=methods["full"], stages=num_agents, replicas="never"),
-        Contender(name=ALONE, kind="one device", method=side, stages=1, uses_one_device=True),
+        _data_parallel("lora", methods),
+        _pipeline("lora", methods, num_agents),
         Contender(name=UNCACHED, kind="variant", method=side),
-        Contender(name="one device: lora", kind="one device", method=methods["lora"], stages=1, uses_one_device=True),
-        Contender(name=f"{TRAINER}: lora", kind="trainer", method=methods["lora"], uses_one_device=True),
+        Contender(name=ALONE, kind="one device", method=side, stages=1, uses_one_device=True),
+        _pipeline("full", methods, num_agents),
         Contender(name="ours, 100 Mbit", kind="variant", method=side, cache=codec, rate="100Mbit"),
-        Contender(name=ALONE_CACHED, kind="one device", method=side, stages=1, uses_one_device=True, cache=codec),
-        Contender(name="data-parallel: adapters", kind="baseline", method=methods["adapters"], stages=1),
-        Contender(
-            name="pipeline: adapters", kind="baseline", method=methods["adapters"], stages=num_agents, replicas="never"
-        ),
-        Contender(name="data-parallel: full", kind="baseline", method=methods["full"], stages=1),
+        Contender(name=f"{TRAINER}: lora", kind="trainer", method=methods["lora"], uses_one_device=True),
+        _data_parallel("adapters", methods),
+        _pipeline("adapters", methods, num_agents),
         Contender(name=TOP_QUARTER_CACHED, kind="variant", method=top, cache=codec),
         Contender(name=TOP_QUARTER, kind="variant", method=top),
-        Contender(
-            name="one device: adapters", kind="one device", method=methods["adapters"], stages=1, uses_one_device=True
-        ),
-        Contender(name="one device: full", kind="one device", method=methods["full"], stages=1, uses_one_device=True),
+        _data_parallel("full", methods),
+        Contender(name=ALONE_CACHED, kind="one device", method=side, stages=1, uses_one_device=True, cache=codec),
+        _one_device("lora", methods),
+        _one_device("adapters", methods),
+        _one_device("full", methods),
         Contender(name=f"{TRAINER}: full", kind="trainer", method=methods["full"], uses_one_device=True),
         Contender(name="ours, bf16", kind="variant", method=side, cache=codec, dtype="bf16"),
     ]
-    return found
+
+
+def _data_parallel(method: str, methods: Mapping[str, Mapping[str, Any]]) -> Contender:
+    """As EDDL does it: every device has the whole model."""
+    return Contender(name=f"data-parallel: {method}", kind="baseline", method=methods[method], stages=1)
+
+
+def _pipeline(method: str, methods: Mapping[str, Mapping[str, Any]], num_agents: int) -> Contender:
+    """As Eco-FL does it: every device has a stage of its own."""
+    return Contender(
+        name=f"pipeline: {method}", kind="baseline", method=methods[method], stages=num_agents, replicas="never"
+    )
+
+
+def _one_device(method: str, methods: Mapping[str, Mapping[str, Any]]) -> Contender:
+    return Contender(
+        name=f"one device: {method}", kind="one device", method=methods[method], stages=1, uses_one_device=True
+    )
 
 
 def scaling_contenders(codec: str = "int4") -> list[Contender]:
