@@ -45,7 +45,7 @@ def preview(
 
     Ends with exit code 2 if a job over these rows would be refused.
     """
-    is_job = len(files) == 1 and files[0].suffix.lower() in _JOB_ENDINGS
+    is_job = len(files) == 1 and files[0].suffix.lower() in _JOB_ENDINGS and not _is_list(files[0])
     if overrides and not is_job:
         raise ConfigError("--set changes a job file; give one, or leave it out")
     found = (
@@ -66,9 +66,20 @@ def preview(
         raise typer.Exit(DataError.exit_code)
 
 
+def _is_list(path: Path) -> bool:
+    """Whether a file begins as a JSON list, which is none of a job's."""
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip().startswith(b"[")
+    except OSError:
+        return False  # whoever reads it says why
+
+
 def _of_job(
     job_file: Path, overrides: list[str], num_shown: int, limit: int | None
 ) -> Iterator[tuple[str, RowsPreview]]:
+    from dataclasses import replace
+
     from plutino.data.preview import preview_rows
     from plutino.data.readers import scan_rows
     from plutino.data.tokenisation import Reading
@@ -96,10 +107,10 @@ def _of_job(
                 continue
             read = scan_rows(Path(path), source.format, _smaller(own_limit, limit), columns=source.columns)
             is_classes = isinstance(objective, ClassificationConfig)
-            yield (
-                use + of_task,
-                preview_rows(read, tokenizer, reading, num_shown=num_shown, has_classes=is_classes),
-            )
+            found = preview_rows(read, tokenizer, reading, num_shown=num_shown, has_classes=is_classes)
+            if is_classes and not spec.data.tasks:
+                reading = replace(reading, class_names=tuple(found.classes))  # held-out rows have the trained classes
+            yield use + of_task, found
 
 
 def _of_files(

@@ -37,7 +37,7 @@ def preview_view(preview: RowsPreview, *, name: str = "", has_colours: bool = Tr
         pairs = ", ".join(f"{line} (as {first})" for line, first in list(preview.duplicate_of.items())[:5])
         num_more = preview.duplicates.num_rows - min(5, len(preview.duplicate_of))
         more = f" and {num_more} more" if num_more else ""
-        parts.append(Text(f"  duplicates: {_rows(preview.duplicates)}, lines {pairs}{more}", style="yellow"))
+        parts.append(Text(f"  duplicates: {_rows(preview.duplicates)}, line{_plural(preview.duplicates)} {pairs}{more}", style="yellow"))
     if preview.classes:
         parts.append(Text("  classes: " + ", ".join(f"{name} {count}" for name, count in preview.classes.items())))
     if preview.lengths is not None:
@@ -98,10 +98,14 @@ def _sequence(sequence: ShownSequence, *, has_colours: bool) -> RenderableType:
 
 
 def _rows(lines: Lines) -> str:
-    return f"{lines.num_rows} row{'' if lines.num_rows == 1 else 's'}"
+    return f"{lines.num_rows} row{_plural(lines)}"
+
+
+def _plural(lines: Lines) -> str:
+    return "" if lines.num_rows == 1 else "s"
 
 
 def _named(lines: Lines) -> str:
     named = ", ".join(str(line) for line in lines.first)
     more = f" and {lines.num_rows - len(lines.first)} more" if lines.num_rows > len(lines.first) else ""
-    return f"{_rows(lines)}, line{'' if lines.num_rows == 1 else 's'} {named}{more}"
+    return f"{_rows(lines)}, line{_plural(lines)} {named}{more}"

@@ -38,6 +38,9 @@ _ALIASES = {
 
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
+_MAX_CHARS = 1 << 22
+"""Of a row, some 700,000 words: a tokenizer takes some hundred bytes of memory for each token of a text."""
+
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -132,7 +135,11 @@ def to_row(values: Mapping[str, Any], row_format: RowFormat, line_number: int) -
     missing = sorted(_KEYS[row_format] - values.keys())
     if missing:
         raise BadRowError(f"{', '.join(map(repr, missing))} missing, found {_found(values)}; {KNOWN_SHAPES}")
-    return _READERS[row_format](values, line_number)
+    row = _READERS[row_format](values, line_number)
+    num_chars = len(row.text) + len(row.text_pair) + sum(len(one.content) for one in (*row.messages, *row.rejected))
+    if num_chars > _MAX_CHARS:
+        raise BadRowError(f"{num_chars} characters, a row has at most {_MAX_CHARS}; split it into several rows")
+    return row
 
 
 def _prompt_completion(values: Mapping[str, Any], line_number: int) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from plutino.errors import DataError
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HASHED_BYTES = 1 << 20
 _NOT_UTF8 = "not UTF-8; save the file as UTF-8"
+_MAX_ROW_BYTES = 64 << 20
+"""A line or paragraph beyond it is never held: one without an end would be as large as its file."""
+_TOO_LONG = f"longer than {_MAX_ROW_BYTES >> 20} MiB; split it into several rows"
+_START_OF_LIST = re.compile(rb"\s*\[\s*(\{|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +85,18 @@ class _ByteFile:
         return _sha256([self._path])
 
     def _lines(self, position: int = 0) -> Iterator[tuple[int, int, bytes]]:
-        """Start, end and content of each line from a position on; a byte order mark is no part of the content."""
+        """Start, end and content of each line from a position on; a byte order mark is no part of the content.
+
+        Of a line that is too long comes only its beginning, with more than ``_MAX_ROW_BYTES`` bytes.
+        """
         with self._path.open("rb") as file:
             file.seek(position)
             # Bytes end at \n alone. Text would also end at U+2028 and its kin, which JSON strings may hold.
-            for line in file:
-                start, position = position, position + len(line)
+            while line := file.readline(_MAX_ROW_BYTES + 1):
+                start, position, rest = position, position + len(line), line
+                while len(rest) > _MAX_ROW_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(_MAX_ROW_BYTES + 1)
+                    position += len(rest)
                 yield start, position, line.removeprefix(_BYTE_ORDER_MARK) if start == 0 else line
 
 
@@ -93,14 +104,28 @@ class JsonLines(_ByteFile):
     """One JSON object on each line; empty lines are passed over."""
 
     def places(self) -> Iterator[Place]:
-        """See :class:`Records`."""
+        """See :class:`Records`.
+
+        Raises:
+            DataError: the file is one JSON list of rows.
+        """
+        is_first = True
         for line_number, (position, _, line) in enumerate(self._lines(), start=1):
-            if line.strip():
-                yield Place(position, line_number)
+            if not line.strip():
+                continue
+            if is_first and _START_OF_LIST.match(line):
+                raise DataError(
+                    f"{self._path} is one JSON list; put one object on each line: "
+                    f"jq -c '.[]' {self._path.name} > {self._path.stem}-rows.jsonl"
+                )
+            is_first = False
+            yield Place(position, line_number)
 
     def read(self, position: int) -> dict[str, Any]:
         """See :class:`Records`."""
         _, _, line = next(self._lines(position))
+        if len(line) > _MAX_ROW_BYTES:
+            raise BadRowError(_TOO_LONG)
         try:
             values = json.loads(line)
         except UnicodeDecodeError as error:
@@ -115,11 +140,17 @@ class JsonLines(_ByteFile):
 
 
 class CsvFile(_ByteFile):
-    """Comma-separated values (tabs in a .tsv) below a line of names; a quoted value may span lines."""
+    """Comma-separated values (tabs in a .tsv) below a line of names; a quoted value may span lines.
+
+    Semicolons part them if the line of names has these and no comma, as spreadsheets write in much of Europe.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        first_line = next(self._lines(), (0, 0, b""))[2]
+        self._delimiter = ";" if b";" in first_line and b"," not in first_line else ","
+        if path.suffix.lower() == ".tsv":
+            self._delimiter = "\t"
         self._names, self._num_header_lines = self._header()
 
     def places(self) -> Iterator[Place]:
@@ -143,7 +174,7 @@ class CsvFile(_ByteFile):
         try:
             fields = next(csv.reader(lines, delimiter=self._delimiter))
         except csv.Error as error:
-            raise BadRowError(f"not csv ({error}); mend the quotes") from error
+            raise BadRowError(f"not csv ({error}); mend the quotes, or write long texts as jsonl") from error
         if lines.has_bad_bytes:
             raise BadRowError(_NOT_UTF8)
         if len(fields) != len(self._names):
@@ -198,11 +229,14 @@ class TextFile(_ByteFile):
 
     def read(self, position: int) -> dict[str, Any]:
         """See :class:`Records`."""
-        lines = []
+        lines, num_bytes = [], 0
         for _, _, line in self._lines(position):
             if not line.strip():
                 break
             lines.append(line)
+            num_bytes += len(line)
+            if num_bytes > _MAX_ROW_BYTES:
+                raise BadRowError(f"a paragraph {_TOO_LONG}, with empty lines between them")
         try:
             return {"text": b"".join(lines).decode("utf-8").rstrip("\r\n")}
         except UnicodeDecodeError as error:

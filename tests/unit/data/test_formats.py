@@ -181,3 +181,38 @@ def test_a_folder_of_datasets_is_read_and_one_of_splits_asks_which(tmp_path: Pat
     with pytest.raises(DataError, match=r"holds the splits train; name one: .*several.train"):
         read_rows(tmp_path / "several")
     assert len(read_rows(tmp_path / "several" / "train")) == 2
+
+
+def test_rows_too_long_to_be_held_are_told_by_line_and_those_behind_them_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, text = tmp_path / "data.jsonl", tmp_path / "data.txt"
+    long_row = {"text": "x" * (1 << 22) + "y"}
+    lines.write_text("\n".join(json.dumps(row) for row in ({"text": "a"}, long_row, {"text": "b"})))
+    text.write_text("a\n\n" + "many words\n" * 50 + "\nb\n")
+
+    for path in (lines, text):
+        if path == text:
+            monkeypatch.setattr("plutino.data.records._MAX_ROW_BYTES", 99)
+        rows = scan_rows(path)
+        assert [row.text for row in rows.rows] == ["a", "b"]
+        ((problem, bad_lines),) = rows.problems.items()
+        assert list(bad_lines) == [2 if path == lines else 3] and "split it into several rows" in problem
+    assert list(scan_rows(lines).problems.values()) == [[2]], "of a line that is too long only the beginning is held"
+
+
+def test_a_json_list_of_rows_is_refused_with_the_way_to_lines(tmp_path: Path) -> None:
+    for name, indent in (("alpaca.json", None), ("alpaca.jsonl", 2)):
+        path = tmp_path / name
+        path.write_text(json.dumps([{"instruction": "hi", "output": "hello"}], indent=indent))
+        with pytest.raises(DataError, match=r"one JSON list; .*jq -c '.\[\]' alpaca.jsonl? > alpaca-rows.jsonl"):
+            read_rows(path)
+
+
+def test_csv_of_semicolons_is_read_and_commas_win_where_both_are(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('prompt;completion\n"a; b, c";d\n')
+    assert told(read_rows(path).rows[0]) == [("user", "a; b, c"), ("assistant", "d")]
+
+    path.write_text("prompt,completion,a;b\nhi,hello,c\n")
+    assert told(read_rows(path).rows[0]) == [("user", "hi"), ("assistant", "hello")]

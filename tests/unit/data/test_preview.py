@@ -106,3 +106,19 @@ def test_preview_command_shows_files_and_jobs_and_fails_where_a_job_would(tmp_pa
     assert held_out["unreadable"][0]["lines"] == {"num_rows": 1, "first": [2]}
     plain = run(cli.app, ["data", "preview", str(job)]).stdout
     assert re.search(r"cannot be read, 1 row, line 2: not JSON", plain) and "(held-out)" in plain
+
+
+def test_preview_of_a_job_counts_held_out_rows_in_the_classes_that_are_trained(tmp_path):
+    rows = ("a", "b", "c"), ("a", "d")
+    for name, labels in zip(("train", "eval"), rows, strict=True):
+        written(tmp_path / f"{name}.jsonl", *(json.dumps({"text": f"text of {k}", "label": k}) + "\n" for k in labels))
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"model: {TINY_LLAMA_DIR}\nobjective: {{type: classification}}\ndata: {{train: train.jsonl, eval: eval.jsonl}}\n"
+    )
+
+    told = CliRunner().invoke(cli.app, ["data", "preview", str(job), "--json"])
+
+    training, held_out = json.loads(told.stdout)
+    assert training["classes"] == {"a": 1, "b": 1, "c": 1}
+    assert held_out["unusable"][0]["lines"] == {"num_rows": 1, "first": [2]} and told.exit_code == 2
