@@ -63,8 +63,11 @@ class TrialResult(_Value):
     steps: int = 0
     """Steps done."""
     score: float | None = None
-    """The scoring's headline on the held-out rows, between 0 and 1; None without scoring."""
+    """On the held-out rows, between 0 and 1, of several tasks their mean; None without scoring, or where its metric is
+    no share of rows, so that the held-out loss compares trials."""
     num_scored: int = 0
+    values: dict[str, float] = Field(default_factory=dict)
+    """All that scoring measured, by name, with the task's before it where there are several."""
     eval_loss: float | None = None
     """The lowest, where the best state is kept; else the last."""
     trained_params: int = 0

@@ -69,7 +69,7 @@ async def score_few_shot(context: JobContext, prepared: PreparedData) -> None:
     report, seconds = await score(context, prepared, use_adapter=False, few_shot=True)
     await asyncio.wrap_future(context.store.put_scores(context.job_id, "few_shot", report.model_dump_json()))
     text = (
-        f"the base model with {scoring.few_shot} examples in its prompt: {report.score.headline:.1%} "
+        f"the base model with {scoring.few_shot} examples in its prompt: {report.score.headline_text} "
         f"({report.score.num_rows} rows in {seconds:.1f} s)"
     )
     await context.tell(Notice(level="info", text=text))
@@ -95,7 +95,7 @@ def ability_lines(report: AbilityReport) -> list[tuple[str, str]]:
     lines = []
     if report.few_shot is not None:
         lines.append(
-            (f"base model with {report.num_examples} examples in its prompt", f"{report.few_shot.headline:.1%}")
+            (f"base model with {report.num_examples} examples in its prompt", report.few_shot.headline_text)
         )
     before, after = report.general_before, report.general_after
     if before is not None:

@@ -62,6 +62,11 @@ class Score(BaseModel):
         """The one number of this metric: slot F1 where there is one, else the first that it measures."""
         return next(iter(self.values.values())) if self.slot_f1 is None else self.slot_f1
 
+    @property
+    def headline_text(self) -> str:
+        """As people read it."""
+        return value_text("slot_f1" if self.slot_f1 is not None else next(iter(self.values)), self.headline)
+
 
 class ScoredSample(BaseModel):
     """One held-out row as people see it."""
@@ -110,6 +115,16 @@ class ScoreReport(BaseModel):
         if not self.by_task:
             return self.score.values
         return {f"{task} {name}": value for task, one in self.by_task.items() for name, value in one.values.items()}
+
+    @property
+    def share(self) -> float | None:
+        """One number between 0 and 1, the higher the better: the headline, or the mean of several tasks'.
+
+        None: a task's is no such share, as perplexity and correlation are none.
+        """
+        tasks = [*self.by_task.values()] or [self.score]
+        are_shares = all(SHARES & task.values.keys() for task in tasks)
+        return sum(task.headline for task in tasks) / len(tasks) if are_shares else None
 
 
 SHARES = frozenset(

@@ -275,7 +275,7 @@ class SweepManager:
     def _base_score(self, record: _Record) -> float | None:
         for job in self._all_jobs(record):
             if (before := self._store.scores(job.job_id).get("before")) is not None:
-                return ScoreReport.model_validate_json(before).score.headline
+                return ScoreReport.model_validate_json(before).share
         return None
 
 

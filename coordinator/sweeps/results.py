@@ -43,7 +43,7 @@ def result_of(
     losses = {row.step: row.loss for row in store.evaluations(record.job_id)}
     eval_loss = (min(losses.values()) if trial.spec.training.keep_best else losses[max(losses)]) if losses else None
     after = store.scores(record.job_id).get("after")
-    score = None if after is None else ScoreReport.model_validate_json(after).score
+    report = None if after is None else ScoreReport.model_validate_json(after)
     return TrialResult(
         trial=number,
         settings=trial.settings,
@@ -52,8 +52,9 @@ def result_of(
         state=record.state.value,
         reason=record.reason,
         steps=record.next_step,
-        score=None if score is None else score.headline,
-        num_scored=0 if score is None else score.num_rows,
+        score=None if report is None else report.share,
+        num_scored=0 if report is None else report.num_rows,
+        values={} if report is None else report.values,
         eval_loss=eval_loss,
         trained_params=trained[0],
         trained_share=trained[1],

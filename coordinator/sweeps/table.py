@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.jobs.scoring import value_text
 from coordinator.sweeps.choose import ranked
 from coordinator.sweeps.grid import label
 from plutino.sizes import MIB
@@ -15,10 +16,12 @@ from plutino.sweep import SweepStatus, TrialResult
 def sweep_table(status: SweepStatus) -> RenderableType:
     """Trials, the best first, with the recommendation and its reason."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    is_share = not any(result.values and result.score is None for result in status.results)
+    measured = next((name for result in status.results for name in result.values), "score").replace("_", " ")
     for heading in (
         "trial",
         "settings",
-        ">score",
+        ">score" if is_share else f">{measured}",
         ">held-out loss",
         ">trained",
         ">share",
@@ -66,11 +69,18 @@ def progress(status: SweepStatus) -> list[str]:
     return lines
 
 
+def _score(result: TrialResult) -> str:
+    """What compares trials, or the first of what was measured where the held-out loss does."""
+    if result.score is not None:
+        return f"{result.score:.1%}"
+    return next((value_text(name, value) for name, value in result.values.items()), "")
+
+
 def _cells(result: TrialResult) -> tuple[str, ...]:
     return (
         str(result.trial + 1),
         label(result.settings) or "-",
-        "" if result.score is None else f"{result.score:.1%}",
+        _score(result),
         "" if result.eval_loss is None else f"{result.eval_loss:.4f}",
         str(result.trained_params) if result.trained_params else "",
         f"{result.trained_share:.3%}" if result.trained_params else "",

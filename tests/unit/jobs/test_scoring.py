@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.jobs.scoring import Score, score
+from coordinator.jobs.scoring import Score, ScoreReport, score
 from plutino.errors import DataError
 
 TRUTH = '{"intent":"PlayMusic","slots":{"artist":["Abba","Cher"],"year":"1980"}}'
@@ -79,3 +79,18 @@ def test_score_survives_json() -> None:
 def test_score_refuses_nothing_and_unequal_numbers(answers: list[str], truths: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{len(answers)} answers for {len(truths)} rows"):
         score("exact_match", answers, truths)
+
+
+def test_trials_compare_shares_and_the_mean_of_several_tasks_and_nothing_that_is_no_share():
+    def report(*scores: Score) -> ScoreReport:
+        tasks = {str(n): one for n, one in enumerate(scores)} if len(scores) > 1 else {}
+        return ScoreReport(score=scores[0], samples=(), by_task=tasks)
+
+    right = Score(metric="exact_match", num_rows=4, exact_match=0.5)
+    slots = Score(metric="json_slots", num_rows=4, exact_match=0.1, slot_f1=0.7)
+    perplexity = Score(metric="perplexity", num_rows=4, perplexity=170.0)
+    correlation = Score(metric="correlation", num_rows=4, pearson=-0.2, spearman=0.1, mse=2.0)
+
+    assert [report(one).share for one in (right, slots, perplexity, correlation)] == [0.5, 0.7, None, None]
+    assert report(right, slots).share == pytest.approx(0.6) and report(right, perplexity).share is None
+    assert [one.headline_text for one in (right, slots, perplexity, correlation)] == ["50.0%", "70.0%", "170", "-0.2"]
