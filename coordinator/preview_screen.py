@@ -37,7 +37,12 @@ def preview_view(preview: RowsPreview, *, name: str = "", has_colours: bool = Tr
         pairs = ", ".join(f"{line} (as {first})" for line, first in list(preview.duplicate_of.items())[:5])
         num_more = preview.duplicates.num_rows - min(5, len(preview.duplicate_of))
         more = f" and {num_more} more" if num_more else ""
-        parts.append(Text(f"  duplicates: {_rows(preview.duplicates)}, line{_plural(preview.duplicates)} {pairs}{more}", style="yellow"))
+        parts.append(
+            Text(
+                f"  duplicates: {_rows(preview.duplicates)}, line{_plural(preview.duplicates)} {pairs}{more}",
+                style="yellow",
+            )
+        )
     if preview.classes:
         parts.append(Text("  classes: " + ", ".join(f"{name} {count}" for name, count in preview.classes.items())))
     if preview.lengths is not None:

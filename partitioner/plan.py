@@ -14,6 +14,10 @@ class MemoryItem(PlanValue):
     why: str
 
 
+_GRANTED_MORE = 512 << 20
+"""Bytes beyond the prediction that a worker may take where its device has them."""
+
+
 class ReplicaPlan(PlanValue):
     """One worker of a stage."""
 
@@ -33,6 +37,12 @@ class ReplicaPlan(PlanValue):
     def peak_bytes(self) -> int:
         """Predicted peak of the worker's resident memory."""
         return self.baseline_bytes + self.job_bytes
+
+    @property
+    def granted_bytes(self) -> int:
+        """What the worker is held to, and what is reserved for it: beyond a prediction that was wrong by much there is
+        room for the workers of other jobs."""
+        return min(self.budget_bytes, self.baseline_bytes + max(2 * self.job_bytes, self.job_bytes + _GRANTED_MORE))
 
 
 class StagePlan(PlanValue):

@@ -7,6 +7,7 @@
     │   └── QuantizationError      a scheme cannot hold a weight, or packed tensors are not what they should be
     ├── PlanError
     │   └── InfeasiblePlanError    the job does not fit the devices
+    │       └── UnmeasuredError        those that could be measured
     ├── WireError
     │   ├── FrameError         a frame is corrupted, truncated, oversized or malformed
     │   ├── StaleFrameError    a frame belongs to an older plan epoch or another job
@@ -62,6 +63,10 @@ class PlanError(PlutinoError):
 
 class InfeasiblePlanError(PlanError):
     """The job does not fit the devices that are in."""
+
+
+class UnmeasuredError(InfeasiblePlanError):
+    """The job does not fit the devices that could be measured; others could not, beside other jobs for instance."""
 
 
 class WireError(PlutinoError):

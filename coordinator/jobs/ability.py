@@ -94,9 +94,7 @@ def ability_lines(report: AbilityReport) -> list[tuple[str, str]]:
     """Measures with their values, for people."""
     lines = []
     if report.few_shot is not None:
-        lines.append(
-            (f"base model with {report.num_examples} examples in its prompt", report.few_shot.headline_text)
-        )
+        lines.append((f"base model with {report.num_examples} examples in its prompt", report.few_shot.headline_text))
     before, after = report.general_before, report.general_after
     if before is not None:
         lines.append(

@@ -20,10 +20,13 @@ from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.scheduling.round import Verdict
 from coordinator.scheduling.scheduler import Reservation
-from plutino.errors import AgentLostError, InfeasiblePlanError
+from plutino.errors import AgentLostError, InfeasiblePlanError, UnmeasuredError
 from plutino.events import PlanMade
 from plutino.families import family_of
 from plutino.types import AgentId, JobId
+
+_LOOK_AGAIN_S = 0.5
+"""How often a job that waits for others' memory looks whether they still hold it."""
 
 
 class Scheduling:
@@ -74,16 +77,34 @@ class Scheduling:
             await context.fleet.settled()
         else:
             await self._settled_after_loss()
+        while True:
+            held = self._held_by_others()
+            try:
+                return await self._place_on_measured(prepared)
+            except UnmeasuredError as error:
+                if not held or context.record.state is not JobState.PLANNING:
+                    raise
+                holders = ", ".join(sorted({job_id for job_id, _ in held}))
+                await context.apply(events.Queued(reason=f"waits until {holders} leaves room: {error}"))
+            while self._held_by_others() == held:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _place_on_measured(self, prepared: PreparedData) -> None:
         started_s = time.monotonic()
         try:
             problem = await self._problem(prepared)
         except InfeasiblePlanError as error:
-            raise InfeasiblePlanError(self._after_loss(str(error))) from error
+            raise type(error)(self._after_loss(str(error))) from error
 
         async def carry_out(verdict: Verdict) -> bool:
             return await self._carry_out(verdict, problem, time.monotonic() - started_s)
 
-        await self._queue.place(context.job_id, problem, carry_out)
+        await self._queue.place(self._context.job_id, problem, carry_out)
+
+    def _held_by_others(self) -> frozenset[tuple[str, str]]:
+        """Which jobs hold memory on which devices, but for this one."""
+        rows = self._context.store.reservations()
+        return frozenset((row.job_id, row.agent_id) for row in rows if row.job_id != self._context.job_id)
 
     async def _settled_after_loss(self) -> None:
         try:
@@ -132,7 +153,8 @@ class Scheduling:
                 await context.apply(events.Queued(reason=verdict.reason))
             return False
         if verdict.kind in ("park", "refuse"):
-            raise InfeasiblePlanError(self._after_loss(verdict.reason))
+            unmeasured = problem.num_unmeasured > 0
+            raise (UnmeasuredError if unmeasured else InfeasiblePlanError)(self._after_loss(verdict.reason))
         assert verdict.plan is not None
         record = context.record
         if record.numerics_json is not None and context.spec.placement.numerics == "fixed":

@@ -259,7 +259,7 @@ def _assignments(
             total_steps=record.total_steps,
             max_micro_batches=plan.num_micro_batches,
             threads=plan.stages[ref.stage_index].replicas[ref.replica_index].threads,
-            memory_budget_bytes=plan.stages[ref.stage_index].replicas[ref.replica_index].budget_bytes,
+            memory_budget_bytes=plan.stages[ref.stage_index].replicas[ref.replica_index].granted_bytes,
             keeps_heap=plan.stages[ref.stage_index].replicas[ref.replica_index].keeps_heap,
             coordinator_address=context.coordinator_address,
             bulk_address=context.bulk_address,

@@ -29,7 +29,7 @@ from partitioner.plan import Plan, RejectedPlan
 from partitioner.question import Codec
 from partitioner.refusal import refuse
 from partitioner.scheme_choice import choose_scheme
-from plutino.errors import ConfigError, InfeasiblePlanError, ModelError
+from plutino.errors import ConfigError, InfeasiblePlanError, ModelError, UnmeasuredError
 from plutino.families import Family, family_of
 from plutino.gptq_index import gptq_format, unpacked_shapes
 from plutino.hub_id import index_folder, model_folder
@@ -93,6 +93,7 @@ async def make_problem(
 
     Raises:
         InfeasiblePlanError: no device may take part, or the job does not fit those that may.
+        UnmeasuredError: none of those could be measured.
         ModelError: the base model cannot be used.
     """
     config_json, table = await asyncio.to_thread(read_model, spec)
@@ -142,7 +143,7 @@ async def make_problem(
         profiles = await measure_devices(devices, *of_job)
     measured = with_shared_cores(devices, [p for p in profiles if isinstance(p, DeviceProfile)])
     if not measured:
-        raise InfeasiblePlanError("no device could be measured: " + "; ".join(str(p) for p in profiles))
+        raise UnmeasuredError("no device could be measured: " + "; ".join(str(p) for p in profiles))
     unmeasured = tuple(
         RejectedPlan(what=device.name, why=f"could not be measured: {profile}")
         for device, profile in zip(devices, profiles, strict=True)
@@ -158,6 +159,7 @@ async def make_problem(
         devices=measured,
         links=LinkTable() if links is None else links.table(devices),
         left_out=(*found.left_out, *unmeasured),
+        num_unmeasured=len(unmeasured),
         is_started=is_started,
         codecs=open_codecs(spec, shape, numerics),
         num_train_rows=prepared.num_train,

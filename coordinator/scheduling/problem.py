@@ -39,6 +39,8 @@ class PlanningProblem(PlanValue):
     """Why the shape's packing is the one."""
     left_out: tuple[RejectedPlan, ...] = ()
     """Devices that may not take part, with the reason."""
+    num_unmeasured: int = 0
+    """Of these, devices that may take part but could not be measured, beside jobs that fill them for instance."""
     is_started: bool = False
     codecs: tuple[Literal["raw", "bf16"], ...] = ()
     """Codecs that the planner may choose from, the lossless one first; empty: the shape's."""
@@ -116,7 +118,7 @@ def _holds(plan: Plan, devices: Sequence[DeviceProfile]) -> bool:
     free_bytes = {device.agent_id: device.available_bytes for device in devices}
     for stage in plan.stages:
         for replica in stage.replicas:
-            free_bytes[replica.agent_id] = free_bytes.get(replica.agent_id, 0) - replica.peak_bytes
+            free_bytes[replica.agent_id] = free_bytes.get(replica.agent_id, 0) - replica.granted_bytes
     return min(free_bytes.values(), default=-1) >= 0
 
 

@@ -116,7 +116,7 @@ def reservations_of(job_id: JobId, plan: Plan) -> tuple[Reservation, ...]:
     held: Counter[AgentId] = Counter()
     for stage in plan.stages:
         for replica in stage.replicas:
-            held[AgentId(replica.agent_id)] += replica.peak_bytes
+            held[AgentId(replica.agent_id)] += replica.granted_bytes
     return tuple(Reservation(job_id=job_id, agent_id=agent_id, bytes=held[agent_id]) for agent_id in sorted(held))
 
 

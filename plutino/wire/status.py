@@ -29,6 +29,7 @@ STATUS_CODES: dict[type[PlutinoError], grpc.StatusCode] = {
     errors.QuantizationError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PlanError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.InfeasiblePlanError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnmeasuredError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.WireError: grpc.StatusCode.INTERNAL,
     errors.FrameError: grpc.StatusCode.DATA_LOSS,
     errors.StaleFrameError: grpc.StatusCode.FAILED_PRECONDITION,

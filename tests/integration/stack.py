@@ -31,6 +31,7 @@ from edge_node.joining import Membership
 from edge_node.network import DeviceNetwork
 from edge_node.session import WorkerSession
 from edge_node.stage.resident import ResidentStage
+from edge_node.supervision import refusal
 from edge_node.weights_config import WeightsConfig
 from partitioner.device import BlockTimings
 from plutino.hardware import WIRE_VERSION, Hardware
@@ -312,14 +313,24 @@ class ThreadAgent:
         elif kind == "revoked":
             self.revoked_ids = list(command.revoked.node_ids)
         elif kind == "profile":
-            result = agents_pb2.ProfileResult(
-                request_id=command.profile.request_id, timings_json=self.timings.model_dump_json()
-            )
+            # As a real agent, which measures in one worker more.
+            why = refusal(self._baseline_bytes, self._promised(), self._memory_bytes)
+            found = {"timings_json": self.timings.model_dump_json()} if why is None else {"error": why}
+            result = agents_pb2.ProfileResult(request_id=command.profile.request_id, **found)
             self._send(agents_pb2.AgentEvent(profile_result=result))
+
+    def _promised(self) -> list[int]:
+        """Budgets of the workers that run."""
+        return [one.memory_budget_bytes for one in list(self.assignments) if one.ref in self.sessions]
 
     def _start(self, assignment: WorkerAssignment) -> None:
         ref = assignment.ref
         if ref in self.sessions:
+            return
+        why = refusal(assignment.memory_budget_bytes, self._promised(), self._memory_bytes)
+        if why is not None:
+            exited = agents_pb2.WorkerExited(worker=worker_to_proto(ref), exit_code=1, reason=f"not started: {why}")
+            self._send(agents_pb2.AgentEvent(worker_exited=exited))
             return
         self.assignments.append(assignment)
         resident = self.residents.pop((assignment.stage_index, assignment.stage_key), None)

@@ -149,8 +149,12 @@ def test_second_job_runs_beside_the_first_when_memory_allows_and_waits_when_not(
     people.wait_for_step(second, 1)
     third = people.submit(job("third", stages=1))
     wait_until(lambda: "queued" in people.job(third).reason, "the third is queued")
+    # Of another shape, so that the device would have to measure itself, and has no room for that either.
+    fourth = people.submit(job("fourth", stages=1, micro_batch_size=1))
+    wait_until(lambda: "waits until" in people.job(fourth).reason, "the fourth waits to be measured")
 
     people.stub.Cancel(cancel_request(first), timeout=10)
-    assert people.wait(third).state == "succeeded"
+    for waiting in (third, fourth):
+        assert people.wait(waiting).state == "succeeded", people.job(waiting)
     assert people.job(second).state == "running"
     people.stub.Cancel(cancel_request(second), timeout=10)
