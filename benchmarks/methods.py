@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.measure import machine_facts, write_results
 from benchmarks.method_rows import ROWS, TASKS, Cell
 from benchmarks.searched import Searched
-from coordinator.sweeps.results import trained_share
+from coordinator.jobs.trained import trained_share
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.job.spec import JobSpec, parse_spec
 

@@ -203,20 +203,11 @@ def summary(view: JobView) -> RenderableType:
     if "after" in view.scores:
         parts.append(_answer_table(view))
     if view.exported is not None:
+        parts += [Text(f"{name}: {value}") for name, value in view.exported.measures]
         parts += [Text(f"verified, {check.name}: {check.result}") for check in view.exported.checks]
-        parts.append(Text(f"adapter: {view.exported.adapter_dir} ({format_size(view.exported.bytes)})", style="bold"))
-        parts.append(Text(loading_code(view)))
+        parts.append(Text(f"published: {view.exported.adapter_dir} ({format_size(view.exported.bytes)})", style="bold"))
+        parts += [Text(f"  {line}") for line in view.exported.loading_code.splitlines()]
     return Group(*parts)
-
-
-def loading_code(view: JobView) -> str:
-    """Three lines of Python that load the adapter with stock peft."""
-    adapter_dir = "" if view.exported is None else view.exported.adapter_dir
-    return (
-        "  from peft import AutoPeftModelForCausalLM\n"
-        f"  model = AutoPeftModelForCausalLM.from_pretrained({adapter_dir!r})\n"
-        "  model = model.merge_and_unload()  # optional: a plain transformers model"
-    )
 
 
 def job_detail(job: JobDetail) -> RenderableType:

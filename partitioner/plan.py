@@ -40,8 +40,10 @@ class ReplicaPlan(PlanValue):
 
     @property
     def granted_bytes(self) -> int:
-        """What the worker is held to, and what is reserved for it: beyond a prediction that was wrong by much there is
-        room for the workers of other jobs."""
+        """What the worker is held to, and what is reserved for it.
+
+        A prediction that is wrong by much still holds, and the rest is there for the workers of other jobs.
+        """
         return min(self.budget_bytes, self.baseline_bytes + max(2 * self.job_bytes, self.job_bytes + _GRANTED_MORE))
 
 

@@ -231,12 +231,16 @@ class Verification(_Value):
 
 
 class Exported(JobEvent):
-    """The adapter was verified and published."""
+    """The adapter, or the whole model, was verified and published."""
 
     adapter_dir: str
     bytes: int
     num_tensors: int
     checks: tuple[Verification, ...]
+    loading_code: str = ""
+    """Python that loads it."""
+    measures: tuple[tuple[str, str], ...] = ()
+    """Beside losses and scores: general ability, the base model with examples, rewards; names with their values."""
 
 
 class WorkerUsage(_Value):

@@ -6,13 +6,13 @@ adapter.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from coordinator.artifacts.loading import loading_code
 from coordinator.artifacts.verify_process import Check
 from coordinator.jobs.scoring import value_text
 from plutino.job.method import MethodConfig
@@ -80,8 +80,12 @@ class CardFacts(_Facts):
     score_before: ScoreFacts | None = None
     """Of the base model alone; None if it was not measured."""
     score_after: ScoreFacts | None = None
-    ability: tuple[tuple[str, str], ...] = ()
-    """What fine-tuning cost beside its goal, and the base model with examples: measures with their values."""
+    num_trained: int = 0
+    """Parameters that were trained; 0: not counted."""
+    trained_share: float = 0.0
+    """Of the base model's parameters."""
+    measures: tuple[tuple[str, str], ...] = ()
+    """What fine-tuning cost beside its goal, the base model with examples, rewards: measures with their values."""
     checks: tuple[Check, ...]
     """Those of the assembled adapter, and the workers' largest difference."""
     was_reloaded: bool
@@ -89,6 +93,7 @@ class CardFacts(_Facts):
     versions: dict[str, str]
     """Libraries by name."""
     training_s: float
+    """From handing the job in to publication."""
     date: str
     """Day of publication, ISO 8601."""
 
@@ -103,11 +108,11 @@ def render_card(facts: CardFacts, adapter_name: str) -> str:
     sections = (
         _front_matter(facts),
         f"# {_one_line(facts.job_name)}",
-        f"{_what(facts)}, trained for {facts.num_steps} steps in "
-        f"{facts.training_s:.0f} s and published on {facts.date} by plutino: the base model was split over several "
-        "devices, each of which held and trained only its own blocks.",
+        f"{_what(facts)}, trained for {facts.num_steps} steps and published on {facts.date} by plutino, "
+        f"{facts.training_s:.0f} s after the job was handed in: the base model was split over several devices, each of "
+        "which held and trained only its own blocks.",
         "## How to load it",
-        _loading(facts, adapter_name),
+        _fenced(loading_code(facts.method, facts.objective, facts.base_path, adapter_name, facts.dtype), "python"),
         "## What was verified",
         "\n".join(f"- **{_one_line(name)}**: {_one_line(outcome)}" for name, outcome in facts.checks),
         "## Results",
@@ -119,7 +124,11 @@ def render_card(facts: CardFacts, adapter_name: str) -> str:
         ),
         "## Base model",
         f"`{_one_line(facts.base_path)}`, hash `{facts.base_hash}` over its config.json and weights. "
-        "On another base the adapter means nothing.",
+        + (
+            "Its weights went on from there."
+            if facts.method.trains_weights
+            else "On another base the adapter means nothing."
+        ),
         "## Settings",
         _settings(facts),
         "## Plan",
@@ -131,7 +140,7 @@ def render_card(facts: CardFacts, adapter_name: str) -> str:
 
 
 def _what(facts: CardFacts) -> str:
-    return "A model, every weight" if facts.method.trains_weights else f"A {facts.method.type.upper()} adapter"
+    return "A model, every weight" if facts.method.trains_weights else f"What `{facts.method.type}` trains"
 
 
 def _front_matter(facts: CardFacts) -> str:
@@ -156,60 +165,18 @@ def _library(facts: CardFacts) -> str:
     return "peft" if facts.method.has_peft_format else "plutino"
 
 
-def _loading(facts: CardFacts, adapter_name: str) -> str:
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(facts.dtype, facts.dtype)
-    # A JSON string is a Python string too.
-    task = "Seq2SeqLM" if facts.objective.type == "seq2seq" else "CausalLM"
-    num_labels, labels = "", ""
-    if facts.objective.has_score_head:
-        task, num_labels = "SequenceClassification", f", num_labels={facts.objective.num_outputs}"
-        names = getattr(facts.objective, "labels", ())
-        if facts.objective.num_outputs > 1:
-            labels = f"\nmodel.config.id2label = {dict(enumerate(names))!r}"
-    of_base = (
-        f"AutoModelFor{task}.from_pretrained({json.dumps(facts.base_path)}, dtype={json.dumps(dtype)}{num_labels})"
-    )
-    if facts.method.trains_weights:
-        code = (
-            f"from transformers import AutoModelFor{task}\n"
-            f"model = AutoModelFor{task}.from_pretrained({json.dumps(adapter_name)})"
-        )
-        return _fenced(code, "python")
-    if not facts.method.has_peft_format:
-        code = (
-            "from plutino.load_adapter import load_adapter\n"
-            f"from transformers import AutoModelFor{task}\n"
-            f"model = {of_base}\n"
-            f"load_adapter(model, {json.dumps(adapter_name)})  # in place{labels}"
-        )
-        return _fenced(code, "python")
-    if facts.objective.has_score_head:
-        code = (
-            "from peft import PeftModel\n"
-            f"from transformers import AutoModelFor{task}\n"
-            f"base = {of_base}\n"
-            f"model = PeftModel.from_pretrained(base, {json.dumps(adapter_name)}){labels}"
-        )
-        return _fenced(code, "python")
-    of_peft = f"AutoPeftModelFor{task}"
-    code = (
-        f"from peft import {of_peft}\n"
-        f"model = {of_peft}.from_pretrained({json.dumps(adapter_name)}, dtype={json.dumps(dtype)})\n"
-        f"# It finds the base in {json.dumps(facts.base_path)}; elsewhere, change adapter_config.json."
-    )
-    return _fenced(code, "python")
-
-
 def _results(facts: CardFacts) -> str:
     losses = facts.losses
+    trained = f"{facts.num_trained} ({facts.trained_share:.3%} of the base model's)".replace("%", " %")
     rows = [
+        *([("parameters trained", trained)] if facts.num_trained else []),
         ("training loss, first step", f"{losses.first:.4f}"),
         ("training loss, last step", f"{losses.last:.4f}"),
         ("training loss, best step", f"{losses.best:.4f}"),
         *((f"held-out loss after step {one.step}", f"{one.loss:.4f}") for one in facts.evaluations),
         *_score_rows("base model alone", facts.score_before),
-        *_score_rows("with the adapter", facts.score_after),
-        *facts.ability,
+        *_score_rows("trained" if facts.method.trains_weights else "with the adapter", facts.score_after),
+        *facts.measures,
     ]
     return _table(("measure", "value"), rows)
 
@@ -251,12 +218,12 @@ def _limits(facts: CardFacts) -> str:
     limits = [
         "The numbers above come from the rows named above and tell nothing of other data.",
         "Nothing was measured about bias, safety or truthfulness; the base model's own limits remain.",
-        "Licences of the base model and of the data bind this adapter too; they were not examined.",
+        "Licences of the base model and of the data bind what was made of them too; they were not examined.",
     ]
     if not facts.was_reloaded:
         limits.insert(
             0,
-            "The whole model was never loaded in one place: that the adapter works follows from its "
+            "The whole model was never loaded in one place: that what was trained works follows from its "
             "names and shapes and from the stages' own comparison, not from a run.",
         )
     if facts.score_after is None:

@@ -102,7 +102,7 @@ def ability_lines(report: AbilityReport) -> list[tuple[str, str]]:
         )
     if after is not None:
         cost = "" if before is None else f" ({after.perplexity / before.perplexity - 1:+.1%})"
-        lines.append(("perplexity on general text, with the adapter", f"{after.perplexity:.2f}{cost}"))
+        lines.append(("perplexity on general text, trained", f"{after.perplexity:.2f}{cost}"))
     return lines
 
 

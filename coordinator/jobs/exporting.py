@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 
 from coordinator.artifacts.card import CardFacts, DataFile, ScoreFacts, TrainingLosses
 from coordinator.artifacts.card import Evaluation as EvaluationFacts
+from coordinator.artifacts.loading import loading_code
 from coordinator.artifacts.parts import AssembledAdapter, AssembleRequest
 from coordinator.artifacts.publish import PublishedAdapter, PublishRequest
 from coordinator.artifacts.verify_process import Check, Probe, ProbeRows
@@ -23,6 +25,7 @@ from coordinator.jobs.placing import restorable
 from coordinator.jobs.prepared import PreparedData, for_devices
 from coordinator.jobs.scoring import ScoreReport
 from coordinator.jobs.scoring_moments import score_once
+from coordinator.jobs.trained import reward_lines, trained_share
 from coordinator.jobs.units import PROBE_ROWS, Batch, Evaluation, evaluate, probe_batch
 from partitioner.explain import explain
 from plutino.errors import ExportError
@@ -54,6 +57,8 @@ async def export(context: JobContext, prepared: PreparedData, *, default_dir: Pa
     assembled = await _assemble(context, step, output_dir, _probe(context, prepared, batch, measured))
     crash_point("adapter_assembled")
     worker_check = await _verify_on_workers(context, assembled)
+    trained = await asyncio.to_thread(trained_share, context.spec)
+    card = _card(context, prepared, step, assembled, worker_check, trained)
     request = PublishRequest(
         job_id=context.job_id,
         step=step,
@@ -61,7 +66,7 @@ async def export(context: JobContext, prepared: PreparedData, *, default_dir: Pa
         output_dir=output_dir,
         adapter_sha256=assembled.adapter_sha256,
         model_files=assembled.model_files,
-        card=_card(context, prepared, step, assembled, worker_check),
+        card=card,
     )
     command = runner_pb.RunnerCommand(publish=runner_pb.Publish(request_json=request.model_dump_json()))
     answer = await context.runner.ask(command)
@@ -74,6 +79,8 @@ async def export(context: JobContext, prepared: PreparedData, *, default_dir: Pa
             bytes=published.adapter_bytes,
             num_tensors=len(context.record.parameter_names),
             checks=tuple(Verification(name=name, result=outcome) for name, outcome in checks),
+            loading_code=loading_code(card.method, card.objective, card.base_path, published.output_dir, card.dtype),
+            measures=card.measures,
         )
     )
     return job_events.Exported(adapter_dir=published.output_dir)
@@ -162,9 +169,15 @@ async def _verify_on_workers(context: JobContext, assembled: AssembledAdapter) -
 
 
 def _card(
-    context: JobContext, prepared: PreparedData, step: int, assembled: AssembledAdapter, worker_check: Check
+    context: JobContext,
+    prepared: PreparedData,
+    step: int,
+    assembled: AssembledAdapter,
+    worker_check: Check,
+    trained: tuple[int, float],
 ) -> CardFacts:
     spec, record = context.spec, context.record
+    num_trained, share = trained
     losses = [row.loss for row in surviving(context.store.ledger(context.job_id)) if row.loss is not None]
     data = [DataFile(use=one.use, name=one.name, sha256=one.sha256, num_rows=one.num_rows) for one in prepared.files]
     stored = context.store.scores(context.job_id)
@@ -190,7 +203,12 @@ def _card(
         ),
         score_before=_score_facts(scores.get("before")),
         score_after=_score_facts(scores.get("after")),
-        ability=tuple(ability_lines(ability_of(stored, 0 if spec.scoring is None else spec.scoring.few_shot))),
+        num_trained=num_trained,
+        trained_share=share,
+        measures=(
+            *ability_lines(ability_of(stored, 0 if spec.scoring is None else spec.scoring.few_shot)),
+            *reward_lines(context.store, context.job_id),
+        ),
         checks=(*assembled.checks, worker_check),
         was_reloaded=assembled.was_reloaded,
         versions=context.numerics.versions,

@@ -12,7 +12,7 @@ from coordinator.jobs import events
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.phases import Phases, with_cached_step
-from coordinator.jobs.planning import make_numerics, make_problem
+from coordinator.jobs.planning import make_numerics, make_problem, read_model
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobState
@@ -26,7 +26,7 @@ from plutino.families import family_of
 from plutino.types import AgentId, JobId
 
 _LOOK_AGAIN_S = 0.5
-"""How often a job that waits for others' memory looks whether they still hold it."""
+"""How often a job that waits for devices, or for the memory that others hold, looks for them."""
 
 
 class Scheduling:
@@ -75,6 +75,7 @@ class Scheduling:
             await context.apply(events.Queued(reason=reason))
         if context.record.state is JobState.PLANNING:
             await context.fleet.settled()
+            await self._wait_for_stages()
         else:
             await self._settled_after_loss()
         while True:
@@ -88,6 +89,22 @@ class Scheduling:
                 await context.apply(events.Queued(reason=f"waits until {holders} leaves room: {error}"))
             while self._held_by_others() == held:
                 await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _wait_for_stages(self) -> None:
+        """A stage is a device's: with fewer devices than ``placement.stages`` others are on their way, or missing."""
+        context, wanted = self._context, self._context.spec.placement.stages or 1
+        if (num_devices := len(context.fleet.devices)) < wanted:
+            _, table = await asyncio.to_thread(read_model, context.spec)
+            if wanted > table.num_blocks:
+                return  # which no device could change: the planner says so
+            reason = (
+                f"placement.stages asks for {wanted} devices, and {num_devices} attached; start others, or cancel "
+                "the job and lower placement.stages"
+            )
+            await context.apply(events.Queued(reason=reason))
+            while len(context.fleet.devices) < wanted:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+            await context.fleet.settled()
 
     async def _place_on_measured(self, prepared: PreparedData) -> None:
         started_s = time.monotonic()

@@ -20,10 +20,11 @@ from coordinator.jobs.context import TrialTerms
 from coordinator.jobs.manager import JobManager
 from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.scoring import ScoreReport
+from coordinator.jobs.trained import trained_share
 from coordinator.storage.base import Store
 from coordinator.sweeps.choose import Rung, plan_rungs, ranked, recommend
 from coordinator.sweeps.grid import label
-from coordinator.sweeps.results import result_of, trained_share
+from coordinator.sweeps.results import result_of
 from plutino.errors import InvalidTransitionError, PlutinoError, UnknownJobError
 from plutino.job.spec import JobSpec
 from plutino.sweep import Recommendation, SweepSpec, SweepStatus, TrialResult

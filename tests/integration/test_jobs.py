@@ -17,7 +17,7 @@ from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.job.spec import JobSpec
 from plutino.types import Unit
 from protos import jobs_pb2
-from tests.integration.job_cases import STEPS, adapter_bytes, cancel_request, start
+from tests.integration.job_cases import STEPS, adapter_bytes, addresses_of, attach, cancel_request, start
 from tests.integration.stack import WAIT_S, People, ThreadAgent, ThreadCoordinator, losses, make_spec, wait_until
 from tests.integration.step_gate import StepGate
 
@@ -51,6 +51,21 @@ def test_snips_on_one_to_four_workers_gives_bit_equal_losses_and_adapters(
     assert len(whole[0]) == steps and whole[0][-1] < loss_ratio * whole[0][0]
     for stages in more_stages:
         assert run(stages) == whole
+
+
+def test_job_of_two_stages_waits_for_its_second_device_and_one_of_more_stages_than_blocks_is_refused(
+    cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec]
+) -> None:
+    coordinator = ThreadCoordinator(tmp_path / "state")
+    cleanup.callback(coordinator.close)
+    people, _ = attach(cleanup, *addresses_of(coordinator), 1)
+
+    assert "blocks make at most" in people.wait(people.submit(job("many", stages=99))).reason
+    job_id = people.submit(job())
+    wait_until(lambda: "asks for 2 devices, and 1 attached" in people.job(job_id).reason, "the job waits")
+    cleanup.callback(ThreadAgent(coordinator.endpoints.devices_address, "late").close)
+
+    assert people.wait(job_id).state == "succeeded", people.job(job_id)
 
 
 def test_cancel_frees_workers_memory_and_queue(cleanup: ExitStack, tmp_path: Path, job: Callable[..., JobSpec]) -> None:

@@ -67,6 +67,9 @@ def test_job_gives_the_same_bits_on_one_and_two_workers_and_reports_what_it_samp
     rows = [row["samples"] for row in sorted(details[1]["ledger"], key=lambda row: row["step"])]
     assert all(len(set(one)) == 2 and max(one) < 7 for one in rows)
     assert rows[0] == rows[1] and rows[2] == rows[3]
+    card = (tmp_path / "adapter2" / "README.md").read_text()
+    last = seen[0][-1]["reward"]
+    assert f"| mean reward, first and last 1 of 4 steps | {first['reward']:.4g}, {last:.4g} |" in card
 
 
 @pytest.mark.slow

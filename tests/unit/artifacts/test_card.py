@@ -9,6 +9,17 @@ import pytest
 import yaml
 
 from coordinator.artifacts.card import CardFacts, render_card
+from plutino.job.method import (
+    AdaptersConfig,
+    FullConfig,
+    LoraConfig,
+    MethodConfig,
+    ParallelAdaptersConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningV2Config,
+)
+from plutino.job.objective import ObjectiveConfig, RewardConfig, Seq2SeqConfig, SftConfig
 
 MakeFacts = Callable[..., CardFacts]
 
@@ -34,6 +45,8 @@ def test_card_front_matter_is_that_of_a_peft_model(make_facts: MakeFacts) -> Non
         "largest difference 0 over 3 stages",
         "| training loss, first step | 3.2500 |",
         "| held-out loss after step 30 | 0.6250 |",
+        "| parameters trained | 1234 (0.500 % of the base model's) |",
+        "| mean reward, first and last 3 of 30 steps | 0.1, 0.5 |",
         "| exact match, base model alone, 40 held-out rows | 0.0 % |",
         "| exact match, with the adapter, 40 held-out rows | 75.0 % |",
         "| training | train.jsonl | 120 | `" + "d" * 64 + "` |",
@@ -53,6 +66,32 @@ def test_card_loading_code_is_python_for_any_folder_name(name: str, make_facts: 
 
     strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert name in strings
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "loads", "merges"),
+    [
+        (LoraConfig(), SftConfig(), "AutoPeftModelForCausalLM.from_pretrained", True),
+        (LoraConfig(), Seq2SeqConfig(), "AutoPeftModelForSeq2SeqLM.from_pretrained", True),
+        (PrefixConfig(), SftConfig(), "AutoPeftModelForCausalLM.from_pretrained", False),
+        (PromptConfig(), SftConfig(), "AutoPeftModelForCausalLM.from_pretrained", False),
+        (PTuningV2Config(), RewardConfig(), "AutoModelForSequenceClassification.from_pretrained", False),
+        (AdaptersConfig(), SftConfig(), "load_adapter(model", False),
+        (ParallelAdaptersConfig(), SftConfig(), "load_adapter(model", False),
+        (FullConfig(), SftConfig(), "model = AutoModelForCausalLM.from_pretrained", False),
+    ],
+    ids=lambda value: getattr(value, "type", ""),
+)
+def test_card_loads_what_each_method_publishes_and_merges_only_what_can_be(
+    method: MethodConfig, objective: ObjectiveConfig, loads: str, merges: bool, make_facts: MakeFacts
+) -> None:
+    card = render_card(make_facts(method=method, objective=objective), "out")
+    code = card.split("```python\n")[1].split("\n```")[0]
+
+    ast.parse(code)
+    assert loads in code and ("merge_and_unload" in code) == merges
+    # A whole model is no adapter, and needs no base.
+    assert method.trains_weights != ("adapter" in card.split("## Settings")[0].replace("load_adapter", "adapter"))
 
 
 def test_card_names_cannot_break_out_of_their_place(make_facts: MakeFacts) -> None:

@@ -51,7 +51,9 @@ def test_summary_shows_answers_side_by_side_and_how_to_load():
     shown = drawn(summary(finished()))
 
     assert "play some jazz  PlayMusic  once upon a time  PlayMusic" in shown
-    assert "AutoPeftModelForCausalLM.from_pretrained('/out/adapter')" in shown
+    assert (
+        "AutoPeftModelForCausalLM.from_pretrained(" in shown and "perplexity on general text, trained: 12.50" in shown
+    )
 
 
 def test_device_table_without_devices_tells_how_to_start_one():

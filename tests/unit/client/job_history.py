@@ -101,6 +101,8 @@ def history() -> list[events.JobEvent]:
             bytes=2 * MIB,
             num_tensors=4,
             checks=(events.Verification(name="reload", result="equal"),),
+            loading_code='model = AutoPeftModelForCausalLM.from_pretrained("/out/adapter")',
+            measures=(("perplexity on general text, trained", "12.50"),),
         ),
         state("succeeded", next_step=2),
     ]

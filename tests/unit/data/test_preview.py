@@ -114,7 +114,8 @@ def test_preview_of_a_job_counts_held_out_rows_in_the_classes_that_are_trained(t
         written(tmp_path / f"{name}.jsonl", *(json.dumps({"text": f"text of {k}", "label": k}) + "\n" for k in labels))
     job = tmp_path / "job.yaml"
     job.write_text(
-        f"model: {TINY_LLAMA_DIR}\nobjective: {{type: classification}}\ndata: {{train: train.jsonl, eval: eval.jsonl}}\n"
+        f"model: {TINY_LLAMA_DIR}\nobjective: {{type: classification}}\n"
+        "data: {train: train.jsonl, eval: eval.jsonl}\n"
     )
 
     told = CliRunner().invoke(cli.app, ["data", "preview", str(job), "--json"])
