@@ -42,9 +42,10 @@ def loading_code(method: MethodConfig, objective: ObjectiveConfig, base_path: st
             f"{imported}base = {of_base}\n"
             f"model = PeftModel.from_pretrained(base, {published}){labels}"
         )
-    merging = "model = model.merge_and_unload()  # optional: a plain transformers model\n"
+    can_merge = method.type == "lora"
+    merging = "model = model.merge_and_unload()  # optional: a plain transformers model\n" if can_merge else ""
     return (
         f"from peft import AutoPeftModelFor{task}\n"
         f"model = AutoPeftModelFor{task}.from_pretrained({published}, dtype={torch_dtype})\n"
-        f"{merging if method.type == 'lora' else ''}# It finds the base in {base}; elsewhere, change adapter_config.json."
+        f"{merging}# It finds the base in {base}; elsewhere, change adapter_config.json."
     )
