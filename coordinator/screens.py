@@ -200,7 +200,7 @@ def summary(view: JobView) -> RenderableType:
         parts.append(Text(f"{len(view.losses)} steps in {view.train_s:.1f} s{speed}; loss {first:.4f} -> {last:.4f}"))
     if view.scores:
         parts.append(_score_table(view))
-    if "after" in view.scores:
+    if "after" in view.scores and view.scores["after"].sample_rows:
         parts.append(_answer_table(view))
     if view.exported is not None:
         parts += [Text(f"{name}: {value}") for name, value in view.exported.measures]

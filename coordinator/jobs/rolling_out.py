@@ -13,9 +13,10 @@ from pathlib import Path
 from coordinator.artifacts.durable import sync_dir, write_durable
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.prepared import PreparedData
-from coordinator.jobs.rollouts import Rollouts
+from coordinator.jobs.rollouts import Rollouts, warning_of
 from coordinator.jobs.units import Batch, ask_batch, evaluate_batch, generate_batch, train_batch
 from plutino.errors import JobError
+from plutino.events import Notice
 from plutino.job.objective import GrpoConfig
 from protos import runners_pb2 as runner_pb
 from protos import workers_pb2 as pb
@@ -54,6 +55,8 @@ class StepRows:
                 f"from {path}: the coordinator's disk has lost them; submit the job anew"
             )
         self._rollouts = await self._roll_out(self._config, step)
+        if text := warning_of(self._rollouts):
+            await self._context.tell(Notice(level="warning", text=text))
         await asyncio.to_thread(self._keep, path, self._rollouts.model_dump_json().encode())
 
     async def batch(self, step: int) -> Batch:

@@ -50,6 +50,18 @@ class Rollouts(BaseModel):
         }
 
 
+def warning_of(rollouts: Rollouts) -> str:
+    """What to tell of the first answers of a job; empty if there is nothing."""
+    if rollouts.first_step > 0 or len(set(rollouts.rewards.values())) > 1:
+        return ""
+    reward = next(iter(rollouts.rewards.values()), 0.0)
+    return (
+        f"all {len(rollouts.rewards)} answers of the first step have the reward {reward:g}; "
+        "such a step teaches nothing. If this goes on, begin with a tuned adapter (training.init_adapter), sample more "
+        "answers or at a higher objective.temperature, or give a reward that tells answers apart"
+    )
+
+
 def advantages_of(rewards: Mapping[int, float], config: GrpoConfig) -> dict[int, float]:
     """How much better each sample is than its group, whose samples have consecutive numbers."""
     numbers = sorted(rewards)

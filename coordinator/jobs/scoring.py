@@ -118,13 +118,19 @@ class ScoreReport(BaseModel):
 
     @property
     def share(self) -> float | None:
-        """One number between 0 and 1, the higher the better: the headline, or the mean of several tasks'.
+        """One number between 0 and 1, the higher the better; of several tasks their mean.
 
-        None: a task's is no such share, as perplexity and correlation are none.
+        None: a task has no such share, as perplexity and correlation are none.
         """
         tasks = [*self.by_task.values()] or [self.score]
-        are_shares = all(SHARES & task.values.keys() for task in tasks)
-        return sum(task.headline for task in tasks) / len(tasks) if are_shares else None
+        # Of ratings the rank correlation comes first, and the area under the curve is the share.
+        own = [next((v for name, v in task.values.items() if name in SHARES), None) for task in tasks]
+        shares = [
+            one if task.slot_f1 is None else task.slot_f1
+            for task, one in zip(tasks, own, strict=True)
+            if one is not None
+        ]
+        return sum(shares) / len(tasks) if len(shares) == len(tasks) else None
 
 
 SHARES = frozenset(

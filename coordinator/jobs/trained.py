@@ -47,7 +47,9 @@ def reward_lines(store: Store, job_id: JobId) -> list[tuple[str, str]]:
     if not counts:
         return []
     num_mean = max(1, len(counts) // 10)
-    lines = []
+    num_flat = sum(one["reward_std"] == 0 for one in counts)
+    flat = "steps of which all answers had one reward, which teaches nothing"
+    lines = [(flat, f"{num_flat} of {len(counts)}")] if num_flat else []
     titles = {"reward": "mean reward", "kl": "KL from the base model", "answer_tokens": "tokens of an answer"}
     for name, title in titles.items():
         known = [one[name] for one in counts if name in one]

@@ -56,6 +56,14 @@ def test_summary_shows_answers_side_by_side_and_how_to_load():
     )
 
 
+def test_summary_of_a_job_whose_scores_have_no_answers_shows_no_table_of_them():
+    view = finished()
+    for moment, score in view.scores.items():
+        view.scores[moment] = score.model_copy(update={"sample_rows": ()})
+
+    assert "expected" not in drawn(summary(view))
+
+
 def test_device_table_without_devices_tells_how_to_start_one():
     assert "plutino token create" in drawn(device_table([]))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coordinator.jobs.rewards import Answer, rewards_of
-from coordinator.jobs.rollouts import Rollouts, prompt_groups, step_of
+from coordinator.jobs.rollouts import Rollouts, prompt_groups, step_of, warning_of
 from plutino.data.samples import Samples
 from plutino.errors import ConfigError
 from plutino.job.objective import GrpoConfig
@@ -163,3 +163,12 @@ def test_settings_that_do_not_go_with_sampled_answers_are_refused(part, said, tm
 
     with pytest.raises(ConfigError, match=said):
         parse_spec(values, base_dir=tmp_path)
+
+
+def test_first_answers_of_one_reward_are_warned_of_and_none_that_differ_or_come_later():
+    tokens = {0: (1,), 1: (2,)}
+    flat = Rollouts(first_step=0, tokens=tokens, rewards={0: 0.0, 1: 0.0})
+
+    assert "all 2 answers of the first step have the reward 0;" in warning_of(flat)
+    assert warning_of(flat.model_copy(update={"first_step": 4})) == ""
+    assert warning_of(flat.model_copy(update={"rewards": {0: 0.0, 1: 0.5}})) == ""

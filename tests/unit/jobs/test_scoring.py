@@ -91,6 +91,8 @@ def test_trials_compare_shares_and_the_mean_of_several_tasks_and_nothing_that_is
     perplexity = Score(metric="perplexity", num_rows=4, perplexity=170.0)
     correlation = Score(metric="correlation", num_rows=4, pearson=-0.2, spearman=0.1, mse=2.0)
 
+    ratings = Score(metric="ratings", num_rows=4, spearman=-0.1, auc=0.4)
     assert [report(one).share for one in (right, slots, perplexity, correlation)] == [0.5, 0.7, None, None]
+    assert report(ratings).share == 0.4
     assert report(right, slots).share == pytest.approx(0.6) and report(right, perplexity).share is None
     assert [one.headline_text for one in (right, slots, perplexity, correlation)] == ["50.0%", "70.0%", "170", "-0.2"]
