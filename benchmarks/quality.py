@@ -28,7 +28,7 @@ from benchmarks.measure import machine_facts, write_results
 from benchmarks.method_rows import Cell
 from benchmarks.quality_tasks import MINILM, OTHERS, ROWS, TASKS, class_names, tasks_of, write_task
 from benchmarks.searched import Searched
-from coordinator.sweeps.results import trained_share
+from coordinator.jobs.trained import trained_share
 from plutino.assets import TINY_LLAMA_DIR
 from plutino.errors import ConfigError
 from plutino.families import family_of
