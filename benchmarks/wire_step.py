@@ -13,13 +13,13 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.agent_runs import TINY
-from benchmarks.contender import ChildCommand, ChildContender, Contender
+from benchmarks.contender import ChildCommand, ChildContender, Contender, ContenderError
 from benchmarks.measure import (
     RESULTS_DIR,
     Turns,
@@ -32,7 +32,6 @@ from benchmarks.measure import (
 from benchmarks.peers.workload import Workload
 from benchmarks.scaling_cuda import SHAPES
 
-_SPARE_STEPS = 2
 _SHOWN_PARTS = ("total_s", "compute_s", "wait_s", "send_s", "encode_s", "decode_s")
 
 
@@ -82,39 +81,51 @@ def main(arguments: list[str] | None = None) -> int:
     turns = Turns(num_turns=options.turns, steps_per_turn=options.steps)
     machine = machine_facts(("torch", "transformers", "peft", "grpcio"))
     documents: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     for name in options.shapes:
-        workload = shapes[name]
-        with tempfile.TemporaryDirectory(prefix="plutino-wire-") as scratch:
-            # The last step of all, so that no measured one pays for it.
-            num_steps = turns.warmup_steps + turns.num_turns * turns.steps_per_turn
-            profiled_step = num_steps - 1 if options.profile else -1
-            found: list[Contender] = [
-                *contenders(
-                    workload,
-                    workload.num_blocks // 2,
-                    Path(scratch),
-                    device=options.device,
-                    threads=options.threads,
-                    profiled_step=profiled_step,
-                )
-            ]
-            figures = measure_in_turns(found, turns, report=lambda line: print(line, file=sys.stderr, flush=True))
-            document = figures_document(figures, workload=asdict(workload), machine=machine, turns=turns)
-            by_stage = {
-                f"ahead {ahead}": seconds_by_stage(Path(scratch) / f"ahead{ahead}", num_warmup=turns.warmup_steps)
-                for ahead in (0, 1)
-            }
-        documents[name] = document | {"by_stage": by_stage}
-        write_results(options.out, {"shapes": documents})
-        print(f"{name}\n{table(figures, tokens_per_step=workload.tokens_per_step)}")
-        for ahead, stages in by_stage.items():
-            for index, parts in enumerate(stages):
-                shown = ", ".join(f"{part} {parts[part]:.4f}" for part in _SHOWN_PARTS)
-                print(f"{ahead}, stage {index}: {shown}\n    processor: {parts['processor_s']}")
-                print("\n".join(parts.get("profile", [])))
-                print("\n".join(parts.get("profile_by_host", [])), flush=True)
+        try:
+            documents[name] = _measured(name, shapes[name], turns, machine, options)
+        except ContenderError as error:
+            # One shape's failure is no reason to lose the others' figures.
+            failed[name] = str(error)
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+        write_results(options.out, {"shapes": documents, "failed": failed})
     print(f"all figures: {options.out}")
-    return 0
+    return 1 if failed else 0
+
+
+def _measured(
+    name: str, workload: Workload, turns: Turns, machine: Mapping[str, object], options: argparse.Namespace
+) -> dict[str, Any]:
+    """One shape's figures, shown and given."""
+    with tempfile.TemporaryDirectory(prefix="plutino-wire-") as scratch:
+        # The last step of all, so that no measured one pays for it.
+        num_steps = turns.warmup_steps + turns.num_turns * turns.steps_per_turn
+        profiled_step = num_steps - 1 if options.profile else -1
+        found: list[Contender] = [
+            *contenders(
+                workload,
+                workload.num_blocks // 2,
+                Path(scratch),
+                device=options.device,
+                threads=options.threads,
+                profiled_step=profiled_step,
+            )
+        ]
+        figures = measure_in_turns(found, turns, report=lambda line: print(line, file=sys.stderr, flush=True))
+        document = figures_document(figures, workload=asdict(workload), machine=machine, turns=turns)
+        by_stage = {
+            f"ahead {ahead}": seconds_by_stage(Path(scratch) / f"ahead{ahead}", num_warmup=turns.warmup_steps)
+            for ahead in (0, 1)
+        }
+    print(f"{name}\n{table(figures, tokens_per_step=workload.tokens_per_step)}")
+    for ahead, stages in by_stage.items():
+        for index, parts in enumerate(stages):
+            shown = ", ".join(f"{part} {parts[part]:.4f}" for part in _SHOWN_PARTS)
+            print(f"{ahead}, stage {index}: {shown}\n    processor: {parts['processor_s']}")
+            print("\n".join(parts.get("profile", [])))
+            print("\n".join(parts.get("profile_by_host", [])), flush=True)
+    return document | {"by_stage": by_stage}
 
 
 def _parser() -> argparse.ArgumentParser:

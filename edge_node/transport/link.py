@@ -264,13 +264,14 @@ class Link:
             RefusedFrameError: the stream cannot go on; after a new one the peer sends again.
         """
         start_s = time.perf_counter()
+        # Before the message can be taken: who has it may look at what was received.
+        self.usage.received_bytes += len(frame)
         try:
             self._accept(decode_header(frame, self._bounds))
         except RefusedFrameError as error:
             self._count_refusal(error.refusal)
             raise
         finally:
-            self.usage.received_bytes += len(frame)
             self.usage.decode_s += time.perf_counter() - start_s
 
     # Sending.

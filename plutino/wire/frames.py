@@ -8,8 +8,10 @@ little-endian.
     ack frame     magic  crc  frame length | job, epoch, sender | ack
 
 Tensors start at multiples of 64 bytes in a message's payload; the gaps are zeros. The checksum is CRC-32 as in zlib and
-covers all that follows it: like CRC-32C it finds every burst error up to 32 bits, and unlike CRC-32C the standard
-library computes it at memory-like speed without the interpreter lock.
+covers all that follows it; a payload of 4 KiB or more is laid in 16 parts, whose words are added up before, so that the
+CRC runs over a sixteenth of it. That takes a quarter of the processor's time (measured: 0.17 ms a MiB, CRC-32 alone
+0.65), neither holds the interpreter lock, and a change within one part is found as before; what it would not find is
+words that change by opposite amounts in the same place of two parts, or parts that change places.
 
 Entry points: :func:`encode_header` and :func:`encode_frame`, :func:`encode_ack`, :func:`decode_header`. Nothing here
 knows of torch, of gRPC or of what message kinds mean.
@@ -22,6 +24,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+import numpy as np
 
 from plutino.types import Unit, UnitKind
 from plutino.wire.messages import (
@@ -45,7 +49,7 @@ MAX_CHUNK_BYTES = 4 << 20
 CHUNK_BYTES = 1 << 20
 """Payload that we put in one frame. Measured: 64 KiB chunks take twice as long, 4 MiB chunks overlap less."""
 
-_CHUNK_MAGIC = b"PLC\x01"
+_CHUNK_MAGIC = b"PLC\x02"
 _ACK_MAGIC = b"PLA\x01"
 # Magic, CRC-32 of all that follows the field, length of the frame.
 _PREFIX = struct.Struct("<4sII")
@@ -61,6 +65,8 @@ _MESSAGE = struct.Struct("<BBQIIQQHI")
 # Length of the name, dtype, codec, rank, bytes on the wire; the dimensions (u32) and the name follow.
 _TENSOR = struct.Struct("<BBBBQ")
 _DIMENSION_BYTES = 4
+_NUM_FOLDS = 16
+_LEAST_FOLDED_BYTES = 4096
 _MAX_ROW_BYTES = _TENSOR.size + MAX_RANK * _DIMENSION_BYTES + MAX_NAME_BYTES
 
 
@@ -109,7 +115,7 @@ def encode_header(header: MessageHeader) -> bytes:
 def encode_frame(
     encoded_header: bytes, ack: Ack, *, index: int, num_chunks: int, offset_bytes: int, payload: Sequence[memoryview]
 ) -> bytes:
-    """Join one chunk's frame; this is the only copy of the payload on the way out.
+    """Join one chunk's frame; this is the only copy of a payload in one piece on the way out.
 
     Args:
         encoded_header: What :func:`encode_header` gave.
@@ -119,15 +125,16 @@ def encode_frame(
         offset_bytes: Where the chunk starts in the message's payload.
         payload: The chunk's bytes, in pieces (memoryviews of bytes).
     """
-    payload_bytes = sum(piece.nbytes for piece in payload)
-    chunk = _CHUNK.pack(index, num_chunks, offset_bytes, payload_bytes)
-    return _seal(_CHUNK_MAGIC, [_ACK.pack(ack.received_through, ack.credit_through), chunk, encoded_header, *payload])
+    joined = payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
+    chunk = _CHUNK.pack(index, num_chunks, offset_bytes, joined.nbytes)
+    head = _ACK.pack(ack.received_through, ack.credit_through) + chunk + encoded_header
+    return _seal(_CHUNK_MAGIC, head, joined)
 
 
 def encode_ack(frame: AckFrame) -> bytes:
     """One acknowledgement as a frame."""
     ack = _ACK.pack(frame.ack.received_through, frame.ack.credit_through)
-    return _seal(_ACK_MAGIC, [_encode_origin(frame.origin), ack])
+    return _seal(_ACK_MAGIC, _encode_origin(frame.origin) + ack, memoryview(b""))
 
 
 def decode_header(frame: bytes, bounds: Bounds) -> ChunkFrame | AckFrame:
@@ -144,7 +151,8 @@ def decode_header(frame: bytes, bounds: Bounds) -> ChunkFrame | AckFrame:
         raise RefusedFrameError(Refusal.TRUNCATED, f"{len(frame)} bytes came of a frame of {frame_bytes}")
     _require(len(frame) == frame_bytes, f"{len(frame)} bytes came for a frame of {frame_bytes}")
     view = memoryview(frame)
-    if zlib.crc32(view[_CRC_END:]) != checksum:
+    payload_start = len(view) - _announced_payload_bytes(view)
+    if _checksum(view[_CRC_END:payload_start], view[payload_start:]) != checksum:
         raise RefusedFrameError(Refusal.CORRUPT, f"a frame of {frame_bytes} bytes does not match its checksum")
     try:
         return _decode_ack(view) if magic == _ACK_MAGIC else _decode_chunk(view, bounds)
@@ -165,12 +173,29 @@ def cut(pieces: Sequence[memoryview], start: int, end: int) -> list[memoryview]:
     return views
 
 
-def _seal(magic: bytes, parts: Sequence[bytes | memoryview]) -> bytes:
-    frame_bytes = _PREFIX.size + sum(len(part) for part in parts)
-    checksum = zlib.crc32(struct.pack("<I", frame_bytes))
-    for part in parts:
-        checksum = zlib.crc32(part, checksum)
-    return b"".join([_PREFIX.pack(magic, checksum, frame_bytes), *parts])
+def _seal(magic: bytes, head: bytes, payload: memoryview) -> bytes:
+    frame_bytes = _PREFIX.size + len(head) + payload.nbytes
+    checksum = _checksum(struct.pack("<I", frame_bytes) + head, payload)
+    return b"".join([_PREFIX.pack(magic, checksum, frame_bytes), head, payload])
+
+
+def _checksum(head: bytes | memoryview, payload: memoryview) -> int:
+    checksum = zlib.crc32(head)
+    num_words = payload.nbytes // (8 * _NUM_FOLDS) if payload.nbytes >= _LEAST_FOLDED_BYTES else 0
+    folded_bytes = num_words * 8 * _NUM_FOLDS
+    if num_words:
+        words = np.frombuffer(payload[:folded_bytes], "<u8").reshape(_NUM_FOLDS, num_words)
+        checksum = zlib.crc32(np.add.reduce(words, axis=0).astype("<u8", copy=False).data, checksum)
+    return zlib.crc32(payload[folded_bytes:], checksum)
+
+
+def _announced_payload_bytes(view: memoryview) -> int:
+    """What a frame that is not checked yet says of its payload; 0 where that cannot be."""
+    chunk_start = _PREFIX.size + _ACK.size
+    if view[: len(_CHUNK_MAGIC)] != _CHUNK_MAGIC or len(view) < chunk_start + _CHUNK.size:
+        return 0
+    payload_bytes: int = _CHUNK.unpack_from(view, chunk_start)[3]
+    return payload_bytes if payload_bytes <= len(view) - chunk_start - _CHUNK.size else 0
 
 
 def _encode_origin(origin: Origin) -> bytes:

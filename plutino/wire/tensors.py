@@ -110,10 +110,12 @@ class HostCopy:
     def __init__(self, specs: Sequence[TensorSpec], tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
         self._copied: torch.cuda.Event | None = None
+        self._device: torch.device | None = None
         devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
         if not devices:
             return
         (device,) = devices
+        self._device = device
         on_card = {spec.name: _wire_values(tensors[spec.name], spec.codec) for spec in specs}
         stream = _copy_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -130,7 +132,9 @@ class HostCopy:
     def wait(self) -> Mapping[str, Tensor]:
         """The tensors, once they are there."""
         if self._copied is not None:
-            self._copied.synchronize()
+            # A thread that never chose a card would open a context on the first one.
+            with torch.cuda.device(self._device):
+                self._copied.synchronize()
         return self._tensors
 
 

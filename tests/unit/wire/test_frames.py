@@ -3,6 +3,7 @@ from __future__ import annotations
 import struct
 import tracemalloc
 import zlib
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -88,6 +89,31 @@ def test_decode_frame_with_any_flipped_bits_in_a_byte_is_refused(position: int, 
     frame[position] ^= mask
 
     assert refusal_of(bytes(frame)) in {Refusal.CORRUPT, Refusal.MALFORMED, Refusal.TRUNCATED}
+
+
+WIDE = (TensorSpec("hidden", DType.UINT8, (10_007,)),)
+WIDE_PAYLOAD = bytes(7 * i % 251 for i in range(10_007))
+
+
+@given(st.integers(0, len(frame_of(message(WIDE), payload=WIDE_PAYLOAD)) - 1), st.binary(min_size=1, max_size=64))
+def test_decode_wide_frame_with_a_changed_stretch_is_refused(start: int, change: bytes) -> None:
+    frame = bytearray(frame_of(message(WIDE), payload=WIDE_PAYLOAD))
+    assert decode_header(bytes(frame), Bounds()).payload == WIDE_PAYLOAD
+    for position, byte in enumerate(change[: len(frame) - start], start=start):
+        frame[position] ^= byte or 1
+
+    assert refusal_of(bytes(frame)) in {Refusal.CORRUPT, Refusal.MALFORMED, Refusal.TRUNCATED}
+
+
+@given(st.lists(st.integers(1, 10_006), max_size=4).map(sorted))
+def test_frame_of_a_payload_in_pieces_is_that_of_the_whole(borders: list[int]) -> None:
+    cuts = [0, *borders, len(WIDE_PAYLOAD)]
+    pieces = [memoryview(WIDE_PAYLOAD)[start:end] for start, end in pairwise(cuts)]
+    header = encode_header(message(WIDE))
+
+    frame = encode_frame(header, Ack(4, 8), index=0, num_chunks=1, offset_bytes=0, payload=pieces)
+
+    assert frame == frame_of(message(WIDE), payload=WIDE_PAYLOAD)
 
 
 @given(position=st.integers(12, len(small_frame()) - 1), value=st.integers(0, 255))
