@@ -137,8 +137,7 @@ def test_pairs_of_texts_give_the_same_bits_on_any_number_of_workers_and_reload(
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
 
 
-@pytest.mark.parametrize("numbers_of_workers", [(2,), pytest.param((1, 2), marks=pytest.mark.slow)])
-def test_an_encoder_decoder_writes_the_same_answers_on_any_number_of_workers(people, tmp_path, numbers_of_workers):
+def test_an_encoder_decoder_learns_instructed_tasks_with_the_same_bits_on_one_and_two_workers(people, tmp_path):
     model = save_folder("t5", tmp_path / "model")
     for name, num_rows in (("train", 9), ("eval", 5)):
         rows = [
@@ -149,7 +148,13 @@ def test_an_encoder_decoder_writes_the_same_answers_on_any_number_of_workers(peo
             for row in range(num_rows)
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl"), "max_tokens": 16}
+    files = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+    # As T5 was trained: each task has its own instruction before the text.
+    tasks = [
+        {"name": name, **files, "format": "prompt_completion", "columns": {"prompt": f"{word} {{prompt}}"}}
+        for name, word in zip(("first", "second"), WORDS, strict=False)
+    ]
+    data = {"tasks": tasks, "max_tokens": 16, "mixing_temperature": 2}
     details = [
         run(
             people,
@@ -165,7 +170,8 @@ def test_an_encoder_decoder_writes_the_same_answers_on_any_number_of_workers(peo
 
     assert losses(details[0]) == losses(details[1])
     assert details[0]["scores"] == details[1]["scores"]
-    assert details[-1]["scores"]["after"]["score"]["metric"] == "exact_match"
+    by_task = details[-1]["scores"]["after"]["by_task"]
+    assert {name: one["metric"] for name, one in by_task.items()} == dict.fromkeys(("first", "second"), "exact_match")
     adapters = [(tmp_path / f"adapter{n}" / "adapter_model.safetensors").read_bytes() for n in (1, 2)]
     assert adapters[0] == adapters[1]
     card = (tmp_path / "adapter2" / "README.md").read_text()
