@@ -1,8 +1,7 @@
 """What a stage keeps of its blocks in the activation cache, and gives back instead of running them.
 
-States are named by their place in the model, not in a stage: ``h5`` is what block 4 gave and block 5 gets, ``final`` is
-behind the final norm. A job with other cuts finds what its blocks need. Rows lie without padding and come back with
-zeros there: nothing that is not padding depends on it.
+States are named by their place in the model, not in a stage (:mod:`edge_node.activation_cache.places`). Rows lie
+without padding and come back with zeros there: nothing that is not padding depends on it.
 """
 
 from __future__ import annotations
@@ -11,15 +10,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edge_node.activation_cache.codecs import decode, encode
+from edge_node.activation_cache.places import get_state, is_of_target, put_state, state_names_between
 from edge_node.activation_cache.store import ActivationStore, StateFile
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ActivationCacheError
-from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates
 from plutino.state_codecs import StateCodec, token_bytes
 
@@ -35,6 +35,13 @@ class CacheKeys:
     lengths: Tensor
     """[B], tokens of each row."""
     padded_tokens: int
+    target_lengths: Tensor | None = None
+    """[B], tokens of each row's target, of encoder-decoders; the longest one is what targets are padded to."""
+
+    def of_target(self) -> CacheKeys:
+        """The same for states of the target."""
+        assert self.target_lengths is not None, "rows of an encoder-decoder have targets"
+        return CacheKeys(self.keys, self.target_lengths, max(1, int(self.target_lengths.max())))
 
 
 @dataclass(slots=True)
@@ -96,7 +103,11 @@ class StageCache:
         """
         states = BackboneStates()
         for name in self.names:
-            self._put(states, name, self._padded(self._files[name], name, rows, are_checked=are_checked))
+            padded = self._padded(self._files[name], name, self._own_rows(rows, name), are_checked=are_checked)
+            if self._stage.side is None:
+                states.entry = padded
+            else:
+                put_state(states, self._stage.side, name, padded)
         self.counts.rows_read += len(rows.keys) if self.names else 0
         return states
 
@@ -106,12 +117,14 @@ class StageCache:
             self.counts.rows_left_out += len(rows.keys) if self.names else 0
         if not self._files:
             return
-        by_name = {name: self._get(states, name) for name in self.names}
+        by_name = {name: get_state(states, self._stage.side, name) for name in self.names}
+        rows_by_name = {name: self._own_rows(rows, name) for name in self.names}
         for index, key in enumerate(_each(rows.keys)):
-            length = rows.padded_tokens if self._keeps_padding else int(rows.lengths[index])
             is_whole = True
             for name, file in self._files.items():
                 if is_whole and not file.holds(key):
+                    own = rows_by_name[name]
+                    length = own.padded_tokens if self._keeps_padding else int(own.lengths[index])
                     data = encode(self.codec, by_name[name][index, :length])
                     is_whole = file.write(key, data.reshape(-1).numpy())
             if is_whole:
@@ -179,24 +192,9 @@ class StageCache:
             return int(self._stage.config.hidden_size)
         return side.layout.out_width if name == "final" else side.layout.width
 
-    def _put(self, states: BackboneStates, name: str, value: Tensor) -> None:
-        side = self._stage.side
-        if side is None:
-            states.entry = value
-            return
-        if name == "final":
-            states.final = value
-            return
-        place = int(name[1:])
-        if side.has_entry and place == side.layout.blocks[0]:
-            states.entry = value
-        if place - 1 in side.own_blocks:
-            states.outputs[place - 1] = value
-
-    def _get(self, states: BackboneStates, name: str) -> Tensor:
-        value = states.final if name == "final" else states.outputs.get(int(name[1:]) - 1, states.entry)
-        assert value is not None, f"the pass gave no {name}"
-        return value
+    def _own_rows(self, rows: CacheKeys, name: str) -> CacheKeys:
+        """The micro-batch with the tokens that a state has."""
+        return rows.of_target() if is_of_target(name, self._stage.side_layout) else rows
 
 
 def state_names(stage: Stage) -> tuple[str, ...]:
@@ -207,32 +205,32 @@ def state_names(stage: Stage) -> tuple[str, ...]:
     return state_names_between(side.layout, stage.start_block, stage.end_block)
 
 
-def state_names_between(layout: SideLayout, start_block: int, end_block: int) -> tuple[str, ...]:
-    """The states that the side network beside blocks ``[start_block, end_block)`` reads, lowest first."""
-    if end_block <= layout.blocks[0]:
-        return ()
-    own_blocks = layout.own_blocks(start_block, end_block)
-    entry = (layout.blocks[0],) if layout.blocks[0] in own_blocks else ()
-    places = sorted({*entry, *(block + 1 for block in own_blocks)})
-    return (*(f"h{place}" for place in places), *(("final",) if end_block == layout.num_blocks else ()))
-
-
-def row_keys(rows: MicroBatchRows, codec: StateCodec) -> Tensor:
+def row_keys(rows: MicroBatchRows, codec: StateCodec, *, has_targets: bool = False) -> Tensor:
     """What the rows of a micro-batch are called: uint8 [B, 16].
+
+    With targets a row is an encoder-decoder's: its tokens that carry loss are what is written of the others.
 
     Uncompressed states are promised to the bit, and another padding or place among the rows may change the last one:
     they are found again in a micro-batch of the same shape. Compressed ones are found wherever the row comes.
     """
     keys: list[int] = []
     start = 0
+    shape = f"{len(rows.lengths)} {rows.padded_tokens}"
+    if has_targets:
+        row_of = np.repeat(np.arange(len(rows.lengths)), rows.lengths)
+        num_target_B = np.bincount(row_of, weights=rows.label_mask, minlength=len(rows.lengths)).astype(int)
+        # Source and target are padded each to its longest.
+        shape = f"{len(rows.lengths)} {(rows.lengths - num_target_B).max()} + {num_target_B.max()}"
     segments = b"" if rows.segment_lengths is None else rows.segment_lengths.tobytes()
     for index, length in enumerate(rows.lengths.tolist()):
         digest = hashlib.blake2b(digest_size=KEY_BYTES)
         if codec == "raw":
-            digest.update(f"{len(rows.lengths)} {rows.padded_tokens} {index} ".encode())
+            digest.update(f"{shape} {index} ".encode())
         digest.update(segments)
         if rows.second_starts is not None:
             digest.update(f"second text at {rows.second_starts[index]} ".encode())
+        if has_targets:
+            digest.update(rows.label_mask[start : start + length].astype(bool).tobytes())
         digest.update(rows.input_ids[start : start + length].astype("<i4").tobytes())
         start += length
         keys += digest.digest()

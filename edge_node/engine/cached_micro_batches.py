@@ -48,7 +48,7 @@ def agree_on_cached(seat: Seat, work: UnitInput, cache: StageCache) -> dict[int,
         if stage.is_first:
             rows = work.rows[m]
             assert rows is not None, "the first stage reads tokens"
-            keys[m] = row_keys(rows, cache.codec)
+            keys[m] = row_keys(rows, cache.codec, has_targets=stage.family.halves is not None)
         else:
             # Received tensors live in a buffer that is lent again.
             keys[m] = seat.transport.receive(neighbour(stages, me, m, -1), key)["keys"].clone()

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from edge_node.activation_cache.stage_cache import StageCache, state_names_between
+from edge_node.activation_cache.places import state_names_between
+from edge_node.activation_cache.stage_cache import StageCache
 from edge_node.engine.cached_micro_batches import CachedMicroBatch
 from edge_node.transport.base import MessageKey, MessageKind, Peer
 

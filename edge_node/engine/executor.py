@@ -23,7 +23,7 @@ from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.pass_clock import PassClock
 from edge_node.engine.recorder import StepRecorder
 from edge_node.engine.schedule import Action, Backward, Forward, Receive, Send, forward_actions, train_actions
-from edge_node.engine.stage_input import first_stage_input, gradient_name, later_stage_input
+from edge_node.engine.stage_input import TARGET_LENGTHS, first_stage_input, gradient_name, later_stage_input
 from edge_node.engine.step_gradients import StepGradients, squared_norms
 from edge_node.engine.unit import InFlight, StepOutcome, StepTimes, UnitInput, not_finite
 from edge_node.methods.base import AttachedMethod, Derives
@@ -307,7 +307,7 @@ class StageExecutor:
             if torch.is_grad_enabled():
                 for tensor in inputs.trained.values():
                     tensor.requires_grad_(self.me.stage_index > self._lowest_stage)
-        output = self._run_stage(m, inputs, metadata["lengths"])
+        output = self._run_stage(m, inputs, metadata)
         trained_in = inputs.trained
         if not self.stage.is_last:
             return InFlight(trained_in, output.trained, output.tensors | metadata), 0.0
@@ -324,12 +324,13 @@ class StageExecutor:
             self._row_values[m] = loss.values_BK.cpu()
         return InFlight(trained_in, {} if loss.scaled is None else {"loss": loss.scaled}, {}), loss.sum
 
-    def _run_stage(self, m: int, inputs: StageInput, lengths_B: Tensor) -> StageOutput:
+    def _run_stage(self, m: int, inputs: StageInput, metadata: dict[str, Tensor]) -> StageOutput:
         """Run the whole stage, or leave out frozen blocks where the activation cache knows what they give."""
         cached = self._cached.get(m)
         if cached is None or self._activation_cache is None:
             return self.stage.run(inputs)
-        keys = CacheKeys(cached.keys, lengths_B, inputs.position_ids.shape[1])
+        targets_B = metadata.get(TARGET_LENGTHS)
+        keys = CacheKeys(cached.keys, metadata["lengths"], inputs.position_ids.shape[1], targets_B)
         if not cached.runs_blocks:
             return self.stage.run_known(inputs, self._activation_cache.read(keys, are_checked=self.stage.has_backbone))
         output = self.stage.run(inputs)

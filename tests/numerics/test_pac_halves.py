@@ -11,11 +11,14 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSeq2SeqLM
 
+from edge_node.activation_cache.stage_cache import StageCache, row_keys
+from edge_node.activation_cache.store import ActivationStore
 from edge_node.engine.generate import GenerateOptions
 from edge_node.stage.verify import part_difference
 from edge_node.transport.base import MessageKind, Peer
 from partitioner.adapter import adapter_params_of
 from plutino.errors import ConfigError
+from plutino.job.assignment import StageShape
 from plutino.job.method import ParallelAdaptersConfig
 from plutino.job.objective import Seq2SeqConfig
 from plutino.load_adapter import load_adapter
@@ -137,6 +140,68 @@ def _record(transport, entries):
         return send(peer, key, tensors, **options)
 
     transport.send = recording
+
+
+def cached_epochs(spec, root, shapes, *, num_epochs, first_epoch=0, state=None, **options):
+    """Decisions of epochs on one cache, adapter, and how often blocks ran."""
+    store, caches, runs = ActivationStore(root, 1 << 26), [], []
+
+    def cache_of(stage):
+        caches.append(StageCache(store, "tiny", stage, "raw"))
+        return caches[-1]
+
+    batches = make_batches(num_steps=2)
+    with pipeline_of(spec, shapes, activation_cache=cache_of, **options) as pipeline:
+        if state is not None:
+            pipeline.restore(state)
+        for executor in pipeline.executors.values():
+            _count_runs(executor.stage, runs)
+        decisions = [
+            train(pipeline, batches, first_step=epoch * len(batches))
+            for epoch in range(first_epoch, first_epoch + num_epochs)
+        ]
+        snapshot, adapter = pipeline.snapshot(), pipeline.state()
+    for cache in caches:
+        cache.close()
+        assert not cache.counts.rows_left_out
+    return decisions, adapter, len(runs), snapshot
+
+
+def _count_runs(stage, runs):
+    run = stage._halves_alone
+    stage._halves_alone = lambda inputs: runs.append(0) or run(inputs)
+
+
+@pytest.mark.parametrize(("name", "method"), [("t5", SIDE), ("bart", UPPER)])
+def test_cached_epochs_with_and_without_the_backbone_have_the_bits_of_uncached_ones(folders, tmp_path, name, method):
+    spec, batches = spec_of(folders[name], method), make_batches(num_steps=2)
+    with pipeline_of(spec, stages_of(1)) as pipeline:
+        expected = [train(pipeline, batches, first_step=epoch * 2) for epoch in range(3)]
+        expected_adapter = pipeline.state()
+
+    decisions, adapter, num_runs, _ = cached_epochs(spec, tmp_path / "a", stages_of(3), num_epochs=3)
+    assert decisions == expected
+    assert_same_tensors(adapter, expected_adapter)
+    assert num_runs == 3 * sum(len(batch.rows) for batch in batches)
+
+    first, _, _, snapshot = cached_epochs(spec, tmp_path / "b", stages_of(2), num_epochs=1)
+    replicated = StageShape(start_block=0, end_block=4, num_replicas=2, micro_batch_owner=(0, 1))
+    later, adapter, num_runs, _ = cached_epochs(
+        spec, tmp_path / "b", [replicated], num_epochs=2, first_epoch=1, state=snapshot, from_cache=True
+    )
+    assert [*first, *later] == expected
+    assert_same_tensors(adapter, expected_adapter)
+    assert num_runs == 0
+
+
+def test_rows_with_another_border_between_source_and_target_have_names_of_their_own():
+    rows = make_rows(3)
+    moved = rows.label_mask.copy()
+    moved[rows.label_mask.argmax()] = 0
+    names = [row_keys(each, "int4", has_targets=True) for each in (rows, replace(rows, label_mask=moved))]
+
+    assert not torch.equal(*names)
+    assert torch.equal(row_keys(rows, "int4"), row_keys(replace(rows, label_mask=moved), "int4"))
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
