@@ -240,7 +240,8 @@ class MemoryModel:
         num_packed = int(weights.packed_params(start, end, **ends))
         bits = 8 * int(weights.packed_bytes(start, end, **ends)) / max(num_packed, 1)
         return {
-            "weights": f"{weights.plain_params(start, end, **ends)} frozen parameters in {shape.dtype}",
+            "weights": f"{weights.plain_params(start, end, **ends)} "
+            f"{'trained' if shape.trains_weights else 'frozen'} parameters in {shape.dtype}",
             "packed weights": f"{num_packed} frozen parameters, {bits:.2f} bits each with all constants",
             "unpacking": "the largest matrix, or a tile of it, as it is unpacked for one product"
             if shape.packing.products == "dequantised"

@@ -261,6 +261,7 @@ def test_bill_has_the_weight_once_and_gradient_and_moments_beside_it():
     shape = job_shape(table, "fp32", TINY_TOKENS, FULL)
     items = stage_memory(table, shape, start_block=1, end_block=2, num_stages=3, stage_index=1, checkpointing=False)
     bill = {item.name: item.bytes for item in items}
+    assert "trained parameters in fp32" in next(item.why for item in items if item.name == "weights")
     assert bill["weights"] == 4 * table.block_params[1]
     assert bill["adapter and optimiser"] == 12 * table.block_params[1]
     assert bill["shadow snapshot"] == 12 * table.block_params[1]
