@@ -22,6 +22,8 @@ from partitioner.pricing import Pricer
 from partitioner.replay import StageGroup
 
 _FP32_BYTES = 4
+_LEAST_SHARE = 1e-9
+"""Of a micro-batch's rows; less is rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,8 @@ class PacPlanner:
     def groups(self, layout: Layout, cuts: Cuts) -> tuple[StageGroup, ...]:
         """A plan as the simulator plays it: a group is one worker, as quick as its slowest device with B / n rows.
 
-        Rows pass between groups side by side, over as many links as the smaller group has devices, the slowest of
-        which counts; adapters are averaged by a ring, 2 (n - 1) / n of their bytes over its slowest link.
+        Every row passes over the link between the two devices that compute it, all links side by side, and the last
+        row counts; adapters are averaged by a ring, 2 (n - 1) / n of their bytes over its slowest link.
         """
         found = []
         for k, group in enumerate(layout):
@@ -145,9 +147,15 @@ class PacPlanner:
             links: tuple[tuple[tuple[float, float], ...], ...] = ((),)
             if k + 1 < len(layout):
                 below = layout[k + 1]
-                width = min(len(group), len(below))
-                pairs = list(zip(group[:width], below[:width], strict=True))
-                busy_s = max(float(self._pricer.busy_s[pair]) for pair in pairs) / width
+                # Of n devices the i-th has the rows from i / n to (i + 1) / n.
+                n, m = len(group), len(below)
+                shares = {
+                    (device, other): min((i + 1) / n, (j + 1) / m) - max(i / n, j / m)
+                    for i, device in enumerate(group)
+                    for j, other in enumerate(below)
+                }
+                pairs = [pair for pair, share in shares.items() if share > _LEAST_SHARE]
+                busy_s = max(shares[pair] * float(self._pricer.busy_s[pair]) for pair in pairs)
                 links = (((busy_s, max(float(self._pricer.latency_s[pair]) for pair in pairs)),),)
             worker: StageCost = replace(cost, forward_s=forward_s, backward_s=backward_s)
             found.append(StageGroup((worker,), (), links, self._ring_s(layout, cuts, k)))

@@ -165,6 +165,8 @@ def pac_share(seed: int, num_fleets: int) -> Figures:
         devices, links = random_fleet(generator, table, shape, generator.randint(3, 8), tightness=(1.5, 3.0, 6.0))
         if not fits(table, shape, devices):
             continue
+        # PAC's bits depend on the plan; so may ours here.
+        shape = shape.model_copy(update={"replicas_fold": True})
         ours = choose_micro_batch(table, shape, devices, links, allow_replicas=True, proof_work=0)
         pac = PacPlanner(table, shape, devices, links)
         theirs = pac.plan()

@@ -180,6 +180,7 @@ def make_executor(
         activation_cache=activations,
         entry_owners=[Peer(*owner) for owner in assignment.entry_owners],
         unfreezing=spec.method.unfreezing,
+        replicas_fold=numerics.replicas_fold,
     )
 
 

@@ -8,6 +8,9 @@ from partitioner.activations import boundary_bytes
 from partitioner.device import DeviceProfile, LinkProfile
 from partitioner.model import JobShape, ModelTable
 
+SUM_MESSAGE_BYTES = 1 << 20
+"""Adapters' gradients travel between replicas in messages of at most so many bytes, unless one parameter has more."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageCost:

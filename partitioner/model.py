@@ -146,6 +146,9 @@ class JobShape(PlanValue):
     generate_tokens: int = 0
     """Prompt and new tokens of the longest generated row."""
     exact_stages: int | None = None
+    replicas_fold: bool = False
+    """Replicas hand over the sums of their own micro-batches' gradients, not each micro-batch's: other bits than one
+    worker's."""
 
     @property
     def dtype_bytes(self) -> int:

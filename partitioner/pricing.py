@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from partitioner.cached_epoch import cached_step_of, read_s
-from partitioner.cost import StageCost, message_bytes, stage_cost
+from partitioner.cost import SUM_MESSAGE_BYTES, StageCost, message_bytes, stage_cost
 from partitioner.device import DeviceProfile, LinkProfile, LinkTable
 from partitioner.layout import Cuts, Group, Layout, ahead_of
 from partitioner.model import JobShape, ModelTable
@@ -218,35 +218,44 @@ class Pricer(Rooms):
         return tuple(tuple(links[device][other] for other in below) for device in layout[k])
 
     def sum_s(self, layout: Layout, k: int, start: int, end: int) -> float:
-        """Seconds in which the replicas of a stage add up their gradients: fp32, one micro-batch at a time.
+        """Seconds in which the replicas of a stage add up their gradients, in fp32.
 
-        Replica 0 gets every micro-batch's gradient and sends each of the others the sum.
+        Replica 0 gets every micro-batch's gradient, or every replica's sum, and sends each of the others the total:
+        while that of one message comes back, the next one is on its way, so that only the last one's counts.
         """
         if len(layout[k]) == 1:
             return 0.0
-        seconds = self.sum_s_by_blocks(layout, k)
-        return float(seconds[end] - seconds[start])
+        seconds, params = self.sum_s_by_blocks(layout, k), self._params_at(layout, k)
+        last_bytes = min(SUM_MESSAGE_BYTES, _FP32_BYTES * float(params[end] - params[start]))
+        root, *others = layout[k]
+        last_s = sum(last_bytes / float(self.bandwidth[device, root]) for device in others)
+        return float(seconds[end] - seconds[start]) + last_s
 
     def sum_s_by_blocks(self, layout: Layout, k: int) -> Floats:
-        """Prefix sums over blocks of :meth:`sum_s`: [end] - [start] is that of a stage.
+        """Prefix sums over blocks of :meth:`sum_s` without the last total: [end] - [start] is that of a stage.
 
-        Parameters outside the blocks count with the first or the last block. The two latencies are left out.
+        The two latencies are left out.
         """
         group = layout[k]
         if len(group) == 1:
             return np.zeros(self.table.num_blocks + 1)
         if group not in self._sum_s_per_byte:
             owners, root = self.owners(group), group[0]
-            per_byte = sum(
-                (owners.count(r) + 1) / float(self.bandwidth[device, root]) for r, device in enumerate(group) if r > 0
+            self._sum_s_per_byte[group] = sum(
+                (1 if self.shape.replicas_fold else owners.count(r)) / float(self.bandwidth[device, root])
+                for r, device in enumerate(group)
+                if r > 0
             )
-            self._sum_s_per_byte[group] = per_byte
+        return self._params_at(layout, k) * (_FP32_BYTES * self._sum_s_per_byte[group])
+
+    def _params_at(self, layout: Layout, k: int) -> Floats:
+        """Prefix sums of a stage's adapter parameters; those outside the blocks count with the first or last block."""
         params: Floats = self._params_before.copy()
         if k == 0:
             params[1:] += self.shape.first_trainable_params
         if k == len(layout) - 1:
             params[-1] += self.shape.last_trainable_params
-        return params * (_FP32_BYTES * self._sum_s_per_byte[group])
+        return params
 
     def candidate(self, layout: Layout, cuts: Cuts) -> Candidate | None:
         """A layout with its cuts, replayed; None if it does not fit."""

@@ -182,6 +182,7 @@ class Scheduling:
                 family_of(problem.table.family),
                 context.fleet.devices,
                 is_beside=problem.shape.side_reduction > 0,
+                replicas_fold=problem.shape.replicas_fold,
             )
             numerics_json = numerics.model_dump_json()
         plan = verdict.plan.model_copy(update={"cached": None})

@@ -192,7 +192,9 @@ def _fits(table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micr
     return fits(table, smallest, [_unmeasured(device) for device in devices])
 
 
-def make_numerics(plan: Plan, family: Family, devices: Sequence[Device], *, is_beside: bool = False) -> NumericsRecord:
+def make_numerics(
+    plan: Plan, family: Family, devices: Sequence[Device], *, is_beside: bool = False, replicas_fold: bool = False
+) -> NumericsRecord:
     """The record that fixes the job's bits, from its first plan.
 
     Args:
@@ -201,6 +203,7 @@ def make_numerics(plan: Plan, family: Family, devices: Sequence[Device], *, is_b
         devices: those of the fleet.
         is_beside: a side network runs beside the blocks; its state is not rounded in place, so that the codec is
             that of every boundary, wherever stages end.
+        replicas_fold: the plan was made for replicas that hand over sums.
     """
     chosen = {device.agent_id: device for device in devices}
     members = [chosen[AgentId(agent_id)] for agent_id in plan.agent_ids]
@@ -213,6 +216,7 @@ def make_numerics(plan: Plan, family: Family, devices: Sequence[Device], *, is_b
         threads_per_worker=threads.pop() if len(threads) == 1 else None,
         codecs=plan.codec if is_beside else "raw",
         bf16_borders=() if is_beside else plan.bf16_borders,
+        replicas_fold=replicas_fold,
         versions=agreed_versions(members),
         arithmetic=shared_arithmetic(members),
     )

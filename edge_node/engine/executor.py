@@ -59,6 +59,7 @@ class StageExecutor:
         codec_below: str = "raw",
         first_trainable_stage: int = 0,
         unfreezing: Unfreezing | None = None,
+        replicas_fold: bool = False,
         activation_cache: StageCache | None = None,
         entry_owners: Sequence[Peer] = (),
     ) -> None:
@@ -77,7 +78,7 @@ class StageExecutor:
         self._first_trainable_stage = self._lowest_stage = first_trainable_stage
         self._unfreezing = unfreezing
         self._trained = frozenset(p.name for p in method.parameters)
-        self._step_gradients = StepGradients(method.parameters, self.stages, me)
+        self._step_gradients = StepGradients(method.parameters, self.stages, me, replicas_fold=replicas_fold)
         self._gradients: dict[str, Tensor] = {}
         self._cancelled: Unit | None = None
         self._activation_cache = activation_cache

@@ -114,6 +114,7 @@ class InProcessPipeline:
                 codec_below=codec_at(stage.end_block),
                 first_trainable_stage=first_trainable_stage,
                 unfreezing=spec.method.unfreezing,
+                replicas_fold=spec.placement.numerics == "free",
                 activation_cache=None if activation_cache is None else activation_cache(stage),
                 entry_owners=entry_owners,
             )

@@ -6,8 +6,10 @@ their order, so the order is fixed by what is summed and never by who holds it: 
 after block), and within a role over micro-batches 0, 1, 2, ... A replica therefore hands over its micro-batches'
 gradients one by one, each as a message of its own, and the first holder takes them in the order in which it adds them
 up, so that it never holds all of them. A role that one worker runs alone hands over its sum, which is the same fold.
+A job whose bits may depend on the plan (``numerics: free``) has its replicas hand over their own sums, replica by
+replica: as reproducible, and the network carries each gradient once.
 
-The first holder adds up and sends the total to the others: :func:`plan_groups` says who, :func:`reduce_group` does it.
+The first holder adds up and sends the total to the others: :func:`plan_groups` says who, :class:`Reduction` does it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from edge_node.methods.base import Role, TrainableParameter
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport
+from partitioner.cost import SUM_MESSAGE_BYTES
 from plutino.job.assignment import StageShape
 from plutino.types import Unit
 
@@ -29,8 +32,9 @@ Contributions = dict[tuple[Role, int], Tensor]
 
 FOLDED = -1
 
-MAX_GROUP_BYTES = 32 << 20
-"""Parameters of the same holders go in several groups from this size on, which bounds the messages on their way."""
+MAX_GROUP_BYTES = SUM_MESSAGE_BYTES
+"""Parameters of the same holders go in several groups from this size on, which bounds the messages on their way. While
+one group's total comes back, the next one's gradients are sent."""
 _FP32_BYTES = 4
 
 
@@ -100,86 +104,110 @@ def fold(contributions: Contributions, roles: Sequence[Role]) -> Tensor:
     return total
 
 
-def _parts(group: Group, stages: Sequence[StageShape], num_micro_batches: int) -> Iterator[tuple[int, Role, int, Peer]]:
+def _parts(
+    group: Group, stages: Sequence[StageShape], num_micro_batches: int, *, are_folded: bool
+) -> Iterator[tuple[int, Role, int, Peer]]:
     """(number, role, micro-batch, who has it) of all that is added up, in the order in which it is."""
     number = 0
     for role in group.roles:
         stage_index = stage_of_role(role, group.holders[0].stage_index, stages)
         shape = stages[stage_index]
-        for m in range(num_micro_batches) if shape.num_replicas > 1 else (FOLDED,):
-            yield number, role, m, Peer(stage_index, 0 if m == FOLDED else shape.replica_of(m))
+        if are_folded or shape.num_replicas == 1:
+            owned = [(FOLDED, replica) for replica in range(shape.num_replicas)]
+        else:
+            owned = [(m, shape.replica_of(m)) for m in range(num_micro_batches)]
+        for m, replica in owned:
+            yield number, role, m, Peer(stage_index, replica)
             number += 1
 
 
-def reduce_group(
-    group: Group,
-    local: Mapping[str, Contributions],
-    shapes: Mapping[str, torch.Size],
-    *,
-    stages: Sequence[StageShape],
-    num_micro_batches: int,
-    me: Peer,
-    unit: Unit,
-    transport: Transport,
-) -> dict[str, Tensor]:
-    """The whole gradient of every parameter of a group, on every holder; on the CPU.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduction:
+    """How the holders of shared parameters add up a step's gradients.
 
     Args:
-        group: the parameters and who holds them.
         local: this worker's contributions by parameter name; a name may lack any (no micro-batch of it came here).
         shapes: shape of each parameter.
         stages: all stages of the plan.
         num_micro_batches: of the step.
+        are_folded: replicas hand over the sums of their own micro-batches.
         me: this worker.
         unit: the step.
         transport: carries the parts.
     """
-    root = group.holders[0]
-    parts = _parts(group, stages, num_micro_batches)
-    if me != root:
-        for number, role, m, owner in parts:
-            if owner == me:
-                key = MessageKey(MessageKind.PARTIAL_GRADIENT, unit, group.key, number)
-                transport.send(root, key, _pack(group, local, role, m))
-        total = transport.receive(root, MessageKey(MessageKind.TOTAL_GRADIENT, unit, group.key))["total"]
-    else:
-        total = _add_up(group, local, shapes, parts, me=me, unit=unit, transport=transport)
-        for holder in group.holders[1:]:
-            transport.send(holder, MessageKey(MessageKind.TOTAL_GRADIENT, unit, group.key), {"total": total})
-    sizes = [shapes[name].numel() for name in group.names]
-    return {
-        name: flat.reshape(shapes[name]).clone() for name, flat in zip(group.names, total.split(sizes), strict=True)
-    }
 
+    local: Mapping[str, Contributions]
+    shapes: Mapping[str, torch.Size]
+    stages: Sequence[StageShape]
+    num_micro_batches: int
+    are_folded: bool
+    me: Peer
+    unit: Unit
+    transport: Transport
 
-def _add_up(
-    group: Group,
-    local: Mapping[str, Contributions],
-    shapes: Mapping[str, torch.Size],
-    parts: Iterator[tuple[int, Role, int, Peer]],
-    *,
-    me: Peer,
-    unit: Unit,
-    transport: Transport,
-) -> Tensor:
-    """Every part's gradients, added up over micro-batches in order and then over roles in order; flat."""
-    totals: dict[str, Tensor] = {}
-    of_role: dict[str, Tensor] = {}
-    summed: Role | None = None
-    for number, role, m, owner in parts:
-        if role != summed:
-            _add(totals, of_role)
-            of_role, summed = {}, role
-        if owner == me:
-            # What comes over a wire lies on the CPU, and sums must not depend on who holds the parameter.
-            found = {name: local[name][role, m].cpu() for name in group.names if (role, m) in local[name]}
+    def run(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """The whole gradient of every parameter of the groups, on every holder; on the CPU.
+
+        All holders take the groups in one order. A group's parts are sent before the total of the one before is waited
+        for, but only to the same first holder: two that send ahead to each other could wait for each other for ever.
+        """
+        found: dict[str, Tensor] = {}
+        sent: Group | None = None
+        for group in groups:
+            if sent is not None and sent.holders != group.holders:
+                found |= self._finish(sent)
+                sent = None
+            self._send_parts(group)
+            if sent is not None:
+                found |= self._finish(sent)
+            sent = group
+        return found if sent is None else found | self._finish(sent)
+
+    def _parts_of(self, group: Group) -> Iterator[tuple[int, Role, int, Peer]]:
+        return _parts(group, self.stages, self.num_micro_batches, are_folded=self.are_folded)
+
+    def _send_parts(self, group: Group) -> None:
+        root = group.holders[0]
+        if self.me == root:
+            return
+        for number, role, m, owner in self._parts_of(group):
+            if owner == self.me:
+                key = MessageKey(MessageKind.PARTIAL_GRADIENT, self.unit, group.key, number)
+                self.transport.send(root, key, _pack(group, self.local, role, m))
+
+    def _finish(self, group: Group) -> dict[str, Tensor]:
+        root, key = group.holders[0], MessageKey(MessageKind.TOTAL_GRADIENT, self.unit, group.key)
+        if self.me != root:
+            total = self.transport.receive(root, key)["total"]
         else:
-            key = MessageKey(MessageKind.PARTIAL_GRADIENT, unit, group.key, number)
-            found = _unpack(group, transport.receive(owner, key), shapes)
-        _add(of_role, found)
-    _add(totals, of_role)
-    # Where no micro-batch had a label token, nobody has a gradient.
-    return torch.cat([totals.get(name, torch.zeros(shapes[name])).reshape(-1) for name in group.names])
+            total = self._add_up(group)
+            for holder in group.holders[1:]:
+                self.transport.send(holder, key, {"total": total})
+        sizes = [self.shapes[name].numel() for name in group.names]
+        return {
+            name: flat.reshape(self.shapes[name]).clone()
+            for name, flat in zip(group.names, total.split(sizes), strict=True)
+        }
+
+    def _add_up(self, group: Group) -> Tensor:
+        """Every part's gradients, added up in the order of parts within a role and then over roles in order; flat."""
+        totals: dict[str, Tensor] = {}
+        of_role: dict[str, Tensor] = {}
+        summed: Role | None = None
+        for number, role, m, owner in self._parts_of(group):
+            if role != summed:
+                _add(totals, of_role)
+                of_role, summed = {}, role
+            if owner == self.me:
+                # What comes over a wire lies on the CPU, and sums must not depend on who holds the parameter.
+                found = {name: self.local[name][role, m].cpu() for name in group.names if (role, m) in self.local[name]}
+            else:
+                key = MessageKey(MessageKind.PARTIAL_GRADIENT, self.unit, group.key, number)
+                found = _unpack(group, self.transport.receive(owner, key), self.shapes)
+            _add(of_role, found)
+        _add(totals, of_role)
+        # Where no micro-batch had a label token, nobody has a gradient.
+        return torch.cat([totals.get(name, torch.zeros(self.shapes[name])).reshape(-1) for name in group.names])
 
 
 def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:

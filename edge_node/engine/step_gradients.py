@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from edge_node.engine.shared_gradients import FOLDED, Contributions, fold, plan_groups, reduce_group
+from edge_node.engine.shared_gradients import FOLDED, Contributions, Reduction, fold, plan_groups
 from edge_node.methods.base import TrainableParameter
 from edge_node.transport.base import Peer, Transport
 from plutino.job.assignment import StageShape
@@ -31,13 +31,22 @@ class StepGradients:
         parameters: all that the stage trains.
         stages: all stages of the plan.
         me: this worker.
+        replicas_fold: replicas hand over the sums of their own micro-batches.
     """
 
-    def __init__(self, parameters: Sequence[TrainableParameter], stages: Sequence[StageShape], me: Peer) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[TrainableParameter],
+        stages: Sequence[StageShape],
+        me: Peer,
+        *,
+        replicas_fold: bool = False,
+    ) -> None:
         self._parameters = tuple(parameters)
         self._stages = stages
         self._me = me
-        self._is_replicated = stages[me.stage_index].num_replicas > 1
+        self._replicas_fold = replicas_fold
+        self._is_folded = replicas_fold or stages[me.stage_index].num_replicas == 1
         self.groups, self._shared_names = plan_groups(parameters, stages, me)
         """Parameters that other workers hold too."""
         self._contributions: dict[str, Contributions] = {}
@@ -66,7 +75,7 @@ class StepGradients:
             for role, use in parameter.uses:
                 if use.grad is None:
                     continue
-                key = (role, m if self._is_replicated else FOLDED)
+                key = (role, FOLDED if self._is_folded else m)
                 held = self._contributions[parameter.name]
                 # Autograd would fold later micro-batches into .grad in place and in order, which is the same sum;
                 # taking it out keeps the two cases alike.
@@ -98,18 +107,19 @@ class StepGradients:
                 gradients[parameter.name] = fold(held, parameter.all_roles)
             else:
                 gradients[parameter.name] = torch.zeros_like(parameter.uses[0][1])
-        for group in self.groups:
+        if self.groups:
             assert transport is not None, "what several workers hold travels between them"
-            totals = reduce_group(
-                group,
-                self._contributions,
-                shapes,
+            reduction = Reduction(
+                local=self._contributions,
+                shapes=shapes,
                 stages=self._stages,
                 num_micro_batches=num_micro_batches,
+                are_folded=self._replicas_fold,
                 me=self._me,
                 unit=unit,
                 transport=transport,
             )
+            totals = reduction.run(self.groups)
             gradients |= {name: total.to(device) for name, total in totals.items() if name in trained}
         self._contributions = {}
         return gradients

@@ -31,6 +31,9 @@ class NumericsRecord(SpecPart):
     bf16_borders: tuple[int, ...] = ()
     """Block borders at which hidden states and their gradients are rounded to bf16: by the codec where a stage ends
     there, in place where a re-plan put both blocks into one stage."""
+    replicas_fold: bool = False
+    """Replicas of a stage add up their own micro-batches before they hand over their gradients. Where they do not, the
+    sum runs over all micro-batches in order, as on one worker."""
     versions: dict[str, str]
     """Versions of torch, transformers and peft on the workers."""
     arithmetic: str | None = None

@@ -13,7 +13,8 @@ class PlacementConfig(SpecPart):
     """Limits on the plan."""
 
     numerics: Literal["fixed", "free"] = "fixed"
-    """fixed: a re-plan may never change the job's bits. free: the planner may choose codecs and micro-batches anew."""
+    """fixed: a re-plan may never change the job's bits. free: the planner may choose codecs and micro-batches anew,
+    and replicas add up their own micro-batches before they hand over gradients."""
     codec: Literal["raw", "bf16", "auto"] = "raw"
     """How hidden states travel between stages: as they are, or rounded to bf16 (half the bytes of fp32). auto: the
     first plan rounds them where that makes a step notably shorter. Under ``numerics: fixed`` they are rounded at the

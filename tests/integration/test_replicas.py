@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from edge_node.engine import shared_gradients
 from partitioner.plan import Plan
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.job.spec import JobSpec
@@ -157,9 +158,30 @@ def test_one_stage_on_several_devices_gives_the_bits_of_one(
     assert [sorted(stage.device_names) for stage in plan.stages] == [names]
 
 
-def test_two_stages_of_unequal_replicas_one_lost_and_a_pause_give_the_bits_of_one_device(
+@pytest.mark.slow
+def test_replicas_of_a_job_with_free_numerics_hand_over_sums_and_stay_near_one_device(
     fleet: Fleet, tmp_path: Path, model_dir: Path, rows_file: Path, alone: tuple[Any, ...]
 ) -> None:
+    spec = spec_for(model_dir, rows_file, tmp_path / "adapter", ["a", "b", "slow"], 1)
+    free = spec.model_copy(update={"placement": spec.placement.model_copy(update={"numerics": "free"})})
+
+    of_losses, _, detail = fleet.finish(free)
+
+    assert Plan.model_validate(detail["plan"]).has_replicas
+    # The same numbers added in another order.
+    assert of_losses == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_two_stages_of_unequal_replicas_one_lost_and_a_pause_give_the_bits_of_one_device(
+    fleet: Fleet,
+    tmp_path: Path,
+    model_dir: Path,
+    rows_file: Path,
+    alone: tuple[Any, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A message for each parameter: many on their way at once.
+    monkeypatch.setattr(shared_gradients, "MAX_GROUP_BYTES", 1)
     spec = spec_for(model_dir, rows_file, tmp_path / "adapter", [], 2)
 
     job_id = fleet.people.submit(spec)
