@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,16 @@ def _figures(seen: Sequence[tuple[float, JobEvent]], num_steps: int) -> dict[str
         "predicted_later_step_s": plan.later_step_s,
         "blocks": [(stage.start_block, stage.end_block) for stage in plan.stages],
         "sent_mib_a_step": [
-            sum(worker.sent_bytes for worker in epoch[-1].workers) / len(epoch) / 2**20 for epoch in by_epoch
+            (after - before) / num_steps / 2**20 for before, after in pairwise([0, *map(_sent_bytes, by_epoch)])
         ],
         "left_out_rows": sum(worker.left_out_rows for worker in steps[num_steps - 1].workers),
         "losses": [step.loss for step in steps],
     }
+
+
+def _sent_bytes(epoch: Sequence[StepCommitted]) -> int:
+    """What all workers have sent until an epoch's end."""
+    return sum(worker.sent_bytes for worker in epoch[-1].workers)
 
 
 def ratios(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

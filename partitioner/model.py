@@ -131,8 +131,7 @@ class JobShape(PlanValue):
     cached_steps_share: float = 0.0
     """Steps that train from the activation cache, without the blocks, for each one that runs through them."""
     frozen_share: float = 1.0
-    """Share of the steps in which the blocks below the lowest trained one run: in the others what they give comes from
-    the activation cache, and stages wholly below do nothing."""
+    """Share of the steps in which blocks below the lowest trained one run; the others have what they give cached."""
     entry_token_bytes: int = 0
     """Bytes of one token at one place of the model in the activation cache."""
     has_dropout: bool = False

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from coordinator.jobs.cached_moves import cached_choice
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.eligibility import eligible
 from coordinator.jobs.move_cost import LoadingTimes, move_cost_s
@@ -98,11 +99,12 @@ class Replanner:
 
     @property
     def _is_watched(self) -> bool:
-        spec = self._context.spec
-        # Trials share their stages with other jobs; an activation cache makes steps faster without a device's doing.
-        return (
-            spec.placement.replan == "auto" and self._context.trial is None and spec.training.activation_cache == "off"
-        )
+        # Trials share their stages with other jobs.
+        return self._context.spec.placement.replan == "auto" and self._context.trial is None
+
+    @property
+    def _has_cache(self) -> bool:
+        return self._context.spec.training.activation_cache != "off"
 
     def take_problem(self) -> PlanningProblem | None:
         """What a job that moves is planned from; None if it does not move."""
@@ -122,7 +124,9 @@ class Replanner:
             place = (times.worker.stage_index, times.worker.replica_index)
             if self._planned_s.get(place):
                 ratios[agents[place]] = times.compute_s / self._planned_s[place]
-        self._pace.note(ratios)
+        if not self._has_cache:
+            # From the cache steps are faster without a device's doing: there only joining counts.
+            self._pace.note(ratios)
         if self._second_look_in:
             self._second_look_in -= 1
         if self._considering is not None or not may_move(self._clock(), self._last_move_s):
@@ -163,36 +167,56 @@ class Replanner:
         except InfeasiblePlanError as error:
             logger.info("job %s stays: %s", context.job_id, error)
             return
-        step_s = await asyncio.to_thread(step_s_of, problem, present)
-        record = context.record
-        if record.plan_epoch != plan_epoch:
-            return
-        decision = decide_move(
-            Choice(
-                now_s=self._clock(),
-                last_move_s=self._last_move_s,
-                steps_left=record.end_step - record.next_step,
-                step_s=step_s,
-                new_step_s=new.step_s,
-                move_s=move_cost_s(
-                    present,
-                    new,
-                    problem,
-                    loading=self.loading,
-                    upload_s=context.slowest_upload_s or 0.0,
-                    factors=factors,
-                ),
-            )
+        move_s = move_cost_s(
+            present,
+            new,
+            problem,
+            loading=self.loading,
+            upload_s=context.slowest_upload_s or 0.0,
+            factors=factors,
         )
+        price = self._choice_from_cache if self._has_cache else self._choice
+        choice = await asyncio.to_thread(price, present, new, problem, move_s)
+        if context.record.plan_epoch != plan_epoch:
+            return
+        decision = decide_move(choice)
         names = {device.agent_id: device.name for device in problem.devices}
         # Of those that joined only the ones that the new plan uses are a reason.
         used = sorted(names[agent_id] for agent_id in joined if agent_id in new.agent_ids)
         why = why_in_words(names, factors, used)
         if isinstance(decision, Move):
-            reason = f"{moves_in_words(present, new)}, because {why}: {decision.reason}"
+            what = "the blocks are loaded again for an epoch" if present.from_cache else moves_in_words(present, new)
+            reason = f"{what}, because {why}: {decision.reason}"
             self.move = ReadyMove(problem.model_copy(update={"known_plan": new}), reason)
         else:
             logger.info("job %s keeps its plan although %s: %s", context.job_id, why, decision.reason)
+
+    def _choice(self, present: Plan, new: Plan, problem: PlanningProblem, move_s: float) -> Choice:
+        record = self._context.record
+        return Choice(
+            now_s=self._clock(),
+            last_move_s=self._last_move_s,
+            steps_left=record.end_step - record.next_step,
+            step_s=step_s_of(problem, present),
+            new_step_s=new.step_s,
+            move_s=move_s,
+        )
+
+    def _choice_from_cache(self, present: Plan, new: Plan, problem: PlanningProblem, move_s: float) -> Choice:
+        record = self._context.record
+        return cached_choice(
+            present,
+            new,
+            problem,
+            self._context.spec,
+            next_step=record.next_step,
+            start_step=record.start_step,
+            end_step=record.end_step,
+            total_steps=record.total_steps,
+            move_s=move_s,
+            now_s=self._clock(),
+            last_move_s=self._last_move_s,
+        )
 
     def _not_taken(self, devices: Sequence[DeviceProfile]) -> tuple[DeviceProfile, ...]:
         """The devices with the memory that other jobs leave."""

@@ -118,7 +118,15 @@ def assert_as_uncached(found, spec, num_stages=1, **options):
 
 
 # With 4 stages the place is a border, with 2 and 1 it is inside a stage.
-@pytest.mark.parametrize(("model", "num_stages"), [("llama", 1), ("llama", 2), ("llama", 4), ("gpt2", 1)])
+@pytest.mark.parametrize(
+    ("model", "num_stages"),
+    [
+        pytest.param("llama", 1, marks=pytest.mark.slow),
+        ("llama", 2),
+        pytest.param("llama", 4, marks=pytest.mark.slow),
+        ("gpt2", 1),
+    ],
+)
 def test_cached_epochs_run_nothing_below_the_lowest_trained_block_and_have_the_bits_of_uncached_ones(
     model_dirs, tmp_path, model, num_stages
 ):
@@ -137,6 +145,7 @@ def test_cached_epochs_run_nothing_below_the_lowest_trained_block_and_have_the_b
         assert set(floats) == set(range(lowest, num_stages - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dora", "head", "adapters"])
 def test_every_kind_of_method_in_upper_blocks_finds_its_prefix_again(model_dirs, tmp_path, case):
     spec = spec_of(model_dirs["llama"], METHOD_CASES[case])
@@ -157,7 +166,7 @@ def test_entries_of_one_job_serve_another_method_and_other_cuts(model_dirs, tmp_
     assert set(found[2][0][0]) == {2, 3}
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 4), (4, 1)])
+@pytest.mark.parametrize(("first", "then"), [pytest.param(1, 4, marks=pytest.mark.slow), (4, 1)])
 def test_border_in_bf16_at_the_place_is_rounded_once_inside_a_stage_and_between_two(model_dirs, tmp_path, first, then):
     spec = spec_of(model_dirs["llama"], upper_lora())
     options = {"bf16_borders": (1, PLACE), "num": 1}
@@ -190,6 +199,7 @@ def test_rows_without_room_and_damaged_ones_are_computed_again(model_dirs, tmp_p
     assert sum(cache.counts.rows_left_out for cache in tight[3]) > 0
 
 
+@pytest.mark.slow
 def test_experts_see_the_padding_that_they_saw(tmp_path):
     folder = save_model("qwen3_moe", tmp_path / "model")
     spec = spec_of(folder, LoraConfig(rank=4, target_modules=("q_proj",), blocks="last 2"))
@@ -200,7 +210,7 @@ def test_experts_see_the_padding_that_they_saw(tmp_path):
     assert set(found[2][1][0]) == {2, 3}
 
 
-QUICK_FAMILIES = ("bert", "bloom", "falcon", "gemma3_text", "opt")
+QUICK_FAMILIES = ("bert", "bloom", "opt")
 
 
 @pytest.mark.parametrize(
