@@ -108,6 +108,13 @@ def test_training_does_not_depend_on_replicas(model_dirs, model, method, tables)
     assert_same_run(trained(spec, stages_of(2, (2, 3), tables)), reference)
 
 
+def test_stages_that_run_ahead_change_no_bit(model_dirs):
+    spec = make_spec(model_dirs["llama"], **METHODS["dropout"])
+    stages = [stage.model_copy(update={"ahead": 2 - k}) for k, stage in enumerate(stages_of(3))]
+
+    assert_same_run(trained(spec, stages), whole_run(model_dirs["llama"], "dropout", dtype=FP32))
+
+
 @pytest.mark.parametrize("empty", [0, 2], ids=["first", "last"])
 @pytest.mark.parametrize("num_stages", [2, 3])
 def test_micro_batch_without_label_tokens_changes_no_bit(model_dirs, num_stages, empty):
