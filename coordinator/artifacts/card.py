@@ -140,7 +140,7 @@ def render_card(facts: CardFacts, adapter_name: str) -> str:
 
 
 def _what(facts: CardFacts) -> str:
-    return "A model, every weight" if facts.method.trains_weights else f"What `{facts.method.type}` trains"
+    return "A model, every weight" if facts.method.trains_weights else f"An adapter (`{facts.method.type}`)"
 
 
 def _front_matter(facts: CardFacts) -> str:
