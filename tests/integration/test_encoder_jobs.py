@@ -178,3 +178,33 @@ def test_an_encoder_decoder_learns_instructed_tasks_with_the_same_bits_on_one_an
     assert "relative difference" in card and "AutoPeftModelForSeq2SeqLM" in card
     config = json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_2_SEQ_LM"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "objective"), [("t5", "seq2seq"), ("bert", "classification")])
+def test_side_network_trains_from_the_cache_on_any_number_of_workers_and_reloads(people, tmp_path, name, objective):
+    model = save_folder(name, tmp_path / "model")
+    if objective == "seq2seq":
+        rows = [{"prompt": " ".join(WORDS[row : row + 4]), "completion": WORDS[row]} for row in range(8)]
+        (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        labelled(tmp_path / "train.jsonl", 8, numbers=False)
+    details = [
+        run(
+            people,
+            tmp_path,
+            model,
+            stages=stages,
+            objective={"type": objective},
+            method={"type": "parallel_adapters", "reduction": 2},
+            data={"train": str(tmp_path / "train.jsonl"), "max_tokens": 16},
+            training={"steps": 6, "batch_size": 4, "micro_batch_size": 2, "lr": 2e-3, "activation_cache": "raw"},
+        )
+        for stages in (1, 2)
+    ]
+
+    assert losses(details[0]) == losses(details[1])
+    adapters = [(tmp_path / f"adapter{n}" / "adapter_model.safetensors").read_bytes() for n in (1, 2)]
+    assert adapters[0] == adapters[1]
+    card = (tmp_path / "adapter2" / "README.md").read_text()
+    assert "relative difference" in card and "load_adapter" in card
