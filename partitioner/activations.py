@@ -157,8 +157,15 @@ def _side_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
         if family.qk_norm != "none":
             token_bytes += _FP32_BYTES * (narrow.num_heads + narrow.num_kv_heads) * narrow.head_dim
     cast_bytes = 2 * shape.dtype_bytes * width * side_width if shape.dtype_bytes < _FP32_BYTES else 0
-    num_tokens = shape.micro_batch_rows * target_tokens(shape) if is_decoders else micro_batch_tokens(shape)
-    return num_tokens * token_bytes + cast_bytes + saved_block_bytes(narrow, side_shape, block)
+    row_tokens = target_tokens(shape) if is_decoders else shape.row_tokens
+    saved_bytes = shape.micro_batch_rows * row_tokens * token_bytes + cast_bytes
+    if is_entry:
+        # What all of the decoder's side blocks look at.
+        saved_bytes += micro_batch_tokens(shape) * _FP32_BYTES * side_width
+    if table.repeated_params:
+        # Each side block looks its position biases up itself, by int64 places.
+        saved_bytes += 8 * row_tokens**2
+    return saved_bytes + saved_block_bytes(narrow, side_shape, block)
 
 
 def narrow_table(table: ModelTable, reduction: int) -> ModelTable:
