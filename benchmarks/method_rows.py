@@ -56,7 +56,7 @@ class Task:
     steps: int
 
 
-TASKS = {"intent": Task("", "exact_match", 12, 100), "json": Task("_json", "json_slots", 120, 300)}
+TASKS = {"intent": Task("", "exact_match", 12, 100), "json": Task("_json", "json_slots", 120, 150)}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -66,7 +66,7 @@ class Cell:
     group: int
     """Position of its table."""
     order: int
-    """0 for those that others wait for."""
+    """0 for those that others wait for, then by seed."""
     model: str
     task: str
     row: str

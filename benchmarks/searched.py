@@ -11,8 +11,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -45,6 +47,8 @@ class Searched(ABC):
         self._time_limit_s = time_limit_s
         self.failed: dict[str, str] = {}
         """Training -> why it came to nothing."""
+        self._turns: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        """By training: two tables may want the same one."""
 
     @property
     @abstractmethod
@@ -131,9 +135,10 @@ class Searched(ABC):
         return self._out / f"{cell.name}.json"
 
     def _train(self, cell: Cell) -> None:
-        for environment in self.environments(cell):
-            if self.read(cell) is None:
-                self._try(cell, environment)
+        with self._turns[cell.name]:
+            for environment in self.environments(cell):
+                if self.read(cell) is None:
+                    self._try(cell, environment)
 
     def _try(self, cell: Cell, environment: Mapping[str, str]) -> None:
         spec_file = self._out / f"{cell.name}.spec.json"

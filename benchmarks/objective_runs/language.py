@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+import torch
 
 from benchmarks.engine_job import EngineJob
 from benchmarks.objective_runs.preferences import mean_text, shuffled, spec_of, write_rows
@@ -25,6 +30,9 @@ POINTS_GOAL = 2.0
 _HELD_OUT_SHARE = 10
 """One section or topic in so many is held out."""
 _LORA = {"type": "lora", "rank": 32, "alpha": 64, "target_modules": "all-linear"}
+_BANKING_INTENTS = 20
+"""The most frequent of the 77: with all of them the bundled model was right in less than 1 % after 160 steps."""
+_BANKING_CHARS = 160
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -106,6 +114,11 @@ _BANKING = {"prompt": "Which banking question? {text}", "completion": "intent"}
 _MEDICAL = {"prompt": "question", "completion": "answer"}
 
 
+def _short(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Those whose answer is surely within the length that rows are cut to."""
+    return (row for row in rows if len(row["text"]) <= _BANKING_CHARS)
+
+
 def _tasks(settings: Settings) -> list[dict[str, Any]]:
     """The three tasks, then the one that no job trains on."""
     data = settings.data
@@ -118,6 +131,10 @@ def _tasks(settings: Settings) -> list[dict[str, Any]]:
     def some(rows: list[dict[str, Any]], whole: int, quick: int) -> list[dict[str, Any]]:
         return shuffled(rows, settings.seed)[: settings.few(whole, quick)]
 
+    banking = {use: [*_short(_rows(data / "banking77" / f"{use}.jsonl"))] for use in ("train", "test")}
+    counts = Counter(row["intent"] for row in banking["train"])
+    intents = sorted(counts, key=lambda intent: (-counts[intent], intent))[:_BANKING_INTENTS]
+    banking = {use: [row for row in rows if row["intent"] in intents] for use, rows in banking.items()}
     medical = list(_rows(data / "medquad" / "all.jsonl"))
     held_out = [_is_held_out(row["focus"] or row["question"], settings.seed) for row in medical]
     pubmed = [
@@ -135,8 +152,8 @@ def _tasks(settings: Settings) -> list[dict[str, Any]]:
             "banking77",
             _BANKING,
             "exact_match",
-            train=some(list(_rows(data / "banking77" / "train.jsonl")), 10003, 24),
-            eval=some(list(_rows(data / "banking77" / "test.jsonl")), 500, 8),
+            train=some(banking["train"], 10003, 24),
+            eval=some(banking["test"], 400, 8),
         ),
         task(
             "medical",
@@ -150,7 +167,8 @@ def _tasks(settings: Settings) -> list[dict[str, Any]]:
 
 
 def _train_on(settings: Settings, name: str, tasks: Sequence[Mapping[str, Any]], steps: int) -> Mapping[str, float]:
-    """Train one job, and score all tasks that it is given, once."""
+    """Train one job, and score all tasks that it is given, once; a process of its own may do so."""
+    torch.set_num_threads(settings.threads)
     found: Mapping[str, float] = json.loads(settings.kept(name, lambda: json.dumps(_scores(settings, tasks, steps))))
     return found
 
@@ -158,9 +176,10 @@ def _train_on(settings: Settings, name: str, tasks: Sequence[Mapping[str, Any]],
 def _scores(settings: Settings, tasks: Sequence[Mapping[str, Any]], steps: int) -> Mapping[str, float]:
     spec = spec_of(
         settings,
-        method=_LORA,
+        # With the head: the bundled model never saw the token that ends an answer.
+        method={**_LORA, "modules_to_save": ["lm_head"]},
         # So high a temperature that every task has the same share, whatever its rows.
-        data={"tasks": tasks, "max_tokens": 160, "mixing_temperature": 1e6},
+        data={"tasks": tasks, "max_tokens": 96, "mixing_temperature": 1e6},
         scoring={"metric": "exact_match", "max_new_tokens": 20, "batch_rows": 32},
         training={"steps": steps, "batch_size": 16, "lr": 2e-3, "warmup_steps": settings.few(10, 0)},
         evaluation={"measure_general": "never"},
@@ -171,11 +190,17 @@ def _scores(settings: Settings, tasks: Sequence[Mapping[str, Any]], steps: int) 
 
 
 def run_multitask(settings: Settings) -> Figures:
-    """All tasks in one job against one job each, every task with the same number of rows."""
+    """All tasks in one job against one job each, every task with the same number of rows; the four side by side."""
     *tasks, unseen = _tasks(settings)
     steps = settings.few(160, 3)
-    single = {task["name"]: _train_on(settings, f"only-{task['name']}", [task, unseen], steps) for task in tasks}
-    mixture = _train_on(settings, "mixture", [*tasks, unseen], steps * len(tasks))
+    jobs = {task["name"]: (f"only-{task['name']}", [task, unseen], steps) for task in tasks}
+    jobs["mixture"] = ("mixture", [*tasks, unseen], steps * len(tasks))
+    # Spawned: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(len(jobs), mp_context=multiprocessing.get_context("spawn")) as pool:
+        # The longest first, which the others need not wait for.
+        futures = {name: pool.submit(_train_on, settings, *jobs[name]) for name in reversed(jobs)}
+        single = {name: future.result() for name, future in futures.items()}
+    mixture = single.pop("mixture")
     return {
         "steps_per_task": steps,
         "single": {name: found[name] for name, found in single.items()},

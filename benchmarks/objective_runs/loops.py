@@ -1,8 +1,9 @@
 """LLM2LLM on SNIPS: does asking about what the student gets wrong beat asking about anything?
 
 ``llm2llm`` has three arms with the same seed rows: (a) the seed alone; (b) the seed and as many new rows as (c), made
-of seed rows drawn at random; (c) LLM2LLM. The loop is plutino's own (:mod:`coordinator.llm2llm`), with the engine in
-this process in place of jobs.
+of seed rows drawn at random; (c) LLM2LLM. In the end each arm trains from the base for as many steps as the others, for
+steps alone are worth more than rows. The loop is plutino's own (:mod:`coordinator.llm2llm`), with the engine in this
+process in place of jobs; its students pass over their rows so few times that they still get some of them wrong.
 
 **The teacher is no language model.** It is a program, named as such: it puts values that other seed rows have for the
 same slot into a seed row's text, and says its verbs and its beginning otherwise, from a table written by hand. It reads
@@ -32,6 +33,9 @@ from coordinator.storage.memory import MemoryStore
 from plutino.job.data import TaskConfig
 from plutino.llm2llm import LoopConfig, RecordedTeacher
 
+_SEED_ROWS_PER_INTENT = 16
+_ROUND_EPOCHS = 4
+_FINAL_STEPS = 160
 _COLUMNS = {"prompt": "Which intent? {text}", "completion": "intent"}
 _OTHERWISE = {
     "play": ("put on", "start", "let me hear", "i want to hear", "spin"),
@@ -100,7 +104,7 @@ class _Student:
     held_out_file: str
 
     def train(self, name: str, lines: Sequence[str], *, steps: int | None = None) -> ScoreReport:
-        """Train on some rows and answer, once."""
+        """Train on some rows, a few times over or so many steps, and answer, once."""
         return ScoreReport.model_validate_json(
             self.settings.kept(name, lambda: self._train(name, lines, steps).model_dump_json())
         )
@@ -109,10 +113,17 @@ class _Student:
         path = self.settings.folder / f"{name}.jsonl"
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         form = {"format": "prompt_completion", "columns": _COLUMNS}
-        length = {"epochs": self.settings.few(8, 1)} if steps is None else {"steps": steps}
+        length = {"epochs": self.settings.few(_ROUND_EPOCHS, 1)} if steps is None else {"steps": steps}
         spec = spec_of(
             self.settings,
-            method={"type": "lora", "rank": 16, "alpha": 32, "target_modules": "all-linear"},
+            # With the head: the bundled model never saw the token that ends an answer.
+            method={
+                "type": "lora",
+                "rank": 16,
+                "alpha": 32,
+                "target_modules": "all-linear",
+                "modules_to_save": ["lm_head"],
+            },
             data={
                 "tasks": [
                     {"name": "seed", "train": str(path), "eval": self.seed_file, **form},
@@ -143,7 +154,7 @@ def run_llm2llm(settings: Settings) -> Figures:
     folder = settings.data / "snips"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     held_out = [json.loads(line) for line in (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
-    seed_rows = _of(shuffled(rows, settings.seed), settings.few(8, 1))
+    seed_rows = _of(shuffled(rows, settings.seed), settings.few(_SEED_ROWS_PER_INTENT, 1))
     seed_file = write_rows(settings.folder / "seed.jsonl", seed_rows)
     student = _Student(
         settings,
@@ -154,7 +165,7 @@ def run_llm2llm(settings: Settings) -> Figures:
     seeds = Seeds(shape=shape, rows=tuple(read), answers=frozenset(row.answer for row in read))
     teacher = Recombiner(seed_rows, settings.seed)
     config = LoopConfig(
-        rounds=settings.few(4, 1),
+        rounds=settings.few(6, 1),
         samples_per_wrong=2,
         rouge_l=0.9,
         known_answers=True,
@@ -184,7 +195,6 @@ def run_llm2llm(settings: Settings) -> Figures:
         if not outcomes[-1].kept:
             break
     num_new = sum(len(one.kept) for one in outcomes)
-    targeted = student.train("c", round_rows(seeds, outcomes, settings.seed)).by_task["held-out"].headline
     at_random: list[RoundOutcome] = []
     order = shuffled([{"seed": place} for place in range(len(read))] * 8, settings.seed + 1)
     drawn = [one["seed"] for one in order]
@@ -194,25 +204,25 @@ def run_llm2llm(settings: Settings) -> Figures:
         drawn = drawn[per_round:]
         outcome = ask("b", len(at_random), chosen, at_random)
         at_random.append(outcome.model_copy(update={"kept": outcome.kept[:left]}))
-    seed_lines = round_rows(seeds, [], settings.seed)
-    total_rows = len(read) + num_new
+    arms: dict[str, list[RoundOutcome]] = {"a": [], "b": at_random, "c": outcomes}
+    steps = settings.few(_FINAL_STEPS, 2)
+    held_out_share = {
+        arm: student.train(arm, round_rows(seeds, of_arm, settings.seed), steps=steps).by_task["held-out"].headline
+        for arm, of_arm in arms.items()
+    }
     return {
         "seed_rows": len(read),
         "new_rows": {"b": sum(len(one.kept) for one in at_random), "c": num_new},
         "rounds": rounds,
-        "a": student.train("a", seed_lines).by_task["held-out"].headline,
-        "a_as_many_steps": student.train("a-steps", seed_lines, steps=settings.few(8, 1) * -(-total_rows // 8))
-        .by_task["held-out"]
-        .headline,
-        "b": student.train("b", round_rows(seeds, at_random, settings.seed)).by_task["held-out"].headline,
-        "c": targeted,
+        "steps": steps,
+        **held_out_share,
         "teacher": "a program that recombines slot values of the seed and rewords by a table; no language model",
     }
 
 
 def judge_llm2llm(seeds: Sequence[Figures]) -> tuple[str, bool]:
     """The claim is (c) > (b), on the mean over seeds."""
-    arms = {arm: [one[arm] for one in seeds] for arm in ("a", "a_as_many_steps", "b", "c")}
+    arms = {arm: [one[arm] for one in seeds] for arm in ("a", "b", "c")}
     each = ", ".join(f"{arm} {mean_text(values)}" for arm, values in arms.items())
     goal = f"held-out accuracy {each}; goal c above b; the teacher is a program, no language model"
     return goal, sum(arms["c"]) > sum(arms["b"])

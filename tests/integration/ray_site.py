@@ -131,15 +131,15 @@ def record_of(site: Site) -> ProcessRecord:
     return record
 
 
+def living_children() -> list[psutil.Process]:
+    """What runs below this process. A child that has ended may wait: ``subprocess`` asks after it at its next start."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
 def actor_processes(name: str) -> list[psutil.Process]:
     """Processes of this module's actors of a class; Ray writes the class and the method into the command line."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.is_running()
-        and process.status() != psutil.STATUS_ZOMBIE
-        and " ".join(process.cmdline()).startswith(f"ray::{name}")
-    ]
+    return [process for process in living_children() if " ".join(process.cmdline()).startswith(f"ray::{name}")]
 
 
 async def until(condition: Callable[[], Any]) -> None:

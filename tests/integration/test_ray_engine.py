@@ -42,6 +42,7 @@ from tests.integration.ray_site import (
     Site,
     actor_processes,
     kill_a_coordinators_ray,
+    living_children,
     record_of,
     until,
 )
@@ -398,7 +399,7 @@ def test_close_leaves_no_process_folder_or_record(site: Site) -> None:
     site.run(site.engine.close())
 
     assert not any(map(is_running, record.processes))
-    assert not psutil.Process().children(recursive=True)
+    assert not living_children()
     assert not record.session_dir.exists()
     assert read_record(site.state_dir / "ray" / "processes.json") is None
 
@@ -413,7 +414,7 @@ def test_embedded_cluster_ray_does_not_start_leaves_nothing(
         EmbeddedCluster(tmp_path).start()
     gc.collect()  # what Ray has dropped, while its warnings are expected
 
-    assert not psutil.Process().children(recursive=True)
+    assert not living_children()
     assert read_record(tmp_path / "ray" / "processes.json") is None
 
 
