@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,21 @@ def main() -> None:
     snips, snips_held_out = (_shuffled(_read(data / "snips" / f"{name}.jsonl")) for name in ("train", "validation"))
     _dapt(data)
     _reward(data)
-    for split, rows in (
-        ("train", _read(data / "banking77" / "train.jsonl")),
-        ("eval", _read(data / "banking77" / "test.jsonl")),
-    ):
-        _write(HERE / "multitask" / f"banking77-{split}.jsonl", _shuffled(rows)[: 1200 if split == "train" else 100])
+    _banking(data / "banking77")
     for split, rows in (("train", snips[:700]), ("eval", snips_held_out[:140])):
         _table(HERE / "classification" / f"{split}.csv", ((row["text"], row["intent"]) for row in rows))
         _table(HERE / "regression" / f"{split}.csv", ((row["text"], len(row["slots"])) for row in rows))
         _write(HERE / "dpo" / f"{split}.jsonl", _pairs(rows))
     _llm2llm(snips, snips_held_out)
+
+
+def _banking(data: Path) -> None:
+    rows = {split: _read(data / f"{split}.jsonl") for split in ("train", "test")}
+    counts = Counter(row["intent"] for row in rows["train"])
+    intents = sorted(counts, key=lambda intent: (-counts[intent], intent))[:20]
+    for split, name, limit in (("train", "train", 2400), ("test", "eval", 100)):
+        kept = [row for row in rows[split] if row["intent"] in intents and len(row["text"]) <= 160]
+        _write(HERE / "multitask" / f"banking77-{name}.jsonl", _shuffled(kept)[:limit])
 
 
 def _dapt(data: Path) -> None:

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Runs one of the examples on two agents of this machine: on_this_machine.sh submit|llm2llm FILE.YAML OUT
+# Runs one of the examples on two agents of this machine: on_this_machine.sh submit|llm2llm OUT FILE.YAML...
+# Several files are run one after the other.
 # The coordinator's state and all logs lie in OUT; everything that was started ends with this script.
 set -eu
-command=$1 file=$2 out=$3
+command=$1 out=$2
+shift 2
 mkdir -p "$out"
 plutino up --state-dir "$out/state" --engine local --listen 127.0.0.1:0 --api 127.0.0.1:0 >"$out/up.log" 2>&1 &
 pids=$!
@@ -18,4 +20,6 @@ for name in one two; do
     $token --name "$name" --memory 1GiB --state-dir "$out/$name" >"$out/$name.log" 2>&1 &
     pids="$pids $!"
 done
-plutino "$command" "$file" --state-dir "$out/state"
+for file in "$@"; do
+    plutino "$command" "$file" --state-dir "$out/state"
+done

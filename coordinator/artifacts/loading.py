@@ -43,7 +43,8 @@ def loading_code(method: MethodConfig, objective: ObjectiveConfig, base_path: st
             f"model = PeftModel.from_pretrained(base, {published}){labels}"
         )
     can_merge = method.type == "lora"
-    merging = "model = model.merge_and_unload()  # optional: a plain transformers model\n" if can_merge else ""
+    # Left to the reader: folded weights are rounded, so that answers are the job's only nearly.
+    merging = "# model = model.merge_and_unload() makes it a plain transformers model.\n" if can_merge else ""
     return (
         f"from peft import AutoPeftModelFor{task}\n"
         f"model = AutoPeftModelFor{task}.from_pretrained({published}, dtype={torch_dtype})\n"

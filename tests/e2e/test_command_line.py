@@ -90,7 +90,7 @@ def test_submitted_job_is_listed_watched_and_ends_with_an_adapter(stack, job_fil
     watched = stack.run("watch", job_id)
 
     assert watched.exit_code == 0, watched.stdout + watched.stderr
-    assert f"from_pretrained('{out}')" in watched.stdout
+    assert f'from_pretrained("{out}"' in watched.stdout
     assert (out / "adapter_model.safetensors").exists()
     # Stock peft's reload, which happens in a process of its own, found the pipeline's loss.
     assert "without the adapter" in (out / "README.md").read_text()

@@ -72,7 +72,7 @@ def test_report_tells_general_ability_before_and_after_and_the_base_with_example
     shape = _row_shape(spec, tokenizer)
     assert before["loss"] == pytest.approx(losses_of_base(*shape), abs=1e-5)
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert "perplexity on general text, with the adapter" in card and "2 examples in its prompt" in card
+    assert "perplexity on general text, trained" in card and "2 examples in its prompt" in card
 
 
 def _row_shape(spec, tokenizer) -> tuple[int, int]:

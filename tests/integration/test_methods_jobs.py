@@ -68,7 +68,7 @@ def test_job_gives_the_same_bits_on_one_and_two_workers_and_its_adapter_is_reloa
         return
     adapters = [(tmp_path / f"adapter{n}" / "adapter_model.safetensors").read_bytes() for n in (1, 2)]
     assert adapters[0] == adapters[1]
-    assert f"A {method.upper()} adapter" in card
+    assert f"An adapter (`{method}`)" in card
 
 
 def weights(folder):

@@ -57,7 +57,7 @@ def test_x86_arm_and_cuda_work_in_one_plan_and_other_versions_are_left_out(clean
     agents = [
         ThreadAgent(address, "desk", hardware=CARD),
         ThreadAgent(address, "pi", hardware=BOARD),
-        ThreadAgent(address, "old", memory_bytes=1 << 30, torch_version="2.6.0"),
+        ThreadAgent(address, "old", memory_bytes=1 << 30, baseline_bytes=1 << 20, torch_version="2.6.0"),
     ]
 
     detail = finished_job(cleanup, coordinator, tmp_path, *agents)

@@ -21,7 +21,7 @@ KINDS = sorted(path.parent.name for path in EXAMPLES.glob("*/job.yaml"))
 
 
 def test_there_is_an_example_of_every_kind():
-    assert {"dapt", "multitask", "classification", "regression", "reward", "dpo", "llm2llm"} <= set(KINDS)
+    assert {"dapt", "multitask", "classification", "regression", "reward", "dpo", "grpo", "llm2llm"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -128,7 +128,7 @@ def test_step_holds_prompts_with_their_answers_the_longest_first(loss, weight):
 
 def test_example_names_its_reward_function_by_the_files_own_folder_and_the_function_answers():
     folder = Path(__file__).resolve().parents[3] / "examples" / "grpo"
-    spec = load_spec(folder / "grpo.yaml")
+    spec = load_spec(folder / "job.yaml")
 
     assert isinstance(spec.objective, GrpoConfig)
     assert spec.objective.rewards[1].function == f"{folder / 'reward.py'}:looks_like_an_intent"
