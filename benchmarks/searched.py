@@ -47,7 +47,7 @@ class Searched(ABC):
         self._time_limit_s = time_limit_s
         self.failed: dict[str, str] = {}
         """Training -> why it came to nothing."""
-        self._turns: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         """By training: two tables may want the same one."""
 
     @property
@@ -135,7 +135,7 @@ class Searched(ABC):
         return self._out / f"{cell.name}.json"
 
     def _train(self, cell: Cell) -> None:
-        with self._turns[cell.name]:
+        with self._locks[cell.name]:
             for environment in self.environments(cell):
                 if self.read(cell) is None:
                     self._try(cell, environment)
