@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -24,12 +23,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from benchmarks.cores import physical_first
 from benchmarks.job_watch import JobWatch
-from benchmarks.lanes import Case, answer_case, run_in_lanes
+from benchmarks.lanes import Case, answer_case, end_when_terminated, run_in_lanes
 from benchmarks.model_folder import write_drawn_base
 from benchmarks.peers.workload import Workload
 from benchmarks.stack import PlutinoStack
@@ -214,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _end)
+    end_when_terminated()
     if options.case is not None:
         return answer_case(options.case, options.out, run)
     if options.quick:
@@ -247,11 +245,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _key(case: Case) -> tuple[Any, ...]:
     return case["shape"], case["codec"], case["agents"]
-
-
-def _end(signal_number: int, frame: FrameType | None) -> None:
-    """Leave every ``with`` block, which ends the processes that were started there."""
-    raise SystemExit(128 + signal_number)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.job_watch import JobWatch
+from benchmarks.lanes import Case, answer_case, end_when_terminated, run_in_lanes
 from benchmarks.model_folder import write_drawn_base
 from benchmarks.peers.workload import Workload
 from benchmarks.stack import PlutinoStack
@@ -43,10 +43,6 @@ SHAPES = {
 }
 ROWS_PER_STEP, NUM_MICRO_BATCHES = 32, 8
 _TIMEOUT_S = 1800.0
-_LOOK_EVERY_S = 0.5
-
-Case = dict[str, Any]
-"""Settings of one job: shape, codec, agents, threads, steps, epochs."""
 
 
 def job_of(workload: Workload, folder: Path, case: Case) -> JobSpec:
@@ -150,38 +146,19 @@ def ratios(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def run_all(cases: Sequence[Case], path: Path, available: Sequence[int]) -> bool:
-    """Run the cases in lanes of their own cores, as many at once as there are; False if one failed."""
-    found: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+def run_all(cases: Sequence[Case], folder: Path, available: Sequence[int], *, minutes: float) -> bool:
+    """Run the cases that have no figures yet, in lanes; False if one failed or there was no time for it."""
+    path = folder / "frozen_prefix.json"
+    found: list[Case] = json.loads(path.read_text())["runs"] if path.exists() else []
     done = {_key(run) for run in found if "error" not in run}
+
+    def note(case: Case, figures: dict[str, Any]) -> None:
+        found[:] = [run for run in found if _key(run) != _key(case)] + [{**case, **figures}]
+        path.write_text(json.dumps({"ratios": ratios(found), "runs": found}, indent=1) + "\n")
+        print(json.dumps({key: value for key, value in found[-1].items() if key != "losses"}), flush=True)
+
     waiting = [case for case in cases if _key(case) not in done]
-    free = list(available)
-    running: list[tuple[subprocess.Popen[bytes], Case, list[int], Path]] = []
-    is_well = True
-    while waiting or running:
-        for case in list(waiting):
-            needed = case["agents"] * case["threads"]
-            if needed > len(free) and (running or needed <= len(available)):
-                continue
-            lane, free = free[:needed], free[needed:]
-            waiting.remove(case)
-            result = path.with_name(f"frozen_prefix_{'_'.join(map(str, _key(case)))}.part.json")
-            own = [lane[i * case["threads"] : (i + 1) * case["threads"]] for i in range(case["agents"])]
-            own = own if len(lane) == needed else []
-            command = [sys.executable, "-m", "benchmarks.frozen_prefix", "--out", str(result), "--case"]
-            running.append((subprocess.Popen([*command, json.dumps([case, own])]), case, lane, result))
-        time.sleep(_LOOK_EVERY_S)
-        for item in [item for item in running if item[0].poll() is not None]:
-            child, case, lane, result = item
-            running.remove(item)
-            free += lane
-            figures = json.loads(result.read_text()) if result.exists() else {"error": f"ended with {child.returncode}"}
-            result.unlink(missing_ok=True)
-            is_well &= "error" not in figures
-            found = [run for run in found if _key(run) != _key(case)] + [{**case, **figures}]
-            path.write_text(json.dumps({"ratios": ratios(found), "runs": found}, indent=1) + "\n")
-            shown = {key: value for key, value in found[-1].items() if key != "losses"}
-            print(json.dumps(shown), flush=True)
+    is_well = run_in_lanes("benchmarks.frozen_prefix", waiting, folder, available, minutes=minutes, on_figures=note)
     for line in ratios(found):
         print(json.dumps(line), flush=True)
     return is_well
@@ -202,17 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--codecs", default="off,raw,int4")
     parser.add_argument("--steps", type=int, default=6, help="of an epoch")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=30.0, help="no job begins later")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    end_when_terminated()
     if options.case is not None:
-        case, cores = json.loads(options.case)
-        try:
-            figures = run(case, cores)
-        except Exception as error:
-            figures = {"error": repr(error)[-3000:]}
-        options.out.write_text(json.dumps(figures))
-        return int("error" in figures)
+        return answer_case(options.case, options.out, run)
     if options.quick:
         options.shapes, options.agents, options.steps, options.threads, options.codecs = "quick", "2", 3, 1, "off,raw"
     options.out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for codec in options.codecs.split(",")
     ]
     available = sorted(os.sched_getaffinity(0))[: options.workers]
-    return int(not run_all(cases, options.out / "frozen_prefix.json", available))
+    return int(not run_all(cases, options.out, available, minutes=options.minutes))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 _LOOK_EVERY_S = 0.5
@@ -79,6 +81,15 @@ def run_in_lanes(
                 child.kill()
                 child.wait()
     return is_well and not waiting and not running
+
+
+def end_when_terminated() -> None:
+    """SIGTERM leaves every ``with`` block, which ends the processes that were started there."""
+
+    def end(signal_number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signal_number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def answer_case(asked: str, out: Path, run: Callable[[Case, Sequence[Sequence[int]]], Mapping[str, Any]]) -> int:

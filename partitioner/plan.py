@@ -14,8 +14,8 @@ class MemoryItem(PlanValue):
     why: str
 
 
-_GRANTED_MORE = 512 << 20
-"""Bytes beyond the prediction that a worker may take where its device has them."""
+_GRANTED_MORE_BYTES = 512 << 20
+"""Beyond the prediction, what a worker may take where its device has them."""
 
 
 class ReplicaPlan(PlanValue):
@@ -44,7 +44,8 @@ class ReplicaPlan(PlanValue):
 
         A prediction that is wrong by much still holds, and the rest is there for the workers of other jobs.
         """
-        return min(self.budget_bytes, self.baseline_bytes + max(2 * self.job_bytes, self.job_bytes + _GRANTED_MORE))
+        job_bytes = max(2 * self.job_bytes, self.job_bytes + _GRANTED_MORE_BYTES)
+        return min(self.budget_bytes, self.baseline_bytes + job_bytes)
 
 
 class StagePlan(PlanValue):

@@ -9,6 +9,7 @@ numbers of each token in the model's dtype, which the decoder's hook takes off a
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +22,7 @@ from plutino.side_halves import run_ladders
 from plutino.side_network import BackboneStates, BackboneTap, SideNetwork
 
 
-class _Recorded:
+class _Recorded(ABC):
     """Hooks on a module whose blocks are recorded while it runs."""
 
     def __init__(self, owner: nn.Module, tap: BackboneTap, side: SideNetwork) -> None:
@@ -56,9 +57,9 @@ class _Recorded:
         """What the module is called with."""
         return kwargs
 
+    @abstractmethod
     def complete(self, owner: nn.Module, states: BackboneStates, given: dict[str, Any], output: Any) -> None:
         """Add the side network's part to the module's output, in place."""
-        raise NotImplementedError
 
 
 class BesideOneStack(_Recorded):
