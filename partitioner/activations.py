@@ -20,30 +20,14 @@ a block share); the lowest trainable block keeps a little less.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from partitioner.model import JobShape, LinearShape, ModelTable
+from partitioner.token_bytes import attention_token_bytes, keeps_scores, mlp_token_bytes, norm_token_bytes
 from plutino.families import ATTENTION_OUTPUT, Family, family_of
 from plutino.family import ENCODER_OUTPUT
 
 _FP32_BYTES = 4
-
-
-_ACTIVATION_TENSORS: Mapping[str, int] = {
-    # One kernel, which saves its input (relu: its output).
-    "bloom_gelu": 1,
-    "gelu": 1,
-    "gelu_pytorch_tanh": 1,
-    "relu": 1,
-    "silu": 1,
-    # Written out in Python: every product saves its factors.
-    "gelu_fast": 6,
-    "gelu_new": 4,
-}
-"""Tensors of intermediate size that an activation function keeps."""
-
-_UNKNOWN_ACTIVATION_TENSORS = 6
 
 
 def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
@@ -60,7 +44,7 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     seen_tokens = shape.row_tokens + shape.past_tokens
     saved_bytes = micro_batch_tokens(shape) * block_token_bytes(table, shape, block, seen_tokens)
     family = family_of(table.family)
-    saved_bytes += _past_bytes(table, shape, family)
+    saved_bytes += _past_bytes(table, shape, family) + _trained_biases_bytes(table, shape, shape.row_tokens)
     if shape.adapter_kept_numbers:
         saved_bytes += _FP32_BYTES * shape.adapter_kept_numbers[block]
     if block == table.num_encoder_blocks - 1 and family.norm == "rms":
@@ -106,27 +90,51 @@ def _decoder_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     of_source = tuple(one for one in adapted if family.all_linears[one.name].reads == ENCODER_OUTPUT)
     of_target = tuple(one for one in adapted if one not in of_source)
     query_bytes = shape.dtype_bytes * table.num_heads * table.head_dim
-    rank_bytes = _lora_compute_bytes(shape) * _rank_sum(shape, block) // max(len(adapted), 1)
+    # What a method's layers keep of the target's tokens and, with LoRA, of the source's.
+    rank_bytes = _lora_compute_bytes(shape) * _rank_sum(shape, block) if shape.adapter_params[block] else 0
+    num_of_source = 0 if shape.trains_weights else len(of_source)
+    source_rank_bytes = rank_bytes // max(len(adapted), 1) * num_of_source
     mask_heads = table.num_heads if family.biases_heads else 1
     target_bytes = (
-        _norm_token_bytes(table, replace(family, num_norms=family.num_norms + 1), shape.dtype_bytes)
-        + _attention_token_bytes(table, family, shape.dtype_bytes, target_tokens(shape), has_past=False)
+        norm_token_bytes(table, replace(family, num_norms=family.num_norms + 1), shape.dtype_bytes)
+        + attention_token_bytes(table, family, shape.dtype_bytes, target_tokens(shape), has_past=False)
         # Of cross-attention: queries, output, statistics and its copy of the mask.
         + 2 * query_bytes
         + _FP32_BYTES * table.num_heads
         + shape.dtype_bytes * shape.row_tokens * mask_heads
-        + _mlp_token_bytes(table, family, shape.dtype_bytes, block)
+        + mlp_token_bytes(table, family, shape.dtype_bytes, block)
         + _lora_token_bytes(shape, family, of_target)
-        + rank_bytes * len(of_target)
+        + rank_bytes
+        - source_rank_bytes
     )
-    source_bytes = 2 * query_bytes + _lora_token_bytes(shape, family, of_source) + rank_bytes * len(of_source)
+    source_bytes = 2 * query_bytes + _lora_token_bytes(shape, family, of_source) + source_rank_bytes
     num_targets = shape.micro_batch_rows * target_tokens(shape)
-    return num_targets * target_bytes + micro_batch_tokens(shape) * source_bytes
+    saved_bytes = num_targets * target_bytes + micro_batch_tokens(shape) * source_bytes
+    if shape.dtype_bytes < _FP32_BYTES and shape.adapter_cast_params:
+        saved_bytes += shape.dtype_bytes * shape.adapter_cast_params[block]
+    return saved_bytes + _trained_biases_bytes(table, shape, target_tokens(shape))
 
 
 def target_tokens(shape: JobShape) -> int:
     """Tokens of an encoder-decoder's longest target; all of them carry loss."""
     return -(-shape.label_tokens // shape.micro_batch_rows)
+
+
+def _trained_biases_bytes(table: ModelTable, shape: JobShape, row_tokens: int) -> int:
+    """What a block keeps more where the biases of its scores are trained: torch has no kernel for their gradient.
+
+    Attention is then computed in fp32 from copies of queries, keys and values and keeps its probabilities instead of
+    biases and statistics; each block looks its biases up itself, by int64 places, and keeps where they are masked.
+    """
+    if not _trains_biases(table, shape):
+        return 0
+    widened_bytes = _FP32_BYTES - shape.dtype_bytes
+    token_bytes = widened_bytes * table.num_heads * (3 * table.head_dim + row_tokens) - _FP32_BYTES * table.num_heads
+    return shape.micro_batch_rows * row_tokens * token_bytes + (8 + shape.micro_batch_rows) * row_tokens**2
+
+
+def _trains_biases(table: ModelTable, shape: JobShape) -> bool:
+    return shape.trains_weights and family_of(table.family).biases_heads
 
 
 def _past_bytes(table: ModelTable, shape: JobShape, family: Family) -> int:
@@ -200,60 +208,13 @@ def _side_shape(shape: JobShape) -> JobShape:
 def block_token_bytes(table: ModelTable, shape: JobShape, block: int, row_tokens: int) -> int:
     """Bytes a token that one block keeps where rows see ``row_tokens``; no pass without autograd holds more at once."""
     family = family_of(table.family)
-    token_bytes = _norm_token_bytes(table, family, shape.dtype_bytes)
-    token_bytes += _attention_token_bytes(table, family, shape.dtype_bytes, row_tokens, has_past=shape.past_tokens > 0)
-    token_bytes += _mlp_token_bytes(table, family, shape.dtype_bytes, block)
+    token_bytes = norm_token_bytes(table, family, shape.dtype_bytes)
+    token_bytes += attention_token_bytes(table, family, shape.dtype_bytes, row_tokens, has_past=shape.past_tokens > 0)
+    token_bytes += mlp_token_bytes(table, family, shape.dtype_bytes, block)
     token_bytes += _lora_token_bytes(shape, family, adapted_linears(table, shape, block))
     if shape.adapter_params[block]:
         token_bytes += _lora_compute_bytes(shape) * _rank_sum(shape, block)
     return token_bytes
-
-
-def _norm_token_bytes(table: ModelTable, family: Family, compute_bytes: int) -> int:
-    if family.norm == "layer":
-        # Its input, mean and reciprocal standard deviation.
-        return family.num_norms * compute_bytes * (table.hidden_size + 2)
-    # The input in fp32, and one reciprocal root mean square.
-    token_bytes = family.num_norms * _FP32_BYTES * (table.hidden_size + 1)
-    if family.norm_keeps_input and compute_bytes < _FP32_BYTES:
-        token_bytes += family.num_norms * compute_bytes * table.hidden_size
-    for num_heads in (table.num_heads, table.num_kv_heads) if family.qk_norm != "none" else ():
-        num_statistics = num_heads if family.qk_norm == "head" else 1
-        token_bytes += _FP32_BYTES * (num_heads * table.head_dim + num_statistics)
-    return token_bytes
-
-
-def _attention_token_bytes(
-    table: ModelTable, family: Family, compute_bytes: int, row_tokens: int, *, has_past: bool
-) -> int:
-    query_size = table.num_heads * table.head_dim
-    token_bytes = 4 * compute_bytes * query_size
-    # Behind a past, keys and values are copies.
-    if family.keeps_fused_qkv and not has_past:
-        token_bytes += compute_bytes * (query_size + 2 * table.num_kv_heads * table.head_dim)
-    scores = table.num_heads * row_tokens
-    if family.attention == "eager":
-        # Probabilities in fp32, once more in a narrower compute dtype, and what a soft cap of the scores keeps.
-        copies_bytes = compute_bytes * ((compute_bytes < _FP32_BYTES) + family.has_soft_caps)
-        return token_bytes + scores * (_FP32_BYTES + copies_bytes)
-    token_bytes += compute_bytes * row_tokens * (table.num_heads if family.biases_heads else 1)
-    token_bytes += _FP32_BYTES * table.num_heads
-    return token_bytes + (_FP32_BYTES * scores if _keeps_scores(table) else 0)
-
-
-def _keeps_scores(table: ModelTable) -> bool:
-    """Whether attention holds a number for every pair of tokens and head."""
-    family = family_of(table.family)
-    return family.attention == "eager" or (family.broadcasts_keys and table.num_kv_heads < table.num_heads)
-
-
-def _mlp_token_bytes(table: ModelTable, family: Family, compute_bytes: int, block: int) -> int:
-    num_tensors = _ACTIVATION_TENSORS.get(table.activation, _UNKNOWN_ACTIVATION_TENSORS) + 2 * family.is_gated
-    if block not in table.expert_blocks:
-        return num_tensors * compute_bytes * table.intermediate_size
-    # What each chosen expert gives before its weight, with places and weights; the router's probabilities.
-    expert_bytes = compute_bytes * (num_tensors * table.expert_inner + table.hidden_size) + 64
-    return table.experts_per_token * expert_bytes + 2 * _FP32_BYTES * table.num_experts
 
 
 def boundary_bytes(table: ModelTable, shape: JobShape) -> int:
@@ -314,7 +275,7 @@ def workspace_bytes(table: ModelTable, shape: JobShape) -> int:
         token_bytes = max(8 * inner, 17 * hidden)
     else:
         token_bytes = max(3 * inner, 15 * hidden)
-    if _keeps_scores(table):
+    if keeps_scores(table) or _trains_biases(table, shape):
         # Gradients of probabilities and of scores, in fp32.
         token_bytes += 2 * _FP32_BYTES * table.num_heads * (shape.row_tokens + shape.past_tokens)
     total_bytes = token_bytes * micro_batch_tokens(shape)

@@ -140,17 +140,20 @@ def _adapters(table: ModelTable, method: AdaptersConfig) -> AdapterTable:
                 "use method.type: lora"
             )
     hidden, inner = table.hidden_size, method.bottleneck
-    num = len(family.sublayer_outputs(reads))
-    # What down reads, and what it gives before and after the activation.
-    adapted = BlockAdapter(
-        params=num * (2 * hidden * inner + hidden + inner),
-        rank_sum=num * (hidden + 2 * inner),
-        cast_params=num * 2 * hidden * inner,
-        linears=(),
-    )
-    bare = BlockAdapter(params=0, rank_sum=0, linears=())
+
+    def of(block: int) -> BlockAdapter:
+        in_decoder = block >= table.num_encoder_blocks > 0
+        num = len(family.sublayer_outputs(reads, in_decoder=in_decoder)) if block in chosen else 0
+        return BlockAdapter(
+            params=num * (2 * hidden * inner + hidden + inner),
+            # What down reads, and what it gives before and after the activation.
+            rank_sum=num * (hidden + 2 * inner),
+            cast_params=num * 2 * hidden * inner,
+            linears=(),
+        )
+
     return AdapterTable(
-        blocks=tuple(adapted if index in chosen else bare for index in range(table.num_blocks)),
+        blocks=tuple(map(of, range(table.num_blocks))),
         first_params=0,
         last_params=0,
         size_setting=method.size_setting,
@@ -233,14 +236,24 @@ def _full(table: ModelTable, method: FullConfig) -> AdapterTable:
     """Everything; a tied embedding is held by first and last stage."""
     family = family_of(table.family)
     # A root-mean-square norm keeps what it multiplies with its weight; others have kept it already.
-    norms = family.num_norms * table.hidden_size if family.norm == "rms" else 0
-    if family.qk_norm != "none":
-        norms += (table.num_heads + table.num_kv_heads) * table.head_dim
+    norms = table.hidden_size if family.norm == "rms" else 0
+    qk_norms = (table.num_heads + table.num_kv_heads) * table.head_dim if family.qk_norm != "none" else 0
+    num_encoder_blocks = table.num_encoder_blocks
+    half_starts = (0, num_encoder_blocks) if table.repeated_params else ()
+
+    def of(block: int) -> BlockAdapter:
+        # A decoder's block has one more, before its second attention, and one stands behind an encoder.
+        num_norms = family.num_norms + (num_encoder_blocks - 1 <= block and num_encoder_blocks > 0)
+        return BlockAdapter(
+            params=table.block_params[block] - (table.repeated_params if block in half_starts else 0),
+            rank_sum=num_norms * norms + qk_norms,
+            linears=tuple(linear.name for linear in table.block_linears[block]),
+        )
+
     return AdapterTable(
-        blocks=tuple(
-            BlockAdapter(params=params, rank_sum=norms, linears=tuple(linear.name for linear in linears))
-            for params, linears in zip(table.block_params, table.block_linears, strict=True)
-        ),
+        blocks=tuple(map(of, range(table.num_blocks))),
+        # Tables that all blocks of a half use: every stage may hold both.
+        stage_params=len(half_starts) * table.repeated_params,
         first_params=table.embedding_params,
         last_params=table.final_params + table.head_params,
         tied_params=table.head_params if table.is_tied else 0,

@@ -187,6 +187,7 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
     """
     sizes = _Sizes(config, family)
     shapes = _canonical(tensors, family)
+    sizes.is_tied = sizes.is_tied and not family.has_own_head(config, shapes)
     blocks = _blocks(shapes, family, sizes.get("encoder_blocks", 0))
     num_blocks = sizes["blocks"]
     if len(blocks) != num_blocks or sorted(blocks) != list(range(num_blocks)):

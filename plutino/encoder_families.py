@@ -90,8 +90,9 @@ def _add_decoder_blocks(config: Mapping[str, Any], sizes: dict[str, int]) -> Non
     sizes["blocks"] += sizes.pop("decoder_blocks")
 
 
-_ONE_STACK = ("adapters", "full", "prompt", "prefix", "p_tuning_v2")
-_NOT_IN_TWO_HALVES = dict.fromkeys(_ONE_STACK, "it knows models of one stack of blocks only; use lora")
+_NOT_IN_TWO_HALVES = dict.fromkeys(
+    ("prompt", "prefix", "p_tuning_v2"), "it knows models of one stack of blocks only; use lora or adapters"
+)
 
 
 _T5_INNER = ("wi", "wi_0", "wi_1")

@@ -7,7 +7,7 @@ what its blocks keep for the backward pass. The entries are in ``plutino.familie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -218,6 +218,16 @@ class Family:
         said = True if self.always_tied else config.get("tie_word_embeddings")
         return bool(self.head) and bool(self.is_tied_by_default if said is None else said)
 
+    def has_own_head(self, config: Mapping[str, Any], stored: Collection[str]) -> bool:
+        """Whether a checkpoint of a family that ties by default holds a head of its own, as T5 1.1's do.
+
+        Args:
+            config: values of config.json.
+            stored: names of the checkpoint's tensors.
+        """
+        said_so = self.always_tied and config.get("tie_word_embeddings") is False
+        return said_so and self.head in stored and self.embedding[0] in stored
+
     def num_encoder_blocks(self, config: Mapping[str, Any]) -> int:
         """Blocks of an encoder-decoder's encoder, by the values of config.json; 0 for other models."""
         return int(_first(config, self.config_keys["blocks"])) if self.halves is not None else 0
@@ -254,15 +264,17 @@ class Family:
         parts = linear.split(".")
         return ".".join(parts[-2:]) if parts[-1] in self.named_elsewhere else parts[-1]
 
-    def sublayer_outputs(self, reads: Iterable[str]) -> tuple[str, ...]:
+    def sublayer_outputs(self, reads: Iterable[str], *, in_decoder: bool = False) -> tuple[str, ...]:
         """Linear layers of a block, by name, whose output goes to the hidden states.
 
         Args:
             reads: whose: ATTENTION_OUTPUT, MLP_INNER. A family without such a layer, or where no method can adapt it,
                 has none.
+            in_decoder: of a block of an encoder-decoder's decoder, which has two attentions.
         """
         wanted = frozenset(reads)
-        return tuple(name for name, rule in self.linears.items() if rule.reads in wanted)
+        linears = self.halves.decoder_linears if in_decoder and self.halves is not None else self.linears
+        return tuple(name for name, rule in linears.items() if rule.reads in wanted)
 
     def why_untargetable(self, targets: Iterable[str]) -> str:
         """The end of a sentence that says why no method can adapt some of these names; empty if nothing is known."""

@@ -50,7 +50,7 @@ class BottleneckLayout(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     peft_type: Literal["PLUTINO_BOTTLENECK"] = "PLUTINO_BOTTLENECK"
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"] = "CAUSAL_LM"
     base_model_name_or_path: str | None = None
     modules_to_save: tuple[str, ...] = ()
     """Modules of the base model that were trained whole beside the adapters: a score head."""

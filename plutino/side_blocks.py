@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from plutino.bias_tables import bias_by_own_table, put_table, table_shape
 from plutino.families import Family
 from plutino.family import Kind
 from plutino.side_layout import SideLayout
@@ -75,7 +76,9 @@ def make_side_blocks(layout: SideLayout, family: Family, own_blocks: Sequence[in
     blocks = [block for prefix in prefixes for block in model.get_submodule(prefix.rstrip(".")).children()]
     if family.halves.table:
         for block in blocks:
-            _bias_by_own_table(block, family.halves.table)
+            if family.halves.table not in dict(block.named_parameters()):
+                put_table(block, family.halves.table, torch.zeros(table_shape(block, family.halves.table)))
+            bias_by_own_table(block, family.halves.table)
     return SideBlocks(stacks, tuple(blocks), norm, encoder_norm)
 
 
@@ -86,16 +89,3 @@ def _taken_out(model: nn.Module, prefixes: Sequence[str]) -> nn.Module:
     for name in found:
         model.set_submodule(name, nn.Identity())
     return found.get(names[0], nn.Identity()) if names else nn.Identity()
-
-
-def _bias_by_own_table(block: nn.Module, table: str) -> None:
-    """Let a block's attention make the biases of its scores itself, whatever the block before it hands on."""
-    attention: Any = block.get_submodule(table.rpartition(".")[0].rpartition(".")[0])
-    if not attention.has_relative_attention_bias:
-        attention.has_relative_attention_bias = True
-        attention.relative_attention_bias = nn.Embedding(attention.relative_attention_num_buckets, attention.n_heads)
-
-    def without_the_others(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"position_bias": None}
-
-    attention.register_forward_pre_hook(without_the_others, with_kwargs=True)

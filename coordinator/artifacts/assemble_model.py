@@ -32,6 +32,7 @@ from coordinator.artifacts.shadows import file_sha256
 from coordinator.artifacts.verify_process import Check, VerifyReport, VerifyRequest, run_verify_process
 from coordinator.artifacts.write_model import ModelWriter, TensorPlan
 from plutino.errors import ExportError
+from plutino.families import family_of
 from plutino.hub_id import model_folder
 from plutino.job.objective import ObjectiveConfig
 from plutino.job.spec import JobSpec
@@ -69,10 +70,11 @@ def assemble_model(
         if staging_dir.exists():
             shutil.rmtree(staging_dir)
         staging_dir.mkdir(parents=True)
-        files, sent_sha256 = _write_parts(request, bulk, staging_dir, max_shard_bytes)
+        base_dir = model_folder(spec.model.path)
+        files, sent_sha256 = _write_parts(request, bulk, base_dir, staging_dir, max_shard_bytes)
         # The spec may leave the classes to the data; who ran the probe knows them.
         objective = spec.objective if request.probe is None else request.probe.objective
-        _copy_settings(model_folder(spec.model.path), staging_dir, objective)
+        _copy_settings(base_dir, staging_dir, objective)
         sync_dir(staging_dir)
         checks.append(_check_staged(staging_dir, sent_sha256, len(request.shadows)))
         report = verify(verify_request(request, spec, staging_dir))
@@ -97,7 +99,7 @@ def assemble_model(
 
 
 def _write_parts(
-    request: AssembleRequest, bulk: ShadowExchange, staging_dir: Path, max_shard_bytes: int
+    request: AssembleRequest, bulk: ShadowExchange, base_dir: Path, staging_dir: Path, max_shard_bytes: int
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Write one stage's weights after the other; gives the files, and the sha256 of each tensor as it was sent."""
     writer = ModelWriter(staging_dir, max_shard_bytes=max_shard_bytes)
@@ -120,7 +122,24 @@ def _write_parts(
             f"{len(unknown)} others, first {', '.join((missing + unknown)[:_SHOWN_NAMES])}; nothing was published: a "
             "stage's shadow of this step is missing"
         )
+    _copy_buffers(base_dir, writer)
     return writer.finish(), sent_sha256
+
+
+def _copy_buffers(base_dir: Path, writer: ModelWriter) -> None:
+    """Write what the base's checkpoint holds beside its parameters, which nobody trains: BART's bias of the logits."""
+    family = family_of(json.loads((base_dir / "config.json").read_bytes()).get("model_type"))
+    entries = read_safetensors_headers(base_dir)
+    kept = {name: entries[name] for name in family.stored_buffers if name in entries}
+
+    def read(name: str) -> Iterator[memoryview]:
+        with (base_dir / kept[name].file).open("rb") as file:
+            file.seek(kept[name].start)
+            yield memoryview(file.read(kept[name].end - kept[name].start))
+
+    if kept:
+        plans = [TensorPlan(name, one.dtype, one.shape, one.end - one.start) for name, one in kept.items()]
+        writer.add(plans, read)
 
 
 def _new_tensors(

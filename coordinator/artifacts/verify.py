@@ -101,7 +101,10 @@ def check_tensors(base_dir: Path, adapter_dir: Path, probe: Probe | None = None)
     if _is_model(adapter_dir):
         stored = read_safetensors_headers(adapter_dir)
         found = {name: (entry.shape, entry.dtype) for name, entry in stored.items()}
-        _require_equal_kinds({name: _kind(p) for name, p in base.named_parameters()}, found, "transformers")
+        expected = {name: _kind(parameter) for name, parameter in base.named_parameters()}
+        # Buffers, and a head that its model ties unless the checkpoint has one.
+        expected |= {name: _kind(tensor) for name, tensor in base.state_dict().items() if name in found}
+        _require_equal_kinds(expected, found, "transformers")
         return "stock transformers", f"expects the same {len(found)} tensors with the same shapes and dtypes"
     found = _kinds_in_file(adapter_dir / "adapter_model.safetensors")
     num_parameters = sum(math.prod(shape) for shape, _ in found.values())
@@ -114,8 +117,8 @@ def check_tensors(base_dir: Path, adapter_dir: Path, probe: Probe | None = None)
     # It may name the model on the hub that lies in the folder; peft would look there for the vocabulary's size.
     adapter_config.base_model_name_or_path = str(base_dir)
     model = peft.get_peft_model(base, adapter_config, low_cpu_mem_usage=True)
-    expected = {name: _kind(tensor) for name, tensor in get_peft_model_state_dict(model).items()}
-    _require_equal_kinds(expected, found, "peft")
+    expected_by_peft = {name: _kind(tensor) for name, tensor in get_peft_model_state_dict(model).items()}
+    _require_equal_kinds(expected_by_peft, found, "peft")
     return "stock peft", f"peft {peft.__version__}, on the base without its weights, {same}"
 
 

@@ -164,7 +164,8 @@ class StageExecutor:
             return
         lowest_block = self._unfreezing.lowest_block(step, self.stage.num_blocks)
         self._lowest_stage = max(self._first_trainable_stage, stage_of_block(lowest_block, self.stages))
-        self._trained = freeze_below(self.method.parameters, self.stage.family, lowest_block)
+        num_encoder_blocks = self.stage.num_encoder_blocks
+        self._trained = freeze_below(self.method.parameters, self.stage.family, lowest_block, num_encoder_blocks)
 
     def commit(self, step: int, clip_scale: float) -> None:
         """Apply the gradients of the step that was voted on."""

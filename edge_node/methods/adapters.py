@@ -57,6 +57,7 @@ def attach_adapters(stage: Stage, config: AdaptersConfig, *, seed: int) -> Attac
         activation=config.activation,
         width=int(stage.config.hidden_size),
         layers=layers,
+        task_type="CAUSAL_LM" if stage.family.halves is None else "SEQ_2_SEQ_LM",
     )
     modules = dict(stage.model.named_modules())
     bottlenecks: dict[str, Bottleneck] = {}
@@ -76,13 +77,16 @@ def attach_adapters(stage: Stage, config: AdaptersConfig, *, seed: int) -> Attac
 
 def _adapted_layers(stage: Stage, config: AdaptersConfig) -> tuple[str, ...]:
     """Global names of the adapted layers, over all stages, in the model's order."""
-    chosen = chosen_blocks(config.blocks, stage.num_blocks)
-    names = {read: stage.family.sublayer_outputs((read,)) for read in (ATTENTION_OUTPUT, MLP_INNER)}
+    family, num_encoder_blocks = stage.family, stage.num_encoder_blocks
     wanted = (ATTENTION_OUTPUT, MLP_INNER) if config.placement == "houlsby" else (MLP_INNER,)
-    if not all(names[read] for read in wanted):
+    if not all(family.sublayer_outputs((read,)) for read in wanted):
         raise ConfigError(
-            f"{stage.family.model_type} has no MLP layer that an adapter could follow (its experts share one tensor); "
+            f"{family.model_type} has no MLP layer that an adapter could follow (its experts share one tensor); "
             "use method.type: lora"
         )
-    of_block = tuple(name for read in wanted for name in names[read])
-    return tuple(f"{stage.family.block_prefix}{block}.{name}" for block in chosen for name in of_block)
+    return tuple(
+        f"{family.block_name(block, num_encoder_blocks)}.{name}"
+        for block in chosen_blocks(config.blocks, stage.num_blocks)
+        for read in wanted
+        for name in family.sublayer_outputs((read,), in_decoder=block >= num_encoder_blocks > 0)
+    )

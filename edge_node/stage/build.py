@@ -87,7 +87,8 @@ def build_stage(
     cut_to_stage(model, family, kept_block, end_block, has_lm_head=has_lm_head)
     rebuild_buffers(model)
     bytes_before = source.bytes_read
-    is_tied = bool(family.head) and bool(config.tie_word_embeddings)
+    has_own_head = family.has_own_head(source.config(), source.names())
+    is_tied = bool(family.head) and bool(config.tie_word_embeddings) and not has_own_head
     copies = copied_tables(family, kept_block, end_block, num_encoder_blocks=num_encoder_blocks)
     stored_names = StoredNames(model, source.names(), family, is_tied=is_tied, copies=copies)
     packer = StagePacker(source, stored_names.find, packing, dtype=dtype, device=device, cache=cache)
@@ -131,6 +132,7 @@ def build_stage(
         tensor_names_read=names_read,
         bytes_read=source.bytes_read - bytes_before,
         has_backbone=has_backbone,
+        has_own_head=has_own_head,
     )
 
 

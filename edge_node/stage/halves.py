@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from plutino.bias_tables import put_table, table_shape
 from plutino.families import Family
 from plutino.stand_ins import leave_out
 
@@ -36,13 +38,14 @@ def cut_halves(
     halves = family.halves
     assert halves is not None, "the model has two halves"
     own = {name: nn.ModuleList() for name in (family.block_prefix, halves.decoder_prefix)}
+    dtype = next(model.parameters()).dtype
     for block in range(start_block, end_block):
         name = family.block_name(block, num_encoder_blocks)
         prefix, _, index = name.rpartition(".")
         own_blocks = own[f"{prefix}."]
         module = model.get_submodule(name)
-        if halves.table and not own_blocks:
-            _add_table(module, halves.table, is_first=index == "0")
+        if halves.table and not own_blocks and index != "0":
+            put_table(module, halves.table, torch.empty(table_shape(module, halves.table), dtype=dtype, device="meta"))
         for part in module.modules():
             if hasattr(part, "layer_idx"):
                 part.layer_idx = len(own_blocks)  # type: ignore[assignment]
@@ -58,16 +61,6 @@ def cut_halves(
     leave_out(model, family, () if end_block == num_blocks else family.final)
 
 
-def _add_table(block: nn.Module, table: str, *, is_first: bool) -> None:
-    if is_first:
-        return
-    attention: Any = block.get_submodule(table.rpartition(".")[0].rpartition(".")[0])
-    attention.has_relative_attention_bias = True
-    attention.relative_attention_bias = nn.Embedding(
-        attention.relative_attention_num_buckets, attention.n_heads, device="meta", dtype=attention.q.weight.dtype
-    )
-
-
 def copied_tables(family: Family, start_block: int, end_block: int, *, num_encoder_blocks: int) -> dict[str, str]:
     """Tensor of the stage's first block of either half -> the tensor that it is a copy of, both by global names."""
     halves = family.halves
@@ -75,9 +68,15 @@ def copied_tables(family: Family, start_block: int, end_block: int, *, num_encod
         return {}
     if start_block in (0, num_encoder_blocks) or start_block == end_block:
         return {}  # the first block of a half has its own, and a half that begins later on the stage does so with it
-    first = 0 if start_block < num_encoder_blocks else num_encoder_blocks
-    own, other = (family.block_name(block, num_encoder_blocks) for block in (start_block, first))
-    return {f"{own}.{halves.table}": f"{other}.{halves.table}"}
+    own = f"{family.block_name(start_block, num_encoder_blocks)}.{halves.table}"
+    return {own: table_name(family, start_block, num_encoder_blocks)}
+
+
+def table_name(family: Family, block: int, num_encoder_blocks: int) -> str:
+    """Global name of the table that a block uses: that of its half's first block."""
+    assert family.halves is not None and family.halves.table, "the family has such tables"
+    first = 0 if block < num_encoder_blocks else num_encoder_blocks
+    return f"{family.block_name(first, num_encoder_blocks)}.{family.halves.table}"
 
 
 def run_halves(

@@ -50,6 +50,7 @@ class Stage:
         tensor_names_read: tuple[str, ...],
         bytes_read: int,
         has_backbone: bool = True,
+        has_own_head: bool = False,
     ) -> None:
         self.model = model
         """The transformers model holding only its own parts, under their global names."""
@@ -87,6 +88,7 @@ class Stage:
         self.kept_place: int | None = None
         """See :meth:`keep_below`."""
         self.frozen_prefix: FrozenPrefix | None = None
+        self._has_own_head = has_own_head
         self._tap: BackboneTap | None = None
         self._rounding: list[RemovableHandle] = []
         self._rounded_borders: frozenset[int] = frozenset()
@@ -124,7 +126,7 @@ class Stage:
     @property
     def is_tied(self) -> bool:
         """Whether head and token embedding are one parameter of the model."""
-        return bool(self.family.head) and bool(self.config.tie_word_embeddings)
+        return bool(self.family.head) and bool(self.config.tie_word_embeddings) and not self._has_own_head
 
     @property
     def boundary_width(self) -> int:

@@ -82,6 +82,11 @@ def method_of_adapter(values: Mapping[str, Any], where: str) -> MethodConfig:
     if make is None:
         raise ConfigError(f"{where}: plutino knows no adapters of type {kind}, but {', '.join(sorted(_METHODS))}")
     task = values.get("task_type")
+    if task == "SEQ_2_SEQ_LM":
+        raise ConfigError(
+            f"{where}: the adapter is an encoder-decoder's, whose answers a job gives: set training.init_adapter to "
+            "it, training.steps: 0 and scoring.keep_answers"
+        )
     if task not in (None, "CAUSAL_LM"):
         raise ConfigError(f"{where}: the adapter is for {task}, which answers with scores and not with text")
     try:

@@ -22,7 +22,7 @@ from partitioner.memory import stage_memory
 from partitioner.model import JobShape
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ConfigError
-from plutino.job.method import AdaptersConfig, LoraConfig
+from plutino.job.method import LoraConfig, PrefixConfig
 from plutino.job.objective import Seq2SeqConfig, SftConfig
 from tests.numerics.chain import CUTS
 from tests.numerics.pipelines import assert_same_tensors, make_batches, make_rows, make_spec, pipeline_of, stages_of
@@ -256,10 +256,10 @@ def test_what_encoder_decoders_cannot_do_is_refused_with_the_way_out(folders, na
         pipeline_of(spec_of(folders[name], SftConfig()), stages_of(1)),
     ):
         pass
-    adapters = spec_of(folders[name]).model_copy(update={"method": AdaptersConfig()})
+    prefix = spec_of(folders[name]).model_copy(update={"method": PrefixConfig()})
     with (
-        pytest.raises(ConfigError, match=rf"adapters is not done for {name}.*use lora"),
-        pipeline_of(adapters, stages_of(1)),
+        pytest.raises(ConfigError, match=rf"prefix is not done for {name}.*use lora"),
+        pipeline_of(prefix, stages_of(1)),
     ):
         pass
     with (
