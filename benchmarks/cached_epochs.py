@@ -32,7 +32,7 @@ from benchmarks.model_folder import write_drawn_base
 from benchmarks.peers.workload import Workload
 from benchmarks.stack import PlutinoStack
 from partitioner.plan import Plan
-from plutino.events import JobEvent, JobStateChanged, PlanChanges, PlanMade, StepCommitted, WorkerLoaded
+from plutino.events import JobEvent, JobStateChanged, Moved, PlanChanges, PlanMade, StepCommitted, WorkerLoaded
 from plutino.job.spec import JobSpec
 
 SHAPES = {
@@ -138,6 +138,7 @@ def _figures(
         "cached_over_first": statistics.mean(medians_s[1:]) / medians_s[0] if medians_s[1:] else None,
         "epoch_s": [sum(step.seconds for step in epoch) for epoch in by_epoch],
         "moves_s": moves_s,
+        "moves": [event.model_dump() for _, event in seen if isinstance(event, Moved)],
         "predicted_cached_step_s": plans[0].cached.step_s if plans[0].cached is not None else None,
         "predicted_first_step_s": plans[0].step_s,
         "owners": list(plans[0].cached.owners) if plans[0].cached is not None else None,

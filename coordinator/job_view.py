@@ -214,7 +214,15 @@ class JobView:
             worker.peak_rss_bytes = max(worker.peak_rss_bytes, peak_rss_bytes)
 
 
-_NOTED = (events.StepSkipped, events.WorkerLost, events.Recovering, events.PlanChanges, events.Recovered, events.Notice)
+_NOTED = (
+    events.StepSkipped,
+    events.WorkerLost,
+    events.Recovering,
+    events.PlanChanges,
+    events.Moved,
+    events.Recovered,
+    events.Notice,
+)
 """Events that a person must not overlook while the screen changes."""
 
 
@@ -271,6 +279,12 @@ def told(event: events.JobEvent) -> str | None:
             return f"recovery: {event.decision} at step {event.step}, {event.undone_steps} steps undone: {event.reason}"
         case events.PlanChanges():
             return f"after {event.step} steps the plan changes: {event.reason}"
+        case events.Moved():
+            return (
+                f"moved in {event.seconds:.1f} s ({_seconds(event.seconds_by_part)}; of loading: "
+                f"{_seconds(event.loading_by_part)}); {event.num_went_on} of {event.num_workers} workers went on in "
+                "their processes"
+            )
         case events.Recovered():
             return f"steps run again after {event.seconds:.1f} s"
         case events.Exported():
@@ -279,6 +293,10 @@ def told(event: events.JobEvent) -> str | None:
             return f"{event.level}: {event.text}" if event.level == "warning" else event.text
         case _:
             return None
+
+
+def _seconds(by_part: Mapping[str, float]) -> str:
+    return ", ".join(f"{part} {seconds:.1f}" for part, seconds in by_part.items())
 
 
 def _places(bytes_by_place: Mapping[str, int]) -> str:

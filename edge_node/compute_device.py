@@ -14,7 +14,7 @@ import torch
 from edge_node.guard import keep_heap, limit_data_segment, peak_resident_bytes, release_free_memory, resident_bytes
 from edge_node.hardware import describe_cpu, describe_cuda
 from plutino.errors import AgentError, OutOfMemoryError
-from plutino.sizes import format_size
+from plutino.sizes import MIB, format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,7 @@ class ComputeDevice:
             OutOfMemoryError: the budget is spent already, or is more than the card has.
         """
         if not self.is_cuda:
-            if keeps_heap:
-                keep_heap()
+            keep_heap(is_kept=keeps_heap)
             limit_data_segment(budget_bytes, resident_bytes())
             return
         # The host's memory is not what the budget is about. Without its heap every frame of a message is mapped and
@@ -57,6 +56,18 @@ class ComputeDevice:
                 f"the budget is {format_size(budget_bytes)}, the card has {format_size(total_bytes)}; lower --memory"
             )
         torch.cuda.set_per_process_memory_fraction(budget_bytes / total_bytes, self.torch)
+
+    def check(self, budget_bytes: int, who: str) -> None:
+        """Refuse to go on beyond the budget.
+
+        Raises:
+            OutOfMemoryError: with the numbers.
+        """
+        if (used_bytes := self.held_bytes()) > budget_bytes:
+            raise OutOfMemoryError(
+                f"{who} uses {used_bytes / MIB:.0f} MiB, its budget is {budget_bytes / MIB:.0f} MiB; give the device "
+                "more (--memory), or lower micro_batch_size"
+            )
 
     def release(self) -> None:
         """Give back what is free inside this process."""

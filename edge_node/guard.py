@@ -95,17 +95,19 @@ def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int) -> in
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+SMALLEST_MAPPING_BYTES = 256 * KIB
+"""Blocks from this size on have mappings of their own in a worker that starts."""
 
 
-def keep_heap() -> None:
-    """Let glibc serve blocks of up to 32 MiB from the heap and keep what is freed, from now on.
+def keep_heap(*, is_kept: bool = True) -> None:
+    """Let glibc serve blocks of up to 32 MiB from the heap and keep what is freed, from now on; or no longer.
 
     A step allocates the same sizes as the one before; on the heap their pages are not faulted in anew.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * MIB)
-        mallopt(_M_TRIM_THRESHOLD, 512 * MIB)
+        mallopt(_M_MMAP_THRESHOLD, 32 * MIB if is_kept else SMALLEST_MAPPING_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 512 * MIB if is_kept else 128 * KIB)
 
 
 def release_free_memory() -> None:

@@ -16,6 +16,7 @@ from edge_node.engine.executor import StageExecutor
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.methods.base import AttachedMethod
 from edge_node.methods.reward_adapter import RewardAdapter
+from edge_node.network import DeviceNetwork
 from edge_node.objectives.registry import OBJECTIVES
 from edge_node.sources.opening import drawn_source, open_packed, open_weights
 from edge_node.sources.shared import Progress, SharedWeights
@@ -24,15 +25,37 @@ from edge_node.stage.packed_cache import PackedBlobs, ShippedMatrices
 from edge_node.stage.packing import PackedCache
 from edge_node.stage.stage import Stage
 from edge_node.transport.base import Peer
+from edge_node.transport.peer import PeerTransport
 from edge_node.weights_config import WeightsConfig
 from plutino.job.assignment import WorkerAssignment
 from plutino.security.tls import Credentials
+from plutino.types import JobId
 from plutino.wire.bulk import BulkClient
+from plutino.wire.messages import Bounds
 from protos import workers_pb2 as pb
 
 _PROGRESS_EVERY_S = 0.5
 HELD = "held here"
 """Place of weights that the worker's job before left loaded."""
+
+
+class LoadingClock:
+    """Where the seconds of a worker's loading go, part by part."""
+
+    def __init__(self) -> None:
+        self._started_s = self._last_s = time.monotonic()
+        self.seconds_by_part: dict[str, float] = {}
+
+    @property
+    def total_s(self) -> float:
+        """Of all parts so far."""
+        return self._last_s - self._started_s
+
+    def end(self, part: str) -> None:
+        """A part is over, and the next one begins."""
+        now_s = time.monotonic()
+        self.seconds_by_part[part] = now_s - self._last_s
+        self._last_s = now_s
 
 
 class StageLoading:
@@ -184,11 +207,55 @@ def make_executor(
     )
 
 
-def read_shadows(assignment: WorkerAssignment, bulk: BulkClient, shadows: dict[str, str]) -> dict[str, Tensor]:
-    """Training state by global name, from shadows by id with their sha256."""
+def open_transport(
+    assignment: WorkerAssignment,
+    network: DeviceNetwork,
+    *,
+    bounds: Bounds,
+    is_for_card: bool,
+    on_peer_lost: Callable[[Peer, str], None],
+) -> PeerTransport | None:
+    """A worker's end of its data streams; None: it has no peers.
+
+    Raises:
+        ConfigError: the device's address cannot be listened on.
+        SecurityError: it is not on loopback, and the device has no identity.
+    """
+    if len(assignment.stages) == 1 and assignment.shape.num_replicas == 1:
+        return None
+    return PeerTransport(
+        job_id=JobId(assignment.job_id),
+        plan_epoch=assignment.plan_epoch,
+        own=Peer(assignment.stage_index, assignment.replica_index),
+        listen_address=f"{network.listen_host}:0",
+        credentials=network.credentials(),
+        advertised_host=network.advertised_host,
+        bounds=bounds,
+        is_for_card=is_for_card,
+        on_peer_lost=on_peer_lost,
+    )
+
+
+def read_shadows(
+    assignment: WorkerAssignment,
+    bulk: BulkClient,
+    shadows: Mapping[str, str],
+    kept: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Training state by global name, from shadows by id with their sha256.
+
+    Args:
+        assignment: whose state it is.
+        bulk: has all of them.
+        shadows: which hold the state.
+        kept: those that this process has in memory, by their sha256.
+    """
     tensors: dict[str, Tensor] = {}
     for shadow_id, sha256 in shadows.items():
-        tensors |= load_safetensors(bytes(bulk.get_shadow(assignment.job_id, shadow_id, sha256)))
+        found = kept.get(sha256)
+        tensors |= (
+            load_safetensors(bytes(bulk.get_shadow(assignment.job_id, shadow_id, sha256))) if found is None else found
+        )
     return tensors
 
 

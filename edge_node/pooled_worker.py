@@ -35,7 +35,7 @@ class PooledWorker:
     """Whom it works for; None while it is a spare."""
     budget_bytes: int = 0
     held_key: str = ""
-    """Key of the stage that it holds while it waits for the next job of that key."""
+    """Key of the stage that it holds while it waits for the next job of that key, or of its job (:func:`job_key`)."""
     held_until_s: float = 0.0
     profiles: deque[AskedProfile] = field(default_factory=deque)
     """Requests it has not answered, in the order it got them."""
@@ -65,10 +65,15 @@ def spare_of(workers: Collection[PooledWorker]) -> PooledWorker | None:
     return next((worker for worker in workers if worker.is_spare), None)
 
 
-def holder_of(stage_key: str, workers: Collection[PooledWorker]) -> PooledWorker | None:
-    """The one that waits with that stage loaded."""
-    holders = (worker for worker in workers if worker.held_key == stage_key and not worker.is_ending)
-    return next(holders, None) if stage_key else None
+def job_key(job_id: str) -> str:
+    """Under which a process waits for its part in a job's next plan."""
+    return f"job {job_id}"
+
+
+def holder_of(key: str, workers: Collection[PooledWorker]) -> PooledWorker | None:
+    """The one that waits with that stage loaded, or for that job's next plan."""
+    holders = (worker for worker in workers if worker.held_key == key and not worker.is_ending)
+    return next(holders, None) if key else None
 
 
 def promised_bytes(workers: Collection[PooledWorker]) -> list[int]:

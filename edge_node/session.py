@@ -6,7 +6,6 @@ are uploaded on a thread of their own.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 
@@ -16,22 +15,36 @@ from edge_node.activation_cache.stage_cache import StageCache
 from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.control import ControlStream
 from edge_node.engine.executor import StageExecutor
+from edge_node.going_on import KeptState, keep_state
 from edge_node.inbox import CommandTask, Inbox, UnitTask
-from edge_node.loading import StageLoading, make_executor, open_activations, open_reward_adapter, read_shadows
+from edge_node.loading import (
+    LoadingClock,
+    StageLoading,
+    make_executor,
+    open_activations,
+    open_reward_adapter,
+    open_transport,
+    read_shadows,
+)
 from edge_node.methods.score_head import attach_method
 from edge_node.network import DeviceNetwork
 from edge_node.shadowing import ShadowWriter
 from edge_node.stage.resident import ResidentStage
-from edge_node.stage.stage import Stage
-from edge_node.stage.verify import part_difference
 from edge_node.transport.base import Peer, UnitCancelledError
 from edge_node.transport.peer import PeerTransport
 from edge_node.unit_bounds import UnitBounds
 from edge_node.weights_config import WeightsConfig
-from edge_node.worker_reports import as_plutino_error, generated_rows, step_trace, step_vote
-from plutino.errors import OutOfMemoryError, PeerLostError
+from edge_node.worker_reports import (
+    as_plutino_error,
+    generated_rows,
+    part_verified,
+    stage_loaded,
+    step_trace,
+    step_vote,
+)
+from plutino.errors import PeerLostError
 from plutino.job.assignment import WorkerAssignment
-from plutino.types import JobId, Unit, UnitKind
+from plutino.types import Unit, UnitKind
 from plutino.wire.bulk import BulkClient
 from plutino.wire.convert import row_values_to_proto, unit_to_proto, worker_to_proto
 from protos import workers_pb2 as pb
@@ -49,8 +62,12 @@ class WorkerSession:
         weights: WeightsConfig | None = None,
         device: ComputeDevice = CPU,
         resident: ResidentStage | None = None,
+        kept: KeptState | None = None,
     ) -> None:
-        """``resident`` is a stage that an earlier job left here; one of another key is not used."""
+        """``resident`` is a stage that an earlier job left here; one of another key is not used.
+
+        ``kept`` is what this process trained under the job's plan before.
+        """
         self._assignment = assignment
         self._held = resident if resident is not None and resident.key == assignment.stage_key else None
         self._resident: ResidentStage | None = None
@@ -58,6 +75,9 @@ class WorkerSession:
         self._network = network or DeviceNetwork()
         self._credentials = self._network.credentials()
         self._weights_config = weights or WeightsConfig()
+        self._kept = kept
+        self.goes_on = False
+        """The process has a part in the job's next plan."""
         self._end_reason: str | None = None
         self._me = Peer(assignment.stage_index, assignment.replica_index)
         self._next_step = assignment.restore.step if assignment.restore else 0
@@ -126,6 +146,7 @@ class WorkerSession:
             if self._activations is not None:
                 self._activations.close()
             self._shadows.close()
+            self._bulk.close()
             self._control.close()
             if self._transport is not None:
                 self._transport.close()
@@ -137,61 +158,63 @@ class WorkerSession:
             return None
         return resident
 
+    def take_state(self) -> KeptState | None:
+        """After :meth:`run`, instead of :meth:`take_stage`: what was trained, if the process goes on with the job."""
+        executor, self._executor, self._resident = self._executor, None, None
+        if not self.goes_on or executor is None or not self._is_loaded:
+            return None
+        return keep_state(self._assignment.job_id, executor.optimizer.snapshot())
+
     # ---- loading ----
 
     def _load(self) -> None:
-        started_s = time.monotonic()
+        clock = LoadingClock()
         assignment = self._assignment
         spec = assignment.spec
         held, self._held = self._held, None
         stage = self._loading.build() if held is None else held.stage
+        clock.end("weights")
         self._resident = held or ResidentStage(stage, assignment.stage_key)
         self._bounds.vocab_size = int(stage.config.vocab_size)
         method = attach_method(stage, spec)
         if (initial := assignment.initial) is not None:
             stored = self._bulk.get_shadow(assignment.job_id, initial.shadow_id, initial.sha256)
             method.load(load_safetensors(bytes(stored)))
+        clock.end("adapter")
         self._activations = open_activations(assignment, self._weights_config, self._device, stage)
         self._executor = make_executor(assignment, stage, method, self._me, self._activations)
         self._executor.reward_adapter = open_reward_adapter(assignment, stage, self._bulk)
-        self._transport = self._open_transport(stage)
+        self._transport = open_transport(
+            assignment,
+            self._network,
+            bounds=self._bounds.of_messages(stage.boundary_width, self._executor.largest_gradient_bytes),
+            is_for_card=self._device.is_cuda,
+            on_peer_lost=self._on_peer_lost,
+        )
         if self._transport is not None:
             self._executor.use(self._transport)
+        clock.end("cache")
         if assignment.restore is not None:
             self._restore(assignment.restore.shadows)
+        went_on, self._kept = self._kept is not None, None
+        clock.end("state")
         self._check_memory()
         self._is_loaded = True
-        loaded = pb.StageLoaded(
-            bytes_read=stage.bytes_read if held is None else 0,
-            tensors_read=stage.tensors_read if held is None else 0,
-            seconds=time.monotonic() - started_s,
+        loaded = stage_loaded(
+            stage,
+            method,
+            clock,
+            is_resident=held is not None,
+            went_on=went_on,
             rss_bytes=self._device.held_bytes(),
-            parameter_names=[p.name for p in method.parameters],
-            trainable_parameters=sum(p.uses[0][1].numel() for p in method.parameters),
             data_address="" if self._transport is None else self._transport.address,
-            adapter_config_json=json.dumps(method.peft_config(), sort_keys=True),
             bytes_by_place=self._loading.bytes_by_place(stage),
         )
         self._send(pb.WorkerEvent(loaded=loaded), keep_as="loaded")
 
-    def _open_transport(self, stage: Stage) -> PeerTransport | None:
-        assignment = self._assignment
-        if len(assignment.stages) == 1 and assignment.shape.num_replicas == 1:
-            return None
-        return PeerTransport(
-            job_id=JobId(assignment.job_id),
-            plan_epoch=assignment.plan_epoch,
-            own=self._me,
-            listen_address=f"{self._network.listen_host}:0",
-            credentials=self._credentials,
-            advertised_host=self._network.advertised_host,
-            bounds=self._bounds.of_messages(stage.boundary_width, self.executor.largest_gradient_bytes),
-            is_for_card=self._device.is_cuda,
-            on_peer_lost=self._on_peer_lost,
-        )
-
     def _restore(self, shadows: dict[str, str]) -> None:
-        self.executor.optimizer.restore(read_shadows(self._assignment, self._bulk, shadows))
+        kept = {} if self._kept is None else self._kept.by_sha256
+        self.executor.optimizer.restore(read_shadows(self._assignment, self._bulk, shadows, kept))
 
     @property
     def executor(self) -> StageExecutor:
@@ -299,9 +322,7 @@ class WorkerSession:
 
     def _verify(self, request: pb.VerifyPart) -> None:
         data = self._bulk.get_shadow(self._assignment.job_id, request.shadow_id, request.sha256)
-        published = load_safetensors(bytes(data))
-        difference = part_difference(self.executor.stage, self.executor.method, published)
-        verified = pb.PartVerified(request_id=request.request_id, largest_difference=difference)
+        verified = part_verified(self.executor, request.request_id, load_safetensors(bytes(data)))
         self._send(pb.WorkerEvent(part_verified=verified), keep_as="part_verified")
 
     # ---- callbacks of other threads ----
@@ -328,6 +349,8 @@ class WorkerSession:
                     # Also where the unit is not being run: a neighbour may have sent tensors of it already.
                     self._transport.cancel(unit)
             case "finish":
+                # A later word that the plan is over takes nothing back.
+                self.goes_on |= command.finish.goes_on
                 self.end(command.finish.reason)
             case _:
                 self._inbox.command(command)
@@ -352,10 +375,4 @@ class WorkerSession:
         self._control.send(event, keep_as=keep_as)
 
     def _check_memory(self) -> None:
-        used_bytes = self._device.held_bytes()
-        budget_bytes = self._assignment.memory_budget_bytes
-        if used_bytes > budget_bytes:
-            raise OutOfMemoryError(
-                f"stage {self._assignment.stage_index} uses {used_bytes / 2**20:.0f} MiB, its budget is "
-                f"{budget_bytes / 2**20:.0f} MiB; give the device more (--memory), or lower micro_batch_size"
-            )
+        self._device.check(self._assignment.memory_budget_bytes, f"stage {self._assignment.stage_index}")

@@ -3,7 +3,8 @@
 Its agent starts it before there is a job, because importing torch and transformers takes seconds. It speaks with the
 agent in JSON lines: commands on stdin, answers on a descriptor of their own (libraries print to stdout). When the
 agent ends, stdin ends, and so does the worker. Where the job asks for it, the worker says that it is idle instead of
-ending, keeps the stage as it was loaded, and runs the next job of the same stage; its agent bounds how long.
+ending, keeps the stage as it was loaded, and runs the next job of the same stage. At a move of its job it gives the
+stage back, keeps what it trained, and runs its part of the next plan. Its agent bounds how long it waits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import queue
 import sys
 import threading
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from edge_node.network import DeviceNetwork
@@ -25,9 +27,26 @@ from plutino.versions import installed_versions
 
 if TYPE_CHECKING:
     from edge_node.compute_device import ComputeDevice
+    from edge_node.going_on import KeptState
     from edge_node.stage.resident import ResidentStage
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What a process that goes on has of its job before; one of the two."""
+
+    stage: ResidentStage | None = None
+    state: KeptState | None = None
+
+    def take(self, assignment: WorkerAssignment) -> tuple[ResidentStage | None, KeptState | None]:
+        """What the job has a use for; all else is given back before its stage is loaded."""
+        stage, state = self.stage, self.state
+        self.stage = self.state = None
+        if stage is not None and stage.key != assignment.stage_key:
+            stage = None
+        return stage, state if state is not None and state.job_id == assignment.job_id else None
 
 
 class _Events:
@@ -60,8 +79,9 @@ def main() -> int:
         raise
     events.send(ready=ready)
     commands = _Commands()
-    resident: ResidentStage | None = None
-    while (command := commands.take()) is not None:
+    code = 0
+    kept: _Kept | None = _Kept()
+    while kept is not None and (command := commands.take()) is not None:
         if "profile" in command:
             events.send(profile=_profile(command["profile"], device))
         elif "assign" in command:
@@ -69,14 +89,12 @@ def main() -> int:
             weights = WeightsConfig.from_json(command.get("weights", {}))
             assignment = WorkerAssignment.model_validate(command["assign"])
             commands.end_process_with_agent()
-            if resident is not None and resident.key != assignment.stage_key:
-                resident = None  # given back before this job's stage is loaded
-            code, resident = _run_job(assignment, network, weights, device, events, resident)
-            if resident is None:
-                return code
+            code, kept = _run_job(
+                assignment, network, weights, device, events, kept, baseline_bytes=ready["baseline_bytes"]
+            )
         else:
             raise AgentError(f"unknown command from the agent: {sorted(command)}")
-    return 0
+    return code
 
 
 class _Commands:
@@ -153,11 +171,14 @@ def _run_job(
     weights: WeightsConfig,
     device: ComputeDevice,
     events: _Events,
-    resident: ResidentStage | None,
-) -> tuple[int, ResidentStage | None]:
-    """Run a job to its end; gives the exit code, and the stage if the worker shall wait with it for another job."""
+    kept: _Kept,
+    *,
+    baseline_bytes: int,
+) -> tuple[int, _Kept | None]:
+    """Run a job to its end; gives the exit code, and what the worker shall wait with, if it shall."""
     import torch
 
+    from edge_node.going_on import WAITS_S, gives_back
     from edge_node.guard import reset_peak
     from edge_node.session import WorkerSession
 
@@ -165,7 +186,8 @@ def _run_job(
     reset_peak()
     try:
         device.hold_to(assignment.memory_budget_bytes, keeps_heap=assignment.keeps_heap)
-        session = WorkerSession(assignment, network, weights, device, resident)
+        # The session alone holds what was kept, and lets go of it once it is loaded.
+        session = WorkerSession(assignment, network, weights, device, *kept.take(assignment))
         reason = session.run()
     except PlutinoError as error:
         logger.error("%s", error)
@@ -177,14 +199,19 @@ def _run_job(
         reason = f"{type(error).__name__}: {error}"
         events.send(exiting={"reason": reason, "out_of_memory": False, "error": type(error).__name__})
         return 1, None
-    kept = session.take_stage()
-    del session
-    if kept is None:
-        events.send(exiting={"reason": reason, "out_of_memory": False, "error": ""})
-        return 0, None
-    device.release()
-    events.send(idle={"stage_key": kept.key, "keeps_stage_s": assignment.keeps_stage_s, "reason": reason})
-    return 0, kept
+    if session.goes_on:
+        state = session.take_state()
+        del session
+        if state is not None and gives_back(device, baseline_bytes, state.num_bytes):
+            events.send(going_on={"waits_s": WAITS_S, "reason": reason})
+            return 0, _Kept(state=state)
+    elif (stage := session.take_stage()) is not None:
+        del session
+        device.release()
+        events.send(idle={"stage_key": stage.key, "keeps_stage_s": assignment.keeps_stage_s, "reason": reason})
+        return 0, _Kept(stage)
+    events.send(exiting={"reason": reason, "out_of_memory": False, "error": ""})
+    return 0, None
 
 
 if __name__ == "__main__":

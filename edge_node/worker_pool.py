@@ -13,23 +13,21 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 from edge_node.guard import read_usage
 from edge_node.pool_config import PoolConfig, Readiness
+from edge_node.pool_profiles import PoolProfiles
 from edge_node.pool_reports import PoolReports, worker_id
 from edge_node.pooled_worker import (
-    AskedProfile,
     PooledWorker,
     holder_of,
+    job_key,
     promised_bytes,
     read_assignment,
     refuse_too_large,
     spare_of,
     worker_of,
 )
-from edge_node.processors import processor_quota, processors_of
-from edge_node.profile_book import ProfileBook
 from edge_node.state_dir import StateDir, log_tail, rotate_log
 from edge_node.supervision import (
     NOT_STARTED_EXIT_CODE,
@@ -70,11 +68,11 @@ class WorkerPool:
         self._config = config
         self._state_dir = state_dir
         self._reports = PoolReports(report)
+        self._profiles = PoolProfiles(config, state_dir, self._reports, lambda: self.readiness)
         self._clock = clock
         self._workers: dict[PooledWorker, asyncio.Task[None]] = {}
         self._jobs_run: set[str] = set()
         self._readiness: Readiness | None = None
-        self._book: ProfileBook | None = None
         self._changed = asyncio.Event()
         self._crash: BaseException | None = None
         self._last_start_s = clock()
@@ -141,7 +139,7 @@ class WorkerPool:
             for worker in list(self._workers):
                 self._enforce_budget(worker)
                 if worker.held_key and self._clock() >= worker.held_until_s:
-                    self._begin_stop(worker, "no further job came for the stage that it held")
+                    self._begin_stop(worker, "nothing came for what it held")
                 rotate_log(worker.log_path)
             await self._keep_spare()
 
@@ -157,7 +155,7 @@ class WorkerPool:
         try:
             budget_bytes, stage_key = read_assignment(assignment_json)
             self._refuse_stale(ref)
-            holder = holder_of(stage_key, self._workers)
+            holder = holder_of(stage_key, self._workers) or holder_of(job_key(ref.job_id), self._workers)
             await self._clear_for(ref, holder)
             refuse_too_large(budget_bytes, holder, self._workers, self._config.memory_budget_bytes)
             worker = holder or spare_of(self._workers) or await self._start_process()
@@ -188,8 +186,7 @@ class WorkerPool:
         """Report what was kept for such a request, or else let the spare measure; or why there is no answer."""
         try:
             request = dict(json.loads(request_json))
-            if (kept := self._profile_book().find(request)) is not None:
-                self._reports.profile(request_id, timings_json=json.dumps(kept), is_kept=True)
+            if self._profiles.answer_kept(request_id, request):
                 return
             if (spare := spare_of(self._workers)) is None:
                 await self._end_holders(f"memory is needed to measure {request_id}")
@@ -197,8 +194,7 @@ class WorkerPool:
         except (ValueError, TypeError, AgentError, OSError) as error:
             self._reports.profile(request_id, error=f"not measured: {error}")
             return
-        spare.profiles.append(AskedProfile(request_id, request, is_undisturbed=not self.running()))
-        spare.process.send({"profile": request})
+        self._profiles.ask(spare, request_id, request, is_undisturbed=not self.running())
 
     async def end(self, reason: str) -> None:
         """End all workers; returns when every process is reaped."""
@@ -266,11 +262,14 @@ class WorkerPool:
                     )
                 self._changed.set()
             case {"profile": dict(result)} if worker.profiles:
-                self._on_profile(worker.profiles.popleft(), result)
+                self._profiles.take(worker.profiles.popleft(), result, is_undisturbed=not self.running())
             case {
                 "idle": {"stage_key": str(key), "keeps_stage_s": (int() | float()) as keeps_s, "reason": str(reason)}
             }:
-                self._hold_stage(worker, key, float(keeps_s), reason)
+                self._hold(worker, key, keeps_s, f"{reason}; it holds its stage for {keeps_s:.0f} s")
+            case {"going_on": {"waits_s": (int() | float()) as waits_s, "reason": str(reason)}} if worker.ref:
+                text = f"{reason}; its process waits {waits_s:.0f} s for the job's next plan"
+                self._hold(worker, job_key(worker.ref.job_id), waits_s, text)
             case {"exiting": dict(said)}:
                 worker.exiting = Exiting(
                     reason=str(said["reason"]),
@@ -280,35 +279,12 @@ class WorkerPool:
             case _:
                 raise ValueError(f"unexpected event {str(event)[:200]}")
 
-    def _on_profile(self, asked: AskedProfile, result: dict[str, Any]) -> None:
-        if "timings" not in result:
-            self._reports.profile(asked.request_id, error=str(result["error"]))
-            return
-        timings = result["timings"]
-        # Beside a job's worker everything takes longer; the next job may find the device idle.
-        if asked.is_undisturbed and not self.running():
-            self._profile_book().keep(asked.request, timings)
-        self._reports.profile(asked.request_id, timings_json=json.dumps(timings))
-
-    def _profile_book(self) -> ProfileBook:
-        if self._book is None:
-            told, config = self.readiness, self._config
-            machine = {
-                "versions": told.versions,
-                "arithmetic": told.hardware.arithmetic,
-                "device": config.device,
-                "processors": processors_of(config.device),
-                "processor_quota": processor_quota(),
-            }
-            self._book = ProfileBook(self._state_dir.path / "profiles.json", machine)
-        return self._book
-
-    def _hold_stage(self, worker: PooledWorker, key: str, keeps_s: float, reason: str) -> None:
+    def _hold(self, worker: PooledWorker, key: str, waits_s: float, reason: str) -> None:
         if worker.ref is None or worker.is_ending:
             return  # it was told to end meanwhile, and its exit is reported then
         ref, worker.ref = worker.ref, None
-        worker.held_key, worker.held_until_s = key, self._clock() + keeps_s
-        self._reports.exited(ref, 0, f"{reason}; it holds its stage for {keeps_s:.0f} s", out_of_memory=False)
+        worker.held_key, worker.held_until_s = key, self._clock() + waits_s
+        self._reports.exited(ref, 0, reason, out_of_memory=False)
         self._changed.set()
 
     def _on_spare_lost(self, reason: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_node.guard import SMALLEST_MAPPING_BYTES
 from plutino.sizes import MIB
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ Event = dict[str, Any]
 _MAX_EVENT_BYTES = MIB
 _DRAIN_S = 1.0
 
-MALLOC_TUNABLES = "glibc.malloc.mmap_threshold=262144"
+MALLOC_TUNABLES = f"glibc.malloc.mmap_threshold={SMALLEST_MAPPING_BYTES}"
 """Gives every block of 256 KiB or more its own mapping and gives it back when freed, so that resident memory is what
 tensors take. On the heap, glibc 2.36 cannot put an aligned block into a hole of its own size: resident memory grew to
 twice the live tensors (measured, 172 MiB live: 179 MiB so, 351 MiB with a threshold of 32 MiB, for 30 % more

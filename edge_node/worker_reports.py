@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from edge_node.activation_cache.stage_cache import CacheCounts, StageCache
 from edge_node.compute_device import ComputeDevice
@@ -13,6 +16,10 @@ from edge_node.engine.generate import GenerateOptions, generate
 from edge_node.engine.recorder import StepRecorder
 from edge_node.engine.unit import StepOutcome
 from edge_node.inbox import UnitTask
+from edge_node.loading import LoadingClock
+from edge_node.methods.base import AttachedMethod
+from edge_node.stage.stage import Stage
+from edge_node.stage.verify import part_difference
 from edge_node.transport.peer import PeerTransport
 from partitioner.trace import SpanKind
 from plutino.errors import OutOfMemoryError
@@ -20,6 +27,50 @@ from plutino.job.assignment import WorkerAssignment
 from protos import workers_pb2 as pb
 
 _KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
+
+
+def stage_loaded(
+    stage: Stage,
+    method: AttachedMethod,
+    clock: LoadingClock,
+    *,
+    is_resident: bool,
+    went_on: bool,
+    rss_bytes: int,
+    data_address: str,
+    bytes_by_place: Mapping[str, int],
+) -> pb.StageLoaded:
+    """A worker holds its stage.
+
+    Args:
+        stage: with its method attached.
+        method: what is trained.
+        clock: where the seconds went.
+        is_resident: an earlier job had loaded the stage.
+        went_on: the worker's process has the job's plan before behind it.
+        rss_bytes: what the device's memory holds of it now.
+        data_address: where peers reach the worker; empty without any.
+        bytes_by_place: where the weights came from.
+    """
+    return pb.StageLoaded(
+        bytes_read=0 if is_resident else stage.bytes_read,
+        tensors_read=0 if is_resident else stage.tensors_read,
+        seconds=clock.total_s,
+        seconds_by_part=clock.seconds_by_part,
+        went_on=went_on,
+        rss_bytes=rss_bytes,
+        parameter_names=[p.name for p in method.parameters],
+        trainable_parameters=sum(p.uses[0][1].numel() for p in method.parameters),
+        data_address=data_address,
+        adapter_config_json=json.dumps(method.peft_config(), sort_keys=True),
+        bytes_by_place=bytes_by_place,
+    )
+
+
+def part_verified(executor: StageExecutor, request_id: str, published: Mapping[str, Tensor]) -> pb.PartVerified:
+    """How far a stage's outputs with the published part are from those with its live part."""
+    difference = part_difference(executor.stage, executor.method, published)
+    return pb.PartVerified(request_id=request_id, largest_difference=difference)
 
 
 def step_vote(

@@ -214,6 +214,24 @@ class PlanChanges(JobEvent):
     """What goes from whom to whom, why, and what it gains."""
 
 
+class Moved(JobEvent):
+    """A job that changed its plan runs again."""
+
+    step: int
+    """Steps done."""
+    plan_epoch: int
+    """Of the new plan."""
+    seconds: float
+    """From the decision to the first step."""
+    seconds_by_part: Mapping[str, float]
+    """store (the state made durable), stop (workers give their stages back), plan, load, link."""
+    loading_by_part: Mapping[str, float]
+    """Of the worker that loaded longest: weights, adapter, cache, state."""
+    num_went_on: int
+    """Workers whose process had run the plan before; the others' were started."""
+    num_workers: int
+
+
 class Recovered(JobEvent):
     """Steps run again after a loss."""
 
@@ -280,6 +298,7 @@ EVENTS: dict[str, type[JobEvent]] = {
     "WorkerLost": WorkerLost,
     "Recovering": Recovering,
     "PlanChanges": PlanChanges,
+    "Moved": Moved,
     "Recovered": Recovered,
     "Exported": Exported,
     "Usage": Usage,

@@ -172,6 +172,26 @@ class StageLoaded(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SecondsByPartEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     BYTES_READ_FIELD_NUMBER: _builtins.int
     TENSORS_READ_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
@@ -181,6 +201,8 @@ class StageLoaded(_message.Message):
     ADAPTER_CONFIG_JSON_FIELD_NUMBER: _builtins.int
     DATA_ADDRESS_FIELD_NUMBER: _builtins.int
     BYTES_BY_PLACE_FIELD_NUMBER: _builtins.int
+    SECONDS_BY_PART_FIELD_NUMBER: _builtins.int
+    WENT_ON_FIELD_NUMBER: _builtins.int
     bytes_read: _builtins.int
     tensors_read: _builtins.int
     seconds: _builtins.float
@@ -190,6 +212,8 @@ class StageLoaded(_message.Message):
     """adapter_config.json of the whole model's adapter, as peft writes it."""
     data_address: _builtins.str
     """Where peers reach the worker's data stream, host:port; empty for a job of one worker."""
+    went_on: _builtins.bool
+    """Its process ran the worker of the plan before."""
     @_builtins.property
     def parameter_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Global names of the trainable parameters this stage holds, sorted; StepReady's numbers follow this order."""
@@ -197,6 +221,10 @@ class StageLoaded(_message.Message):
     @_builtins.property
     def bytes_by_place(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Where the weights' bytes came from: folder, cache, hub, coordinator, or a device's name."""
+
+    @_builtins.property
+    def seconds_by_part(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the worker did in those seconds: weights, adapter, cache, state."""
 
     def __init__(
         self,
@@ -210,10 +238,12 @@ class StageLoaded(_message.Message):
         adapter_config_json: _builtins.str = ...,
         data_address: _builtins.str = ...,
         bytes_by_place: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        seconds_by_part: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        went_on: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config_json", b"adapter_config_json", "bytes_by_place", b"bytes_by_place", "bytes_read", b"bytes_read", "data_address", b"data_address", "parameter_names", b"parameter_names", "rss_bytes", b"rss_bytes", "seconds", b"seconds", "tensors_read", b"tensors_read", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config_json", b"adapter_config_json", "bytes_by_place", b"bytes_by_place", "bytes_read", b"bytes_read", "data_address", b"data_address", "parameter_names", b"parameter_names", "rss_bytes", b"rss_bytes", "seconds", b"seconds", "seconds_by_part", b"seconds_by_part", "tensors_read", b"tensors_read", "trainable_parameters", b"trainable_parameters", "went_on", b"went_on"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1165,20 +1195,24 @@ Global___VerifyPart: _TypeAlias = VerifyPart  # noqa: Y015
 
 @_typing.final
 class Finish(_message.Message):
-    """End the process in good order."""
+    """End the worker in good order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    GOES_ON_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    goes_on: _builtins.bool
+    """Its process gives back the stage, keeps what it trained, and waits for its part in the job's next plan."""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        goes_on: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goes_on", b"goes_on", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

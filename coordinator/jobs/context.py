@@ -14,6 +14,7 @@ from coordinator.artifacts.traces import TraceStore
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.events import Event
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow
+from coordinator.jobs.move_times import LINK, MoveTimes
 from coordinator.jobs.record import JobRecord
 from coordinator.jobs.recovery import Shadow, durable_steps
 from coordinator.jobs.runner_link import RunnerLink
@@ -77,6 +78,8 @@ class JobContext:
         self.coordinator_address = coordinator_address
         self.bulk_address = bulk_address
         self._on_events = on_events
+        self.move_times: MoveTimes | None = None
+        """Set while the job moves to another plan and no worker has failed."""
         self.trial = trial
         """What the job shares with the other trials of its sweep; None: it is no trial."""
         self._serials: list[int] = []
@@ -131,6 +134,19 @@ class JobContext:
         """A worker as people know it."""
         device_name = self.plan.stages[ref.stage_index].device_names[ref.replica_index]
         return WorkerName(stage_index=ref.stage_index, replica_index=ref.replica_index, device_name=device_name)
+
+    def end_move_part(self, part: str) -> None:
+        """A part of a move is over; nothing happens while the job does not move."""
+        if self.move_times is not None:
+            self.move_times.end(part)
+
+    async def end_move(self) -> None:
+        """The new plan's workers are loaded and linked; tell people what a move cost, if this was one."""
+        if (times := self.move_times) is not None:
+            times.end(LINK)
+            loaded = [status.loaded for status in self.workers.statuses if status.loaded is not None]
+            self.move_times = None
+            await self.tell(times.told(self.record.plan_epoch, loaded))
 
     async def apply(
         self,

@@ -24,6 +24,7 @@ from coordinator.jobs.exporting import export
 from coordinator.jobs.interrupts import CancelWish, Interrupt, Interrupts, Loss, PauseWish, ResumeWish
 from coordinator.jobs.job_scheduling import Scheduling
 from coordinator.jobs.lineage import judge_evaluations
+from coordinator.jobs.move_times import PLAN, STOP
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.phases import Phases
 from coordinator.jobs.placing import ensure_workers, present_workers, stop_workers
@@ -169,13 +170,16 @@ class JobDriver:
                         await self.context.tell(_data_read(prepared))
                         return events.DataPrepared(total_steps=prepared.total_steps)
                 case commands.StopWorkers(before_epoch=epoch):
-                    await stop_workers(self.context, before_epoch=epoch, reason="its plan epoch is over")
+                    is_moving, reason = self.context.move_times is not None, "its plan epoch is over"
+                    await stop_workers(self.context, before_epoch=epoch, reason=reason, go_on=is_moving)
+                    self.context.end_move_part(STOP)
                 case commands.ReleaseReservation():
                     await asyncio.wrap_future(self.context.store.release(self.context.job_id))
                     self._queue.kick()
                 case commands.Replan():
                     assert prepared is not None
                     await self._scheduling.place(prepared)
+                    self.context.end_move_part(PLAN)
                     return None
                 case commands.StartWorkers(restore_step=restore_step):
                     if (event := await self._start_workers(restore_step)) is not None:
@@ -206,6 +210,7 @@ class JobDriver:
             self._replanner.loading = loading
         if not is_loading:
             return None
+        await self.context.end_move()
         if self._lost_at_s is not None:
             record = self.context.record
             seconds = time.monotonic() - self._lost_at_s
@@ -246,6 +251,7 @@ class JobDriver:
             await self._fail(loss.reason)
             return
         self._lost_at_s = self._lost_at_s or time.monotonic()
+        context.move_times = None
         self._scheduling.last_loss = loss.reason
         self._replanner.stop()
         self._phases.forget()

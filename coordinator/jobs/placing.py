@@ -12,6 +12,7 @@ from coordinator.artifacts.offered_adapters import offer_initial_adapter, offer_
 from coordinator.crash_points import crash_point
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.move_cost import LoadingTimes, StageLoad
+from coordinator.jobs.move_times import LOAD
 from coordinator.jobs.offering import offer_base
 from coordinator.jobs.phases import entry_owners
 from coordinator.jobs.prepared import for_devices
@@ -35,7 +36,7 @@ from protos import workers_pb2 as pb
 logger = logging.getLogger(__name__)
 
 KEEP_TIMEOUT_S = 3.0
-"""A worker that shall keep its stage has so long to say that it does, before it is ended after all."""
+"""A worker that shall keep its stage, or go on, has so long to say that it does, before it is ended after all."""
 STOP_TIMEOUT_S = 4.0
 """An agent ends a worker within 2 s, by force if it must; the job's end waits this long for its word."""
 LOAD_STALLED_S = 600.0
@@ -66,6 +67,7 @@ async def ensure_workers(context: JobContext, *, restore_step: int) -> tuple[tup
     asked: set[WorkerRef] = set()
     started_s = time.monotonic()
     await _load_all(context, refs, assignments, asked)
+    context.end_move_part(LOAD)
     await _link(context)
     total_s = time.monotonic() - started_s
     for status in context.workers.statuses:
@@ -130,12 +132,15 @@ def _progress_events(context: JobContext, told: dict[WorkerRef, int]) -> list[Wo
     return events
 
 
-async def stop_workers(context: JobContext, *, before_epoch: int, reason: str, keep_stages: bool = False) -> None:
+async def stop_workers(
+    context: JobContext, *, before_epoch: int, reason: str, keep_stages: bool = False, go_on: bool = False
+) -> None:
     """No worker of the job with a plan epoch below this runs; waits within a bound for the devices' word.
 
-    With ``keep_stages`` the workers may stay, with their stages loaded and without this job.
+    With ``keep_stages`` the workers may stay, with their stages loaded and without this job; with ``go_on`` their
+    processes may, without stages, for the job's next plan.
     """
-    context.workers.tell(pb.WorkerCommand(finish=pb.Finish(reason=reason)))
+    context.workers.tell(pb.WorkerCommand(finish=pb.Finish(reason=reason, goes_on=go_on)))
     context.workers.expect(())
 
     def running() -> list[tuple[AgentId, WorkerRef]]:
@@ -158,8 +163,8 @@ async def stop_workers(context: JobContext, *, before_epoch: int, reason: str, k
             return False
         return True
 
-    # They were told to finish; ended by force, a worker would take its stage with it.
-    if keep_stages and await is_over(KEEP_TIMEOUT_S):
+    # They were told to finish; ended by force, a worker would take its stage or its process with it.
+    if (keep_stages or go_on) and await is_over(KEEP_TIMEOUT_S):
         return
     for agent_id, ref in running():
         context.fleet.stop_worker(agent_id, ref, reason)

@@ -17,6 +17,7 @@ from coordinator.jobs.ability import measure_general, score_few_shot
 from coordinator.jobs.barrier import Abort, AbortKind, Barrier, Commit, decide, open_barrier
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import EvaluationRow, LedgerRow, LedgerStatus, judge_evaluations
+from coordinator.jobs.move_times import STORE, MoveTimes
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.phases import Phases
 from coordinator.jobs.prepared import PreparedData
@@ -108,8 +109,11 @@ class Stepper:
     async def _leave(self, steps_done: int, reason: str) -> job_events.MoveDecided:
         """The state must be durable before the workers that hold it end."""
         context = self._context
+        times = MoveTimes(steps_done)
         if steps_done not in context.durable():
             await self._store_shadow_now(steps_done)
+        times.end(STORE)
+        context.move_times = times
         await context.tell(PlanChanges(step=steps_done, plan_epoch=context.record.plan_epoch + 1, reason=reason))
         return job_events.MoveDecided(reason=reason)
 

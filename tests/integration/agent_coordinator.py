@@ -89,9 +89,11 @@ class FakeCoordinator(agents_pb2_grpc.AgentServiceServicer):
             lambda: next((e.heartbeat for e in self.events[::-1] if e.HasField("heartbeat") and has(e.heartbeat)), None)
         )
 
-    def start_worker(self, stage: int = 0, *, epoch: int = 1, budget_bytes: int = 100 * MIB, **act: object) -> None:
+    def start_worker(
+        self, stage: int = 0, *, epoch: int = 1, job_id: str = "j1", budget_bytes: int = 100 * MIB, **act: object
+    ) -> None:
         assignment = json.dumps({"memory_budget_bytes": budget_bytes, **act})
-        start = agents_pb2.StartWorker(worker=worker(stage, epoch), assignment_json=assignment)
+        start = agents_pb2.StartWorker(worker=worker(stage, epoch, job_id), assignment_json=assignment)
         self.commands.put_nowait(agents_pb2.AgentCommand(start_worker=start))
 
     def stop_worker(self, stage: int = 0, *, epoch: int = 1) -> None:
@@ -103,8 +105,8 @@ class FakeCoordinator(agents_pb2_grpc.AgentServiceServicer):
         self.commands.put_nowait(agents_pb2.AgentCommand(profile=message))
 
 
-def worker(stage: int, epoch: int = 1) -> agents_pb2.WorkerId:
-    return agents_pb2.WorkerId(job_id="j1", plan_epoch=epoch, stage_index=stage)
+def worker(stage: int, epoch: int = 1, job_id: str = "j1") -> agents_pb2.WorkerId:
+    return agents_pb2.WorkerId(job_id=job_id, plan_epoch=epoch, stage_index=stage)
 
 
 def pool_config(*worker_options: str, memory_budget_bytes: int = 400 * MIB, **changes) -> PoolConfig:

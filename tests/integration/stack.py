@@ -27,6 +27,7 @@ from coordinator.fleet.registry import Patience
 from coordinator.jobs.endpoints import Endpoints
 from coordinator.scheduling.local import LocalEngine
 from edge_node.cache_server import CacheServer
+from edge_node.going_on import KeptState
 from edge_node.joining import Membership
 from edge_node.network import DeviceNetwork
 from edge_node.session import WorkerSession
@@ -210,6 +211,8 @@ class ThreadAgent:
         self.assignments: list[WorkerAssignment] = []
         self.residents: dict[tuple[int, str], ResidentStage] = {}
         """Stages that workers have left loaded, by stage index and key."""
+        self.kept_states: dict[str, KeptState] = {}
+        """What workers trained that go on, by job."""
         self._worker_threads: list[threading.Thread] = []
         self._exited: list[agents_pb2.AgentEvent] = []
         self._lock = threading.Lock()
@@ -337,7 +340,8 @@ class ThreadAgent:
             return
         self.assignments.append(assignment)
         resident = self.residents.pop((assignment.stage_index, assignment.stage_key), None)
-        session = WorkerSession(assignment, self._network, weights=self._weights, resident=resident)
+        kept = self.kept_states.pop(assignment.job_id, None)
+        session = WorkerSession(assignment, self._network, weights=self._weights, resident=resident, kept=kept)
         self.sessions[ref] = session
         self._send(agents_pb2.AgentEvent(worker_started=agents_pb2.WorkerStarted(worker=worker_to_proto(ref), pid=1)))
         thread = threading.Thread(target=self._work, args=(ref, session, assignment.threads), name=str(ref))
@@ -348,7 +352,9 @@ class ThreadAgent:
         torch.set_num_threads(threads)
         try:
             reason, code = session.run(), 0
-            if (kept := session.take_stage()) is not None:
+            if session.goes_on and (state := session.take_state()) is not None:
+                self.kept_states[ref.job_id] = state
+            elif (kept := session.take_stage()) is not None:
                 self.residents[ref.stage_index, kept.key] = kept
         except Exception as error:
             reason, code = f"{type(error).__name__}: {error}", 1

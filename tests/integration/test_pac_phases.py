@@ -99,10 +99,16 @@ def test_job_trains_without_its_backbone_after_the_first_epoch_with_the_bits_of_
     tmp_path, undisturbed, num_devices
 ):
     with fleet(tmp_path, num_devices) as (people, agents):
-        found = run(people, tmp_path / "adapter", num_devices)
+        job_id = people.submit(spec_of(tmp_path / "adapter", num_devices))
+        found = finished(people, job_id, tmp_path / "adapter")
         assignments = [assignment for agent in agents for assignment in agent.assignments]
+        moves = [event for kind, event in people.events(job_id) if kind == "Moved"]
 
     assert found[:2] == undisturbed[:2]
+    assert [(move["step"], move["num_went_on"], move["num_workers"]) for move in moves] == [
+        (2, num_devices, num_devices),
+        (6, num_devices, num_devices),
+    ]
     assert [step for step, _ in found[2]] == [2, 6]
     assert "backbone leaves their memory" in found[2][0][1]
     assert "loaded again" in found[2][1][1]
