@@ -37,6 +37,8 @@ class PooledWorker:
     held_key: str = ""
     """Key of the stage that it holds while it waits for the next job of that key, or of its job (:func:`job_key`)."""
     held_until_s: float = 0.0
+    left_bytes: int = 0
+    """What it holds of a stage that it gave back."""
     profiles: deque[AskedProfile] = field(default_factory=deque)
     """Requests it has not answered, in the order it got them."""
     exiting: Exiting | None = None
@@ -53,6 +55,15 @@ class PooledWorker:
     def is_ending(self) -> bool:
         """It was told to end, or will be killed for what it holds."""
         return self.stop_reason is not None or self.over_budget is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What of an assignment is the agent's business."""
+
+    budget_bytes: int
+    stage_key: str
+    headroom_bytes: int
 
 
 def worker_of(ref: WorkerRef, workers: Collection[PooledWorker]) -> PooledWorker | None:
@@ -76,6 +87,14 @@ def holder_of(key: str, workers: Collection[PooledWorker]) -> PooledWorker | Non
     return next(holders, None) if key else None
 
 
+def process_for(asked: Asked, job_id: str, workers: Collection[PooledWorker]) -> PooledWorker | None:
+    """The process that waits for such a worker: with its stage, or with what it trained if the budget has room."""
+    if (holder := holder_of(asked.stage_key, workers)) is not None:
+        return holder
+    going_on = holder_of(job_key(job_id), workers)
+    return going_on if going_on is not None and going_on.left_bytes <= asked.headroom_bytes else None
+
+
 def promised_bytes(workers: Collection[PooledWorker]) -> list[int]:
     """The budgets of those that work for a job or hold a stage."""
     return [worker.budget_bytes for worker in workers if worker.ref is not None or worker.held_key]
@@ -97,17 +116,18 @@ def refuse_too_large(
         raise AgentError(reason)
 
 
-def read_assignment(assignment_json: str) -> tuple[int, str]:
-    """An assignment's memory budget and the key of its stage; all else is the worker's business.
+def read_assignment(assignment_json: str) -> Asked:
+    """An assignment's memory and the key of its stage; all else is the worker's business.
 
     Raises:
         ConfigError: it is malformed.
     """
     try:
         assignment = json.loads(assignment_json)
-        budget_bytes, stage_key = assignment["memory_budget_bytes"], assignment.get("stage_key", "")
+        budget_bytes, headroom_bytes = assignment["memory_budget_bytes"], assignment.get("headroom_bytes", 0)
+        stage_key = str(assignment.get("stage_key", ""))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the assignment is malformed ({error!r}); use the same version on all sides") from error
-    if not isinstance(budget_bytes, int):
-        raise ConfigError(f"the assignment's memory budget {budget_bytes!r} is not a number of bytes")
-    return budget_bytes, str(stage_key)
+    if not isinstance(budget_bytes, int) or not isinstance(headroom_bytes, int):
+        raise ConfigError(f"the assignment's memory, {budget_bytes!r} and {headroom_bytes!r}, is no number of bytes")
+    return Asked(budget_bytes=budget_bytes, stage_key=stage_key, headroom_bytes=headroom_bytes)

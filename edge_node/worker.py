@@ -178,7 +178,7 @@ def _run_job(
     """Run a job to its end; gives the exit code, and what the worker shall wait with, if it shall."""
     import torch
 
-    from edge_node.going_on import WAITS_S, gives_back
+    from edge_node.going_on import MOST_LEFT_BYTES, WAITS_S, left_after_release
     from edge_node.guard import reset_peak
     from edge_node.session import WorkerSession
 
@@ -202,9 +202,11 @@ def _run_job(
     if session.goes_on:
         state = session.take_state()
         del session
-        if state is not None and gives_back(device, baseline_bytes, state.num_bytes):
-            events.send(going_on={"waits_s": WAITS_S, "reason": reason})
-            return 0, _Kept(state=state)
+        if state is not None:
+            left_bytes = left_after_release(device, baseline_bytes, state.num_bytes)
+            if left_bytes <= MOST_LEFT_BYTES:
+                events.send(going_on={"waits_s": WAITS_S, "left_bytes": left_bytes, "reason": reason})
+                return 0, _Kept(state=state)
     elif (stage := session.take_stage()) is not None:
         del session
         device.release()

@@ -20,8 +20,8 @@ from edge_node.pool_profiles import PoolProfiles
 from edge_node.pool_reports import PoolReports, worker_id
 from edge_node.pooled_worker import (
     PooledWorker,
-    holder_of,
     job_key,
+    process_for,
     promised_bytes,
     read_assignment,
     refuse_too_large,
@@ -153,16 +153,16 @@ class WorkerPool:
             self._reports.started(ref, worker.process.pid)
             return
         try:
-            budget_bytes, stage_key = read_assignment(assignment_json)
+            asked = read_assignment(assignment_json)
             self._refuse_stale(ref)
-            holder = holder_of(stage_key, self._workers) or holder_of(job_key(ref.job_id), self._workers)
+            holder = process_for(asked, ref.job_id, self._workers)
             await self._clear_for(ref, holder)
-            refuse_too_large(budget_bytes, holder, self._workers, self._config.memory_budget_bytes)
+            refuse_too_large(asked.budget_bytes, holder, self._workers, self._config.memory_budget_bytes)
             worker = holder or spare_of(self._workers) or await self._start_process()
         except (ConfigError, AgentError, OSError) as error:
             self._reports.exited(ref, NOT_STARTED_EXIT_CODE, f"not started: {error}", out_of_memory=False)
             return
-        worker.ref, worker.budget_bytes, worker.held_key = ref, budget_bytes, ""
+        worker.ref, worker.budget_bytes, worker.held_key = ref, asked.budget_bytes, ""
         self._jobs_run.add(ref.job_id)
         self._last_start_s = self._clock()
         worker.process.send(
@@ -267,7 +267,10 @@ class WorkerPool:
                 "idle": {"stage_key": str(key), "keeps_stage_s": (int() | float()) as keeps_s, "reason": str(reason)}
             }:
                 self._hold(worker, key, keeps_s, f"{reason}; it holds its stage for {keeps_s:.0f} s")
-            case {"going_on": {"waits_s": (int() | float()) as waits_s, "reason": str(reason)}} if worker.ref:
+            case {
+                "going_on": {"waits_s": (int() | float()) as waits_s, "left_bytes": int(left), "reason": str(reason)}
+            } if worker.ref is not None:
+                worker.left_bytes = left
                 text = f"{reason}; its process waits {waits_s:.0f} s for the job's next plan"
                 self._hold(worker, job_key(worker.ref.job_id), waits_s, text)
             case {"exiting": dict(said)}:

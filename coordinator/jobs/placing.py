@@ -263,9 +263,10 @@ def _assignments(
             manifest_sha256=manifest_sha256,
             total_steps=record.total_steps,
             max_micro_batches=plan.num_micro_batches,
-            threads=plan.stages[ref.stage_index].replicas[ref.replica_index].threads,
-            memory_budget_bytes=plan.stages[ref.stage_index].replicas[ref.replica_index].granted_bytes,
-            keeps_heap=plan.stages[ref.stage_index].replicas[ref.replica_index].keeps_heap,
+            threads=replica.threads,
+            memory_budget_bytes=replica.granted_bytes,
+            headroom_bytes=replica.granted_bytes - replica.peak_bytes,
+            keeps_heap=replica.keeps_heap,
             coordinator_address=context.coordinator_address,
             bulk_address=context.bulk_address,
             initial=initial,
@@ -286,6 +287,7 @@ def _assignments(
             caches=tuple(cache for cache in caches if cache.agent_id != agent_id),
         )
         for ref, agent_id in context.refs().items()
+        for replica in (plan.stages[ref.stage_index].replicas[ref.replica_index],)
     }
 
 

@@ -90,6 +90,8 @@ class WorkerAssignment(_Part):
     threads: int
     memory_budget_bytes: int
     """Bound on the worker's whole resident memory."""
+    headroom_bytes: int = 0
+    """How much of the budget is beyond the plan's prediction."""
     keeps_heap: bool = False
     """malloc keeps freed blocks on the heap."""
     coordinator_address: str

@@ -55,8 +55,9 @@ def main() -> None:
                 case {"assign": {"act": "hold", "stage_key": key, "keeps_stage_s": seconds}}:
                     idle = {"stage_key": key, "keeps_stage_s": seconds, "reason": "the job succeeded"}
                     events.write(json.dumps({"idle": idle}) + "\n")
-                case {"assign": {"act": "go-on"}}:
-                    events.write(json.dumps({"going_on": {"waits_s": 60.0, "reason": "the plan is over"}}) + "\n")
+                case {"assign": {"act": "go-on", "left_bytes": left_bytes}}:
+                    said = {"waits_s": 60.0, "left_bytes": left_bytes, "reason": "the plan is over"}
+                    events.write(json.dumps({"going_on": said}) + "\n")
                 case {"assign": {"act": "eat", "bytes": count}}:
                     held.append(b"x" * count)
                 case {"assign": {"act": "ignore-sigterm"}}:

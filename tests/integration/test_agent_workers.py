@@ -197,19 +197,22 @@ def test_agent_ends_a_held_stage_whose_memory_another_job_needs(tmp_path):
     run(test())
 
 
-def test_agent_gives_a_process_that_goes_on_its_part_in_the_jobs_next_plan(tmp_path):
+@pytest.mark.parametrize(("headroom_bytes", "is_kept"), [(5 * MIB, True), (5 * MIB - 1, False)])
+def test_agent_gives_a_process_that_goes_on_its_part_in_the_jobs_next_plan_where_what_is_left_has_room(
+    tmp_path, headroom_bytes, is_kept
+):
     async def test():
         coordinator = FakeCoordinator()
         async with attached(coordinator, tmp_path):
-            coordinator.start_worker(epoch=1, act="go-on")
+            coordinator.start_worker(epoch=1, act="go-on", left_bytes=5 * MIB)
             first = await coordinator.event("worker_started")
             exited = await coordinator.event("worker_exited")
             # The budget of the part before is no longer promised to anybody.
-            coordinator.start_worker(epoch=2, stage=3, budget_bytes=350 * MIB)
+            coordinator.start_worker(epoch=2, stage=3, budget_bytes=350 * MIB, headroom_bytes=headroom_bytes)
             second = await coordinator.event("worker_started", stage=3)
 
         assert (exited.exit_code, exited.worker) == (0, worker(0, epoch=1)) and "next plan" in exited.reason
-        assert second.pid == first.pid
+        assert (second.pid == first.pid) is is_kept
 
     run(test())
 
@@ -218,7 +221,7 @@ def test_agent_ends_a_process_that_goes_on_where_another_job_needs_its_memory(tm
     async def test():
         coordinator = FakeCoordinator()
         async with attached(coordinator, tmp_path):
-            coordinator.start_worker(act="go-on")
+            coordinator.start_worker(act="go-on", left_bytes=0)
             first = await coordinator.event("worker_started")
             await coordinator.event("worker_exited")
             coordinator.start_worker(job_id="another", budget_bytes=350 * MIB)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from types import SimpleNamespace
 
-import pytest
 import torch
 from safetensors.torch import load, save
 
-from edge_node.going_on import MOST_LEFT_BYTES, gives_back, keep_state
+from edge_node.going_on import keep_state, left_after_release
 from edge_node.loading import read_shadows
 from edge_node.shadowing import safetensors_pieces
 
@@ -63,8 +62,8 @@ def test_state_of_another_step_is_not_taken_for_the_one_that_is_asked_for():
     assert bulk.asked == ["own"]
 
 
-@pytest.mark.parametrize(("left_bytes", "goes_on"), [(MOST_LEFT_BYTES, True), (MOST_LEFT_BYTES + 1, False)])
-def test_process_goes_on_only_if_its_stage_is_really_given_back(left_bytes, goes_on):
-    device = SimpleNamespace(is_cuda=False, release=lambda: None, held_bytes=lambda: 1000 + 24 + left_bytes)
+def test_what_is_left_of_a_stage_is_what_the_process_holds_beyond_a_new_one_and_its_state():
+    held_bytes = [900]
+    device = SimpleNamespace(is_cuda=False, release=lambda: held_bytes.append(160), held_bytes=lambda: held_bytes[-1])
 
-    assert gives_back(device, baseline_bytes=1000, kept_bytes=24) is goes_on
+    assert left_after_release(device, baseline_bytes=100, kept_bytes=24) == 36
