@@ -217,6 +217,24 @@ def test_agent_gives_a_process_that_goes_on_its_part_in_the_jobs_next_plan_where
     run(test())
 
 
+def test_agent_starts_another_process_where_the_one_that_goes_on_was_killed(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        async with attached(coordinator, tmp_path):
+            coordinator.start_worker(epoch=1, act="go-on", left_bytes=0)
+            first = await coordinator.event("worker_started")
+            await coordinator.event("worker_exited")
+            os.kill(first.pid, signal.SIGKILL)
+            while psutil.pid_exists(first.pid):  # within the bound of run()
+                await asyncio.sleep(0.02)
+            coordinator.start_worker(epoch=2)
+            second = await coordinator.event("worker_started", number=1)
+
+        assert second.pid != first.pid
+
+    run(test())
+
+
 def test_agent_ends_a_process_that_goes_on_where_another_job_needs_its_memory(tmp_path):
     async def test():
         coordinator = FakeCoordinator()
