@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from plutino.job.spec import parse_spec
@@ -178,6 +180,39 @@ def test_an_encoder_decoder_learns_instructed_tasks_with_the_same_bits_on_one_an
     assert "relative difference" in card and "AutoPeftModelForSeq2SeqLM" in card
     config = json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_2_SEQ_LM"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "adapters"])
+def test_t5_trained_in_full_or_with_adapters_is_published_alike_by_any_number_of_workers(people, tmp_path, method):
+    model = save_folder("t5", tmp_path / "model")
+    rows = [{"prompt": " ".join(WORDS[row : row + 4]), "completion": WORDS[row]} for row in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    details = [
+        run(
+            people,
+            tmp_path,
+            model,
+            stages=stages,
+            objective={"type": "seq2seq"},
+            method={"type": method},
+            data={"train": str(tmp_path / "train.jsonl"), "max_tokens": 16},
+        )
+        for stages in (1, 2)
+    ]
+
+    assert losses(details[0]) == losses(details[1])
+    found = [published(tmp_path / f"adapter{stages}") for stages in (1, 2)]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    card = (tmp_path / "adapter2" / "README.md").read_text()
+    assert "relative difference" in card and "AutoModelForSeq2SeqLM" in card
+    assert ("load_adapter" in card) == (method == "adapters")
+
+
+def published(folder):
+    """All tensors of an adapter or of a whole model."""
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 @pytest.mark.slow

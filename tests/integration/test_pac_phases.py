@@ -45,14 +45,18 @@ def agents_of(address, folder, num_devices, num_bytes=1 << 30, *, is_shared=Fals
     found = []
     for index in range(num_devices):
         own = folder / ("machine" if is_shared else f"device{index}")
-        weights = WeightsConfig(
-            cache_dir=own / "weights",
-            cache_bytes=1 << 30,
-            activation_dir=own / "activations",
-            activation_bytes=num_bytes,
-        )
-        found.append(ThreadAgent(address, f"device{index}", weights=weights))
+        found.append(ThreadAgent(address, f"device{index}", weights=weights_of(own, num_bytes)))
     return found
+
+
+def weights_of(folder, num_bytes=1 << 30):
+    """Where a device keeps weights and activations, and how many bytes of these."""
+    return WeightsConfig(
+        cache_dir=folder / "weights",
+        cache_bytes=1 << 30,
+        activation_dir=folder / "activations",
+        activation_bytes=num_bytes,
+    )
 
 
 @contextmanager

@@ -12,10 +12,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSeq2SeqLM
 
 from coordinator.artifacts.verify_process import Probe, ProbeRows
+from edge_node import profile
 from edge_node.engine.freezing import block_of_use
 from edge_node.stage.verify import part_difference
 from edge_node.transport.base import Peer
 from partitioner.adapter import adapter_params_of
+from partitioner.device import ProfileRequest
 from partitioner.memory import stage_memory
 from partitioner.model import JobShape
 from plutino.errors import ConfigError
@@ -36,7 +38,7 @@ from tests.numerics.pipelines import (
 from tests.numerics.test_encoder_decoders import two_texts
 from tests.numerics.test_methods import counted, export
 from tests.numerics.test_methods_adapters import by_formula, moved
-from tests.numerics.tiny_families import ENCODER_DECODERS, describe_folder, save_model
+from tests.numerics.tiny_families import ENCODER_DECODERS, describe_folder, make_config, save_model
 from tests.sampling import sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -306,3 +308,20 @@ def test_frozen_blocks_below_adapters_are_not_cached_and_that_is_said(folders):
         pipeline_of(spec, stages_of(1)),
     ):
         pass
+
+
+@pytest.mark.parametrize("method", [FULL, HOULSBY])
+def test_a_block_of_either_half_is_measured(monkeypatch, method):
+    monkeypatch.setattr(profile, "_LEAST_S", 0.0)
+    request = ProfileRequest(
+        config_json=json.dumps(make_config("t5").to_dict()),
+        dtype="fp32",
+        micro_batch_rows=1,
+        row_tokens=4,
+        label_tokens=1,
+        method=method.for_profile(),
+        threads=1,
+    )
+    timings = profile.measure(request)
+
+    assert timings.forward_s > 0 and timings.backward_s > 0 and timings.head_backward_s > 0
