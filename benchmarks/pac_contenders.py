@@ -17,6 +17,8 @@ from benchmarks.pac_shapes import Shape
 
 OURS = "ours"
 UNCACHED = "ours, no cache"
+LEAVING = "ours, the blocks leave"
+"""Later epochs are data-parallel without the backbone, whatever they take: what memory they need."""
 PAC = "PAC as published"
 ALONE = "one device: parallel adapters"
 ALONE_CACHED = "one device: parallel adapters, cached"
@@ -40,6 +42,8 @@ class Contender:
     """pac: as many as PAC's planner chooses."""
     replicas: Literal["auto", "never"] = "auto"
     cache: str = "off"
+    cached_epochs: str = "auto"
+    """Where a method is cached whole; a frozen prefix's epochs go through the blocks above it."""
     dtype: str = "fp32"
     uses_one_device: bool = False
     rate: str | None = None
@@ -65,12 +69,13 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
     top = {**methods["lora"], "blocks": f"last {max(1, shape.num_blocks // 4)}"}
     return [
         Contender(name=OURS, kind="ours", method=side, cache=codec),
-        Contender(name=PAC, kind="variant", method=side, cache="raw", stages="pac"),
+        Contender(name=PAC, kind="variant", method=side, cache="raw", cached_epochs="data-parallel", stages="pac"),
         _data_parallel("lora", methods),
         _pipeline("lora", methods, num_agents),
         Contender(name=UNCACHED, kind="variant", method=side),
         Contender(name=ALONE, kind="one device", method=side, stages=1, uses_one_device=True),
         _pipeline("full", methods, num_agents),
+        Contender(name=LEAVING, kind="variant", method=side, cache=codec, cached_epochs="data-parallel"),
         Contender(name="ours, 100 Mbit", kind="variant", method=side, cache=codec, rate="100Mbit"),
         Contender(name=f"{TRAINER}: lora", kind="trainer", method=methods["lora"], uses_one_device=True),
         _data_parallel("adapters", methods),
@@ -169,12 +174,7 @@ def job_values(
             "stages": num_stages,
             "replicas": contender.replicas,
             "replan": "never",
-            # Of methods that are cached whole; a frozen prefix's epochs go through the blocks above it.
-            **({"cached_epochs": "data-parallel"} if _leaves_pipeline(contender) else {}),
+            "cached_epochs": contender.cached_epochs,
         },
         "output": {"dir": str(out_dir)},
     }
-
-
-def _leaves_pipeline(contender: Contender) -> bool:
-    return contender.cache != "off" and contender.method["type"] == "parallel_adapters"

@@ -174,8 +174,31 @@ def num_side_params(shape: JobShape) -> int:
 def side_worker_bytes(table: ModelTable, shape: JobShape) -> int:
     """Job bytes of a worker with the whole side network and the head, and no backbone."""
     share = ReplicaShare(in_flight=1, gradient_copies=shape.num_micro_batches + 1, num_peers=1)
+    return _beside_bytes(table, shape, 0, table.num_blocks, num_stages=1, stage_index=0, share=share)
+
+
+def side_stage_bytes(
+    table: ModelTable, shape: JobShape, start: int, end: int, num_stages: int, stage_index: int
+) -> int:
+    """Job bytes of a pipeline's worker with the side network of some blocks, and no block."""
+    in_flight = min(shape.num_micro_batches, num_stages - stage_index)
+    share = ReplicaShare(in_flight=in_flight, gradient_copies=shape.num_micro_batches + 1, num_peers=2)
+    return _beside_bytes(table, shape, start, end, num_stages=num_stages, stage_index=stage_index, share=share)
+
+
+def _beside_bytes(
+    table: ModelTable,
+    shape: JobShape,
+    start: int,
+    end: int,
+    *,
+    num_stages: int,
+    stage_index: int,
+    share: ReplicaShare,
+) -> int:
     items = MemoryModel(table, shape).items(
-        0, table.num_blocks, num_stages=1, stage_index=0, checkpointing=False, share=share
+        start, end, num_stages=num_stages, stage_index=stage_index, checkpointing=False, share=share
     )
     kept_bytes = sum(item.bytes for item in items if item.name not in _LEFT_WITH_THE_BACKBONE)
-    return kept_bytes + (table.head_params + table.final_params) * shape.dtype_bytes
+    head_bytes = (table.head_params + table.final_params) * shape.dtype_bytes
+    return kept_bytes + (head_bytes if end == table.num_blocks else 0)

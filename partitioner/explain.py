@@ -57,6 +57,12 @@ def _from_cache(plan: Plan) -> str:
     cached = plan.cached
     if cached is None or plan.from_cache:
         return ""
+    if cached.in_stages:
+        return (
+            f"from the activation cache, in the same stages: step {cached.step_s:.3g} s, the busiest computing "
+            f"{cached.compute_s:.3g} s and reading {cached.read_s:.3g} s; every stage keeps what its own blocks gave, "
+            "and none of its gradients travels"
+        )
     names = {replica.agent_id: replica.device_name for stage in plan.stages for replica in stage.replicas}
     shares = ", ".join(
         f"{names[agent_id]} {cached.owners.count(place)} of {len(cached.owners)}"

@@ -220,6 +220,11 @@ def _timings(device: FleetDevice, table: ModelTable, shape: JobShape) -> BlockTi
     head_operations = 2 * shape.label_tokens * table.head_params
     forward_s = device.block_forward_s or operations / (device.flops or 1.0)
     backward_s = device.block_backward_s or _BACKWARD_SHARE * forward_s
+    if shape.side_reduction and device.block_forward_s is None:
+        # Blocks run forward alone. A side block's products with the full width fall with its reduction, the others
+        # faster; its pass back takes twice its pass forward.
+        side_s = forward_s / shape.side_reduction
+        forward_s, backward_s = forward_s + side_s, 2 * side_s
     head_s = forward_s * head_operations / operations
     values: dict[str, Any] = {
         "forward_s": forward_s,

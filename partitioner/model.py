@@ -130,6 +130,8 @@ class JobShape(PlanValue):
     a backward pass then; 0: there is none."""
     cached_steps_share: float = 0.0
     """Steps that train from the activation cache, without the blocks, for each one that runs through them."""
+    cached_ways: tuple[Literal["stages", "data-parallel"], ...] = ("stages", "data-parallel")
+    """Ways that such steps may take; see :class:`partitioner.plan.CachedStep`."""
     frozen_share: float = 1.0
     """Share of the steps in which blocks below the lowest trained one run; the others have what they give cached."""
     entry_token_bytes: int = 0

@@ -119,10 +119,13 @@ class CachedStep(PlanValue):
     """One optimiser step from the cache."""
 
     step_s: float
+    in_stages: bool = False
+    """Each stage of the pipeline trains its own part of the side network; else each device trains the whole of it on
+    its own micro-batches."""
     agent_ids: tuple[str, ...]
-    """Devices that take part; the first one adds up."""
+    """Devices that take part; where each trains the whole, the first one adds up."""
     owners: tuple[int, ...]
-    """Place in ``agent_ids`` of the device that runs micro-batch m."""
+    """Place in ``agent_ids`` of the device that runs micro-batch m; empty in stages, whose shares stay as they are."""
     compute_s: float
     """Of the busiest device."""
     read_s: float
@@ -179,11 +182,12 @@ class Plan(PlanValue):
     relief: str
     """What would make it faster or smaller."""
     cached: CachedStep | None = None
-    """How these devices would train from the activation cache, without the backbone; None: the job will not."""
+    """How these devices train from the activation cache; None: later epochs are as the first."""
     upper: UpperStep | None = None
     """How later epochs run in this pipeline with their frozen blocks left out; None: all blocks run in every epoch."""
     from_cache: bool = False
-    """This is how: one stage without blocks, with the whole side network on every replica."""
+    """This is how, without the backbone: in the pipeline's stages, or one stage with the whole side network on every
+    replica."""
     rejected: tuple[RejectedPlan, ...] = ()
     unused_devices: tuple[RejectedPlan, ...] = ()
 

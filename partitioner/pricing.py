@@ -12,7 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from partitioner.cached_epoch import cached_step_of, read_s
+from partitioner.cached_epoch import READ_BYTES_PER_S, SideDevice, cached_step_of, read_s, side_device
+from partitioner.cached_stages import SideStage, cuts_by_speed, part_of, side_message_bytes, staged_step
 from partitioner.cost import SUM_MESSAGE_BYTES, StageCost, message_bytes, stage_cost
 from partitioner.device import DeviceProfile, LinkProfile, LinkTable
 from partitioner.layout import Cuts, Group, Layout, ahead_of
@@ -74,6 +75,7 @@ class Pricer(Rooms):
         self._costs: dict[tuple[int, int, int, bool], StageCost] = {}
         self._sum_s_per_byte: dict[Group, float] = {}
         self._cached: dict[frozenset[int], CachedStep | None] = {}
+        self._staged: dict[tuple[Layout, Cuts | None], CachedStep] = {}
         self._options: dict[Layout, list[dict[int, StageOption | None]]] = {}
 
     @cached_property
@@ -119,8 +121,23 @@ class Pricer(Rooms):
         found: Floats = np.concatenate([[0.0], np.cumsum(self.shape.adapter_params)])
         return found
 
-    def cached_step(self, layout: Layout) -> CachedStep | None:
-        """A step from the activation cache over the layout's devices; None: the job has none, or nobody has room."""
+    def cached_step(self, layout: Layout, cuts: Cuts | None = None) -> CachedStep | None:
+        """The quickest step from the activation cache over the layout's devices; None: the job has none, or no room.
+
+        Args:
+            layout: the pipeline's.
+            cuts: its stages' borders; None: a guess in proportion to the devices' speeds.
+        """
+        if not self.shape.side_reduction:
+            return None
+        ways = []
+        if "data-parallel" in self.shape.cached_ways and (found := self._data_parallel_step(layout)) is not None:
+            ways.append(found)
+        if "stages" in self.shape.cached_ways:
+            ways.append(self._staged_step(layout, cuts))
+        return min(ways, key=lambda way: way.step_s, default=None)
+
+    def _data_parallel_step(self, layout: Layout) -> CachedStep | None:
         used = frozenset(device for group in layout for device in group)
         if used not in self._cached:
             self._cached[used] = cached_step_of(
@@ -131,6 +148,40 @@ class Pricer(Rooms):
                 entry_token_bytes=self.shape.entry_token_bytes,
             )
         return self._cached[used]
+
+    @cached_property
+    def _side_devices(self) -> list[SideDevice]:
+        """Every device with the whole side network."""
+        return [
+            side_device(self.table, self.shape, device, self.shape.entry_token_bytes, READ_BYTES_PER_S)
+            for device in self.devices
+        ]
+
+    def _staged_step(self, layout: Layout, cuts: Cuts | None) -> CachedStep:
+        key = layout, cuts
+        if key not in self._staged:
+            speeds = [1.0 / max(device.micro_batch_s, 1e-12) for device in self._side_devices]
+            borders = cuts or cuts_by_speed(layout, speeds, self.table.num_blocks)
+            self._staged[key] = staged_step([self._side_stage(layout, k, borders) for k in range(len(layout))])
+        return self._staged[key]
+
+    def _side_stage(self, layout: Layout, k: int, cuts: Cuts) -> SideStage:
+        group, (start, end) = layout[k], cuts[k : k + 2]
+        below = layout[k + 1] if k + 1 < len(layout) else ()
+        replicas = []
+        for i in group:
+            timings = self.devices[i].timings
+            head_s = timings.head_forward_s + timings.head_backward_s
+            replicas.append(part_of(self._side_devices[i], self.table, self.shape, start, end, head_s=head_s))
+        pairs = [(i, j) for i in group for j in below]
+        num_bytes = side_message_bytes(self.table, self.shape)
+        return SideStage(
+            replicas=tuple(replicas),
+            owners=self.owners(group),
+            link_busy_s=max((num_bytes / float(self.bandwidth[pair]) for pair in pairs), default=0.0),
+            link_latency_s=max((float(self.latency_s[pair]) for pair in pairs), default=0.0),
+            sum_s=self.sum_s(layout, k, start, end),
+        )
 
     def cost_s(self, layout: Layout, step_s: float) -> float:
         """Mean seconds of all steps of a job, where one through the blocks takes ``step_s``.

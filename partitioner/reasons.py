@@ -103,7 +103,7 @@ def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Can
         runs_ahead=shape.runs_ahead,
         step_s=best.step_s,
         bound_s=outcome.bound_s if shape.cached_steps_share == 0 else None,
-        cached=pricer.cached_step(best.layout) if shape.cached_steps_share else None,
+        cached=pricer.cached_step(best.layout, best.cuts) if shape.cached_steps_share else None,
         upper=pricer.upper_step(compared),
         links=_link_uses(pricer, best),
         bubble_share=best.time.bubble_share,

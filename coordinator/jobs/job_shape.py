@@ -21,6 +21,14 @@ from plutino.state_codecs import token_bytes
 _MEASURED_ROWS = 4
 """Rows of the micro-batch that devices are measured with, where the job leaves its size open."""
 
+CACHED_WAYS = {
+    "auto": ("stages", "data-parallel"),
+    "data-parallel": ("data-parallel",),
+    "stages": ("stages",),
+    "pipeline": ("stages",),
+}
+"""placement.cached_epochs -> ways that later epochs may take."""
+
 
 def measured_rows(spec: JobSpec, numerics: NumericsRecord | None) -> int:
     """Rows of the micro-batch that devices are measured with."""
@@ -67,13 +75,13 @@ def _cached_fields(spec: JobSpec, prepared: PreparedData, table: ModelTable, dty
     """How many steps come from the activation cache, after a first epoch through the blocks that fills it."""
     codec = spec.training.activation_cache
     place = kept_place(spec, table.num_blocks, table.num_encoder_blocks)
-    # Where blocks are trained the job stays a pipeline in any case.
-    if codec == "off" or (place is None and spec.placement.cached_epochs == "pipeline"):
+    if codec == "off":
         return {}
     epoch_steps = steps_per_epoch(prepared.num_train, spec.training.batch_size)
     share = max(0, prepared.total_steps - epoch_steps) / epoch_steps
     return {
         "cached_steps_share": share,
+        "cached_ways": CACHED_WAYS[spec.placement.cached_epochs],
         "frozen_share": 1.0 if place is None else 1 / (1 + share),
         "entry_token_bytes": token_bytes(codec, table.hidden_size, dtype_bytes),
     }

@@ -29,10 +29,11 @@ class PlacementConfig(SpecPart):
     replan: Literal["auto", "never"] = "auto"
     """auto: a running job moves to another plan where a device became slower or faster, or others joined, and the rest
     of the job gains more than moving costs. never: only a loss changes the plan."""
-    cached_epochs: Literal["auto", "data-parallel", "pipeline"] = "auto"
+    cached_epochs: Literal["auto", "data-parallel", "stages", "pipeline"] = "auto"
     """Where training.activation_cache holds every row. data-parallel: the backbone leaves the devices' memory after the
-    first epoch, and each of them trains on its own micro-batches. pipeline: it stays. auto: the former, where such
-    epochs last notably longer than moving there and back."""
+    first epoch, and each of them trains on its own micro-batches. stages: it leaves, and every stage trains on what its
+    own blocks gave. pipeline: likewise, but the backbone stays. auto: whichever is quicker; the backbone leaves where
+    such epochs last notably longer than moving there and back."""
     threads: int | None = Field(None, ge=1)
     """Intra-op threads of every worker. None: each device's own number; where those differ, moving a block in a
     re-plan may change the last bit of fp32 products."""

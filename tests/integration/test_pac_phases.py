@@ -21,7 +21,7 @@ from tests.integration.stack import (
 NUM_ROWS = 12
 
 
-def spec_of(output, num_stages, *, activation_cache="raw", **training):
+def spec_of(output, num_stages, *, activation_cache="raw", cached_epochs="data-parallel", **training):
     return make_spec(
         TINY_LLAMA_DIR,
         SNIPS_DIR / "train.jsonl",
@@ -35,7 +35,7 @@ def spec_of(output, num_stages, *, activation_cache="raw", **training):
             "activation_cache": activation_cache,
             **training,
         },
-        placement={"stages": num_stages, "cached_epochs": "data-parallel", "replicas": "never"},
+        placement={"stages": num_stages, "cached_epochs": cached_epochs, "replicas": "never"},
         method={"type": "parallel_adapters", "reduction": 4},
     )
 
@@ -97,13 +97,20 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "num_devices", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+    ("num_devices", "cached_epochs"),
+    [
+        pytest.param(1, "data-parallel", marks=pytest.mark.slow),
+        (2, "data-parallel"),
+        (2, "stages"),
+        pytest.param(3, "data-parallel", marks=pytest.mark.slow),
+        pytest.param(3, "stages", marks=pytest.mark.slow),
+    ],
 )
 def test_job_trains_without_its_backbone_after_the_first_epoch_with_the_bits_of_an_uncached_one(
-    tmp_path, undisturbed, num_devices
+    tmp_path, undisturbed, num_devices, cached_epochs
 ):
     with fleet(tmp_path, num_devices) as (people, agents):
-        job_id = people.submit(spec_of(tmp_path / "adapter", num_devices))
+        job_id = people.submit(spec_of(tmp_path / "adapter", num_devices, cached_epochs=cached_epochs))
         found = finished(people, job_id, tmp_path / "adapter")
         assignments = [assignment for agent in agents for assignment in agent.assignments]
         moves = [event for kind, event in people.events(job_id) if kind == "Moved"]

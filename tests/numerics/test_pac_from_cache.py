@@ -72,6 +72,23 @@ def from_cache(spec, devices, batches, state, first_step, num_epochs):
     return decisions, adapter, weights
 
 
+def in_stages(spec, devices, batches, num_epochs):
+    """The pipeline for one epoch, then its stages without their blocks: decisions by epoch, adapter, weights left."""
+    num = len(devices.stores)
+    with pipeline_of(spec, stages_of(num), activation_cache=devices.caches_in_order()) as pipeline:
+        decisions = [train(pipeline, batches)]
+        state = pipeline.snapshot()
+    devices.close()
+    with pipeline_of(spec, stages_of(num), activation_cache=devices.caches_in_order(), from_cache=True) as pipeline:
+        pipeline.restore(state)
+        for epoch in range(1, num_epochs):
+            decisions.append(train(pipeline, batches, first_step=epoch * len(batches)))
+        weights = [sum(p.numel() for p in e.stage.model.parameters()) for e in pipeline.executors.values()]
+        adapter = pipeline.state()
+    devices.close()
+    return decisions, adapter, weights
+
+
 def uncached(spec, batches):
     with pipeline_of(spec, stages_of(1)) as pipeline:
         decisions = [train(pipeline, batches, first_step=epoch * len(batches)) for epoch in range(EPOCHS)]
@@ -103,6 +120,22 @@ def test_epochs_without_the_backbone_on_1_2_and_3_devices_have_the_bits_of_uncac
         # Of the backbone the head and the final norm are left.
         vocabulary, width = 64, 32
         assert all(number <= vocabulary * width + 2 * width for number in weights)
+
+
+def test_epochs_without_the_backbone_in_2_and_3_stages_have_the_bits_of_uncached_ones(model_dirs, tmp_path):
+    spec = make_spec(model_dirs["llama"]).model_copy(update={"method": SIDE})
+    batches = make_batches(num_steps=2)
+    expected, expected_adapter = uncached(spec, batches)
+
+    for num_stages in (2, 3):
+        devices = Devices(tmp_path / f"{num_stages}", num_stages)
+        decisions, adapter, weights = in_stages(spec, devices, batches, EPOCHS)
+
+        assert decisions == expected
+        assert_same_tensors(adapter, expected_adapter)
+        # The last stage has the head and the final norm, the others nothing of the model.
+        vocabulary, width = 64, 32
+        assert weights[:-1] == [0] * (num_stages - 1) and weights[-1] <= vocabulary * width + 2 * width
 
 
 def test_second_epoch_of_the_pipeline_hands_no_entry_over_again(model_dirs, tmp_path):

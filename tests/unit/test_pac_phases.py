@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from coordinator.jobs.job_shape import CACHED_WAYS
 from coordinator.jobs.phases import Phases, entry_owners, has_run_an_epoch, with_cached_step
 from partitioner.plan import CachedStep, Plan, StagePlan
 from plutino.job.data import DataConfig
@@ -16,6 +17,9 @@ from plutino.job.spec import JobSpec
 from plutino.job.training import TrainingConfig
 
 CACHED = CachedStep(step_s=2.0, agent_ids=("b", "a"), owners=(0, 1, 0), compute_s=1.5, read_s=0.3, reduce_s=0.2)
+STAGED = CachedStep(
+    step_s=3.0, in_stages=True, agent_ids=("a", "b"), owners=(), compute_s=2.5, read_s=0.3, reduce_s=0.0
+)
 
 
 def stage(index, agent_id):
@@ -66,6 +70,7 @@ def phases(cached_epochs="auto"):
 def test_owners_of_places_are_workers_of_the_pipeline():
     assert entry_owners(plan()) == ((1, 0), (0, 0), (1, 0))
     assert entry_owners(plan(cached=None)) == ()
+    assert entry_owners(plan(cached=STAGED)) == ()  # they stay with whoever made them
 
 
 @pytest.mark.parametrize(
@@ -92,6 +97,15 @@ def test_job_stays_in_its_pipeline_until_entries_are_placed_and_the_move_is_wort
     assert jobs.leave_pipeline(100, move_s=1.0) is None
 
 
+def test_job_that_was_told_to_keep_its_pipeline_trains_in_stages_and_never_leaves_it():
+    jobs = phases("pipeline")
+    jobs.begin_plan(object(), plan(cached=STAGED))
+    jobs.note(2, 0, 12, [0, 0])
+
+    assert not jobs.may_change_before(4, 0, 12)
+    assert jobs.leave_pipeline(10**6, move_s=1e-9) is None
+
+
 def test_job_that_was_told_to_leave_asks_for_no_price(monkeypatch):
     monkeypatch.setattr("coordinator.jobs.phases.plan_from_cache", lambda plan, problem, spec: plan)
     jobs = phases("data-parallel")
@@ -104,14 +118,22 @@ def test_job_that_was_told_to_leave_asks_for_no_price(monkeypatch):
 
 @pytest.mark.parametrize(
     ("cached_epochs", "total_steps", "expected"),
-    [("auto", 12, CACHED), ("auto", 11, None), ("data-parallel", 3, CACHED), ("data-parallel", 2, None)],
+    [
+        ("auto", 12, CACHED),
+        ("auto", 11, STAGED),
+        ("auto", 2, None),
+        ("data-parallel", 3, CACHED),
+        ("data-parallel", 2, None),
+        ("stages", 12, STAGED),
+        ("pipeline", 12, STAGED),
+    ],
 )
 def test_entries_are_handed_over_only_where_the_job_could_leave_its_pipeline(
     monkeypatch, cached_epochs, total_steps, expected
 ):
-    monkeypatch.setattr("coordinator.jobs.phases.cached_step_of", lambda *args, **options: CACHED)
-    table = SimpleNamespace(hidden_size=8)
-    running = SimpleNamespace(table=table, shape=SimpleNamespace(dtype_bytes=4), devices=(), links=None)
+    found = {("data-parallel",): CACHED, ("stages", "data-parallel"): CACHED, ("stages",): STAGED, (): None}
+    monkeypatch.setattr("coordinator.jobs.phases._cached_step", lambda plan, running, ways: found[ways])
+    running = SimpleNamespace(shape=SimpleNamespace(cached_ways=CACHED_WAYS[cached_epochs]))
     monkeypatch.setattr("coordinator.jobs.phases.as_running", lambda problem, plan: running)
     problem = SimpleNamespace(num_train_rows=12)
     spec = phases(cached_epochs)._spec

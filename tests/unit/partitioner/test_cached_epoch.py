@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner.cached_epoch import SideDevice, cached_step, cached_step_of, read_s, side_worker_bytes
+from partitioner.cached_stages import SideStage, cuts_by_speed, staged_step
 from partitioner.device import LinkProfile, LinkTable
 from partitioner.explain import explain
 from partitioner.orders import all_layouts
@@ -99,17 +100,68 @@ def test_cached_step_needs_less_memory_than_the_whole_job_and_reads_at_the_disks
     assert slow.step_s - quick.step_s == pytest.approx(slow.read_s - quick.read_s)
 
 
-def cached_job(table, share):
+def cached_job(table, share, **more):
     changes = {"batch_rows": 16, "micro_batch_rows": 2, "cached_steps_share": share, "entry_token_bytes": 256}
-    return job(table, ParallelAdaptersConfig(reduction=4), **changes)
+    return job(table, ParallelAdaptersConfig(reduction=4), **(changes | more))
+
+
+def side_stage(seconds, owners, *, link_s=0.0, sum_s=0.0):
+    replicas = tuple(SideDevice(agent_id=f"d{i}", compute_s=s, read_s=0.0) for i, s in enumerate(seconds))
+    return SideStage(replicas=replicas, owners=owners, link_busy_s=link_s, link_latency_s=0.0, sum_s=sum_s)
+
+
+def test_step_in_stages_is_one_way_there_and_back_and_the_slowest_stages_pace_for_the_others():
+    alone = (0,) * 8
+    found = staged_step([side_stage([0.1], alone, link_s=0.01), side_stage([0.3], alone)])
+    shared = staged_step([side_stage([0.1], alone, link_s=0.01), side_stage([0.3, 0.3], (0, 1) * 4, sum_s=0.2)])
+
+    assert found.step_s == pytest.approx(0.1 + 0.02 + 0.3 + 7 * 0.3)
+    assert (found.in_stages, found.reduce_s, found.compute_s) == (True, 0.0, pytest.approx(2.4))
+    # Two replicas halve the pace, and add up what they have found.
+    assert shared.step_s == pytest.approx(0.1 + 0.02 + 0.3 + 7 * 0.15 + 0.2)
+
+
+def test_slow_link_is_the_pace_of_a_step_in_stages():
+    alone = (0,) * 8
+    found = staged_step([side_stage([0.1], alone, link_s=0.5), side_stage([0.1], alone)])
+
+    assert found.step_s == pytest.approx(0.2 + 1.0 + 7 * 0.5)
+
+
+@given(st.lists(st.floats(0.1, 9.0), min_size=1, max_size=6), st.integers(6, 40))
+def test_blocks_are_dealt_out_by_speed_and_no_stage_goes_without(speeds, num_blocks):
+    layout = tuple((i,) for i in range(len(speeds)))
+
+    cuts = cuts_by_speed(layout, speeds, num_blocks)
+
+    assert (cuts[0], cuts[-1]) == (0, num_blocks)
+    assert all(start < end for start, end in pairwise(cuts))
+
+
+@pytest.mark.parametrize(("bandwidth", "in_stages"), [(2e4, True), (1e12, False)])
+def test_later_epochs_stay_in_their_stages_where_gradients_would_cost_more_than_the_pipelines_bubble(
+    bandwidth, in_stages
+):
+    table, links = llama(4), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth))
+    devices = [device("a", speed=0.1), device("b", speed=0.1)]
+
+    found, only = (
+        search(table, cached_job(table, 20.0, exact_stages=2, **ways), devices, links)
+        for ways in ({}, {"cached_ways": ("data-parallel",)})
+    )
+
+    assert (found.cached.in_stages, only.cached.in_stages) == (in_stages, False)
+    assert found.cached.step_s <= only.cached.step_s
+    assert ("in the same stages" in explain(found)) is in_stages
 
 
 def test_search_takes_a_device_in_for_later_epochs_that_the_pipeline_alone_would_leave_out():
     table, links = llama(4), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=GIGABIT, latency_s=0.08))
     devices = [device("a"), device("b")]
 
+    ways = {"cached_ways": ("data-parallel",)}
     once = search(table, cached_job(table, 0.0), devices, links)
-    often = search(table, cached_job(table, 20.0), devices, links)
+    often = search(table, cached_job(table, 20.0, **ways), devices, links)
 
     assert (len(once.agent_ids), len(often.agent_ids)) == (1, 2)
     assert once.cached is None and sorted(often.cached.owners.count(place) for place in range(2)) == [4, 4]
@@ -127,7 +179,8 @@ def test_search_takes_a_device_in_for_later_epochs_that_the_pipeline_alone_would
 def test_search_with_cached_epochs_equals_the_cheapest_of_all_layouts_and_cuts(numbers, bandwidth, share):
     table, links = llama(3), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=bandwidth, latency_s=1e-3))
     devices = [device(f"d{i}", speed=speed, available_mib=mib) for i, (speed, mib) in enumerate(numbers)]
-    shape = cached_job(table, share)
+    # A step in stages depends on the cuts, too, and layouts are compared by a guess of them.
+    shape = cached_job(table, share, cached_ways=("data-parallel",))
     pricer = Pricer(table, shape, devices, links)
     costs = [
         found.cost_s
