@@ -65,6 +65,15 @@ SAMPLES: tuple[JobEvent, ...] = (
     events.WorkerLost(worker=WORKER, plan_epoch=1, reason="exit code -9", out_of_memory=True),
     events.Recovering(decision="return", step=4, plan_epoch=2, undone_steps=1, reason="pi-3 left"),
     events.PlanChanges(step=4, plan_epoch=2, reason="blocks 5-7 from a to b, because a is slow"),
+    events.Moved(
+        step=4,
+        plan_epoch=2,
+        seconds=1.5,
+        seconds_by_part={"store": 0.5, "load": 1.0},
+        loading_by_part={"weights": 0.75},
+        num_went_on=1,
+        num_workers=2,
+    ),
     events.Recovered(step=4, plan_epoch=2, seconds=6.0),
     events.Exported(
         adapter_dir="/out", bytes=9, num_tensors=8, checks=(events.Verification(name="keys", result="equal"),)
