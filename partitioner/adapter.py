@@ -65,6 +65,7 @@ class AdapterTable(PlanValue):
     """The setting that all of them grow with."""
     side_reduction: int = 0
     """See :attr:`partitioner.model.JobShape.side_reduction`."""
+    prunes_by_gradients: bool = False
 
     @property
     def num_params(self) -> int:
@@ -89,6 +90,7 @@ class AdapterTable(PlanValue):
             "use_dora": self.use_dora,
             "size_setting": self.size_setting,
             "side_reduction": self.side_reduction,
+            "prunes_by_gradients": self.prunes_by_gradients,
         }
 
 
@@ -190,6 +192,7 @@ def _parallel_adapters(table: ModelTable, method: ParallelAdaptersConfig) -> Ada
         last_params=norm_params + out_width * (hidden // reduction + 1),
         size_setting=method.size_setting,
         side_reduction=reduction,
+        prunes_by_gradients=method.prunes_by_gradients,
     )
 
 

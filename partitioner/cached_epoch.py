@@ -27,7 +27,7 @@ _FORWARD_SHARE = 0.5
 """Of a backward pass: it multiplies twice where the forward pass multiplies once."""
 
 _FP32_BYTES = 4
-_LEFT_WITH_THE_BACKBONE = ("weights", "packed weights", "unpacking", "generation", "loading peak")
+_LEFT_WITH_THE_BACKBONE = ("weights", "packed weights", "unpacking", "generation", "pruning", "loading peak")
 
 
 class SideDevice(PlanValue):

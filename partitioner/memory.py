@@ -108,6 +108,10 @@ class MemoryModel:
         self.is_uniform = len(set(kinds)) == 1
         """All blocks weigh the same, so that a stage's bytes follow from its number of blocks and its place."""
         self._sum_saved_bytes = _prefix_sums(self._saved_bytes)
+        self._sum_gradient_bytes = None
+        if shape.prunes_by_gradients:
+            gradient_bytes = {block: activations.gradient_block_bytes(table, shape, block) for block in set(kinds)}
+            self._sum_gradient_bytes = _prefix_sums([gradient_bytes[kind] for kind in kinds])
         self._most_saved_bytes = _range_maxima(self._saved_bytes)
         self._weights = WeightSizes(table, shape)
         self._sum_trainable = _prefix_sums(shape.adapter_params)
@@ -201,7 +205,8 @@ class MemoryModel:
         # Weights that are trained themselves are in the bill already; bf16 ones have a master each.
         is_own = shape.trains_weights and shape.dtype == "fp32"
         trained_bytes = TRAINED_BYTES_PER_PARAM - (_FP32_BYTES if is_own else 0)
-        coming_and_going = np.maximum(passing_bytes, generation_bytes)
+        pruning_bytes = self._pruning_bytes(start_block, end_block, place)
+        coming_and_going = np.maximum(np.maximum(passing_bytes, generation_bytes), pruning_bytes)
         bill = {
             "weights": weight_bytes,
             "packed weights": packed_bytes,
@@ -219,6 +224,7 @@ class MemoryModel:
             "shadow snapshot": num_trainable * ((not shape.is_on_cards) * SHADOW_BYTES_PER_PARAM),
             **training,
             "generation": np.maximum(0, generation_bytes - passing_bytes),
+            "pruning": np.maximum(0, pruning_bytes - np.maximum(passing_bytes, generation_bytes)),
             "allocator": _ALLOCATOR_FLOOR_BYTES + (_ALLOCATOR_SHARE * coming_and_going).astype(np.int64),
         }
         running_bytes = sum(bill.values(), np.zeros((), dtype=np.int64))
@@ -262,6 +268,7 @@ class MemoryModel:
             "workspace": "largest temporaries of one block",
             "generation": f"KV cache of {shape.generate_rows} rows x {shape.generate_tokens} tokens; what exceeds "
             "training's own",
+            "pruning": "one micro-batch backward through the blocks, before the first step; what exceeds training's",
             "allocator": f"freed pieces that malloc keeps: {_ALLOCATOR_SHARE:.0%} of what comes and goes",
             "loading peak": "what is read and not yet converted or packed",
         }
@@ -300,6 +307,16 @@ class MemoryModel:
             return np.asarray(0)
         recomputed_bytes = self._most_saved_bytes[start_block, end_block]
         return np.where(self._keeps_activations(start_block, end_block, place), recomputed_bytes, 0)
+
+    def _pruning_bytes(self, start_block: Ints, end_block: Ints, place: Place) -> Ints:
+        """What one micro-batch's gradients through the blocks take, before the first step."""
+        if self._sum_gradient_bytes is None:
+            return np.zeros((), dtype=np.int64)
+        saved_bytes = self._sum_gradient_bytes[end_block] - self._sum_gradient_bytes[start_block]
+        matrix_bytes = activations.matrix_gradient_bytes(self._table, self._shape)
+        beside_bytes = max(self._workspace_bytes + matrix_bytes, self._head_bytes if place.is_last else 0)
+        whole_bytes = 2 * self._boundary_bytes + self._shared_bytes + saved_bytes + beside_bytes
+        return np.where(self._keeps_activations(start_block, end_block, place), whole_bytes, 0)
 
     def _generation_bytes(self, num_blocks: Ints, place: Place) -> Ints:
         """KV cache and temporaries of generation, which runs between steps, when no activation of training is held."""

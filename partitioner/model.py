@@ -128,6 +128,8 @@ class JobShape(PlanValue):
     side_reduction: int = 0
     """A side network of the blocks' own kind, this much narrower, is trained beside the blocks, which keep nothing for
     a backward pass then; 0: there is none."""
+    prunes_by_gradients: bool = False
+    """Once, before the first step, micro-batches go backward through the blocks that it follows, one at a time."""
     cached_steps_share: float = 0.0
     """Steps that train from the activation cache, without the blocks, for each one that runs through them."""
     cached_ways: tuple[Literal["stages", "data-parallel"], ...] = ("stages", "data-parallel")

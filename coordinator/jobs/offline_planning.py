@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from coordinator.jobs.job_shape import measured_rows, shape_for
-from coordinator.jobs.planning import open_codecs, packing_for, read_model
+from coordinator.jobs.planning import allows_replicas, open_codecs, packing_for, read_model
 from coordinator.jobs.runner import JobRunner
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.fleet_file import FleetFile
@@ -69,5 +69,5 @@ def offline_problem(spec: JobSpec, fleet: FleetFile) -> PlanningProblem:
         links=fleet.link_table(),
         codecs=open_codecs(spec, shape, None),
         num_train_rows=prepared.num_train,
-        allow_replicas=spec.placement.replicas == "auto",
+        allow_replicas=allows_replicas(spec),
     )

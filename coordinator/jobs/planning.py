@@ -163,7 +163,7 @@ async def make_problem(
         is_started=is_started,
         codecs=open_codecs(spec, shape, numerics),
         num_train_rows=prepared.num_train,
-        allow_replicas=spec.placement.replicas == "auto",
+        allow_replicas=allows_replicas(spec),
     )
 
 
@@ -272,10 +272,18 @@ def packing_for(
     return packing_of(spec.model, scheme), why
 
 
+def allows_replicas(spec: JobSpec) -> bool:
+    """Whether workers may share a stage: each must see all rows where its first values follow from them."""
+    return spec.placement.replicas == "auto" and not spec.method.prunes_by_gradients
+
+
 def may_multiply_integers(specs: Sequence[JobSpec], packing: Packing) -> bool:
     """Whether these jobs' blocks may do without a gradient, and hold what integers are multiplied of."""
     return packing.scheme == "int8" and all(
-        spec.method.leaves_blocks_alone and spec.model.integer_products == "auto" for spec in specs
+        spec.method.leaves_blocks_alone
+        and not spec.method.prunes_by_gradients
+        and spec.model.integer_products == "auto"
+        for spec in specs
     )
 
 

@@ -22,16 +22,25 @@ from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.pass_clock import PassClock
 from edge_node.engine.recorder import StepRecorder
-from edge_node.engine.schedule import Action, Backward, Forward, Receive, Send, forward_actions, train_actions
-from edge_node.engine.stage_input import TARGET_LENGTHS, first_stage_input, gradient_name, later_stage_input
+from edge_node.engine.schedule import (
+    Action,
+    Backward,
+    Forward,
+    Receive,
+    Send,
+    first_gradient_actions,
+    forward_actions,
+    train_actions,
+)
+from edge_node.engine.stage_input import TARGET_LENGTHS, first_stage_input, later_stage_input
 from edge_node.engine.step_gradients import StepGradients, squared_norms
-from edge_node.engine.unit import InFlight, StepOutcome, StepTimes, UnitInput, not_finite
+from edge_node.engine.unit import InFlight, StepOutcome, StepTimes, UnitInput, back_propagate, not_finite
 from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
+from edge_node.methods.gradient_pruning import MOST_MICRO_BATCHES, GradientStart
 from edge_node.methods.reward_adapter import RewardAdapter, RewardScores
 from edge_node.objectives.base import Objective
 from edge_node.stage.passes import StageInput, StageOutput
-from edge_node.stage.placing import to_device
 from edge_node.stage.stage import Stage
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
 from plutino.job.assignment import StageShape
@@ -39,6 +48,9 @@ from plutino.job.method_part import Unfreezing
 from plutino.types import Unit
 
 # Shape suffixes: B rows of a micro-batch, T tokens, D hidden size.
+
+_DOWNWARD = (MessageKind.FORWARD, MessageKind.REFERENCE, MessageKind.FIRST_FORWARD)
+"""What a forward pass gives."""
 
 
 class StageExecutor:
@@ -126,6 +138,8 @@ class StageExecutor:
         self._freeze(work.unit.serial)
         if self._objective.runs_reference:
             self._run_reference(work, times)
+        if work.unit.serial == 0 and self.stage.gradient_start is not None:
+            self._start_from_gradients(work, self.stage.gradient_start, times)
         self._counts = {}
         actions = train_actions(
             self.stages,
@@ -221,6 +235,26 @@ class StageExecutor:
         finally:
             self.method.set_enabled(True)
 
+    def _start_from_gradients(self, work: UnitInput, start: GradientStart, times: StepTimes) -> None:
+        """Send gradients of the first rows' own loss through the frozen blocks, and let the method start from them."""
+        actions = first_gradient_actions(
+            self.stages,
+            me=self.me,
+            num_micro_batches=min(work.num_micro_batches, MOST_MICRO_BATCHES),
+            first_trainable_stage=self._lowest_stage,
+        )
+        references = dict(self._references)
+        self.method.set_enabled(False)
+        try:
+            with start.watching():
+                self._run(work, actions, times, is_training=True)
+        finally:
+            self.method.set_enabled(True)
+            self._references = references
+            # What a head that is trained beside it got belongs to no step.
+            self._step_gradients.start()
+        start.finish()
+
     def cancel(self, unit: Unit) -> None:
         """Abandon the unit that is being run, from any thread: it ends before its next action.
 
@@ -268,14 +302,14 @@ class StageExecutor:
                     losses.append(loss)
                     if self.stage.is_last and not runs_backward:
                         del in_flight[m]
-                case Send(m, MessageKind.FORWARD | MessageKind.REFERENCE as kind, peer):
+                case Send(m, kind, peer) if kind in _DOWNWARD:
                     flight = in_flight[m] if runs_backward else in_flight.pop(m)
                     self.transport.send(peer, MessageKey(kind, work.unit, m), flight.message, codec=self.codec_below)
                     times.send_s += time.perf_counter() - started_s
                 case Backward(m):
                     clock.start()
                     with self._position(work, m, is_training=is_training):
-                        to_send[m] = self._backward(in_flight.pop(m), received.pop(m, None))
+                        to_send[m] = back_propagate(in_flight.pop(m), received.pop(m, None))
                     self._step_gradients.take(m)
                     clock.end()
                 case Send(m, kind, peer):
@@ -339,18 +373,3 @@ class StageExecutor:
         if output.states is not None:
             self._activation_cache.write(keys, output.states)
         return output
-
-    def _backward(self, flight: InFlight, received: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """Back-propagate one micro-batch; gives the gradients of what came in, if a stage wants them."""
-        outputs = {name: output for name, output in flight.trained_out.items() if output.requires_grad}
-        if outputs:
-            gradients = None
-            if received is not None:
-                gradients = [to_device(received[gradient_name(name)], o.device) for name, o in outputs.items()]
-            torch.autograd.backward(list(outputs.values()), gradients)
-        # A micro-batch without label tokens has no gradient; the stages below still wait for one.
-        return {
-            gradient_name(name): torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            for name, tensor in flight.trained_in.items()
-            if tensor.requires_grad
-        }

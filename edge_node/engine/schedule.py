@@ -118,6 +118,20 @@ def forward_actions(
     return [action for m in mine for action in _forward(stages, me, m, kind)]
 
 
+def first_gradient_actions(
+    stages: Sequence[StageShape], *, me: Peer, num_micro_batches: int, first_trainable_stage: int
+) -> list[Action]:
+    """The actions of one worker for gradients of frozen blocks: one micro-batch after the other."""
+    mine = [m for m in range(num_micro_batches) if stages[me.stage_index].replica_of(m) == me.replica_index]
+    actions: list[Action] = []
+    for m in mine:
+        actions += _forward(stages, me, m, MessageKind.FIRST_FORWARD)
+        if me.stage_index >= first_trainable_stage:
+            sends_gradient = me.stage_index > first_trainable_stage
+            actions += _backward(stages, me, m, sends_gradient=sends_gradient, kind=MessageKind.FIRST_BACKWARD)
+    return actions
+
+
 def _forward(stages: Sequence[StageShape], me: Peer, m: int, kind: MessageKind = MessageKind.FORWARD) -> list[Action]:
     actions: list[Action] = []
     if me.stage_index > 0:
@@ -128,13 +142,20 @@ def _forward(stages: Sequence[StageShape], me: Peer, m: int, kind: MessageKind =
     return actions
 
 
-def _backward(stages: Sequence[StageShape], me: Peer, m: int, *, sends_gradient: bool) -> list[Action]:
+def _backward(
+    stages: Sequence[StageShape],
+    me: Peer,
+    m: int,
+    *,
+    sends_gradient: bool,
+    kind: MessageKind = MessageKind.BACKWARD,
+) -> list[Action]:
     actions: list[Action] = []
     if me.stage_index < len(stages) - 1:
-        actions.append(Receive(m, MessageKind.BACKWARD, neighbour(stages, me, m, +1)))
+        actions.append(Receive(m, kind, neighbour(stages, me, m, +1)))
     actions.append(Backward(m))
     if sends_gradient:
-        actions.append(Send(m, MessageKind.BACKWARD, neighbour(stages, me, m, -1)))
+        actions.append(Send(m, kind, neighbour(stages, me, m, -1)))
     return actions
 
 

@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from edge_node.engine.recorder import StepRecorder
+from edge_node.engine.stage_input import gradient_name
+from edge_node.stage.placing import to_device
 from plutino.data.batches import MicroBatchRows
 from plutino.types import Unit
 
@@ -68,6 +71,22 @@ class InFlight:
     """What the next stage sends a gradient for, or the scaled loss on the last."""
     message: dict[str, Tensor]
     """For the next stage: hidden states, and what travels with them (lengths, position_ids, segment_ids)."""
+
+
+def back_propagate(flight: InFlight, received: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Back-propagate one micro-batch; gives the gradients of what came in, if a stage wants them."""
+    outputs = {name: output for name, output in flight.trained_out.items() if output.requires_grad}
+    if outputs:
+        gradients = None
+        if received is not None:
+            gradients = [to_device(received[gradient_name(name)], o.device) for name, o in outputs.items()]
+        torch.autograd.backward(list(outputs.values()), gradients)
+    # A micro-batch without label tokens has no gradient; the stages below still wait for one.
+    return {
+        gradient_name(name): torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        for name, tensor in flight.trained_in.items()
+        if tensor.requires_grad
+    }
 
 
 def not_finite(names: Sequence[str], norms: Sequence[float], loss_sum: float, step: int) -> str:

@@ -2,18 +2,20 @@
 
 The module, its arithmetic and its layout on disk are :mod:`plutino.side_network`'s. Here it gets its first values: each
 side block is a pruned copy of the block that it follows, or random numbers; either way the part that reaches the head
-starts at zero, so that step 0 is the base model.
+starts at zero, so that step 0 is the base model. Pruning by gradients waits for the job's first rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edge_node.methods.checkpoint import StoredAsTrained, in_blocks
-from edge_node.methods.pruning import Axes, choose_places, pruned_parameters
+from edge_node.methods.gradient_pruning import GradientStart
+from edge_node.methods.pruning import Axes, Scores, choose_places, magnitudes, pruned_parameters
 from edge_node.methods.seeding import seeded_generator
 from edge_node.stage.stage import Stage
 from partitioner.model import model_sizes
@@ -56,6 +58,14 @@ def attach_parallel_adapters(stage: Stage, config: ParallelAdaptersConfig, *, se
         ConfigError: the model has no such blocks, or they cannot be narrowed so.
     """
     layout = stage.side_layout = _layout(stage, config)
+    own_blocks = [index for index in layout.blocks if stage.start_block <= index < stage.end_block]
+
+    def start(scores: Mapping[int, Scores]) -> None:
+        if stage.side is not None:
+            copy_values(stage.side, _first_values(stage.side, stage, config, seed, scores))
+
+    if config.prunes_by_gradients and stage.has_backbone:
+        stage.gradient_start = GradientStart(stage, _axes(stage), own_blocks, start)
     if stage.end_block <= layout.blocks[0]:
         return AttachedParallelAdapters(None, layout)
     side = SideNetwork(
@@ -66,7 +76,7 @@ def attach_parallel_adapters(stage: Stage, config: ParallelAdaptersConfig, *, se
         attention=stage.attention,
         device=stage.device,
     )
-    copy_values(side, _first_values(side, stage, config, seed))
+    copy_values(side, _first_values(side, stage, config, seed, {}))
     stage.put_beside(side)
     return AttachedParallelAdapters(side, layout)
 
@@ -84,9 +94,19 @@ def _layout(stage: Stage, config: ParallelAdaptersConfig) -> SideLayout:
     )
 
 
+def _axes(stage: Stage) -> Axes:
+    sizes = model_sizes(stage.config.to_dict(), stage.family)
+    return Axes(hidden=sizes["hidden"], head=sizes["head_dim"], inner=sizes["inner"])
+
+
 @torch.no_grad()
-def _first_values(side: SideNetwork, stage: Stage, config: ParallelAdaptersConfig, seed: int) -> dict[str, Tensor]:
-    """What every parameter starts with, by its key; norms and biases keep what transformers gives new ones."""
+def _first_values(
+    side: SideNetwork, stage: Stage, config: ParallelAdaptersConfig, seed: int, scores: Mapping[int, Scores]
+) -> dict[str, Tensor]:
+    """What every parameter starts with, by its key; norms and biases keep what transformers gives new ones.
+
+    ``scores`` say what counts in a block; by the size of its weights where there are none.
+    """
     values = {
         key: parameter.detach().clone() if parameter.dim() < 2 else _drawn(key, parameter, seed)
         for key, parameter in side.by_key().items()
@@ -96,12 +116,12 @@ def _first_values(side: SideNetwork, stage: Stage, config: ParallelAdaptersConfi
     if config.init == "random" or not stage.has_backbone:
         # Without blocks there is nothing to prune: such a stage takes over the values of a training under way.
         return values
-    sizes = model_sizes(stage.config.to_dict(), stage.family)
-    axes = Axes(hidden=sizes["hidden"], head=sizes["head_dim"], inner=sizes["inner"])
+    axes = _axes(stage)
     tables = _tables(stage)
     for index in side.own_blocks:
         block = stage.model.get_submodule(stage.family.block_name(index, stage.num_encoder_blocks))
-        places = choose_places(block, stage.family, axes, config.reduction)
+        of_block = scores.get(index) or magnitudes(block, stage.family, axes)
+        places = choose_places(of_block, axes, config.reduction)
         pruned = pruned_parameters(block, stage.family, axes, places)
         pruned |= tables.get(index >= stage.num_encoder_blocks, {})
         values |= {f"side.blocks.{index}.{name}": value for name, value in pruned.items()}

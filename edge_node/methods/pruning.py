@@ -1,8 +1,9 @@
-"""Structural pruning: which rows and columns of a block a narrow copy of it keeps, by the size of its weights.
+"""Structural pruning: which rows and columns of a block a narrow copy of it keeps, by how much its weights count.
 
 As Ladder Side-Tuning starts its side network (Sung et al. 2022, arXiv:2206.06522 sec. 3.3), with magnitudes as
-importance: numbers of the hidden states, of every head and of the MLP's inner tensor are kept whole or not at all, so
-that what one layer gives is what the next one reads. All heads keep the same places: queries meet keys.
+importance here, and with gradients in :mod:`edge_node.methods.gradient_pruning`: numbers of the hidden states, of every
+head and of the MLP's inner tensor are kept whole or not at all, so that what one layer gives is what the next one
+reads. All heads keep the same places: queries meet keys.
 """
 
 from __future__ import annotations
@@ -31,17 +32,35 @@ class Axes:
         return {"hidden": self.hidden, "head": self.head, "inner": self.inner}[kind]
 
 
-def choose_places(block: nn.Module, family: Family, axes: Axes, reduction: int) -> dict[str, Tensor]:
-    """Kind of axis -> the places in a run whose weights are largest, summed over all linear layers of a block.
+Scores = dict[str, Tensor]
+"""Kind of axis -> how much each place in a run counts, fp64 on the CPU, summed over all linear layers of a block."""
+
+
+def no_scores(axes: Axes) -> Scores:
+    """Every place counts nothing yet."""
+    return {kind: torch.zeros(axes.of(kind), dtype=torch.float64) for kind in ("hidden", "head", "inner")}
+
+
+def add_sums(scores: Scores, matrix: Tensor, family: Family, name: str, axes: Axes) -> None:
+    """Add what a linear layer's weights count, [out_features, in_features], to the places of both axes."""
+    for dim, kind in enumerate(_kinds(family, name)):
+        sums = matrix.sum(dim=1 - dim, dtype=torch.float64).cpu()
+        scores[kind] += sums.view(-1, axes.of(kind)).sum(dim=0)
+
+
+def magnitudes(block: nn.Module, family: Family, axes: Axes) -> Scores:
+    """A weight counts as much as it is large."""
+    scores = no_scores(axes)
+    for name, linear in block_linears(block, family).items():
+        add_sums(scores, _weight(linear).abs(), family, name, axes)
+    return scores
+
+
+def choose_places(scores: Scores, axes: Axes, reduction: int) -> dict[str, Tensor]:
+    """Kind of axis -> the places in a run that count most.
 
     Heads keep places in pairs (j, j + head / 2), as rotation takes them, wherever the number allows.
     """
-    scores = {kind: torch.zeros(axes.of(kind), dtype=torch.float64) for kind in ("hidden", "head", "inner")}
-    for name, linear in _linears(block, family).items():
-        weight = _weight(linear).abs()
-        for dim, kind in enumerate(_kinds(family, name)):
-            sums = weight.sum(dim=1 - dim, dtype=torch.float64).cpu()
-            scores[kind] += sums.view(-1, axes.of(kind)).sum(dim=0)
     num_head = axes.head // reduction
     if num_head % 2 == 0 and axes.head % 2 == 0:
         pairs = _largest(scores["head"].view(2, -1).sum(dim=0), num_head // 2)
@@ -62,7 +81,7 @@ def pruned_parameters(block: nn.Module, family: Family, axes: Axes, places: Mapp
     def indices(kind: str, size: int) -> Tensor:
         return torch.cat([places[kind] + start for start in range(0, size, axes.of(kind))])
 
-    linears = _linears(block, family)
+    linears = block_linears(block, family)
     for name, module in block.named_modules():
         if isinstance(module, nn.Embedding):
             # Position biases, one for each of the heads, of which all stay.
@@ -83,7 +102,7 @@ def pruned_parameters(block: nn.Module, family: Family, axes: Axes, places: Mapp
     return {name: value.contiguous() for name, value in kept.items()}
 
 
-def _linears(block: nn.Module, family: Family) -> dict[str, nn.Module]:
+def block_linears(block: nn.Module, family: Family) -> dict[str, nn.Module]:
     """The linear layers that a block has of those that its family's blocks may have."""
     modules = dict(block.named_modules())
     return {name: modules[name] for name in family.all_linears if name in modules}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from plutino.job.model import Packing
 from plutino.side_halves import run_ladders
 from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates, BackboneTap, SideNetwork
+
+if TYPE_CHECKING:
+    from edge_node.methods.gradient_pruning import GradientStart
 
 # Shape suffixes: B rows, T tokens of this pass, D hidden size, V vocabulary.
 
@@ -85,6 +88,8 @@ class Stage:
         """A method's network beside these blocks, see :meth:`put_beside`."""
         self.side_layout: SideLayout | None = None
         """Of the job's whole side network, also on stages that have no part of it."""
+        self.gradient_start: GradientStart | None = None
+        """Gives the side network its first values in the job's first step; None: it has them."""
         self.kept_place: int | None = None
         """See :meth:`keep_below`."""
         self.frozen_prefix: FrozenPrefix | None = None

@@ -33,6 +33,10 @@ class MessageKind(IntEnum):
     """Whether a micro-batch's hidden states are needed here or above, to the previous stage."""
     CACHE_ENTRIES = 9
     """A micro-batch's entries at one place of the model, to whoever keeps them for epochs from the cache."""
+    FIRST_FORWARD = 10
+    """As FORWARD, of the passes without a side network that its first values follow from."""
+    FIRST_BACKWARD = 11
+    """As BACKWARD, of the same."""
 
 
 @dataclass(frozen=True, slots=True)

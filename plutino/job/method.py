@@ -118,17 +118,23 @@ class ParallelAdaptersConfig(InChosenBlocksPart):
     type: Literal["parallel_adapters"] = "parallel_adapters"
     reduction: int = Field(8, ge=2, le=1024)
     """Every width of the side network is the model's divided by it; the number of heads stays."""
-    init: Literal["pruning", "random"] = "pruning"
-    """Where side blocks start: from the largest weights of the blocks that they follow, or from random numbers."""
+    init: Literal["pruning", "fisher", "random"] = "pruning"
+    """Where side blocks start: from the largest weights of the blocks that they follow, from those with the largest
+    gradients on the job's first rows, or from random numbers."""
 
     @property
     def leaves_blocks_alone(self) -> bool:
         """See :class:`MethodPart`."""
         return True
 
+    @property
+    def prunes_by_gradients(self) -> bool:
+        """See :class:`MethodPart`."""
+        return self.init == "fisher"
+
     def for_profile(self) -> ParallelAdaptersConfig:
-        """A side network beside all blocks."""
-        return self.model_copy(update={"blocks": None})
+        """A side network beside all blocks; where it starts costs no time of a step."""
+        return self.model_copy(update={"blocks": None, "init": "pruning" if self.prunes_by_gradients else self.init})
 
 
 class PromptConfig(MethodPart):

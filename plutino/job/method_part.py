@@ -55,6 +55,11 @@ class MethodPart(SpecPart, ABC):
         return False
 
     @property
+    def prunes_by_gradients(self) -> bool:
+        """Whether what is trained starts from gradients of the blocks, once, in the first step."""
+        return False
+
+    @property
     def prompt_tokens(self) -> int:
         """Virtual tokens before each row."""
         return 0

@@ -131,6 +131,22 @@ def test_job_trains_without_its_backbone_after_the_first_epoch_with_the_bits_of_
 
 
 @pytest.mark.slow
+def test_start_by_gradients_is_the_same_on_one_device_and_on_two_that_leave_their_pipeline(tmp_path):
+    found = {}
+    for num_devices in (1, 2):
+        folder = tmp_path / str(num_devices)
+        folder.mkdir()
+        with fleet(folder, num_devices, num_bytes=1 << 30 if num_devices > 1 else 0) as (people, _):
+            spec = spec_of(folder / "adapter", num_devices)
+            method = spec.method.model_copy(update={"init": "fisher"})
+            job_id = people.submit(spec.model_copy(update={"method": method}))
+            found[num_devices] = finished(people, job_id, folder / "adapter")
+
+    assert found[1][:2] == found[2][:2]
+    assert [step for step, _ in found[2][2]] == [2, 6]
+
+
+@pytest.mark.slow
 def test_agents_of_one_machine_share_its_folder_and_leave_the_pipeline_all_the_same(tmp_path, undisturbed):
     with fleet(tmp_path, 2, is_shared=True) as (people, agents):
         found = run(people, tmp_path / "adapter", 2)
