@@ -238,6 +238,7 @@ def test_int8_layers_that_want_no_gradient_multiply_as_the_fleet_is_faster(gain,
         {"model": {"quantization": "int8"}},
         {"model": {"quantization": "nf4"}, "method": INT8_BESIDE["method"]},
         {"model": {"quantization": "int8", "integer_products": "never"}, "method": INT8_BESIDE["method"]},
+        {**INT8_BESIDE, "method": {**INT8_BESIDE["method"], "init": "fisher"}},
     ],
 )
 def test_other_jobs_are_measured_once_and_never_multiply_integers(changes):
@@ -245,6 +246,13 @@ def test_other_jobs_are_measured_once_and_never_multiply_integers(changes):
 
     assert problem(fleet, 4, **changes).shape.packing.products == "dequantised"
     assert fleet.num_measured == 4
+
+
+@pytest.mark.parametrize(("init", "allows"), [("pruning", True), ("fisher", False)])
+def test_workers_share_a_stage_unless_its_start_follows_from_all_rows(init, allows):
+    method = {**INT8_BESIDE["method"], "init": init}
+
+    assert problem(ProductFleet(gain=5.0), 4, method=method).allow_replicas is allows
 
 
 def test_later_plans_keep_the_products_of_the_numerics_record():
