@@ -27,12 +27,9 @@ def resolve_peft_config(stage: Stage, config: LoraConfig) -> peft.LoraConfig:
     Raises:
         ConfigError: target modules or blocks that the model does not have.
     """
-    if config.blocks is not None and stage.family.halves is not None:
-        raise ConfigError(
-            f"method.blocks would mean blocks of {stage.family.model_type}'s encoder and of its decoder at once; "
-            "leave it out, and name layers of one of them in target_modules"
-        )
-    blocks = None if config.blocks is None else list(chosen_blocks(config.blocks, stage.num_blocks))
+    blocks = None
+    if config.blocks is not None and stage.family.halves is None:
+        blocks = list(chosen_blocks(config.blocks, stage.num_blocks))
     # peft types alpha as int and writes it so, but computes with any number.
     values: dict[str, Any] = {
         "lora_alpha": _whole_if_possible(config.alpha),
@@ -61,7 +58,7 @@ def list_targets(stage: Stage, config: LoraConfig, peft_config: peft.LoraConfig)
     targets = [name for name in stage.block_linears if check_target_module_exists(peft_config, name)]
     if not targets:
         raise ConfigError(
-            f"no linear layer of the blocks {peft_config.layers_to_transform} is named as target_modules asks; "
+            f"no linear layer of the blocks {config.blocks} is named as target_modules asks; "
             "widen method.blocks or target_modules"
         )
     for setting, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
@@ -139,6 +136,23 @@ def saved_peft_config(stage: Stage, config: LoraConfig, peft_config: peft.LoraCo
 
 
 def _resolve_target_modules(stage: Stage, config: LoraConfig) -> list[str]:
+    """Names by which peft finds what is adapted: the last parts, or all of them where blocks of a half are chosen.
+
+    peft would take layers_to_transform for blocks of both halves at once.
+    """
+    named, family = _last_parts(stage, config), stage.family
+    if config.blocks is None or family.halves is None:
+        return named
+    chosen = chosen_blocks(config.blocks, stage.num_blocks)
+    blocks = tuple(f"{family.block_name(block, stage.num_encoder_blocks)}." for block in chosen)
+    return [
+        name
+        for name in stage.block_linears
+        if name.startswith(blocks) and any(name.endswith(f".{last}") for last in named)
+    ]
+
+
+def _last_parts(stage: Stage, config: LoraConfig) -> list[str]:
     # Without the full names, because peft passes over layers_to_transform for layers that are named in full.
     in_block = {str(stage.family.in_block(name)) for name in stage.block_linears}
     known = sorted({stage.family.target_name(name) for name in in_block})

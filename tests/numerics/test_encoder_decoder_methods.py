@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from partitioner.memory import stage_memory
 from partitioner.model import JobShape
 from plutino.errors import ConfigError
 from plutino.families import family_of
-from plutino.job.method import AdaptersConfig, FullConfig
+from plutino.job.method import AdaptersConfig, FullConfig, LoraConfig
 from plutino.job.method_part import Unfreezing
 from plutino.job.objective import Seq2SeqConfig
 from plutino.load_adapter import load_adapter
@@ -35,7 +36,7 @@ from tests.numerics.pipelines import (
     stages_of,
     train,
 )
-from tests.numerics.test_encoder_decoders import two_texts
+from tests.numerics.test_encoder_decoders import stock_model, two_texts
 from tests.numerics.test_methods import counted, export
 from tests.numerics.test_methods_adapters import by_formula, moved
 from tests.numerics.tiny_families import ENCODER_DECODERS, describe_folder, make_config, save_model
@@ -204,6 +205,28 @@ def test_adapters_give_the_formulas_loss_and_gradients_on_the_whole_model(folder
     # Behind a decoder's second attention too.
     num_layers = {None: 2 * 2 + 2 * 3, "last 1": 3, (0, 2): 2 + 3}[blocks]
     assert (len(layout["layers"]), layout["task_type"]) == (num_layers, "SEQ_2_SEQ_LM")
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("t5", (0, 3)), pytest.param("bart", "last 1", marks=pytest.mark.slow)])
+def test_lora_in_blocks_counted_through_is_what_stock_peft_adapts_bit_for_bit(folders, name, blocks):
+    method = LoraConfig(rank=2, target_modules="all-linear", blocks=blocks)
+    rows = make_batches(1)[0].rows[0]
+    with pipeline_of(spec_of(folders[name], method), stages_of(3)) as pipeline:
+        values = moved(pipeline.state())
+        for executor in pipeline.executors.values():
+            executor.method.load(values)
+        outcomes = pipeline.train_step(0, [rows], 4.0)
+        gradients, saved = gradients_of(pipeline), pipeline.executors[Peer(0)].method.peft_config()
+    stock = stock_model(folders[name], saved)
+    peft.set_peft_model_state_dict(stock, values)
+    loss = loss_of(stock, rows)
+    (loss / 4.0).backward()
+
+    assert outcomes[Peer(2)].loss_sum == float(loss.detach())
+    whole = {key.replace(".default", ""): p.grad for key, p in stock.named_parameters() if p.requires_grad}
+    assert_same_tensors(gradients, whole)
+    table = adapter_params_of(describe_folder(folders[name]), method)
+    assert table.num_params == sum(value.numel() for value in values.values())
 
 
 @pytest.mark.parametrize(

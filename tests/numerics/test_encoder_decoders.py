@@ -262,8 +262,3 @@ def test_what_encoder_decoders_cannot_do_is_refused_with_the_way_out(folders, na
         pipeline_of(prefix, stages_of(1)),
     ):
         pass
-    with (
-        pytest.raises(ConfigError, match="encoder and of its decoder at once"),
-        pipeline_of(spec_of(folders[name], blocks=(1,)), stages_of(1)),
-    ):
-        pass
