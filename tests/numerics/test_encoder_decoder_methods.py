@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import peft
@@ -15,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 from coordinator.artifacts.verify_process import Probe, ProbeRows
 from edge_node import profile
 from edge_node.engine.freezing import block_of_use
+from edge_node.engine.generate import GenerateOptions
 from edge_node.stage.verify import part_difference
 from edge_node.transport.base import Peer
 from partitioner.adapter import adapter_params_of
@@ -244,6 +246,8 @@ def test_what_is_published_loads_in_transformers_with_the_pipelines_loss(folders
             objective=spec.objective,
             dtype="fp32",
         )
+        sources = replace(rows[0], label_mask=rows[0].label_mask * 0)
+        (answers,) = pipeline.generate(1, [sources], GenerateOptions(max_new_tokens=4, stop_tokens=()))
         assembled, published = export(pipeline, spec, tmp_path / "out", probe)
         if method is HOULSBY:
             differences = [part_difference(e.stage, e.method, published) for e in pipeline.executors.values()]
@@ -256,8 +260,11 @@ def test_what_is_published_loads_in_transformers_with_the_pipelines_loss(folders
         load_adapter(model, staged)
     with torch.no_grad():
         assert sum(float(loss_of(model, each)) for each in rows) == pytest.approx(probe.loss_sum, rel=1e-6)
-        answers = model.generate(torch.tensor([[5, 6, 7]]), num_beams=2, max_new_tokens=4)
-    assert answers.shape[0] == 1
+        asked = two_texts(sources, model.config)
+        asked.pop("labels")
+        # No token ends an answer early.
+        found = model.generate(**asked, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1)
+    assert answers == [row[1:] for row in found.tolist()]
 
 
 @pytest.mark.parametrize("name", sampled(list(MODELS), 2, always=("t5_own_head", "bart_biased")))
