@@ -2,8 +2,8 @@
 
 Entry points: :func:`cached_step`, the price from plain numbers; :func:`cached_step_of`, from a job and its devices. The
 backbone is gone then: every device holds the whole side network with the head, reads its micro-batches' entries,
-trains on them, and the gradients are added up on one of them, micro-batch by micro-batch in a fixed order, as replicas
-of a stage do (:meth:`partitioner.pricing.Pricer.sum_s`). Shares follow speed; a device that only slows the others has
+trains on them, and the gradients are added up, micro-batch by micro-batch in a fixed order, as replicas
+of a stage do it (:mod:`partitioner.sum_path`). Shares follow speed; a device that only slows the others has
 none.
 """
 
@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from partitioner.activations import micro_batch_tokens, target_tokens
+from partitioner.cost import SUM_MESSAGE_BYTES
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import owners_of
 from partitioner.memory import MemoryModel
 from partitioner.model import JobShape, ModelTable
 from partitioner.place import ReplicaShare
 from partitioner.plan import CachedStep
+from partitioner.sum_path import sum_factors
 from partitioner.values import PlanValue
 
 READ_BYTES_PER_S = 500e6
@@ -61,36 +63,30 @@ def cached_step(
         gradient_bytes: of one micro-batch.
     """
     by_speed = sorted(range(len(devices)), key=lambda i: (devices[i].micro_batch_s, i))
-    best: CachedStep | None = None
-    for number in range(1, len(by_speed) + 1):
-        group = by_speed[:number]
-        found = min(
-            (_with_root(devices, bandwidth_bytes_per_s, group, r, num_micro_batches, gradient_bytes) for r in group),
-            key=lambda step: step.step_s,
-        )
-        if best is None or found.step_s < best.step_s:
-            best = found
-    return best
+    ways = [
+        _along(devices, bandwidth_bytes_per_s, by_speed[:number], num_micro_batches, gradient_bytes)
+        for number in range(1, len(by_speed) + 1)
+    ]
+    return min(ways, key=lambda step: step.step_s, default=None)
 
 
-def _with_root(
+def _along(
     devices: Sequence[SideDevice],
     bandwidth: Sequence[Sequence[float]],
     group: Sequence[int],
-    root: int,
     num_micro_batches: int,
     gradient_bytes: int,
 ) -> CachedStep:
-    order = [root, *(i for i in group if i != root)]
-    owners = owners_of([devices[i].micro_batch_s for i in order], num_micro_batches)
+    """A step of these devices, between which the sum takes the quickest link from each to a next one."""
+    order = [group[0]]
+    while len(order) < len(group):
+        order.append(max((i for i in group if i not in order), key=lambda i: (bandwidth[order[-1]][i], -i)))
+    # Neighbouring micro-batches each: the sum comes to every device once.
+    owners = tuple(sorted(owners_of([devices[i].micro_batch_s for i in order], num_micro_batches)))
     counts = [owners.count(place) for place in range(len(order))]
     busiest = max(range(len(order)), key=lambda place: counts[place] * devices[order[place]].micro_batch_s)
-    # The root gets every micro-batch's gradient and sends each of the others the sum.
-    reduce_s = sum(
-        (count + 1) * gradient_bytes / bandwidth[i][root]
-        for count, i in zip(counts[1:], order[1:], strict=True)
-        if count
-    )
+    pace, way = sum_factors(owners, [[1.0 / bandwidth[i][j] for j in order] for i in order])
+    reduce_s = gradient_bytes * pace + min(SUM_MESSAGE_BYTES, gradient_bytes) * way
     device = devices[order[busiest]]
     return CachedStep(
         step_s=counts[busiest] * device.micro_batch_s + reduce_s,

@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Sequence
 
 from partitioner.place import ReplicaShare
+from partitioner.sum_path import link_uses
 
 Group = tuple[int, ...]
 """Devices of one stage by their positions in the list of devices, replica 0 first."""
@@ -20,9 +21,6 @@ Layout = tuple[Group, ...]
 
 Cuts = tuple[int, ...]
 """Block borders: stage k holds blocks ``[cuts[k], cuts[k + 1])``; begins with 0 and ends with the number of blocks."""
-
-_MESSAGES_ON_THEIR_WAY = 4
-"""So many messages a worker may have waiting for another (plutino.wire.messages.Bounds.max_inbox_messages)."""
 
 
 def owners_of(seconds: Sequence[float], num_micro_batches: int) -> tuple[int, ...]:
@@ -89,10 +87,7 @@ def replica_shares(
         if len(group) == 1:
             shares.append(ReplicaShare(in_flight, int(num_micro_batches > 1), num_neighbours))
             continue
-        # All hold their own micro-batches' gradients and the sum; replica 0 what waits of the others', who hold as
-        # many messages that are on their way.
-        on_their_way = [min(_MESSAGES_ON_THEIR_WAY, owners.count(other)) for other in range(len(group))]
-        held = owners.count(replica) + (sum(on_their_way[1:]) if replica == 0 else on_their_way[replica])
-        peers = num_neighbours + (len(group) - 1 if replica == 0 else 1)
-        shares.append(ReplicaShare(in_flight, held + 1, peers))
+        # Its own micro-batches' gradients, the sum that passes through it, and the total.
+        peers = num_neighbours + len({j for pair in link_uses(owners, len(group)) if replica in pair for j in pair}) - 1
+        shares.append(ReplicaShare(in_flight, owners.count(replica) + 2, peers))
     return tuple(shares)

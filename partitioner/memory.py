@@ -33,7 +33,7 @@ _MESSAGES_PER_NEIGHBOUR = 6
 """Two queued and one in the works, in each of the two directions."""
 
 _GRADIENT_COPIES = 2
-"""Of gradients that all stages add up: those of every block, and what the first holder receives or others send."""
+"""Of gradients that all stages add up: those of every block, and the sum that passes through."""
 
 _STREAM_BYTES = 8 << 20
 """gRPC's own buffers of one stream: chunks of up to 4 MiB in both directions."""

@@ -26,7 +26,7 @@ def all_layouts(
 ) -> list[Layout] | None:
     """Every layout of every subset of the devices; None if there are more than MAX_LAYOUTS.
 
-    In a group the fastest device is replica 0, to which the others send their gradients.
+    In a group the fastest device is replica 0, to which the sum of gradients comes first.
     """
     found = _layouts(devices, links, max_stages, allow_replicas)
     wanted = (layout for layout in found if exact_stages is None or len(layout) == exact_stages)
@@ -37,7 +37,7 @@ def all_layouts(
 
 
 def fastest_first(group: Sequence[int], devices: Sequence[DeviceProfile]) -> Group:
-    """A group in the order of its replicas: replica 0, which adds up, should have the most micro-batches itself.
+    """A group in the order of its replicas: replica 0 generates and uploads the state beside its share.
 
     The order does not depend on anybody's memory, so that more of it never makes a plan slower.
     """

@@ -123,7 +123,7 @@ class CachedStep(PlanValue):
     """Each stage of the pipeline trains its own part of the side network; else each device trains the whole of it on
     its own micro-batches."""
     agent_ids: tuple[str, ...]
-    """Devices that take part; where each trains the whole, the first one adds up."""
+    """Devices that take part; where each trains the whole, in the order in which the sum of gradients comes to them."""
     owners: tuple[int, ...]
     """Place in ``agent_ids`` of the device that runs micro-batch m; empty in stages, whose shares stay as they are."""
     compute_s: float

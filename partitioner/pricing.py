@@ -22,6 +22,7 @@ from partitioner.place import Ints
 from partitioner.plan import CachedStep, UpperStep
 from partitioner.replay import Floats, StageGroup, StepTime, replay, replay_many
 from partitioner.rooms import Rooms
+from partitioner.sum_path import sum_factors
 
 _FP32_BYTES = 4
 
@@ -73,7 +74,7 @@ class Pricer(Rooms):
         self.rounded_bytes = message_bytes(table, shape, "bf16")
         """Of a message over a boundary in bf16."""
         self._costs: dict[tuple[int, int, int, bool], StageCost] = {}
-        self._sum_s_per_byte: dict[Group, float] = {}
+        self._sum_factors: dict[tuple[Group, tuple[int, ...]], tuple[float, float]] = {}
         self._cached: dict[frozenset[int], CachedStep | None] = {}
         self._staged: dict[tuple[Layout, Cuts | None], CachedStep] = {}
         self._options: dict[Layout, list[dict[int, StageOption | None]]] = {}
@@ -177,7 +178,7 @@ class Pricer(Rooms):
         num_bytes = side_message_bytes(self.table, self.shape)
         return SideStage(
             replicas=tuple(replicas),
-            owners=self.owners(group),
+            owners=self.owners(group, is_alone=len(layout) == 1),
             link_busy_s=max((num_bytes / float(self.bandwidth[pair]) for pair in pairs), default=0.0),
             link_latency_s=max((float(self.latency_s[pair]) for pair in pairs), default=0.0),
             sum_s=self.sum_s(layout, k, start, end),
@@ -256,7 +257,7 @@ class Pricer(Rooms):
         group = layout[k]
         return StageGroup(
             replicas=tuple(self.cost(device, start, end, checkpointing=checkpointing) for device in group),
-            owners=self.owners(group),
+            owners=self.owners(group, is_alone=len(layout) == 1),
             links=self.links_below(layout, k, is_rounded=end in self.shape.bf16_borders),
             ahead=ahead_of(layout, k, runs_ahead=self.shape.runs_ahead),
             sum_s=self.sum_s(layout, k, start, end),
@@ -269,35 +270,30 @@ class Pricer(Rooms):
         return tuple(tuple(links[device][other] for other in below) for device in layout[k])
 
     def sum_s(self, layout: Layout, k: int, start: int, end: int) -> float:
-        """Seconds in which the replicas of a stage add up their gradients, in fp32.
-
-        Replica 0 gets every micro-batch's gradient, or every replica's sum, and sends each of the others the total:
-        while that of one message comes back, the next one is on its way, so that only the last one's counts.
-        """
+        """Seconds in which the replicas of a stage add up their gradients, in fp32; see :mod:`partitioner.sum_path`."""
         if len(layout[k]) == 1:
             return 0.0
         seconds, params = self.sum_s_by_blocks(layout, k), self._params_at(layout, k)
         last_bytes = min(SUM_MESSAGE_BYTES, _FP32_BYTES * float(params[end] - params[start]))
-        root, *others = layout[k]
-        last_s = sum(last_bytes / float(self.bandwidth[device, root]) for device in others)
-        return float(seconds[end] - seconds[start]) + last_s
+        return float(seconds[end] - seconds[start]) + last_bytes * self._sum_factors[self._sum_key(layout, k)][1]
 
     def sum_s_by_blocks(self, layout: Layout, k: int) -> Floats:
-        """Prefix sums over blocks of :meth:`sum_s` without the last total: [end] - [start] is that of a stage.
+        """Prefix sums over blocks of :meth:`sum_s` without the last message: [end] - [start] is that of a stage.
 
-        The two latencies are left out.
+        Latencies are left out.
         """
-        group = layout[k]
-        if len(group) == 1:
+        if len(layout[k]) == 1:
             return np.zeros(self.table.num_blocks + 1)
-        if group not in self._sum_s_per_byte:
-            owners, root = self.owners(group), group[0]
-            self._sum_s_per_byte[group] = sum(
-                (1 if self.shape.replicas_fold else owners.count(r)) / float(self.bandwidth[device, root])
-                for r, device in enumerate(group)
-                if r > 0
-            )
-        return self._params_at(layout, k) * (_FP32_BYTES * self._sum_s_per_byte[group])
+        key = self._sum_key(layout, k)
+        if key not in self._sum_factors:
+            group, owners = key
+            if self.shape.replicas_fold:
+                owners = tuple(range(len(group)))
+            self._sum_factors[key] = sum_factors(owners, (1.0 / self.bandwidth[np.ix_(group, group)]).tolist())
+        return self._params_at(layout, k) * (_FP32_BYTES * self._sum_factors[key][0])
+
+    def _sum_key(self, layout: Layout, k: int) -> tuple[Group, tuple[int, ...]]:
+        return layout[k], self.owners(layout[k], is_alone=len(layout) == 1)
 
     def _params_at(self, layout: Layout, k: int) -> Floats:
         """Prefix sums of a stage's adapter parameters; those outside the blocks count with the first or last block."""

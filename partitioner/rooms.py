@@ -60,18 +60,25 @@ class Rooms:
         """Micro-batches of a step."""
         return self.shape.num_micro_batches
 
-    def owners(self, group: Group) -> tuple[int, ...]:
-        """Replica that runs each micro-batch: shares follow the devices' seconds for one block."""
+    def owners(self, group: Group, *, is_alone: bool = False) -> tuple[int, ...]:
+        """Replica that runs each micro-batch: shares follow the devices' seconds for one block.
+
+        Args:
+            group: the replicas.
+            is_alone: there is no other stage, whose micro-batches come one by one: each replica has neighbouring ones.
+        """
         if group not in self._owners:
             self._owners[group] = owners_of([self.block_s[device] for device in group], self.num_micro_batches)
-        return self._owners[group]
+        found = self._owners[group]
+        return tuple(sorted(found)) if is_alone else found
 
     def places(self, layout: Layout) -> tuple[StagePlaces, ...]:
         """Where all workers of a layout stand."""
         if layout not in self._places:
             found = []
             for k, group in enumerate(layout):
-                shares = replica_shares(layout, k, self.owners(group), runs_ahead=self.shape.runs_ahead)
+                owners = self.owners(group, is_alone=len(layout) == 1)
+                shares = replica_shares(layout, k, owners, runs_ahead=self.shape.runs_ahead)
                 places = tuple(place_of(len(layout), k, self.num_micro_batches, share) for share in shares)
                 found.append(StagePlaces(self._merged(places), tuple(self.room_bytes[device] for device in group)))
             self._places[layout] = tuple(found)

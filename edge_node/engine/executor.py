@@ -110,7 +110,7 @@ class StageExecutor:
     @property
     def partners(self) -> frozenset[Peer]:
         """The workers with which this one has a stream."""
-        return partners(self.stages, self._step_gradients.groups, self.me, self._entry_owners.peers)
+        return partners(self.stages, self._step_gradients.partners, self.me, self._entry_owners.peers)
 
     @property
     def largest_gradient_bytes(self) -> int:

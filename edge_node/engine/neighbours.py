@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from edge_node.engine.shared_gradients import Group
 from edge_node.transport.base import Peer
 from plutino.job.assignment import StageShape
 
 
 def partners(
-    stages: Sequence[StageShape], groups: Sequence[Group], me: Peer, entry_owners: Collection[Peer] = ()
+    stages: Sequence[StageShape], sums: Collection[Peer], me: Peer, entry_owners: Collection[Peer] = ()
 ) -> frozenset[Peer]:
     """The workers with which one has a stream; whoever is among a worker's partners has it among its own.
 
-    Neighbouring stages exchange micro-batches, the first holder of shared parameters talks with the other holders,
+    Neighbouring stages exchange micro-batches, sums of shared parameters' gradients go from holder to holder,
     tokens go from the last stage's first replica straight to the first stage's, and entries of the activation cache
     from every worker to whoever keeps them.
 
     Args:
         stages: all stages of the plan.
-        groups: the parameters that this worker shares, with their holders.
+        sums: see :func:`edge_node.engine.shared_gradients.sum_partners`.
         me: the worker.
         entry_owners: workers that keep entries which others compute.
     """
@@ -41,9 +40,7 @@ def partners(
         found.add(Peer(len(stages) - 1))
     if me == Peer(len(stages) - 1):
         found.add(Peer(0))
-    for group in groups:
-        root = group.holders[0]
-        found |= set(group.holders[1:]) if me == root else {root}
+    found |= set(sums)
     found |= set(entry_owners)
     if me in entry_owners:
         found |= {Peer(stage, replica) for stage, shape in enumerate(stages) for replica in range(shape.num_replicas)}

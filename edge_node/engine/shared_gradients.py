@@ -3,20 +3,22 @@
 Three things make a parameter shared: a tied embedding is used by the first and by the last stage, what several blocks
 use by all their stages, and a stage with replicas splits its micro-batches among them. Floating-point sums depend on
 their order, so the order is fixed by what is summed and never by who holds it: over roles (embedding, then head; block
-after block), and within a role over micro-batches 0, 1, 2, ... A replica therefore hands over its micro-batches'
-gradients one by one, each as a message of its own, and the first holder takes them in the order in which it adds them
-up, so that it never holds all of them. A role that one worker runs alone hands over its sum, which is the same fold.
-A job whose bits may depend on the plan (``numerics: free``) has its replicas hand over their own sums, replica by
-replica: as reproducible, and the network carries each gradient once.
+after block), and within a role over micro-batches 0, 1, 2, ... The sum of a role goes from owner to owner of its
+micro-batches, each of whom adds its own; the total of all roles goes from last owner to last owner, and from there to
+all holders (:mod:`partitioner.sum_path`). A role that one worker runs alone is one sum, which is the same fold.
+A job whose bits may depend on the plan (``numerics: free``) has each replica add up its own micro-batches first.
 
-The first holder adds up and sends the total to the others: :func:`plan_groups` says who, :class:`Reduction` does it.
+:func:`plan_groups` says what travels together and :func:`hops_of` on which way; :class:`Reduction` does it.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from torch import Tensor
 from edge_node.methods.base import Role, TrainableParameter
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport
 from partitioner.cost import SUM_MESSAGE_BYTES
+from partitioner.sum_path import runs, way_back
 from plutino.job.assignment import StageShape
 from plutino.types import Unit
 
@@ -34,7 +37,7 @@ FOLDED = -1
 
 MAX_GROUP_BYTES = SUM_MESSAGE_BYTES
 """Parameters of the same holders go in several groups from this size on, which bounds the messages on their way. While
-one group's total comes back, the next one's gradients are sent."""
+one group's sum is at its next owner, the one after it follows."""
 _FP32_BYTES = 4
 
 
@@ -104,21 +107,95 @@ def fold(contributions: Contributions, roles: Sequence[Role]) -> Tensor:
     return total
 
 
-def _parts(
-    group: Group, stages: Sequence[StageShape], num_micro_batches: int, *, are_folded: bool
-) -> Iterator[tuple[int, Role, int, Peer]]:
-    """(number, role, micro-batch, who has it) of all that is added up, in the order in which it is."""
-    number = 0
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One stop of a sum."""
+
+    owner: Peer
+    role: Role
+    micro_batches: tuple[int, ...]
+    """What the owner adds here; :data:`FOLDED`: what it has added up itself."""
+    ends_role: bool
+    """The role's sum is whole here, and is added to those of the roles before."""
+
+
+def hops_of(group: Group, stages: Sequence[StageShape], num_micro_batches: int, *, are_folded: bool) -> tuple[Hop, ...]:
+    """Where the sum of a group's gradients goes, in this order."""
+    hops: list[Hop] = []
     for role in group.roles:
         stage_index = stage_of_role(role, group.holders[0].stage_index, stages)
         shape = stages[stage_index]
         if are_folded or shape.num_replicas == 1:
-            owned = [(FOLDED, replica) for replica in range(shape.num_replicas)]
+            stops = [(replica, (FOLDED,)) for replica in range(shape.num_replicas)]
         else:
-            owned = [(m, shape.replica_of(m)) for m in range(num_micro_batches)]
-        for m, replica in owned:
-            yield number, role, m, Peer(stage_index, replica)
-            number += 1
+            stops = list(runs([shape.replica_of(m) for m in range(num_micro_batches)]))
+        for place, (replica, micro_batches) in enumerate(stops):
+            hops.append(Hop(Peer(stage_index, replica), role, micro_batches, place == len(stops) - 1))
+    return tuple(hops)
+
+
+def sum_partners(
+    groups: Sequence[Group], stages: Sequence[StageShape], me: Peer, *, are_folded: bool
+) -> frozenset[Peer]:
+    """The workers with which this one exchanges sums or totals in a unit of any length."""
+    found: set[Peer] = set()
+    for holders, roles in dict.fromkeys((group.holders, group.roles) for group in groups):
+        group = Group(holders, (), roles)
+        tables = [stages[stage_of_role(role, holders[0].stage_index, stages)].micro_batch_owner for role in roles]
+        # A longer unit wraps around the tables: past two rounds of all of them nothing new comes.
+        longest = 2 * math.lcm(*(max(1, len(table)) for table in tables))
+        for num_micro_batches in range(1, longest + 1):
+            hops = hops_of(group, stages, num_micro_batches, are_folded=are_folded)
+            within = [(hop.owner, after.owner) for hop, after in pairwise(hops) if not hop.ends_role]
+            ends = [hop.owner for hop in hops if hop.ends_role]
+            back = way_back([hop.owner for hop in hops], holders)
+            found.update(*(pair for pair in (*within, *pairwise(ends), *pairwise(back)) if me in pair))
+    return frozenset(found - {me})
+
+
+class _Kind(IntEnum):
+    """What a worker does with one group at one time, in the order in which it does what is due together."""
+
+    ADD = 0
+    """Take the sum so far, add its own, hand it on."""
+    HAND_ON = 1
+    """Give the total of some roles to the owner who ends the next one."""
+    SPREAD = 2
+    """Take the whole total and hand it on."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Turn:
+    """One thing to do. Times are counted so that what is received was sent one earlier, and nothing waits longer.
+
+    A worker takes its turns in order: the earliest of all that are left can always be taken, so nobody waits for each
+    other in a circle, and a link never holds more than a few messages.
+    """
+
+    time: int
+    group: int
+    kind: _Kind
+    place: int
+    """Which hop, or how far on the way back."""
+
+
+def turns_of(hops: Sequence[Hop], back: Sequence[Peer], num_groups: int, me: Peer) -> list[_Turn]:
+    """All that one worker does for groups that take the same way, one group behind the other."""
+    turns: list[_Turn] = []
+    ends = [place for place, hop in enumerate(hops) if hop.ends_role]
+    for group in range(num_groups):
+        turns += [_Turn(group + h, group, _Kind.ADD, h) for h, hop in enumerate(hops) if hop.owner == me]
+        turns += [
+            _Turn(group + next_end - 1, group, _Kind.HAND_ON, end)
+            for end, next_end in pairwise(ends)
+            if hops[end].owner == me
+        ]
+        turns += [
+            _Turn(group + len(hops) - 1 + step, group, _Kind.SPREAD, step)
+            for step, peer in enumerate(back)
+            if peer == me
+        ]
+    return sorted(turns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,66 +225,94 @@ class Reduction:
     def run(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """The whole gradient of every parameter of the groups, on every holder; on the CPU.
 
-        All holders take the groups in one order. A group's parts are sent before the total of the one before is waited
-        for, but only to the same first holder: two that send ahead to each other could wait for each other for ever.
+        Groups of the same holders and roles follow one another; all holders take those of one kind before the next.
         """
         found: dict[str, Tensor] = {}
-        sent: Group | None = None
-        for group in groups:
-            if sent is not None and sent.holders != group.holders:
-                found |= self._finish(sent)
-                sent = None
-            self._send_parts(group)
-            if sent is not None:
-                found |= self._finish(sent)
-            sent = group
-        return found if sent is None else found | self._finish(sent)
+        for (holders, roles), alike in groupby(groups, key=lambda group: (group.holders, group.roles)):
+            way = Group(holders, (), roles)
+            hops = hops_of(way, self.stages, self.num_micro_batches, are_folded=self.are_folded)
+            found |= _Sums(self, hops, way_back([hop.owner for hop in hops], holders), tuple(alike)).run()
+        return found
 
-    def _parts_of(self, group: Group) -> Iterator[tuple[int, Role, int, Peer]]:
-        return _parts(group, self.stages, self.num_micro_batches, are_folded=self.are_folded)
 
-    def _send_parts(self, group: Group) -> None:
-        root = group.holders[0]
-        if self.me == root:
-            return
-        for number, role, m, owner in self._parts_of(group):
-            if owner == self.me:
-                key = MessageKey(MessageKind.PARTIAL_GRADIENT, self.unit, group.key, number)
-                self.transport.send(root, key, _pack(group, self.local, role, m))
+class _Sums:
+    """The sums of groups that take the same way."""
 
-    def _finish(self, group: Group) -> dict[str, Tensor]:
-        root, key = group.holders[0], MessageKey(MessageKind.TOTAL_GRADIENT, self.unit, group.key)
-        if self.me != root:
-            total = self.transport.receive(root, key)["total"]
+    def __init__(self, asked: Reduction, hops: Sequence[Hop], back: Sequence[Peer], groups: Sequence[Group]) -> None:
+        self._asked = asked
+        self._hops, self._back, self._groups = hops, back, groups
+        self._ends = [place for place, hop in enumerate(hops) if hop.ends_role]
+        self._held: dict[tuple[int, int], dict[str, Tensor]] = {}
+        """(group, hop) -> a sum that this worker keeps until it is handed on."""
+        self._totals: dict[int, Tensor] = {}
+
+    def run(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for turn in turns_of(self._hops, self._back, len(self._groups), self._asked.me):
+            match turn.kind:
+                case _Kind.ADD:
+                    self._add_own(turn.group, turn.place)
+                case _Kind.HAND_ON:
+                    self._hand_on(turn.group, turn.place)
+                case _Kind.SPREAD:
+                    found |= self._spread(turn.group, turn.place)
+        return found
+
+    def _add_own(self, index: int, place: int) -> None:
+        asked, group, hop = self._asked, self._groups[index], self._hops[place]
+        begins_role = place == 0 or self._hops[place - 1].ends_role
+        sums = {} if begins_role else self._from(index, place - 1)
+        for m in hop.micro_batches:
+            # What comes over a wire lies on the CPU, and sums must not depend on who holds the parameter.
+            own = {name: asked.local[name].get((hop.role, m)) for name in group.names}
+            _add(sums, {name: gradient.cpu() for name, gradient in own.items() if gradient is not None})
+        if hop.ends_role and (before := [end for end in self._ends if end < place]):
+            totals = self._from(index, before[-1])
+            _add(totals, sums)
+            sums = totals
+        if not hop.ends_role and self._hops[place + 1].owner != asked.me:
+            self._send(index, place, self._hops[place + 1].owner, sums)
         else:
-            total = self._add_up(group)
-            for holder in group.holders[1:]:
-                self.transport.send(holder, key, {"total": total})
-        sizes = [self.shapes[name].numel() for name in group.names]
+            self._held[index, place] = sums
+        if place == len(self._hops) - 1:
+            self._totals[index] = self._flat(group, self._held.pop((index, place)))
+
+    def _hand_on(self, index: int, place: int) -> None:
+        owner = self._hops[next(end for end in self._ends if end > place)].owner
+        if owner != self._asked.me:
+            self._send(index, place, owner, self._held.pop((index, place)))
+
+    def _spread(self, index: int, step: int) -> dict[str, Tensor]:
+        asked, group, key = self._asked, self._groups[index], self._key(MessageKind.TOTAL_GRADIENT, index, 0)
+        # The buffer of what was received is lent again.
+        total = asked.transport.receive(self._back[step - 1], key)["total"].clone() if step else self._totals.pop(index)
+        if step + 1 < len(self._back):
+            asked.transport.send(self._back[step + 1], key, {"total": total})
+            total = total.clone()
+        sizes = [asked.shapes[name].numel() for name in group.names]
         return {
-            name: flat.reshape(self.shapes[name]).clone()
-            for name, flat in zip(group.names, total.split(sizes), strict=True)
+            name: flat.reshape(asked.shapes[name]) for name, flat in zip(group.names, total.split(sizes), strict=True)
         }
 
-    def _add_up(self, group: Group) -> Tensor:
-        """Every part's gradients, added up in the order of parts within a role and then over roles in order; flat."""
-        totals: dict[str, Tensor] = {}
-        of_role: dict[str, Tensor] = {}
-        summed: Role | None = None
-        for number, role, m, owner in self._parts_of(group):
-            if role != summed:
-                _add(totals, of_role)
-                of_role, summed = {}, role
-            if owner == self.me:
-                # What comes over a wire lies on the CPU, and sums must not depend on who holds the parameter.
-                found = {name: self.local[name][role, m].cpu() for name in group.names if (role, m) in self.local[name]}
-            else:
-                key = MessageKey(MessageKind.PARTIAL_GRADIENT, self.unit, group.key, number)
-                found = _unpack(group, self.transport.receive(owner, key), self.shapes)
-            _add(of_role, found)
-        _add(totals, of_role)
+    def _from(self, index: int, place: int) -> dict[str, Tensor]:
+        """The sum that a hop left."""
+        asked, owner = self._asked, self._hops[place].owner
+        if owner == asked.me:
+            return self._held.pop((index, place))
+        part = asked.transport.receive(owner, self._key(MessageKind.PARTIAL_GRADIENT, index, place))
+        return _unpack(self._groups[index], part, asked.shapes)
+
+    def _send(self, index: int, place: int, peer: Peer, sums: Mapping[str, Tensor]) -> None:
+        key = self._key(MessageKind.PARTIAL_GRADIENT, index, place)
+        self._asked.transport.send(peer, key, _pack(self._groups[index], sums))
+
+    def _key(self, kind: MessageKind, index: int, place: int) -> MessageKey:
+        return MessageKey(kind, self._asked.unit, self._groups[index].key, place)
+
+    def _flat(self, group: Group, sums: Mapping[str, Tensor]) -> Tensor:
         # Where no micro-batch had a label token, nobody has a gradient.
-        return torch.cat([totals.get(name, torch.zeros(self.shapes[name])).reshape(-1) for name in group.names])
+        shapes = self._asked.shapes
+        return torch.cat([sums.get(name, torch.zeros(shapes[name])).reshape(-1) for name in group.names])
 
 
 def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -215,11 +320,10 @@ def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
         sums[name] = sums[name].add_(gradient) if name in sums else gradient.clone()
 
 
-def _pack(group: Group, local: Mapping[str, Contributions], role: Role, m: int) -> dict[str, Tensor]:
-    found = [local[name].get((role, m)) for name in group.names]
-    flat = [gradient.cpu().reshape(-1) for gradient in found if gradient is not None]
+def _pack(group: Group, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    flat = [sums[name].reshape(-1) for name in group.names if name in sums]
     return {
-        "present": torch.tensor([gradient is not None for gradient in found], dtype=torch.uint8),
+        "present": torch.tensor([name in sums for name in group.names], dtype=torch.uint8),
         "gradients": torch.cat(flat) if flat else torch.zeros(0),
     }
 
@@ -227,4 +331,6 @@ def _pack(group: Group, local: Mapping[str, Contributions], role: Role, m: int) 
 def _unpack(group: Group, part: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     names = [name for name, is_there in zip(group.names, part["present"].tolist(), strict=True) if is_there]
     sizes = [shapes[name].numel() for name in names]
-    return {name: flat.reshape(shapes[name]) for name, flat in zip(names, part["gradients"].split(sizes), strict=True)}
+    # The buffer of what was received is lent again.
+    gradients = part["gradients"].clone().split(sizes)
+    return {name: flat.reshape(shapes[name]) for name, flat in zip(names, gradients, strict=True)}

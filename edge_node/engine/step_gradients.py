@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from edge_node.engine.shared_gradients import FOLDED, Contributions, Reduction, fold, plan_groups
+from edge_node.engine.shared_gradients import FOLDED, Contributions, Reduction, fold, plan_groups, sum_partners
 from edge_node.methods.base import TrainableParameter
 from edge_node.transport.base import Peer, Transport
 from plutino.job.assignment import StageShape
@@ -56,6 +56,11 @@ class StepGradients:
         """Bytes of the largest message of shared parameters' gradients, without its header."""
         sizes = {p.name: p.uses[0][1].numel() for p in self._parameters}
         return 4 * max((sum(sizes[name] for name in group.names) for group in self.groups), default=0)
+
+    @property
+    def partners(self) -> frozenset[Peer]:
+        """Workers with which sums are exchanged."""
+        return sum_partners(self.groups, self._stages, self._me, are_folded=self._replicas_fold)
 
     def start(self) -> None:
         """Begin a step: nothing is held of the one before."""

@@ -22,9 +22,9 @@ class MessageKind(IntEnum):
     TOKENS = 3
     """Sampled token ids, last stage to first."""
     PARTIAL_GRADIENT = 4
-    """A holder's share of shared parameters' gradients, to the first holder."""
+    """The sum of shared parameters' gradients so far, to the holder who adds the next ones."""
     TOTAL_GRADIENT = 5
-    """The summed gradients of shared parameters, first holder to the others."""
+    """The summed gradients of shared parameters, from holder to holder."""
     REFERENCE = 6
     """As FORWARD, of the pass with the adapter switched off that comes before a unit's own."""
     CACHE_KEYS = 7

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_node.engine.neighbours import partners
 from edge_node.engine.schedule import Receive, Send, forward_actions, train_actions
-from edge_node.engine.shared_gradients import MAX_GROUP_BYTES, plan_groups
+from edge_node.engine.shared_gradients import MAX_GROUP_BYTES, hops_of, plan_groups, sum_partners, turns_of
 from edge_node.methods.base import TrainableParameter
 from edge_node.transport.base import Peer
+from partitioner.sum_path import way_back
 from plutino.job.assignment import StageShape
+from plutino.wire.messages import Bounds
 
 # A pipeline as replicas of every stage with their tables, all of one length.
 PIPELINES = st.integers(1, 6).flatmap(
@@ -37,15 +42,16 @@ def parameters_of(stage_index: int, num_stages: int) -> list[TrainableParameter]
 
 
 @settings(max_examples=80, deadline=None)
-@given(PIPELINES, st.integers(1, 9))
-def test_partners_are_mutual_and_hold_everybody_a_worker_ever_talks_with(numbers, num_micro_batches):
+@given(PIPELINES, st.integers(1, 9), st.booleans())
+def test_partners_are_mutual_and_hold_everybody_a_worker_ever_talks_with(numbers, num_micro_batches, are_folded):
     stages = [
         StageShape(start_block=k, end_block=k + 1, num_replicas=n, micro_batch_owner=tuple(table))
         for k, (n, table) in enumerate(numbers)
     ]
     workers = [Peer(k, r) for k, stage in enumerate(stages) for r in range(stage.num_replicas)]
     groups = {me: plan_groups(parameters_of(me.stage_index, len(stages)), stages, me)[0] for me in workers}
-    of = {me: partners(stages, groups[me], me) for me in workers}
+    sums = {me: sum_partners(groups[me], stages, me, are_folded=are_folded) for me in workers}
+    of = {me: partners(stages, sums[me], me) for me in workers}
 
     for me in workers:
         assert me not in of[me]
@@ -56,11 +62,89 @@ def test_partners_are_mutual_and_hold_everybody_a_worker_ever_talks_with(numbers
         ]
         assert {action.peer for action in actions if isinstance(action, Send | Receive)} <= of[me]
         for group in groups[me]:
-            assert set(group.holders) - {me} <= of[me] if me == group.holders[0] else group.holders[0] in of[me]
+            hops = hops_of(group, stages, num_micro_batches, are_folded=are_folded)
+            back = way_back([hop.owner for hop in hops], group.holders)
+            assert sorted(back, key=repr) == sorted(group.holders, key=repr)
+            for here, there in (*_sent(hops), *pairwise(back)):
+                assert me not in (here, there) or {here, there} - {me} <= of[me]
         if me.replica_index == 0:
             generating = {Peer(k) for k in (me.stage_index - 1, me.stage_index + 1) if 0 <= k < len(stages)}
             assert generating <= of[me]
     assert len(stages) == 1 or Peer(len(stages) - 1) in of[Peer(0)]
+
+
+def _sent(hops):
+    """Who sends a sum to whom."""
+    ends = [hop for hop in hops if hop.ends_role]
+    pairs = [(one, after) for one, after in pairwise(hops) if not one.ends_role] + list(pairwise(ends))
+    return [(one.owner, after.owner) for one, after in pairs if one.owner != after.owner]
+
+
+@settings(max_examples=60, deadline=None)
+@given(PIPELINES, st.integers(1, 9), st.integers(1, 5))
+def test_sums_that_follow_one_another_never_wait_for_each_other_in_a_circle(numbers, num_micro_batches, num_groups):
+    """Every worker takes its turns in order; a message may be sent only while its receiver has fewer than four."""
+    stages = [
+        StageShape(start_block=k, end_block=k + 1, num_replicas=n, micro_batch_owner=tuple(table))
+        for k, (n, table) in enumerate(numbers)
+    ]
+    first = Peer(0)
+    for group in plan_groups(parameters_of(0, len(stages)), stages, first)[0]:
+        hops = hops_of(group, stages, num_micro_batches, are_folded=False)
+        back = way_back([hop.owner for hop in hops], group.holders)
+        left = {me: turns_of(hops, back, num_groups, me) for me in group.holders}
+        waiting: Counter[tuple[Peer, Peer]] = Counter()
+        arrived: set[object] = set()
+        while any(left.values()):
+            ready = [
+                me for me, turns in left.items() if turns and _may_take(turns[0], me, hops, back, arrived, waiting)
+            ]
+            assert ready, f"everyone waits: {left}"
+            for me in ready:
+                _take(left[me].pop(0), me, hops, back, arrived, waiting)
+
+
+def _gets(turn, me, hops, back):
+    """(message, sender) pairs that a turn takes."""
+    place, ends = turn.place, [h for h, hop in enumerate(hops) if hop.ends_role]
+    if turn.kind == 2:
+        return [(("total", turn.group, place), back[place - 1])] if place else []
+    if turn.kind == 1:
+        return []
+    found = [] if place == 0 or hops[place - 1].ends_role else [(("sum", turn.group, place - 1), hops[place - 1].owner)]
+    before = [end for end in ends if end < place]
+    if hops[place].ends_role and before:
+        found.append((("sum", turn.group, before[-1]), hops[before[-1]].owner))
+    return [(message, sender) for message, sender in found if sender != me]
+
+
+def _gives(turn, me, hops, back):
+    """(message, receiver) pairs that a turn sends."""
+    place, ends = turn.place, [h for h, hop in enumerate(hops) if hop.ends_role]
+    if turn.kind == 2:
+        return [(("total", turn.group, place + 1), back[place + 1])] if place + 1 < len(back) else []
+    if turn.kind == 1:
+        receiver = hops[next(end for end in ends if end > place)].owner
+    elif hops[place].ends_role:
+        return []
+    else:
+        receiver = hops[place + 1].owner
+    return [(("sum", turn.group, place), receiver)] if receiver != me else []
+
+
+def _may_take(turn, me, hops, back, arrived, waiting):
+    return all(message in arrived for message, _ in _gets(turn, me, hops, back)) and all(
+        waiting[me, receiver] < Bounds().max_inbox_messages for _, receiver in _gives(turn, me, hops, back)
+    )
+
+
+def _take(turn, me, hops, back, arrived, waiting):
+    for message, sender in _gets(turn, me, hops, back):
+        arrived.remove(message)
+        waiting[sender, me] -= 1
+    for message, receiver in _gives(turn, me, hops, back):
+        arrived.add(message)
+        waiting[me, receiver] += 1
 
 
 def test_partners_of_replicas_that_share_no_micro_batch_are_not_linked():

@@ -37,13 +37,14 @@ def test_cached_step_of_one_device_is_its_micro_batches():
     assert (found.compute_s, found.read_s, found.reduce_s) == (pytest.approx(1.6), pytest.approx(0.4), 0.0)
 
 
-def test_cached_step_shares_follow_speed_and_the_sum_costs_every_micro_batch_once():
+def test_cached_step_shares_follow_speed_and_every_link_carries_one_sum_and_one_total():
     found = cached_step(sides(0.1, 0.2, 0.2), even(3), num_micro_batches=8, gradient_bytes=1_250_000)
 
     assert sorted(found.owners.count(place) for place in range(3)) == [2, 2, 4]
-    # The root keeps its own; the others send 2 + 2 or 4 + 2 gradients and get two sums: the fastest one is the root.
-    assert found.reduce_s == pytest.approx(6 * 0.01)
-    assert found.step_s == pytest.approx(0.4 + 0.06)
+    # One gradient over each of two links there and two back at once; the last MiB takes three links more.
+    message_s = (1 << 20) / GIGABIT
+    assert found.reduce_s == pytest.approx(0.01 + 3 * message_s)
+    assert found.step_s == pytest.approx(0.4 + found.reduce_s)
 
 
 def test_cached_step_leaves_out_devices_whose_gradients_cost_more_than_they_save():
