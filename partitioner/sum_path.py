@@ -2,8 +2,8 @@
 
 A gradient is added up over micro-batches 0, 1, 2, ... whoever has run them, so that no plan changes a bit. The sum
 itself travels: from the owner of micro-batch 0 to the owner of the next one that is another's, and so on; each adds its
-own in order. Where every replica has neighbouring micro-batches, each link between two of them carries one gradient there and
-one total back, and both directions are busy at once. Pure: the workers and the planner read the same tables.
+own in order. Where every replica has neighbouring micro-batches, each link between two of them carries one gradient
+there and one total back, and both directions are busy at once. Pure: the workers and the planner read the same tables.
 """
 
 from __future__ import annotations
