@@ -283,7 +283,7 @@ def told(event: events.JobEvent) -> str | None:
             return (
                 f"moved in {event.seconds:.1f} s ({_seconds(event.seconds_by_part)}; of loading: "
                 f"{_seconds(event.loading_by_part)}); {event.num_went_on} of {event.num_workers} workers went on in "
-                "their processes"
+                f"their processes, state read{_places(event.state_by_place) or ': none'}"
             )
         case events.Recovered():
             return f"steps run again after {event.seconds:.1f} s"

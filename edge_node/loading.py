@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from safetensors.torch import load as load_safetensors
-from torch import Tensor
 
 from edge_node.activation_cache.stage_cache import StageCache, namespace_of
 from edge_node.activation_cache.store import ActivationStore
@@ -234,29 +233,6 @@ def open_transport(
         is_for_card=is_for_card,
         on_peer_lost=on_peer_lost,
     )
-
-
-def read_shadows(
-    assignment: WorkerAssignment,
-    bulk: BulkClient,
-    shadows: Mapping[str, str],
-    kept: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Training state by global name, from shadows by id with their sha256.
-
-    Args:
-        assignment: whose state it is.
-        bulk: has all of them.
-        shadows: which hold the state.
-        kept: those that this process has in memory, by their sha256.
-    """
-    tensors: dict[str, Tensor] = {}
-    for shadow_id, sha256 in shadows.items():
-        found = kept.get(sha256)
-        tensors |= (
-            load_safetensors(bytes(bulk.get_shadow(assignment.job_id, shadow_id, sha256))) if found is None else found
-        )
-    return tensors
 
 
 def open_reward_adapter(assignment: WorkerAssignment, stage: Stage, bulk: BulkClient) -> RewardAdapter | None:

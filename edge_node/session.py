@@ -15,7 +15,7 @@ from edge_node.activation_cache.stage_cache import StageCache
 from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.control import ControlStream
 from edge_node.engine.executor import StageExecutor
-from edge_node.going_on import KeptState, keep_state
+from edge_node.going_on import KeptState
 from edge_node.inbox import CommandTask, Inbox, UnitTask
 from edge_node.loading import (
     LoadingClock,
@@ -24,12 +24,12 @@ from edge_node.loading import (
     open_activations,
     open_reward_adapter,
     open_transport,
-    read_shadows,
 )
 from edge_node.methods.score_head import attach_method
 from edge_node.network import DeviceNetwork
 from edge_node.shadowing import ShadowWriter
 from edge_node.stage.resident import ResidentStage
+from edge_node.state_exchange import StateHandover
 from edge_node.transport.base import Peer, UnitCancelledError
 from edge_node.transport.peer import PeerTransport
 from edge_node.unit_bounds import UnitBounds
@@ -43,7 +43,7 @@ from edge_node.worker_reports import (
     step_vote,
 )
 from plutino.errors import PeerLostError
-from plutino.job.assignment import WorkerAssignment
+from plutino.job.assignment import RestorePoint, WorkerAssignment
 from plutino.types import Unit, UnitKind
 from plutino.wire.bulk import BulkClient
 from plutino.wire.convert import row_values_to_proto, unit_to_proto, worker_to_proto
@@ -75,7 +75,6 @@ class WorkerSession:
         self._network = network or DeviceNetwork()
         self._credentials = self._network.credentials()
         self._weights_config = weights or WeightsConfig()
-        self._kept = kept
         self.goes_on = False
         """The process has a part in the job's next plan."""
         self._end_reason: str | None = None
@@ -106,6 +105,7 @@ class WorkerSession:
             credentials=self._credentials,
             tell=self._tell_progress,
         )
+        self._state = StateHandover(assignment, self._bulk, self._credentials, self._weights_config.cache(), kept)
         self._shadows = ShadowWriter(assignment.ref, self._bulk, on_stored=self._on_shadow_stored)
         self._executor: StageExecutor | None = None
         self._activations: StageCache | None = None
@@ -150,6 +150,7 @@ class WorkerSession:
             self._control.close()
             if self._transport is not None:
                 self._transport.close()
+            self._state.close()
 
     def take_stage(self) -> ResidentStage | None:
         """After :meth:`run`: the stage as it was loaded, if the job asks to keep it and nothing changed its weights."""
@@ -163,7 +164,7 @@ class WorkerSession:
         executor, self._executor, self._resident = self._executor, None, None
         if not self.goes_on or executor is None or not self._is_loaded:
             return None
-        return keep_state(self._assignment.job_id, executor.optimizer.snapshot())
+        return self._state.leave(executor.snapshot())
 
     # ---- loading ----
 
@@ -176,7 +177,9 @@ class WorkerSession:
         clock.end("weights")
         self._resident = held or ResidentStage(stage, assignment.stage_key)
         self._bounds.vocab_size = int(stage.config.vocab_size)
-        method = attach_method(stage, spec)
+        is_restored = assignment.restore is not None
+        own = spec.model_copy(update={"method": spec.method.when_restored()}) if is_restored else spec
+        method = attach_method(stage, own)
         if (initial := assignment.initial) is not None:
             stored = self._bulk.get_shadow(assignment.job_id, initial.shadow_id, initial.sha256)
             method.load(load_safetensors(bytes(stored)))
@@ -195,8 +198,8 @@ class WorkerSession:
             self._executor.use(self._transport)
         clock.end("cache")
         if assignment.restore is not None:
-            self._restore(assignment.restore.shadows)
-        went_on, self._kept = self._kept is not None, None
+            self._restore(assignment.restore)
+        self._state.let_go()
         clock.end("state")
         self._check_memory()
         self._is_loaded = True
@@ -205,16 +208,17 @@ class WorkerSession:
             method,
             clock,
             is_resident=held is not None,
-            went_on=went_on,
+            went_on=self._state.went_on,
+            state_by_place=self._state.bytes_by_place,
             rss_bytes=self._device.held_bytes(),
             data_address="" if self._transport is None else self._transport.address,
             bytes_by_place=self._loading.bytes_by_place(stage),
         )
         self._send(pb.WorkerEvent(loaded=loaded), keep_as="loaded")
 
-    def _restore(self, shadows: dict[str, str]) -> None:
-        kept = {} if self._kept is None else self._kept.by_sha256
-        self.executor.optimizer.restore(read_shadows(self._assignment, self._bulk, shadows, kept))
+    def _restore(self, point: RestorePoint) -> None:
+        names = [parameter.name for parameter in self.executor.method.parameters]
+        self.executor.optimizer.restore(self._state.read(point, names))
 
     @property
     def executor(self) -> StageExecutor:
@@ -303,7 +307,7 @@ class WorkerSession:
             case "take_shadow":
                 self._write_shadow()
             case "restore":
-                self._restore(dict(command.restore.shadows))
+                self._restore(RestorePoint(step=command.restore.step, shadows=dict(command.restore.shadows)))
                 self._send(pb.WorkerEvent(restored=pb.Restored(step=command.restore.step)), keep_as="restored")
             case "verify_part":
                 self._verify(command.verify_part)

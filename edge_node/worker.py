@@ -10,6 +10,7 @@ stage back, keeps what it trained, and runs its part of the next plan. Its agent
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -144,6 +145,8 @@ def _prepare(threads: int, device_name: str) -> tuple[ComputeDevice, dict[str, A
     warm_up(device)
     dtypes = fast_dtypes(device)
     device.release()
+    # What imports left lives as long as the process: a collection need not look at 390,000 objects for 0.2 s each time.
+    gc.freeze()
     return device, {
         "baseline_bytes": device.held_bytes(),
         "dtypes": dtypes,

@@ -36,6 +36,7 @@ def stage_loaded(
     *,
     is_resident: bool,
     went_on: bool,
+    state_by_place: Mapping[str, int],
     rss_bytes: int,
     data_address: str,
     bytes_by_place: Mapping[str, int],
@@ -48,6 +49,7 @@ def stage_loaded(
         clock: where the seconds went.
         is_resident: an earlier job had loaded the stage.
         went_on: the worker's process has the job's plan before behind it.
+        state_by_place: where the training state came from; empty for fresh values.
         rss_bytes: what the device's memory holds of it now.
         data_address: where peers reach the worker; empty without any.
         bytes_by_place: where the weights came from.
@@ -58,6 +60,7 @@ def stage_loaded(
         seconds=clock.total_s,
         seconds_by_part=clock.seconds_by_part,
         went_on=went_on,
+        state_by_place=state_by_place,
         rss_bytes=rss_bytes,
         parameter_names=[p.name for p in method.parameters],
         trainable_parameters=sum(p.uses[0][1].numel() for p in method.parameters),

@@ -227,6 +227,8 @@ class Moved(JobEvent):
     """store (the state made durable), stop (workers give their stages back), plan, load, link."""
     loading_by_part: Mapping[str, float]
     """Of the worker that loaded longest: weights, adapter, cache, state."""
+    state_by_place: Mapping[str, int] = {}
+    """Bytes of training state that all workers read: kept (by the process), a device's name, coordinator."""
     num_went_on: int
     """Workers whose process had run the plan before; the others' were started."""
     num_workers: int

@@ -192,6 +192,26 @@ class StageLoaded(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class StateByPlaceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     BYTES_READ_FIELD_NUMBER: _builtins.int
     TENSORS_READ_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
@@ -203,6 +223,7 @@ class StageLoaded(_message.Message):
     BYTES_BY_PLACE_FIELD_NUMBER: _builtins.int
     SECONDS_BY_PART_FIELD_NUMBER: _builtins.int
     WENT_ON_FIELD_NUMBER: _builtins.int
+    STATE_BY_PLACE_FIELD_NUMBER: _builtins.int
     bytes_read: _builtins.int
     tensors_read: _builtins.int
     seconds: _builtins.float
@@ -226,6 +247,10 @@ class StageLoaded(_message.Message):
     def seconds_by_part(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """What the worker did in those seconds: weights, adapter, cache, state."""
 
+    @_builtins.property
+    def state_by_place(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Where the training state's bytes came from: kept (by the process), a device's name, coordinator."""
+
     def __init__(
         self,
         *,
@@ -240,10 +265,11 @@ class StageLoaded(_message.Message):
         bytes_by_place: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         seconds_by_part: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         went_on: _builtins.bool = ...,
+        state_by_place: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config_json", b"adapter_config_json", "bytes_by_place", b"bytes_by_place", "bytes_read", b"bytes_read", "data_address", b"data_address", "parameter_names", b"parameter_names", "rss_bytes", b"rss_bytes", "seconds", b"seconds", "seconds_by_part", b"seconds_by_part", "tensors_read", b"tensors_read", "trainable_parameters", b"trainable_parameters", "went_on", b"went_on"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config_json", b"adapter_config_json", "bytes_by_place", b"bytes_by_place", "bytes_read", b"bytes_read", "data_address", b"data_address", "parameter_names", b"parameter_names", "rss_bytes", b"rss_bytes", "seconds", b"seconds", "seconds_by_part", b"seconds_by_part", "state_by_place", b"state_by_place", "tensors_read", b"tensors_read", "trainable_parameters", b"trainable_parameters", "went_on", b"went_on"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

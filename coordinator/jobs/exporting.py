@@ -21,8 +21,8 @@ from coordinator.jobs import events as job_events
 from coordinator.jobs.ability import ability_lines, ability_of, measure_general
 from coordinator.jobs.context import JobContext
 from coordinator.jobs.lineage import surviving
-from coordinator.jobs.placing import restorable
 from coordinator.jobs.prepared import PreparedData, for_devices
+from coordinator.jobs.restoring import restorable
 from coordinator.jobs.scoring import ScoreReport
 from coordinator.jobs.scoring_moments import score_once
 from coordinator.jobs.trained import reward_lines, trained_share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 
 from plutino.events import Moved
@@ -39,6 +40,9 @@ class MoveTimes:
             plan_epoch: of the new plan.
             loaded: what its workers said; the slowest one stands for all.
         """
+        state_by_place: Counter[str] = Counter()
+        for one in loaded:
+            state_by_place.update(one.state_by_place)
         slowest = max(loaded, key=lambda one: one.seconds, default=pb.StageLoaded())
         return Moved(
             step=self._step,
@@ -48,6 +52,7 @@ class MoveTimes:
             loading_by_part={
                 part: slowest.seconds_by_part[part] for part in _LOADING_PARTS if part in slowest.seconds_by_part
             },
+            state_by_place=state_by_place,
             num_went_on=sum(one.went_on for one in loaded),
             num_workers=len(loaded),
         )

@@ -16,13 +16,12 @@ from coordinator.jobs.move_times import LOAD
 from coordinator.jobs.offering import offer_base
 from coordinator.jobs.phases import entry_owners
 from coordinator.jobs.prepared import for_devices
-from coordinator.jobs.recovery import durable_steps
+from coordinator.jobs.restoring import restore_point
 from coordinator.scheduling.problem import first_trainable_stage, stage_shapes
-from plutino.errors import AgentError, AgentLostError, JobError
+from plutino.errors import AgentError, AgentLostError
 from plutino.events import WorkerLoaded, WorkerLoading
 from plutino.job.assignment import (
     DeviceCache,
-    RestorePoint,
     StoredAdapter,
     StoredRewardAdapter,
     WorkerAssignment,
@@ -245,7 +244,7 @@ def _assignments(
 ) -> dict[WorkerRef, WorkerAssignment]:
     plan, record = context.plan, context.record
     shapes = stage_shapes(plan)
-    restore = _restore_point(context, restore_step)
+    restore = restore_point(context, restore_step)
     caches = _caches(context)
     manifest_sha256 = hashlib.sha256(manifest.to_bytes()).hexdigest()
     return {
@@ -300,26 +299,6 @@ def _caches(context: JobContext) -> list[DeviceCache]:
             name = context.fleet.name_of(agent_id)
             found.append(DeviceCache(agent_id=agent_id, device_name=name, address=link.cache_address))
     return found
-
-
-def _restore_point(context: JobContext, restore_step: int) -> RestorePoint | None:
-    if restore_step == 0:
-        return None
-    shadows = restorable(context, restore_step)
-    return RestorePoint(step=restore_step, shadows=shadows)
-
-
-def restorable(context: JobContext, step: int) -> dict[str, str]:
-    """Shadow ids and hashes that hold the whole state of a step.
-
-    Raises:
-        JobError: the step is not durable.
-    """
-    names = frozenset(context.record.parameter_names)
-    durable = durable_steps(context.store.shadows(context.job_id), names)
-    if step not in durable:
-        raise JobError(f"step {step} is no longer durable; durable are {sorted(durable) or 'none'}")
-    return {shadow.shadow_id: shadow.sha256 for shadow in durable[step]}
 
 
 def _loaded_event(context: JobContext, ref: WorkerRef, loaded: pb.StageLoaded) -> WorkerLoaded:

@@ -41,6 +41,10 @@ class RestorePoint(_Part):
     """Number of optimiser steps already applied."""
     shadows: dict[str, str]
     """Shadow id -> sha256 of its file; together they hold every global parameter with its moments."""
+    sizes_bytes: dict[str, int] = {}
+    """Shadow id -> bytes of its file."""
+    is_left_on_devices: bool = False
+    """The workers that trained it may have left their parts in their devices' caches."""
 
 
 class StoredAdapter(_Part):

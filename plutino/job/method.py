@@ -132,6 +132,10 @@ class ParallelAdaptersConfig(InChosenBlocksPart):
         """See :class:`MethodPart`."""
         return self.init == "fisher"
 
+    def when_restored(self) -> ParallelAdaptersConfig:
+        """See :class:`MethodPart`."""
+        return self.model_copy(update={"init": "random"})
+
     def for_profile(self) -> ParallelAdaptersConfig:
         """A side network beside all blocks; where it starts costs no time of a step."""
         return self.model_copy(update={"blocks": None, "init": "pruning" if self.prunes_by_gradients else self.init})

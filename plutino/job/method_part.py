@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,9 @@ from plutino.key_value_layout import Float32Array
 
 if TYPE_CHECKING:
     from plutino.job.method import MethodConfig
+
+
+_Part = TypeVar("_Part", bound="MethodPart")
 
 
 class MethodPart(SpecPart, ABC):
@@ -53,6 +56,10 @@ class MethodPart(SpecPart, ABC):
     def leaves_blocks_alone(self) -> bool:
         """Whether the model's blocks give the same whatever was trained, so that it can be kept."""
         return False
+
+    def when_restored(self: _Part) -> _Part:
+        """The same for a stage whose first values are overwritten at once: without those that cost something."""
+        return self
 
     @property
     def prunes_by_gradients(self) -> bool:

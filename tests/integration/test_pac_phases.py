@@ -120,6 +120,10 @@ def test_job_trains_without_its_backbone_after_the_first_epoch_with_the_bits_of_
         (2, num_devices, num_devices),
         (6, num_devices, num_devices),
     ]
+    # Who trains all of it reads the others' parts from their devices; who has what it needs asks nobody.
+    others = {f"device device{index}" for index in range(num_devices)} if num_devices > 1 else set()
+    needs_others = cached_epochs == "data-parallel"
+    assert [set(move["state_by_place"]) for move in moves] == [{"kept"} | (others if needs_others else set()), {"kept"}]
     assert [step for step, _ in found[2]] == [2, 6]
     assert "backbone leaves their memory" in found[2][0][1]
     assert "loaded again" in found[2][1][1]

@@ -17,8 +17,12 @@ def test_move_times_add_up_to_the_whole_and_name_the_slowest_workers_loading():
     moved = times.told(
         2,
         [
-            pb.StageLoaded(seconds=1.5, went_on=True, seconds_by_part={"weights": 1.0, "state": 0.5}),
-            pb.StageLoaded(seconds=0.5, seconds_by_part={"weights": 0.5}),
+            pb.StageLoaded(
+                seconds=1.5, went_on=True, seconds_by_part={"weights": 1.0, "state": 0.5}, state_by_place={"kept": 2048}
+            ),
+            pb.StageLoaded(
+                seconds=0.5, seconds_by_part={"weights": 0.5}, state_by_place={"kept": 512, "device b": 1024}
+            ),
         ],
     )
 
@@ -27,5 +31,5 @@ def test_move_times_add_up_to_the_whole_and_name_the_slowest_workers_loading():
     assert moved.loading_by_part == {"weights": 1.0, "state": 0.5}
     assert told(moved) == (
         "moved in 3.9 s (store 1.0, stop 0.8, load 2.0, link 0.1; of loading: weights 1.0, state 0.5); "
-        "1 of 2 workers went on in their processes"
+        "1 of 2 workers went on in their processes, state read (kept 2.5 KiB, device b 1 KiB)"
     )
