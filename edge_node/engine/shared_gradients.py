@@ -125,10 +125,9 @@ def hops_of(group: Group, stages: Sequence[StageShape], num_micro_batches: int, 
     for role in group.roles:
         stage_index = stage_of_role(role, group.holders[0].stage_index, stages)
         shape = stages[stage_index]
+        stops = runs([shape.replica_of(m) for m in range(num_micro_batches)])
         if are_folded or shape.num_replicas == 1:
-            stops = [(replica, (FOLDED,)) for replica in range(shape.num_replicas)]
-        else:
-            stops = list(runs([shape.replica_of(m) for m in range(num_micro_batches)]))
+            stops = tuple((replica, (FOLDED,)) for replica in range(shape.num_replicas))
         for place, (replica, micro_batches) in enumerate(stops):
             hops.append(Hop(Peer(stage_index, replica), role, micro_batches, place == len(stops) - 1))
     return tuple(hops)
