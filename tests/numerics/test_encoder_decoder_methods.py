@@ -120,9 +120,7 @@ def assert_close_gradients(found, expected):
 CASES = [(name, num) for name in MODELS for num in (3, 4)]
 
 
-@pytest.mark.parametrize(
-    ("name", "num_stages"), sampled(CASES, 3, always=(("t5", 3), ("t5_own_head", 4), ("bart_biased", 3)))
-)
+@pytest.mark.parametrize(("name", "num_stages"), sampled(CASES, 2, always=(("t5", 3), ("bart_biased", 3))))
 def test_all_weights_in_stages_equal_one_process_of_transformers_over_20_steps(folders, name, num_stages):
     num_steps = NUM_STEPS if name == "t5" else 4
     batches = [batch for _ in range(num_steps // 4) for batch in make_batches(4, num_micro_batches=2)]
@@ -146,8 +144,8 @@ def test_all_weights_in_stages_equal_one_process_of_transformers_over_20_steps(f
     ("name", "method"),
     sampled(
         [(name, method) for name in MODELS for method in (FULL, HOULSBY)],
-        2,
-        always=(("t5", FULL), ("bart", HOULSBY)),
+        1,
+        always=(("t5", FULL),),
     ),
 )
 def test_partition_recomputation_and_replicas_change_no_bit(folders, name, method):
@@ -164,6 +162,7 @@ def test_partition_recomputation_and_replicas_change_no_bit(folders, name, metho
     assert not [key for key, value in found[0][1].items() if torch.equal(value, start[key])]
 
 
+@pytest.mark.slow
 def test_bf16_weights_have_one_master_of_a_table_that_stages_share(folders):
     found = []
     for num_stages in (1, 4):
@@ -180,8 +179,8 @@ def test_bf16_weights_have_one_master_of_a_table_that_stages_share(folders):
     ("name", "blocks"),
     sampled(
         [(name, blocks) for name in ("t5", "bart") for blocks in (None, "last 1", (0, 2))],
-        2,
-        always=(("t5", (0, 2)), ("bart", None)),
+        1,
+        always=(("t5", (0, 2)),),
     ),
 )
 def test_adapters_give_the_formulas_loss_and_gradients_on_the_whole_model(folders, name, blocks):
@@ -233,7 +232,12 @@ def test_lora_in_blocks_counted_through_is_what_stock_peft_adapts_bit_for_bit(fo
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("t5", HOULSBY), ("t5_own_head", FULL), ("bart_biased", FULL), pytest.param("t5", FULL, marks=pytest.mark.slow)],
+    [
+        ("t5_own_head", FULL),
+        ("bart_biased", FULL),
+        pytest.param("t5", HOULSBY, marks=pytest.mark.slow),
+        pytest.param("t5", FULL, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_published_loads_in_transformers_with_the_pipelines_loss(folders, tmp_path, name, method):
     spec, rows = spec_of(folders[name], method), make_batches()[0].rows
@@ -340,7 +344,7 @@ def test_frozen_blocks_below_adapters_are_not_cached_and_that_is_said(folders):
         pass
 
 
-@pytest.mark.parametrize("method", [FULL, HOULSBY])
+@pytest.mark.parametrize("method", [FULL, pytest.param(HOULSBY, marks=pytest.mark.slow)])
 def test_a_block_of_either_half_is_measured(monkeypatch, method):
     monkeypatch.setattr(profile, "_LEAST_S", 0.0)
     request = ProfileRequest(
