@@ -199,7 +199,9 @@ class WorkerSession:
         clock.end("cache")
         if assignment.restore is not None:
             self._restore(assignment.restore)
-        self._state.let_go()
+            self._state.let_go()
+            # Where malloc keeps its heap, the files that the state came in would count until the job ends.
+            self._device.release()
         clock.end("state")
         self._check_memory()
         self._is_loaded = True

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = (1.0, 30.0)
 _DTYPE_NAMES = {torch.float32: "F32"}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class ShadowStorage(Protocol):
@@ -162,3 +163,22 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> list[memoryview]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [memoryview(len(text).to_bytes(8, "little") + text), *contents]
+
+
+def tensors_in(file: bytearray) -> dict[str, Tensor]:
+    """The tensors of a file of :func:`safetensors_pieces`, where they lie in it.
+
+    safetensors' own ``load`` wants bytes, and copies: three times a state would stand in memory.
+    """
+    header_bytes = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + header_bytes])
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        flat = torch.empty(0, dtype=torch.float32)
+        if end > start:
+            flat = torch.frombuffer(
+                file, dtype=_DTYPES[entry["dtype"]], count=(end - start) // 4, offset=8 + header_bytes + start
+            )
+        found[name] = flat.view(entry["shape"])
+    return found

@@ -12,12 +12,11 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from edge_node.cache import BlobCache
 from edge_node.going_on import KeptState, keep_state
-from edge_node.shadowing import safetensors_pieces
+from edge_node.shadowing import safetensors_pieces, tensors_in
 from edge_node.sources.base import SourceError, WantedTensor
 from edge_node.sources.device import DeviceSource
 from plutino.errors import PlutinoError
@@ -120,7 +119,7 @@ class StateHandover:
                 if data is None:
                     data = self._bulk.get_shadow(job_id, shadow_id, sha256)
                     self.bytes_by_place[COORDINATOR] += len(data)
-                tensors |= load_safetensors(bytes(data))
+                tensors |= tensors_in(data)
         finally:
             for source in sources:
                 source.close()
@@ -134,12 +133,13 @@ class StateHandover:
         for source in sources:
             if not source.holds(wanted):
                 continue
-            data = bytearray()
+            data, end = bytearray(num_bytes), 0
             try:
                 for chunk in source.stream(wanted, 0):
-                    data += chunk
-                    if len(data) > num_bytes:
+                    start, end = end, end + len(chunk)
+                    if end > num_bytes:
                         raise SourceError(f"{source.name} sends more than the state's {num_bytes} bytes")
+                    data[start:end] = chunk
             except SourceError as error:
                 logger.warning("the training state %s comes from elsewhere: %s", shadow_id, error)
                 continue

@@ -13,7 +13,7 @@ from edge_node.cache import BlobCache
 from edge_node.cache_server import CacheServer
 from edge_node.going_on import keep_state, left_after_release
 from edge_node.network import DeviceNetwork
-from edge_node.shadowing import safetensors_pieces
+from edge_node.shadowing import safetensors_pieces, tensors_in
 from edge_node.state_exchange import StateHandover
 from plutino.job.assignment import DeviceCache, RestorePoint
 
@@ -61,6 +61,18 @@ def test_state_is_kept_under_the_hash_that_its_shadow_has():
     assert list(kept.by_sha256) == [SHA256]
     assert kept.num_bytes == 24
     assert torch.equal(load(FILE)["param/a"], SNAPSHOT["param/a"])
+
+
+def test_files_of_states_are_read_where_they_lie():
+    snapshot = {**SNAPSHOT, "adam_step/a": torch.tensor(7.0), "param/none": torch.zeros(2, 0)}
+    file = bytearray(b"".join(safetensors_pieces(snapshot)))
+
+    found = tensors_in(file)
+    file[-4:] = torch.tensor(8.0).numpy().tobytes()
+
+    assert found.keys() == snapshot.keys()
+    assert all(torch.equal(found[name], snapshot[name]) for name in ("param/a", "exp_avg/a", "param/none"))
+    assert float(found["adam_step/a"]) == 8.0 and found["adam_step/a"].shape == ()
 
 
 def test_stage_without_anything_to_train_keeps_nothing():
