@@ -17,6 +17,8 @@ from benchmarks.pac_shapes import Shape
 
 OURS = "ours"
 UNCACHED = "ours, no cache"
+OWN_DTYPE = "ours, dtype as the devices like it"
+"""bf16 where all of them are quicker with it, as a job gets it that names none; all others are in fp32."""
 LEAVING = "ours, the blocks leave"
 """Later epochs are data-parallel without the backbone, whatever they take: what memory they need."""
 PAC = "PAC as published"
@@ -75,6 +77,7 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
         Contender(name=UNCACHED, kind="variant", method=side),
         Contender(name=ALONE, kind="one device", method=side, stages=1, uses_one_device=True),
         _pipeline("full", methods, num_agents),
+        Contender(name=OWN_DTYPE, kind="variant", method=side, cache=codec, dtype="auto"),
         Contender(name=LEAVING, kind="variant", method=side, cache=codec, cached_epochs="data-parallel"),
         Contender(name="ours, 100 Mbit", kind="variant", method=side, cache=codec, rate="100Mbit"),
         Contender(name=f"{TRAINER}: lora", kind="trainer", method=methods["lora"], uses_one_device=True),
@@ -88,7 +91,6 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
         _one_device("adapters", methods),
         _one_device("full", methods),
         Contender(name=f"{TRAINER}: full", kind="trainer", method=methods["full"], uses_one_device=True),
-        Contender(name="ours, bf16", kind="variant", method=side, cache=codec, dtype="bf16"),
     ]
 
 

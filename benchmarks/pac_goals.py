@@ -10,6 +10,7 @@ from benchmarks.pac_contenders import (
     FULL_PIPELINE,
     LEAVING,
     OURS,
+    OWN_DTYPE,
     PAC,
     TOP_QUARTER,
     TOP_QUARTER_CACHED,
@@ -75,6 +76,8 @@ def goals_of(
             if best is not None:
                 ratio(f"3 epochs, best baseline ({best}) / ours{words}", seconds[best], seconds[OURS], at_least=least)
             ratio(f"3 epochs, PAC as published / ours{words}", seconds.get(PAC), seconds[OURS], at_least=1.5)
+            own_dtype = seconds.get(OWN_DTYPE)
+            ratio(f"3 epochs, PAC as published / {OWN_DTYPE}{words}", seconds.get(PAC), own_dtype)
             alone = seconds.get(ALONE)
             ratio(f"3 epochs, one device with the same method / ours{words}", alone, seconds[OURS], at_least=10.0)
             ratio(f"the same by device{words}", alone, num_devices * seconds[OURS])
