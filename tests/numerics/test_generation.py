@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from functools import cache
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from edge_node.engine.generate import GenerateOptions, uniform
 from edge_node.transport.base import Peer, UnitCancelledError
+from plutino.errors import PeerLostError
 from plutino.types import Unit, UnitKind
 from tests.numerics.pipelines import (
     cancel_at_call,
@@ -229,6 +231,28 @@ def test_cancelled_generation_frees_its_caches_and_the_next_units_run(model_dirs
 
         assert pipeline.generate(1, groups, GREEDY) == generate_with_transformers(model_dirs["llama"], groups)
         run_step(pipeline, 0, make_batches()[0])
+
+
+def test_generation_that_loses_a_stage_frees_its_caches_and_another_plan_gives_the_same_answers(model_dirs):
+    groups, spec = make_groups(), make_spec(model_dirs["llama"])
+    with pipeline_of(spec, stages_of(3)) as pipeline:
+        caches = record_caches(pipeline)
+        stage = pipeline.executors[Peer(1)].stage
+        forward, calls = stage.forward, itertools.count(1)
+
+        def losing(inputs):
+            if next(calls) == 5:
+                pipeline.executors[Peer(1)].transport.close()
+            return forward(inputs)
+
+        stage.forward = losing
+        with pytest.raises(PeerLostError):
+            pipeline.generate(0, groups, GREEDY)
+        gc.collect()
+        assert caches and not any(cache() for cache in caches)
+
+    with pipeline_of(spec, stages_of(2)) as replanned:
+        assert replanned.generate(0, groups, GREEDY) == generate_with_transformers(model_dirs["llama"], groups)
 
 
 def test_finished_generation_keeps_no_cache(model_dirs):
