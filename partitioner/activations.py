@@ -169,7 +169,8 @@ def _past_bytes(table: ModelTable, shape: JobShape, family: Family) -> int:
 
 def _side_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     """What a side block keeps, and what it reads of the backbone; the backbone's block itself keeps nothing."""
-    narrow, side_shape = narrow_table(table, shape.side_reduction), _side_shape(shape)
+    narrow = narrow_table(table, shape.side_reduction, has_whole_heads=shape.side_has_whole_heads)
+    side_shape = _side_shape(shape)
     width, side_width = table.hidden_size, narrow.hidden_size
     family = family_of(table.family)
     # The block's output, which the projection multiplies; the state that is mixed with it, and both factors.
@@ -195,13 +196,16 @@ def _side_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     return saved_bytes + saved_block_bytes(narrow, side_shape, block)
 
 
-def narrow_table(table: ModelTable, reduction: int) -> ModelTable:
-    """The model with all widths divided, as a side network's blocks have them."""
+def narrow_table(table: ModelTable, reduction: int, *, has_whole_heads: bool) -> ModelTable:
+    """The model with all widths divided, as a side network's blocks have them; of heads their number or their width."""
+    head_parts, dim_parts = (reduction, 1) if has_whole_heads else (1, reduction)
     return table.model_copy(
         update={
             "hidden_size": table.hidden_size // reduction,
             "intermediate_size": table.intermediate_size // reduction,
-            "head_dim": table.head_dim // reduction,
+            "num_heads": table.num_heads // head_parts,
+            "num_kv_heads": table.num_kv_heads // head_parts,
+            "head_dim": table.head_dim // dim_parts,
             "block_linears": tuple(
                 tuple(
                     LinearShape(

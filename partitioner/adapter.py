@@ -65,6 +65,7 @@ class AdapterTable(PlanValue):
     """The setting that all of them grow with."""
     side_reduction: int = 0
     """See :attr:`partitioner.model.JobShape.side_reduction`."""
+    side_has_whole_heads: bool = False
     prunes_by_gradients: bool = False
 
     @property
@@ -90,6 +91,7 @@ class AdapterTable(PlanValue):
             "use_dora": self.use_dora,
             "size_setting": self.size_setting,
             "side_reduction": self.side_reduction,
+            "side_has_whole_heads": self.side_has_whole_heads,
             "prunes_by_gradients": self.prunes_by_gradients,
         }
 
@@ -169,8 +171,11 @@ def _parallel_adapters(table: ModelTable, method: ParallelAdaptersConfig) -> Ada
     last one the final norm and the projection to what the head reads.
     """
     reduction, hidden = method.reduction, table.hidden_size
+    family, has_whole_heads = family_of(table.family), method.heads == "whole"
     sizes = {"hidden": hidden, "head_dim": table.head_dim, "inner": table.intermediate_size}
-    check_reduction(family_of(table.family), reduction, sizes)
+    check_reduction(family, reduction, sizes | {"kv_heads": table.num_kv_heads}, has_whole_heads=has_whole_heads)
+    # Norms of single heads are as wide as these.
+    kept = 2 * (table.head_dim - table.head_dim // reduction) if has_whole_heads and family.qk_norm == "head" else 0
     num_encoder_blocks = table.num_encoder_blocks
     chosen = followed_blocks(method.blocks, table.num_blocks, num_encoder_blocks)
     # The side state of an encoder-decoder's target starts beside its decoder.
@@ -179,7 +184,7 @@ def _parallel_adapters(table: ModelTable, method: ParallelAdaptersConfig) -> Ada
     blocks = []
     for index in range(table.num_blocks):
         matrices = sum(linear.in_features * linear.out_features for linear in table.block_linears[index])
-        side_block = matrices // reduction**2 + _vector_params(table, index) // reduction + table.repeated_params
+        side_block = matrices // reduction**2 + _vector_params(table, index) // reduction + kept + table.repeated_params
         params = side_block + projection + 1 + (projection if index in entries else 0)
         blocks.append(BlockAdapter(params=params if index in chosen else 0, rank_sum=0, linears=()))
     out_width = table.head_params // table.vocab_size or hidden
@@ -192,6 +197,7 @@ def _parallel_adapters(table: ModelTable, method: ParallelAdaptersConfig) -> Ada
         last_params=norm_params + out_width * (hidden // reduction + 1),
         size_setting=method.size_setting,
         side_reduction=reduction,
+        side_has_whole_heads=has_whole_heads,
         prunes_by_gradients=method.prunes_by_gradients,
     )
 

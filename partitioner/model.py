@@ -128,6 +128,8 @@ class JobShape(PlanValue):
     side_reduction: int = 0
     """A side network of the blocks' own kind, this much narrower, is trained beside the blocks, which keep nothing for
     a backward pass then; 0: there is none."""
+    side_has_whole_heads: bool = False
+    """Its heads are fewer, and not narrower."""
     prunes_by_gradients: bool = False
     """Once, before the first step, micro-batches go backward through the blocks that it follows, one at a time."""
     cached_steps_share: float = 0.0
@@ -269,13 +271,13 @@ def key_value_shape(config: Mapping[str, Any], family: Family) -> tuple[int, int
 
 
 def model_sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
-    """Blocks, hidden, head_dim and inner of a model, by these names.
+    """Blocks, hidden, heads, kv_heads, head_dim and inner of a model, by these names.
 
     Raises:
         ModelError: config.json gives no such size.
     """
     sizes = _Sizes(config, family)
-    return {name: sizes[name] for name in ("blocks", "hidden", "head_dim", "inner")}
+    return {name: sizes[name] for name in ("blocks", "hidden", "heads", "kv_heads", "head_dim", "inner")}
 
 
 class _Sizes:

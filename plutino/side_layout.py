@@ -85,6 +85,7 @@ def side_layout(
     blocks: Sequence[int] | str | None,
     sizes: Mapping[str, int],
     out_width: int,
+    has_whole_heads: bool = False,
 ) -> SideLayout:
     """The side network of a model.
 
@@ -93,17 +94,18 @@ def side_layout(
         family: the model's family.
         reduction: what the widths are divided by.
         blocks: blocks that a side block follows; None: all.
-        sizes: blocks, hidden, head_dim and inner of the model.
+        sizes: blocks, hidden, heads, kv_heads, head_dim and inner of the model.
         out_width: width of what the head reads.
+        has_whole_heads: fewer heads of the model's own width, in place of as many narrow ones.
 
     Raises:
         ConfigError: the family's blocks cannot be narrowed, by no number or not by this one, or a block does not exist.
     """
     num_blocks, num_encoder_blocks = sizes["blocks"], family.num_encoder_blocks(values)
     chosen = followed_blocks(blocks, num_blocks, num_encoder_blocks)
-    check_reduction(family, reduction, sizes)
-    narrow = _narrowed(values, family, reduction, sizes)
-    head_dim = sizes["head_dim"] // reduction
+    check_reduction(family, reduction, sizes, has_whole_heads=has_whole_heads)
+    narrow = _narrowed(values, family, reduction, sizes, has_whole_heads=has_whole_heads)
+    head_dim = sizes["head_dim"] // (1 if has_whole_heads else reduction)
     for rotated in _rotated_sizes(narrow, head_dim):
         if rotated < 2 or rotated % 2:
             raise ConfigError(
@@ -150,8 +152,14 @@ def followed_blocks(
     return chosen
 
 
-def check_reduction(family: Family, reduction: int, sizes: Mapping[str, int]) -> None:
+def check_reduction(family: Family, reduction: int, sizes: Mapping[str, int], *, has_whole_heads: bool) -> None:
     """See whether a family's blocks can be narrowed so.
+
+    Args:
+        family: of the model.
+        reduction: what the widths are divided by.
+        sizes: hidden, kv_heads, head_dim and inner of the model.
+        has_whole_heads: whether heads become fewer and not narrower.
 
     Raises:
         ConfigError: they cannot.
@@ -161,26 +169,39 @@ def check_reduction(family: Family, reduction: int, sizes: Mapping[str, int]) ->
             f"method.type: parallel_adapters: {family.model_type} has mixtures of experts, and a narrow copy of its "
             "router would choose others; use method.type: lora"
         )
-    parts = {name: sizes[name] for name in ("hidden", "head_dim", "inner")}
+    if has_whole_heads:
+        _check_whole_heads(family)
+    heads = "kv_heads" if has_whole_heads else "head_dim"
+    parts = {name: sizes[name] for name in ("hidden", heads, "inner")}
     if any(size % reduction for size in parts.values()):
-        fitting = [k for k in range(2, parts["head_dim"] + 1) if not any(size % k for size in parts.values())]
+        fitting = [k for k in range(2, parts[heads] + 1) if not any(size % k for size in parts.values())]
         advice = f"choose one of {', '.join(map(str, fitting))}" if fitting else "use method.type: lora"
         raise ConfigError(
-            f"method.reduction: {reduction} does not divide hidden size {parts['hidden']}, head size "
-            f"{parts['head_dim']} and inner size {parts['inner']} of this model; {advice}"
+            f"method.reduction: {reduction} does not divide hidden size {parts['hidden']}, "
+            f"{'number of key heads' if has_whole_heads else 'head size'} {parts[heads]} and inner size "
+            f"{parts['inner']} of this model; {advice}"
         )
 
 
-def _narrowed(values: Mapping[str, Any], family: Family, reduction: int, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The model's configuration with all widths divided; as many heads, of which each is narrower."""
+def _check_whole_heads(family: Family) -> None:
+    if family.halves is not None or all(rule.out_features != "query" for rule in family.all_linears.values()):
+        why = "has a ladder beside either half" if family.halves is not None else "makes queries and keys in one layer"
+        raise ConfigError(f"method.heads: whole is not done for {family.model_type}, which {why}; use heads: narrow")
+
+
+def _narrowed(
+    values: Mapping[str, Any], family: Family, reduction: int, sizes: Mapping[str, int], *, has_whole_heads: bool
+) -> dict[str, Any]:
+    """The model's configuration with all widths divided; as many heads, each narrower, or fewer heads."""
     narrow = {key: value for key, value in values.items() if key not in _OF_THE_MODEL_ALONE}
-    for size in ("hidden", "inner", "head_dim", "embedding"):
+    of_heads = ("heads", "kv_heads") if has_whole_heads else ("head_dim",)
+    for size in ("hidden", "inner", *of_heads, "embedding"):
         for key in family.config_keys.get(size, ()):
             if narrow.get(key) is not None:
                 narrow[key] = sizes["hidden" if size == "embedding" else size] // reduction
-    if narrow.get("query_pre_attn_scalar") is not None:
+    if narrow.get("query_pre_attn_scalar") is not None and not has_whole_heads:
         narrow["query_pre_attn_scalar"] = max(1, round(narrow["query_pre_attn_scalar"] / reduction))
-    if narrow.get("attention_multiplier") is not None:
+    if narrow.get("attention_multiplier") is not None and not has_whole_heads:
         narrow["attention_multiplier"] = narrow["attention_multiplier"] * reduction**0.5
     if narrow.get("scale_attn_by_inverse_layer_idx"):
         # Side blocks are numbered per stage: a scale by that number would depend on the partition.

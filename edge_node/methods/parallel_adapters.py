@@ -65,7 +65,7 @@ def attach_parallel_adapters(stage: Stage, config: ParallelAdaptersConfig, *, se
             copy_values(stage.side, _first_values(stage.side, stage, config, seed, scores))
 
     if config.prunes_by_gradients and stage.has_backbone:
-        stage.gradient_start = GradientStart(stage, _axes(stage), own_blocks, start)
+        stage.gradient_start = GradientStart(stage, _axes(stage, config), own_blocks, start)
     if stage.end_block <= layout.blocks[0]:
         return AttachedParallelAdapters(None, layout)
     side = SideNetwork(
@@ -88,15 +88,17 @@ def _layout(stage: Stage, config: ParallelAdaptersConfig) -> SideLayout:
         stage.family,
         reduction=config.reduction,
         blocks=config.blocks,
+        has_whole_heads=config.heads == "whole",
         sizes=model_sizes(values, stage.family),
         # OPT's smallest models project to a narrower width before the head.
         out_width=int(getattr(stage.config, "word_embed_proj_dim", stage.config.hidden_size)),
     )
 
 
-def _axes(stage: Stage) -> Axes:
+def _axes(stage: Stage, config: ParallelAdaptersConfig) -> Axes:
     sizes = model_sizes(stage.config.to_dict(), stage.family)
-    return Axes(hidden=sizes["hidden"], head=sizes["head_dim"], inner=sizes["inner"])
+    num_whole = sizes["kv_heads"] if config.heads == "whole" else 0
+    return Axes(hidden=sizes["hidden"], head=sizes["head_dim"], inner=sizes["inner"], num_whole_heads=num_whole)
 
 
 @torch.no_grad()
@@ -116,7 +118,7 @@ def _first_values(
     if config.init == "random" or not stage.has_backbone:
         # Without blocks there is nothing to prune: such a stage takes over the values of a training under way.
         return values
-    axes = _axes(stage)
+    axes = _axes(stage, config)
     tables = _tables(stage)
     for index in side.own_blocks:
         block = stage.model.get_submodule(stage.family.block_name(index, stage.num_encoder_blocks))

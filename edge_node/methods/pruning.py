@@ -3,7 +3,7 @@
 As Ladder Side-Tuning starts its side network (Sung et al. 2022, arXiv:2206.06522 sec. 3.3), with magnitudes as
 importance here, and with gradients in :mod:`edge_node.methods.gradient_pruning`: numbers of the hidden states, of every
 head and of the MLP's inner tensor are kept whole or not at all, so that what one layer gives is what the next one
-reads. All heads keep the same places: queries meet keys.
+reads. All heads keep the same places: queries meet keys. Or heads are kept whole, key heads with all their queries.
 """
 
 from __future__ import annotations
@@ -26,10 +26,29 @@ class Axes:
     head: int
     """One head."""
     inner: int
+    num_whole_heads: int = 0
+    """Key heads, of which some are kept whole; 0: all heads are kept, with some of their places."""
 
-    def of(self, kind: str) -> int:
-        """Size of a run of this kind."""
+    def num_places(self, kind: str) -> int:
+        """What there is to choose from."""
+        if kind == "head" and self.num_whole_heads:
+            return self.num_whole_heads
         return {"hidden": self.hidden, "head": self.head, "inner": self.inner}[kind]
+
+    def per_place(self, kind: str, of_axis: Tensor) -> Tensor:
+        """Sums over the numbers of an axis that one place stands for."""
+        num = self.num_places(kind)
+        if kind == "head" and self.num_whole_heads:
+            return of_axis.view(num, -1).sum(dim=1)
+        return of_axis.view(-1, num).sum(dim=0)
+
+    def indices(self, kind: str, places: Tensor, size: int) -> Tensor:
+        """The numbers that places stand for on an axis of this size."""
+        num = self.num_places(kind)
+        if kind == "head" and self.num_whole_heads:
+            per_head = size // num
+            return (per_head * places[:, None] + torch.arange(per_head)).flatten()
+        return torch.cat([places + start for start in range(0, size, num)])
 
 
 Scores = dict[str, Tensor]
@@ -38,14 +57,14 @@ Scores = dict[str, Tensor]
 
 def no_scores(axes: Axes) -> Scores:
     """Every place counts nothing yet."""
-    return {kind: torch.zeros(axes.of(kind), dtype=torch.float64) for kind in ("hidden", "head", "inner")}
+    return {kind: torch.zeros(axes.num_places(kind), dtype=torch.float64) for kind in ("hidden", "head", "inner")}
 
 
 def add_sums(scores: Scores, matrix: Tensor, family: Family, name: str, axes: Axes) -> None:
     """Add what a linear layer's weights count, [out_features, in_features], to the places of both axes."""
     for dim, kind in enumerate(_kinds(family, name)):
         sums = matrix.sum(dim=1 - dim, dtype=torch.float64).cpu()
-        scores[kind] += sums.view(-1, axes.of(kind)).sum(dim=0)
+        scores[kind] += axes.per_place(kind, sums)
 
 
 def magnitudes(block: nn.Module, family: Family, axes: Axes) -> Scores:
@@ -61,8 +80,10 @@ def choose_places(scores: Scores, axes: Axes, reduction: int) -> dict[str, Tenso
 
     Heads keep places in pairs (j, j + head / 2), as rotation takes them, wherever the number allows.
     """
-    num_head = axes.head // reduction
-    if num_head % 2 == 0 and axes.head % 2 == 0:
+    num_head = axes.num_places("head") // reduction
+    if axes.num_whole_heads:
+        head = _largest(scores["head"], num_head)
+    elif num_head % 2 == 0 and axes.head % 2 == 0:
         pairs = _largest(scores["head"].view(2, -1).sum(dim=0), num_head // 2)
         head = torch.cat([pairs, pairs + axes.head // 2])
     else:
@@ -79,7 +100,7 @@ def pruned_parameters(block: nn.Module, family: Family, axes: Axes, places: Mapp
     kept: dict[str, Tensor] = {}
 
     def indices(kind: str, size: int) -> Tensor:
-        return torch.cat([places[kind] + start for start in range(0, size, axes.of(kind))])
+        return axes.indices(kind, places[kind], size)
 
     linears = block_linears(block, family)
     for name, module in block.named_modules():
@@ -90,7 +111,9 @@ def pruned_parameters(block: nn.Module, family: Family, axes: Axes, places: Mapp
             for key, parameter in module.named_parameters(recurse=False):
                 value = parameter.detach().float().cpu()
                 kind = "head" if name.endswith(("q_norm", "k_norm")) else "hidden"
-                kept[f"{name}.{key}"] = value[indices(kind, len(value))]
+                # A norm of single heads is the same for all.
+                is_shared = kind == "head" and axes.num_whole_heads > 0 and len(value) == axes.head
+                kept[f"{name}.{key}"] = value if is_shared else value[indices(kind, len(value))]
         else:
             weight = _weight(module).cpu()
             rows, columns = (indices(kind, size) for kind, size in zip(_kinds(family, name), weight.shape, strict=True))

@@ -117,7 +117,10 @@ class ParallelAdaptersConfig(InChosenBlocksPart):
 
     type: Literal["parallel_adapters"] = "parallel_adapters"
     reduction: int = Field(8, ge=2, le=1024)
-    """Every width of the side network is the model's divided by it; the number of heads stays."""
+    """Every width of the side network is the model's divided by it."""
+    heads: Literal["narrow", "whole"] = "narrow"
+    """narrow: side blocks have as many heads as the model's, each with its width divided, as PAC has them. whole: each
+    head is as wide as the model's, and their number is divided."""
     init: Literal["pruning", "fisher", "random"] = "pruning"
     """Where side blocks start: from the largest weights of the blocks that they follow, from those with the largest
     gradients on the job's first rows, or from random numbers."""

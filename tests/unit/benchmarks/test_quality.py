@@ -53,6 +53,7 @@ def test_learning_rates_are_chosen_by_training_rows_that_are_kept_back(tmp_path)
 def entries(**means):
     return {
         name.replace("_", " "): {
+            "epochs": 4.0,
             "lr": 1e-3,
             "is_at_the_edge": False,
             "trained_share": 0.04,
