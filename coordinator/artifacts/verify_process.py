@@ -1,11 +1,13 @@
 """Asks :mod:`coordinator.artifacts.verify` for its verdict, in a process of its own.
 
 The verification needs torch, peft and perhaps the whole base model. In a process of its own it gives all of that back
-when it ends, and an out-of-memory kill hits it and nothing else. Torch-free; entry point :func:`run_verify_process`.
+when it ends, and an out-of-memory kill hits it and nothing else. Torch-free. Entry points:
+:func:`run_verify_process`, and :class:`VerifyProcess` where it is known beforehand that there will be something.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -113,28 +115,74 @@ class VerifyReport(_Value):
     """Why the adapter must not be published; None if nothing speaks against it."""
 
 
-def run_verify_process(request: VerifyRequest) -> VerifyReport:
-    """Verify a staged adapter in a process that is gone when this returns.
+class VerifyProcess:
+    """A process for one verification, which may be started before there is anything to verify.
 
-    Raises:
-        ExportError: the adapter failed a check, or the process died, took too long or gave no verdict.
+    Importing what it needs takes longer than most verifications: started ahead, it has that behind it and waits on its
+    standard input. If whoever started it dies, that ends, and so does the process. Use it as a context manager.
     """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", MODULE],
-            input=request.model_dump_json(),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            # The process bounds itself; this is for the case that it cannot any more.
-            timeout=request.time_limit_s + 10,
-            env=module_environment(),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(_too_long(request)) from error
-    if done.returncode == -signal.SIGALRM:
-        raise ExportError(_too_long(request))
-    return read_report(done.returncode, done.stdout, done.stderr)
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> VerifyProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def begin(self) -> None:
+        """Start the process, if it was not started yet."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", MODULE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=module_environment(),
+            )
+
+    def __call__(self, request: VerifyRequest) -> VerifyReport:
+        """Verify a staged adapter; the process is gone when this returns.
+
+        Raises:
+            ExportError: the adapter failed a check, or the process died, took too long or gave no verdict.
+        """
+        self.begin()
+        process = self._process
+        assert process is not None, "just begun"
+        try:
+            # The process bounds itself; the longer limit is for the case that it cannot any more.
+            stdout, stderr = process.communicate(request.model_dump_json(), timeout=request.time_limit_s + 10)
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(_too_long(request)) from error
+        finally:
+            self.close()
+        if process.returncode == -signal.SIGALRM:
+            raise ExportError(_too_long(request))
+        return read_report(process.returncode, stdout, stderr)
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            process.kill()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                # What was not sent to a process that has ended need not be sent.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        process.wait()
+
+
+def run_verify_process(request: VerifyRequest) -> VerifyReport:
+    """Verify a staged adapter in a process that is gone when this returns; see :class:`VerifyProcess`."""
+    with VerifyProcess() as process:
+        return process(request)
 
 
 def read_report(exit_code: int, stdout: str, stderr: str) -> VerifyReport:

@@ -15,7 +15,7 @@ import grpc
 
 from coordinator.artifacts.parts import AssembleRequest
 from coordinator.artifacts.publish import PublishRequest
-from coordinator.artifacts.verify_process import run_verify_process
+from coordinator.artifacts.verify_process import VerifyProcess
 from coordinator.jobs.rollouts import Rollouts
 from coordinator.jobs.runner import JobRunner, Verify, rows_from_json
 from plutino.data.batches import MicroBatchRows, StepBatch
@@ -36,13 +36,14 @@ def run_job_runner(
     bulk_address: str,
     job_id: str,
     incarnation: int,
-    verify: Verify = run_verify_process,
+    verify: Verify | None = None,
     identity: Path | None = None,
     spread: Callable[[Path], Spread] | None = None,
 ) -> None:
     """Serve one job until the coordinator ends the stream or goes away.
 
-    ``spread`` makes, of a model folder, what tokenises large files elsewhere; None: nothing does.
+    ``verify`` stands in the place of a process of its own, which is begun with the last step's rows. ``spread`` makes,
+    of a model folder, what tokenises large files elsewhere; None: nothing does.
 
     Raises:
         SecurityError: the runners' identity cannot be read here.
@@ -51,7 +52,8 @@ def run_job_runner(
     outgoing: queue.SimpleQueue[pb.RunnerEvent | None] = queue.SimpleQueue()
     outgoing.put(pb.RunnerEvent(hello=pb.RunnerHello(job_id=job_id, incarnation=incarnation)))
     channel = sync_channel(address, Lane.REPORT, credentials)
-    server = _Answers(bulk_address, verify, credentials, spread)
+    process = VerifyProcess()
+    server = _Answers(bulk_address, verify or process, credentials, spread, None if verify else process.begin)
     try:
         for command in runners_pb2_grpc.RunnerServiceStub(channel).Run(_drain(outgoing), wait_for_ready=True):
             if command.HasField("finish"):
@@ -65,6 +67,7 @@ def run_job_runner(
     finally:
         outgoing.put(None)
         channel.close()
+        process.close()
 
 
 def _drain(outgoing: queue.SimpleQueue[pb.RunnerEvent | None]) -> Iterator[pb.RunnerEvent]:
@@ -81,7 +84,10 @@ class _Answers:
         verify: Verify,
         credentials: Credentials | None,
         spread: Callable[[Path], Spread] | None,
+        on_last_step: Callable[[], None] | None,
     ) -> None:
+        self._on_last_step = on_last_step
+        self._last_step: int | None = None
         self._spread = spread
         self._bulk_address = bulk_address
         self._credentials = credentials
@@ -103,11 +109,15 @@ class _Answers:
         if kind == "prepare":
             spec = JobSpec.model_validate_json(command.prepare.spec_json)
             self._runner = JobRunner(spec, self._bulk_address, self._verify, self._credentials, self._spread)
-            yield pb.RunnerEvent(prepared=pb.Prepared(json=self._runner.prepare().model_dump_json()))
+            prepared = self._runner.prepare()
+            self._last_step = prepared.total_steps - 1
+            yield pb.RunnerEvent(prepared=pb.Prepared(json=prepared.model_dump_json()))
             return
         assert self._runner is not None, "the coordinator prepares a runner before it asks"
         if kind == "get_train_batch":
             ask = command.get_train_batch
+            if ask.step == self._last_step and self._on_last_step is not None:
+                self._on_last_step()
             yield from _batch_parts(self._runner.train_batch(ask.step, ask.micro_batch_size))
         elif kind == "get_eval_batch":
             rows = command.get_eval_batch

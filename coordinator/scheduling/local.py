@@ -7,7 +7,6 @@ import logging
 import threading
 from pathlib import Path
 
-from coordinator.artifacts.verify_process import run_verify_process
 from coordinator.jobs.runner import Verify
 from coordinator.jobs.runner_stream import run_job_runner
 from coordinator.scheduling.round import solve
@@ -25,7 +24,7 @@ class LocalEngine:
         address: str,
         bulk_address: str,
         incarnation: int,
-        verify: Verify = run_verify_process,
+        verify: Verify | None = None,
         runner_identity: Path | None = None,
     ) -> None:
         self._runner_identity = runner_identity

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from coordinator.artifacts import verify_process
 from coordinator.artifacts.verify_process import (
     Probe,
     ProbeRows,
+    VerifyProcess,
     VerifyReport,
     VerifyRequest,
     read_report,
@@ -62,6 +64,38 @@ def test_run_of_a_process_that_ended_itself_at_its_time_limit_tells_the_limit(
 
     with pytest.raises(ExportError, match="did not end within 20 s; nothing was published"):
         run_verify_process(REQUEST)
+
+
+def test_process_begun_ahead_answers_once_and_the_next_question_takes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in says its process id as soon as it runs, and again in its report."""
+    report = '{"checks": [["process", "%s"]]}'
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/begun\ncat >/dev/null\nprintf '{report}' $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    with VerifyProcess() as process:
+        process.begin()
+        process.begin()
+        answers = [process(REQUEST).checks[0][1] for _ in range(2)]
+
+    assert (tmp_path / "begun").read_text().split() == answers
+    assert answers[0] != answers[1]
+
+
+def test_process_begun_ahead_that_nobody_asks_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\nexec cat\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    others = set(psutil.Process().children())
+    process = VerifyProcess()
+    process.begin()
+    (child,) = set(psutil.Process().children()) - others
+
+    process.close()
+
+    assert not child.is_running()
 
 
 def test_probe_rows_of_a_micro_batch_round_trip_as_json() -> None:
