@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from coordinator.artifacts.verify_process import VerifyReport
+from coordinator.jobs.runner_stream import _Answers
+from plutino.assets import TINY_LLAMA_DIR
+from plutino.job.spec import parse_spec
+from protos import runners_pb2 as pb
+
+
+def test_verification_begins_with_the_last_steps_rows_and_not_before(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"{i}?", "completion": "x"}) for i in range(6))
+    )
+    values = {
+        "model": {"path": str(TINY_LLAMA_DIR)},
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+        "training": {"epochs": 1, "batch_size": 2},
+    }
+    begun: list[int] = []
+    asked: list[int] = []
+    server = _Answers("nowhere", lambda _: VerifyReport(), None, None, lambda: begun.append(asked[-1]))
+    spec_json = parse_spec(values, base_dir=tmp_path).model_dump_json()
+
+    (prepared,) = server.answer(pb.RunnerCommand(prepare=pb.Prepare(spec_json=spec_json)))
+    for step in range(3):
+        asked.append(step)
+        parts = list(server.answer(pb.RunnerCommand(get_train_batch=pb.GetTrainBatch(step=step, micro_batch_size=1))))
+        assert len(parts) == 2
+
+    assert json.loads(prepared.prepared.json)["total_steps"] == 3
+    assert begun == [2]
