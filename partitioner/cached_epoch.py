@@ -10,6 +10,7 @@ none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from partitioner.activations import micro_batch_tokens, target_tokens
 from partitioner.cost import SUM_MESSAGE_BYTES
@@ -20,7 +21,6 @@ from partitioner.model import JobShape, ModelTable
 from partitioner.place import ReplicaShare
 from partitioner.plan import CachedStep
 from partitioner.sum_path import sum_factors
-from partitioner.values import PlanValue
 
 READ_BYTES_PER_S = 500e6
 """Of entries from a disk whose rate nobody has measured: a SATA SSD's."""
@@ -32,7 +32,8 @@ _FP32_BYTES = 4
 _LEFT_WITH_THE_BACKBONE = ("weights", "packed weights", "unpacking", "generation", "pruning", "loading peak")
 
 
-class SideDevice(PlanValue):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideDevice:
     """What one device needs for a micro-batch of the side network."""
 
     agent_id: str

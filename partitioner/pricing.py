@@ -12,7 +12,15 @@ from functools import cached_property
 
 import numpy as np
 
-from partitioner.cached_epoch import READ_BYTES_PER_S, SideDevice, cached_step_of, read_s, side_device
+from partitioner.cached_epoch import (
+    READ_BYTES_PER_S,
+    SideDevice,
+    cached_step,
+    num_side_params,
+    read_s,
+    side_device,
+    side_worker_bytes,
+)
 from partitioner.cached_stages import SideStage, cuts_by_speed, part_of, side_message_bytes, staged_step
 from partitioner.cost import SUM_MESSAGE_BYTES, StageCost, message_bytes, stage_cost
 from partitioner.device import DeviceProfile, LinkProfile, LinkTable
@@ -77,6 +85,7 @@ class Pricer(Rooms):
         self._sum_factors: dict[tuple[Group, tuple[int, ...]], tuple[float, float]] = {}
         self._cached: dict[frozenset[int], CachedStep | None] = {}
         self._staged: dict[tuple[Layout, Cuts | None], CachedStep] = {}
+        self._side_parts: dict[tuple[int, int, int], SideDevice] = {}
         self._options: dict[Layout, list[dict[int, StageOption | None]]] = {}
 
     @cached_property
@@ -141,14 +150,18 @@ class Pricer(Rooms):
     def _data_parallel_step(self, layout: Layout) -> CachedStep | None:
         used = frozenset(device for group in layout for device in group)
         if used not in self._cached:
-            self._cached[used] = cached_step_of(
-                self.table,
-                self.shape,
-                [self.devices[i] for i in sorted(used)],
-                self.links,
-                entry_token_bytes=self.shape.entry_token_bytes,
+            roomy = [i for i in sorted(used) if self.room_bytes[i] >= self._side_worker_bytes]
+            self._cached[used] = cached_step(
+                [self._side_devices[i] for i in roomy],
+                self.bandwidth[np.ix_(roomy, roomy)].tolist(),
+                num_micro_batches=self.num_micro_batches,
+                gradient_bytes=_FP32_BYTES * num_side_params(self.shape),
             )
         return self._cached[used]
+
+    @cached_property
+    def _side_worker_bytes(self) -> int:
+        return side_worker_bytes(self.table, self.shape)
 
     @cached_property
     def _side_devices(self) -> list[SideDevice]:
@@ -169,20 +182,30 @@ class Pricer(Rooms):
     def _side_stage(self, layout: Layout, k: int, cuts: Cuts) -> SideStage:
         group, (start, end) = layout[k], cuts[k : k + 2]
         below = layout[k + 1] if k + 1 < len(layout) else ()
-        replicas = []
-        for i in group:
-            timings = self.devices[i].timings
-            head_s = timings.head_forward_s + timings.head_backward_s
-            replicas.append(part_of(self._side_devices[i], self.table, self.shape, start, end, head_s=head_s))
-        pairs = [(i, j) for i in group for j in below]
-        num_bytes = side_message_bytes(self.table, self.shape)
+        links = self._side_links
         return SideStage(
-            replicas=tuple(replicas),
+            replicas=tuple([self._side_part(i, start, end) for i in group]),
             owners=self.owners(group, is_alone=len(layout) == 1),
-            link_busy_s=max((num_bytes / float(self.bandwidth[pair]) for pair in pairs), default=0.0),
-            link_latency_s=max((float(self.latency_s[pair]) for pair in pairs), default=0.0),
+            link_busy_s=max([links[i][j][0] for i in group for j in below], default=0.0),
+            link_latency_s=max([links[i][j][1] for i in group for j in below], default=0.0),
             sum_s=self.sum_s(layout, k, start, end),
         )
+
+    def _side_part(self, device: int, start: int, end: int) -> SideDevice:
+        key = device, start, end
+        if key not in self._side_parts:
+            timings = self.devices[device].timings
+            head_s = timings.head_forward_s + timings.head_backward_s
+            self._side_parts[key] = part_of(
+                self._side_devices[device], self.table, self.shape, start, end, head_s=head_s
+            )
+        return self._side_parts[key]
+
+    @cached_property
+    def _side_links(self) -> list[list[tuple[float, float]]]:
+        """Seconds that a micro-batch's side state occupies the link between any two devices, and its latency."""
+        busy_s = side_message_bytes(self.table, self.shape) / self.bandwidth
+        return [list(zip(*rows, strict=True)) for rows in zip(busy_s.tolist(), self.latency_s.tolist(), strict=True)]
 
     def cost_s(self, layout: Layout, step_s: float) -> float:
         """Mean seconds of all steps of a job, where one through the blocks takes ``step_s``.
