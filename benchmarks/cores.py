@@ -43,6 +43,11 @@ def one_after_other(threads: Mapping[str, int], available: Sequence[int]) -> tup
     return found, at > len(available)
 
 
+def unused(taken: Mapping[str, Collection[int]], available: Sequence[int]) -> list[int]:
+    """The processors that nobody got."""
+    return sorted(set(available).difference(*taken.values()))
+
+
 @contextlib.contextmanager
 def pinned(cores: Collection[int] | None) -> Iterator[None]:
     """What this thread starts within inherits these processors; None leaves all."""

@@ -130,6 +130,7 @@ def _job(order: Order, work: Path) -> RunFigures:
         while (event := watch.next(max(1.0, order.timeout_s - (time.monotonic() - started_s)))) is not None:
             seen.append((time.monotonic() - started_s, event))
         watch.join()
+        notes += bed.relay_notes()
         cached_bytes = sum(path.stat().st_size for path in (state_dir / "caches").rglob("*.data"))
     notes += _warnings(seen)
     return figures_of(seen, batch_size=order.batch_size, cached_bytes=cached_bytes, notes=notes)

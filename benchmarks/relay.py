@@ -3,32 +3,36 @@
 Every agent listens on a loopback address of its own and advertises another one; on that other one this process listens,
 on the ports that the agent has open, and carries what comes on at the pace of the link. Who dials is found by whose
 process holds the other end of the connection. Connections between two agents share their link, each way its own; what
-nobody described passes at once. Linux alone: it reads /proc.
+nobody described passes at once. The carrying is done by :mod:`benchmarks.relay_carrier`, one process for each processor
+that this one may use, ways dealt out in turns. Linux alone: it reads /proc.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import queue
 import signal
 import socket
+import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 
+from benchmarks.relay_carrier import Way, hand_over
 from benchmarks.tcp_sockets import CONNECTED, LISTENING, TcpSockets
 
-_CHUNK_BYTES = 64 * 1024
 _LOOK_EVERY_S = 0.002
 """Between a port's opening and its first dial lie two messages over gRPC, which take some milliseconds."""
 _DIAL_S = 5.0
+_END_S = 5.0
+USE_SUFFIX = ".use"
+"""What the plan's file gets in place of its own suffix is where the carriers say how busy they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +44,6 @@ class Host:
     advertises: str
     mark: str
     """An argument of the agent's process that no other process has; its children are told by their parent."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """A link, one way."""
-
-    bytes_per_s: float
-    latency_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,30 +75,66 @@ def way_name(source: str, target: str) -> str:
     return f"{source} -> {target}"
 
 
-class Pacer:
-    """When what comes may go on: one after the other at the rate, and later by the latency. For several threads."""
+class _Carriers:
+    """Processes that carry; leaving the ``with`` block ends and reaps them."""
 
-    def __init__(self, way: Way) -> None:
-        self._way = way
-        self._free_at_s = 0.0
+    def __init__(self, count: int, use_path: Path) -> None:
+        self._count, self._use_path = count, use_path
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._controls: list[socket.socket] = []
+        self._turns = itertools.cycle(range(count))
+        self._carrier_of: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def due_s(self, num_bytes: int, now_s: float) -> float:
-        """When the last of these bytes arrives, by the clock of ``now_s``."""
+    def __enter__(self) -> _Carriers:
+        for row in range(self._count):
+            own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._controls.append(own)
+            arguments = (str(other.fileno()), str(self._use_path), str(row))
+            command = (sys.executable, "-m", "benchmarks.relay_carrier", *arguments)
+            with other:
+                self._processes.append(
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(other.fileno(),), close_fds=True)
+                )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for control in self._controls:
+            control.close()  # their sign to end
+        for process in self._processes:
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def give(self, name: str | None, way: Way | None, source: socket.socket, target: socket.socket) -> None:
+        """Have one direction carried; what has a name with the others of that name."""
         with self._lock:
-            self._free_at_s = max(self._free_at_s, now_s) + num_bytes / self._way.bytes_per_s
-            return self._free_at_s + self._way.latency_s
+            at = next(self._turns) if name is None else self._carrier_of.get(name)
+            if at is None:
+                at = self._carrier_of[str(name)] = next(self._turns)
+        hand_over(self._controls[at], name or "", way, source, target)
+
+    def check(self) -> None:
+        """Nothing works any more without one of them.
+
+        Raises:
+            SystemExit: one of them has ended.
+        """
+        for process in self._processes:
+            if process.poll() is not None:
+                raise SystemExit(f"a carrier of the relay ended with exit code {process.returncode}")
 
     @property
-    def room(self) -> int:
-        """Chunks under way at once: what the wire holds, and some for whoever sends."""
-        return 4 + int(self._way.bytes_per_s * self._way.latency_s / _CHUNK_BYTES)
+    def process_ids(self) -> set[int]:
+        """Of all of them."""
+        return {process.pid for process in self._processes}
 
 
 class _Relay:
-    def __init__(self, plan: RelayPlan) -> None:
-        self._plan = plan
-        self._pacers: dict[str, Pacer] = {}
+    def __init__(self, plan: RelayPlan, carriers: _Carriers) -> None:
+        self._plan, self._carriers = plan, carriers
         self._servers: dict[tuple[str, int], socket.socket] = {}
         self._names: dict[int, str | None] = {}
 
@@ -137,28 +169,27 @@ class _Relay:
             answerer = socket.create_connection((host.listens, port), timeout=_DIAL_S)
         except OSError:
             return dialler.close()
-        answerer.settimeout(None)
-        for end in (dialler, answerer):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        there, back = self._pacer(source, host.name), self._pacer(host.name, source)
-        _Pump(dialler, answerer, there).start()
-        _Pump(answerer, dialler, back).start()
+        with dialler, answerer:  # the carriers have descriptors of their own
+            for end in (dialler, answerer):
+                end.setblocking(False)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for ends, names in (((dialler, answerer), (source, host.name)), ((answerer, dialler), (host.name, source))):
+                self._carriers.give(*self._way(*names), *ends)
 
-    def _pacer(self, source: str | None, target: str | None) -> Pacer | None:
+    def _way(self, source: str | None, target: str | None) -> tuple[str | None, Way | None]:
         if source is None or target is None:
-            return None
+            return None, None
         name = way_name(source, target)
-        if name not in self._pacers:
-            self._pacers[name] = Pacer(self._plan.ways.get(name, self._plan.other))
-        return self._pacers[name]
+        return name, self._plan.ways.get(name, self._plan.other)
 
     def _who(self, port: int) -> str | None:
         """The agent whose process, or whose worker, dialled from this port."""
         with TcpSockets() as sockets:
             inodes = {f"socket:[{one.inode}]" for one in sockets.of_state(CONNECTED) if one.port == port}
-        # Agents were started by whoever started this.
+        # Agents were started by whoever started this, whose own sockets may have the same port towards somebody else.
+        own = {os.getpid()} | self._carriers.process_ids
         for process in psutil.Process(os.getppid()).children(recursive=True):
-            if not inodes.isdisjoint(_open_files(process.pid)):
+            if process.pid not in own and not inodes.isdisjoint(_open_files(process.pid)):
                 return self._name_of(process)
         return None
 
@@ -183,47 +214,6 @@ def _open_files(pid: int) -> set[str]:
     return found
 
 
-class _Pump:
-    """One direction of a connection: a thread that reads, and one that sends when it is time."""
-
-    def __init__(self, source: socket.socket, target: socket.socket, pacer: Pacer | None) -> None:
-        self._source, self._target, self._pacer = source, target, pacer
-        self._due: queue.Queue[tuple[float, bytes]] = queue.Queue(maxsize=64 if pacer is None else pacer.room)
-
-    def start(self) -> None:
-        for work in (self._read, self._send):
-            threading.Thread(target=work, daemon=True).start()
-
-    def _read(self) -> None:
-        while True:
-            try:
-                data = self._source.recv(_CHUNK_BYTES)
-            except OSError:
-                data = b""
-            now_s = time.monotonic()
-            self._due.put((now_s if self._pacer is None else self._pacer.due_s(len(data), now_s), data))
-            if not data:
-                return
-
-    def _send(self) -> None:
-        is_open = True
-        while True:
-            due_s, data = self._due.get()
-            if (wait_s := due_s - time.monotonic()) > 0:
-                time.sleep(wait_s)
-            try:
-                if not data:
-                    return self._target.shutdown(socket.SHUT_WR)
-                if is_open:
-                    self._target.sendall(data)
-            except OSError:
-                if not data:
-                    return
-                # The other end is gone: who sends is told so, and what still comes is dropped.
-                is_open = False
-                _end(self._source)
-
-
 def _end(end: socket.socket) -> None:
     with contextlib.suppress(OSError):  # not connected any more
         end.shutdown(socket.SHUT_RDWR)
@@ -234,10 +224,14 @@ def main() -> None:
     """Carry on until SIGTERM."""
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    relay = _Relay(RelayPlan.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    with TcpSockets() as sockets:
+    path = Path(sys.argv[1])
+    plan = RelayPlan.from_json(path.read_text(encoding="utf-8"))
+    count = max(1, min(len(os.sched_getaffinity(0)), len(plan.hosts) * (len(plan.hosts) - 1)))
+    with TcpSockets() as sockets, _Carriers(count, path.with_suffix(USE_SUFFIX)) as carriers:
+        relay = _Relay(plan, carriers)
         while not ended.wait(_LOOK_EVERY_S):
             relay.look(sockets)
+            carriers.check()
 
 
 if __name__ == "__main__":

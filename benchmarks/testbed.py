@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.cores import apart, one_after_other, pinned
+from benchmarks.cores import apart, one_after_other, pinned, unused
 from benchmarks.processor_quota import ProcessorQuota, quota_refusal
-from benchmarks.relay import Host, RelayPlan, Way, way_name
+from benchmarks.relay import USE_SUFFIX, Host, RelayPlan, way_name
+from benchmarks.relay_carrier import Way
+from benchmarks.relay_use import RelayUse, read_use, use_note
 from benchmarks.stack import PlutinoStack
 from benchmarks.tcp_sockets import listing_refusal
 from coordinator.demo.children import Children
@@ -118,7 +120,8 @@ class LocalFleet:
     Args:
         fleet: what to be like.
         state_dir: an existing, empty folder.
-        cores: processors for all of it; with 9 or more the coordinator gets two that no agent has.
+        cores: processors for all of it; with 9 or more the coordinator gets two that no agent has, and the links'
+            emulator those two and whatever the agents leave.
         has_links: False leaves the links as quick as loopback is.
     """
 
@@ -129,6 +132,8 @@ class LocalFleet:
         self.agents, self.notes = agent_processes(fleet, has_quotas=refusal is None)
         threads = {agent.name: agent.threads for agent in self.agents}
         self.cores, self.shares_cores = one_after_other(threads, available)
+        self.relay_cores = sorted({*self.own_cores, *unused(self.cores, available)})
+        self._relay_use: tuple[float, list[RelayUse]] | None = None
         unable = listing_refusal() if has_links else None
         self._has_links = has_links and unable is None
         if unable is not None:
@@ -150,8 +155,9 @@ class LocalFleet:
                 for agent in self.agents
                 if agent.quota_cores is not None
             }
-            with pinned(self.own_cores):
+            with pinned(self.relay_cores):
                 hosts = self._start_relay(ending) if self._has_links else None
+            with pinned(self.own_cores):
                 ending.enter_context(self.stack)
             self.stack.start_agents(
                 {agent.name: agent.budget_bytes for agent in self.agents},
@@ -162,6 +168,7 @@ class LocalFleet:
                 has_own_caches=True,
             )
             self._wait_for_links()
+            self._relay_use = (time.monotonic(), read_use(self._use_path)) if self._has_links else None
             self._ending = ending.pop_all()
         return self
 
@@ -172,10 +179,22 @@ class LocalFleet:
 
     def _start_relay(self, ending: ExitStack) -> dict[str, tuple[str, str]]:
         plan = relay_plan(self._fleet, self._state_dir, os.getpid())
-        path = self._state_dir / "relay.json"
+        path = self._use_path.with_suffix(".json")
         path.write_text(plan.to_json(), encoding="utf-8")
         ending.enter_context(Children(self._state_dir)).start("relay", "-m", "benchmarks.relay", str(path))
         return {host.name: (host.listens, host.advertises) for host in plan.hosts}
+
+    @property
+    def _use_path(self) -> Path:
+        return self._state_dir / f"relay{USE_SUFFIX}"
+
+    def relay_notes(self) -> list[str]:
+        """How busy the links' emulator was since all agents were in: was it the limit? Nothing if there is none."""
+        if self._relay_use is None:
+            return []
+        since_s, before = self._relay_use
+        took_s = time.monotonic() - since_s
+        return [use_note(before, read_use(self._use_path), took_s, len(self.relay_cores))]
 
     def _wait_for_links(self) -> None:
         """A plan waits for figures of links, but a fleet that is older than a moment has them."""

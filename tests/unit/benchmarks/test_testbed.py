@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from benchmarks.relay import Host, Pacer, RelayPlan, Way
+from benchmarks.relay import Host, RelayPlan
+from benchmarks.relay_carrier import Way
 from benchmarks.tcp_sockets import CONNECTED, LISTENING, TcpSockets, listing_refusal
 from benchmarks.testbed import agent_processes, relay_plan
 from partitioner.fleet_file import FleetFile
@@ -64,14 +65,6 @@ def test_named_links_differ_from_the_others_both_ways(tmp_path):
     assert RelayPlan.from_json(plan.to_json()) == plan
     beside = relay_plan(UNEQUAL, tmp_path, 254)
     assert {host.listens for host in plan.hosts}.isdisjoint(host.listens for host in beside.hosts)
-
-
-def test_a_link_carries_one_thing_after_the_other_and_each_later_by_its_latency():
-    pacer = Pacer(Way(bytes_per_s=1000.0, latency_s=0.5))
-
-    assert pacer.due_s(1000, now_s=10.0) == pytest.approx(11.5)
-    assert pacer.due_s(1000, now_s=10.0) == pytest.approx(12.5)
-    assert pacer.due_s(0, now_s=20.0) == pytest.approx(20.5)
 
 
 ECHO = "import socket, sys; s = socket.create_server((sys.argv[1], 0)); print(s.getsockname()[1], flush=True)\n"
