@@ -271,7 +271,8 @@ def told(event: events.JobEvent) -> str | None:
             return f"evaluation after {event.step} steps: loss {event.loss:.4f}{best}"
         case events.ScoringDone():
             values = ", ".join(f"{name} {value_text(name, value)}" for name, value in event.metrics.items())
-            return f"score {event.when} training: {values} ({event.num_rows} rows in {event.seconds:.1f} s)"
+            whose = "of the base model alone" if event.when == "before" else "after training"
+            return f"score {whose}: {values} ({event.num_rows} rows in {event.seconds:.1f} s)"
         case events.WorkerLost():
             why = f"out of memory: {event.reason}" if event.out_of_memory else event.reason
             return f"lost the worker of stage {event.worker.stage_index} on {event.worker.device_name}: {why}"

@@ -308,7 +308,7 @@ def _worker_table(view: JobView) -> Table:
 
 
 def _score_table(view: JobView) -> Table:
-    table = _table("score", ">before", ">after")
+    table = _table("score", ">base model", ">trained")
     before, after = view.metrics("before"), view.metrics("after")
     for name in after or before:
         table.add_row(name, *(value_text(name, values[name]) if name in values else "" for values in (before, after)))
@@ -316,7 +316,7 @@ def _score_table(view: JobView) -> Table:
 
 
 def _answer_table(view: JobView) -> Table:
-    table = _table("prompt", "expected", "before", "after")
+    table = _table("prompt", "expected", "base model", "trained")
     before = {row.prompt: row.answer for row in view.scores["before"].sample_rows} if "before" in view.scores else {}
     for row in view.scores["after"].sample_rows:
         style = "green" if row.is_right else "red"

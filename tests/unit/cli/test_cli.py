@@ -90,7 +90,12 @@ def test_submit_watched_job_shows_the_course_and_the_result(coordinator, state_d
     result = plutino("submit", job_file, "--state-dir", state_dir)
 
     assert result.exit_code == 0
-    for told in ("step 2/2  loss 1.5000", "alpha", "exact_match    0.0%  75.0%", 'from_pretrained("/out/adapter")'):
+    for told in (
+        "step 2/2  loss 1.5000",
+        "alpha",
+        "exact_match        0.0%    75.0%",
+        'from_pretrained("/out/adapter")',
+    ):
         assert told in result.stdout
 
 
