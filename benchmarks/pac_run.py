@@ -25,9 +25,13 @@ from benchmarks.pac_shapes import SHAPES
 from benchmarks.peers.trainer import train_apart
 from benchmarks.testbed import LocalFleet
 from coordinator.jobs.offline_planning import offline_problem
+from coordinator.jobs.tracing import is_recorded
 from partitioner.fleet_file import FleetFile
-from plutino.events import JobEvent, Notice
+from plutino.client import Client
+from plutino.errors import PlutinoError
+from plutino.events import JobEvent, Notice, StepCommitted
 from plutino.job.spec import parse_spec
+from plutino.types import JobId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,10 +134,30 @@ def _job(order: Order, work: Path) -> RunFigures:
         while (event := watch.next(max(1.0, order.timeout_s - (time.monotonic() - started_s)))) is not None:
             seen.append((time.monotonic() - started_s, event))
         watch.join()
+        _write_events(Path(order.out).with_suffix(".events.jsonl"), bed.stack.client, watch.job_id, seen)
         notes += bed.relay_notes()
         cached_bytes = sum(path.stat().st_size for path in (state_dir / "caches").rglob("*.data"))
     notes += _warnings(seen)
     return figures_of(seen, batch_size=order.batch_size, cached_bytes=cached_bytes, notes=notes)
+
+
+def _write_events(path: Path, client: Client, job_id: JobId, seen: Seen) -> None:
+    """All that the job told, and the steps that its workers recorded span by span: where the seconds went."""
+    steps = [event for _, event in seen if isinstance(event, StepCommitted)]
+    lines = [{"at_s": heard_s, "kind": event.kind, **event.model_dump(mode="json")} for heard_s, event in seen]
+    for start_step in {event.plan_epoch: event.step for event in reversed(steps)}.values():
+        for step in range(start_step, len(steps)):
+            if is_recorded(step, start_step=start_step, end_step=len(steps)):
+                lines.append(_recorded(client, job_id, step))
+                break
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _recorded(client: Client, job_id: JobId, step: int) -> dict[str, Any]:
+    try:
+        return {"trace": json.loads(client.trace(job_id, step)[0])}
+    except PlutinoError as error:
+        return {"step": step, "no_trace": str(error)}
 
 
 def _warnings(seen: Seen) -> list[str]:
