@@ -1,7 +1,7 @@
 """Seconds of an epoch whose block outputs come from the activation cache (PAC, arXiv:2408.10746 sect. 4.2).
 
-Entry points: :func:`cached_step`, the price from plain numbers; :func:`cached_step_of`, from a job and its devices. The
-backbone is gone then: every device holds the whole side network with the head, reads its micro-batches' entries,
+Entry points: :func:`cached_step`, the price from plain numbers; :func:`side_device`, such numbers of a job on a device.
+The backbone is gone then: every device holds the whole side network with the head, reads its micro-batches' entries,
 trains on them, and the gradients are added up, micro-batch by micro-batch in a fixed order, as replicas
 of a stage do it (:mod:`partitioner.sum_path`). Shares follow speed; a device that only slows the others has
 none.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from partitioner.activations import micro_batch_tokens, target_tokens
 from partitioner.cost import SUM_MESSAGE_BYTES
-from partitioner.device import DeviceProfile, LinkTable
+from partitioner.device import DeviceProfile
 from partitioner.layout import owners_of
 from partitioner.memory import MemoryModel
 from partitioner.model import JobShape, ModelTable
@@ -28,7 +28,6 @@ READ_BYTES_PER_S = 500e6
 _FORWARD_SHARE = 0.5
 """Of a backward pass: it multiplies twice where the forward pass multiplies once."""
 
-_FP32_BYTES = 4
 _LEFT_WITH_THE_BACKBONE = ("weights", "packed weights", "unpacking", "generation", "pruning", "loading peak")
 
 
@@ -99,42 +98,18 @@ def _along(
     )
 
 
-def cached_step_of(
-    table: ModelTable,
-    shape: JobShape,
-    devices: Sequence[DeviceProfile],
-    links: LinkTable,
-    *,
-    entry_token_bytes: int,
-    read_bytes_per_s: float = READ_BYTES_PER_S,
-) -> CachedStep | None:
-    """The same for a job; None: no device has room for the side network, or the job trains none.
-
-    Args:
-        table: the model.
-        shape: the job; its micro-batch is the one that the devices' timings are of.
-        devices: devices that may take part.
-        links: links between them.
-        entry_token_bytes: bytes of one token at one place of the model, as the cache's codec writes it.
-        read_bytes_per_s: of every device's disk.
-    """
-    if not shape.side_reduction:
-        return None
-    needed_bytes = side_worker_bytes(table, shape)
-    roomy = [device for device in devices if device.available_bytes - device.baseline_bytes >= needed_bytes]
-    matrix = links.matrix(roomy)
-    return cached_step(
-        [side_device(table, shape, device, entry_token_bytes, read_bytes_per_s) for device in roomy],
-        [[link.bandwidth_bytes_per_s for link in row] for row in matrix],
-        num_micro_batches=shape.num_micro_batches,
-        gradient_bytes=_FP32_BYTES * num_side_params(shape),
-    )
-
-
 def side_device(
     table: ModelTable, shape: JobShape, device: DeviceProfile, entry_token_bytes: int, read_bytes_per_s: float
 ) -> SideDevice:
-    """A device's seconds, from those of its blocks: in a block's backward pass only the side network computes."""
+    """A device's seconds, from those of its blocks: in a block's backward pass only the side network computes.
+
+    Args:
+        table: the model.
+        shape: the job; its micro-batch is the one that the device's timings are of.
+        device: the device.
+        entry_token_bytes: bytes of one token at one place of the model, as the cache's codec writes it.
+        read_bytes_per_s: of its disk.
+    """
     timings = device.timings
     num_blocks = num_side_blocks(shape)
     head_s = timings.head_forward_s + timings.head_backward_s

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.cached_epoch import SideDevice, cached_step, cached_step_of, read_s, side_worker_bytes
+from partitioner.cached_epoch import SideDevice, cached_step, read_s, side_device, side_worker_bytes
 from partitioner.cached_stages import SideStage, cuts_by_speed, staged_step
 from partitioner.device import LinkProfile, LinkTable
 from partitioner.explain import explain
@@ -74,36 +74,34 @@ def test_cached_step_is_never_slower_with_a_device_or_bandwidth_more(seconds, nu
     assert step_s([*seconds, max(seconds) + another], bandwidth) <= here_s * (1 + 1e-9)
 
 
-def test_cached_step_of_a_job_needs_a_side_network_and_room_for_it():
-    table = llama(4)
-    method = ParallelAdaptersConfig(reduction=4)
-    shape, links = job(table, method), LinkTable(other=LinkProfile(bandwidth_bytes_per_s=GIGABIT))
-    needed_bytes = side_worker_bytes(table, shape)
-    roomy, tight = device("a"), device("b", available_mib=300)
-
-    found = cached_step_of(table, shape, [roomy, tight], links, entry_token_bytes=256)
-
-    assert needed_bytes > 0 and found.agent_ids == ("id-a",)
-    assert cached_step_of(table, shape, [tight], links, entry_token_bytes=256) is None
-    assert cached_step_of(table, job(table, LoraConfig()), [roomy], links, entry_token_bytes=256) is None
-
-
-def test_cached_step_needs_less_memory_than_the_whole_job_and_reads_at_the_disks_rate():
-    table = llama(8, vocab_size=200)
-    shape = job(table, ParallelAdaptersConfig(reduction=8))
-    args = (table, shape, [device("a")], LinkTable())
-
-    slow = cached_step_of(*args, entry_token_bytes=256, read_bytes_per_s=1e6)
-    quick = cached_step_of(*args, entry_token_bytes=256, read_bytes_per_s=1e9)
-
-    # 8 blocks and two places more, 2 x 64 tokens, 4 micro-batches.
-    assert slow.read_s == pytest.approx(4 * 10 * 2 * 64 * 256 / 1e6)
-    assert slow.step_s - quick.step_s == pytest.approx(slow.read_s - quick.read_s)
-
-
 def cached_job(table, share, **more):
     changes = {"batch_rows": 16, "micro_batch_rows": 2, "cached_steps_share": share, "entry_token_bytes": 256}
     return job(table, ParallelAdaptersConfig(reduction=4), **(changes | more))
+
+
+def test_cached_step_of_a_job_needs_a_side_network_and_room_for_it():
+    table = llama(4)
+    shape, links = cached_job(table, 1.0, cached_ways=("data-parallel",)), LinkTable()
+    devices = [device("a"), device("b", available_mib=300)]
+
+    pricer = Pricer(table, shape, devices, links)
+
+    assert side_worker_bytes(table, shape) > 0
+    assert pricer.cached_step(((0,), (1,))).agent_ids == ("id-a",)
+    assert pricer.cached_step(((1,),)) is None
+    assert Pricer(table, job(table, LoraConfig()), devices, links).cached_step(((0,),)) is None
+
+
+def test_entries_of_a_micro_batch_are_read_at_the_disks_rate_and_all_else_is_computed():
+    table = llama(8, vocab_size=200)
+    shape = job(table, ParallelAdaptersConfig(reduction=8))
+
+    slow, quick = (side_device(table, shape, device("a"), 256, rate) for rate in (1e6, 1e9))
+
+    # 8 blocks and two places more, 2 x 64 tokens.
+    assert slow.read_s == pytest.approx(10 * 2 * 64 * 256 / 1e6)
+    assert slow.micro_batch_s - quick.micro_batch_s == pytest.approx(slow.read_s - quick.read_s)
+    assert slow.compute_s == quick.compute_s > 0
 
 
 def side_stage(seconds, owners, *, link_s=0.0, sum_s=0.0):
