@@ -179,7 +179,7 @@ class PacPlanner:
             part = self._pricer.shape.model_copy(
                 update={"micro_batch_rows": rows, "batch_rows": rows * num_micro_batches}
             )
-            pricer = Pricer(self._table, part, self._pricer.devices, self._pricer.links)
+            pricer = self._pricer.of_shape(part)
             job_bytes = pricer.memory.job_bytes(
                 plan.cuts[k], plan.cuts[k + 1], num_stages=num_stages, stage_index=k, checkpointing=False
             )

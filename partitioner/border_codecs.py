@@ -48,4 +48,4 @@ def least_lossy(best: Candidate, pricer: Pricer) -> tuple[Candidate, Pricer]:
 
 def _pricer_with(pricer: Pricer, borders: Sequence[int]) -> Pricer:
     shape = pricer.shape.model_copy(update={"codec": "raw", "bf16_borders": tuple(borders)})
-    return Pricer(pricer.table, shape, pricer.devices, pricer.links)
+    return pricer.of_shape(shape)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
 from partitioner.cost import SUM_MESSAGE_BYTES, message_bytes
-from partitioner.device import DeviceProfile, LinkProfile, LinkTable
+from partitioner.device import LinkProfile
 from partitioner.layout import Group, Layout
-from partitioner.model import JobShape, ModelTable
 from partitioner.replay import Floats
 from partitioner.rooms import Rooms
 from partitioner.sum_path import sum_factors
@@ -19,22 +17,21 @@ _FP32_BYTES = 4
 
 
 class LinkPrices(Rooms):
-    """Seconds on the links between the devices of one job's fleet.
+    """Seconds on the links between the devices of one job's fleet."""
 
-    Args:
-        table: the model.
-        shape: the job.
-        devices: devices that may be used.
-        links: links between them.
-    """
+    @cached_property
+    def message_bytes(self) -> int:
+        """Of a message over a boundary in the job's codec."""
+        return message_bytes(self.table, self.shape)
 
-    def __init__(self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> None:
-        super().__init__(table, shape, devices)
-        self.links = links
-        self.message_bytes = message_bytes(table, shape)
-        self.rounded_bytes = message_bytes(table, shape, "bf16")
+    @cached_property
+    def rounded_bytes(self) -> int:
         """Of a message over a boundary in bf16."""
-        self._sum_factors: dict[tuple[Group, tuple[int, ...]], tuple[float, float]] = {}
+        return message_bytes(self.table, self.shape, "bf16")
+
+    @cached_property
+    def _sum_factors(self) -> dict[tuple[Group, tuple[int, ...]], tuple[float, float]]:
+        return {}
 
     @cached_property
     def _profiles(self) -> list[list[LinkProfile]]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from partitioner.cached_epoch import read_s
 from partitioner.cost import StageCost, stage_cost
-from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Cuts, Layout, ahead_of
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import JobShape
 from partitioner.place import Ints
 from partitioner.plan import UpperStep
 from partitioner.replay import Floats, StageGroup, StepTime, replay, replay_many
@@ -53,19 +53,19 @@ class StageOption:
 
 
 class Pricer(SidePrices):
-    """Bytes and seconds of stages of one job on one fleet.
+    """Bytes and seconds of stages of one job on one fleet; made as :class:`partitioner.rooms.Rooms` says."""
 
-    Args:
-        table: the model.
-        shape: the job.
-        devices: devices that may be used; the timings are of the shape's micro-batch.
-        links: links between them.
-    """
+    @cached_property
+    def _costs(self) -> dict[tuple[int, int, int, bool], StageCost]:
+        return {}
 
-    def __init__(self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> None:
-        super().__init__(table, shape, devices, links)
-        self._costs: dict[tuple[int, int, int, bool], StageCost] = {}
-        self._options: dict[Layout, list[dict[int, StageOption | None]]] = {}
+    @cached_property
+    def _options(self) -> dict[Layout, list[dict[int, StageOption | None]]]:
+        return {}
+
+    def of_shape(self, shape: JobShape) -> Pricer:
+        """The same for another shape of the job, on the same fleet."""
+        return Pricer(self.table, shape, self.devices, self.links)
 
     def option(self, layout: Layout, k: int, start: int, end: int) -> StageOption | None:
         """Stage k of a layout with these blocks; None if it is empty or fits in no way."""
@@ -173,9 +173,7 @@ class Pricer(SidePrices):
         )
 
     def _at_share(self, frozen_share: float) -> Pricer:
-        return Pricer(
-            self.table, self.shape.model_copy(update={"frozen_share": frozen_share}), self.devices, self.links
-        )
+        return self.of_shape(self.shape.model_copy(update={"frozen_share": frozen_share}))
 
     def _candidate(
         self, layout: Layout, cuts: Cuts, modes: tuple[bool, ...], groups: tuple[StageGroup, ...]

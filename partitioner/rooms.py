@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from partitioner.device import DeviceProfile
+from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Cuts, Group, Layout, owners_of, replica_shares
 from partitioner.memory import MemoryModel
 from partitioner.model import JobShape, ModelTable
@@ -40,12 +40,14 @@ class Rooms:
         table: the model.
         shape: the job.
         devices: devices that may be used; the timings are of the shape's micro-batch.
+        links: links between them, for what is asked beyond bytes.
     """
 
-    def __init__(self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile]) -> None:
+    def __init__(self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> None:
         self.table = table
         self.shape = shape
         self.devices = devices
+        self.links = links
         self.choices = checkpointing_choices(shape)
         self.memory = MemoryModel(table, shape)
         self.room_bytes = tuple(device.available_bytes - device.baseline_bytes for device in devices)

@@ -6,7 +6,6 @@ or data-parallel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -20,30 +19,27 @@ from partitioner.cached_epoch import (
     side_worker_bytes,
 )
 from partitioner.cached_stages import SideStage, cuts_by_speed, part_of, side_message_bytes, staged_step
-from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Cuts, Layout
 from partitioner.link_prices import LinkPrices
-from partitioner.model import JobShape, ModelTable
 from partitioner.plan import CachedStep
 
 _FP32_BYTES = 4
 
 
 class SidePrices(LinkPrices):
-    """Seconds of steps from the activation cache, and of all steps of a job together.
+    """Seconds of steps from the activation cache, and of all steps of a job together."""
 
-    Args:
-        table: the model.
-        shape: the job.
-        devices: devices that may be used; the timings are of the shape's micro-batch.
-        links: links between them.
-    """
+    @cached_property
+    def _cached(self) -> dict[frozenset[int], CachedStep | None]:
+        return {}
 
-    def __init__(self, table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> None:
-        super().__init__(table, shape, devices, links)
-        self._cached: dict[frozenset[int], CachedStep | None] = {}
-        self._staged: dict[tuple[Layout, Cuts | None], CachedStep] = {}
-        self._side_parts: dict[tuple[int, int, int], SideDevice] = {}
+    @cached_property
+    def _staged(self) -> dict[tuple[Layout, Cuts | None], CachedStep]:
+        return {}
+
+    @cached_property
+    def _side_parts(self) -> dict[tuple[int, int, int], SideDevice]:
+        return {}
 
     def cached_step(self, layout: Layout, cuts: Cuts | None = None) -> CachedStep | None:
         """The quickest step from the activation cache over the layout's devices; None: the job has none, or no room.
