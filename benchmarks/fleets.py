@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from partitioner.device import BlockTimings, DeviceProfile, LinkProfile, LinkTable, MeasuredLink
 from partitioner.memory import MemoryModel
-from partitioner.model import JobShape, ModelTable, describe_model
+from partitioner.model import ModelTable, describe_model
+from partitioner.shape import JobShape
 from plutino.families import family_of
 from plutino.sizes import MIB
 

@@ -16,10 +16,11 @@ from partitioner.cost import StageCost
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Cuts, Layout
 from partitioner.micro_batch import scaled_devices
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.place import ReplicaShare
 from partitioner.pricing import Pricer
 from partitioner.replay import StageGroup
+from partitioner.shape import JobShape
 
 _FP32_BYTES = 4
 _LEAST_SHARE = 1e-9

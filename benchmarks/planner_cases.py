@@ -19,12 +19,13 @@ from partitioner.device import DeviceProfile, LinkProfile, LinkTable
 from partitioner.fitting import fits
 from partitioner.layout import replica_shares
 from partitioner.memory import MemoryModel
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.orders import all_layouts
 from partitioner.plan import Plan
 from partitioner.pricing import Pricer
 from partitioner.report import play, replayed
 from partitioner.search import MAX_PROOF_WORK, choose_micro_batch, search
+from partitioner.shape import JobShape
 from partitioner.simulate import simulate_step
 from plutino.errors import InfeasiblePlanError
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from partitioner.model import JobShape, LinearShape, ModelTable
+from partitioner.model import LinearShape, ModelTable
+from partitioner.shape import JobShape
 from partitioner.token_bytes import attention_token_bytes, keeps_scores, mlp_token_bytes, norm_token_bytes
 from plutino.families import ATTENTION_OUTPUT, Family, family_of
 from plutino.family import ENCODER_OUTPUT

@@ -17,9 +17,10 @@ from partitioner.cost import SUM_MESSAGE_BYTES
 from partitioner.device import DeviceProfile
 from partitioner.layout import owners_of
 from partitioner.memory import MemoryModel
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.place import ReplicaShare
 from partitioner.plan import CachedStep
+from partitioner.shape import JobShape
 from partitioner.sum_path import sum_factors
 
 READ_BYTES_PER_S = 500e6

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from partitioner.activations import micro_batch_tokens, target_tokens
 from partitioner.cached_epoch import SideDevice
 from partitioner.layout import Cuts, Layout
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.plan import CachedStep
+from partitioner.shape import JobShape
 
 _FP32_BYTES = 4
 

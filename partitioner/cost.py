@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from partitioner.activations import boundary_bytes
 from partitioner.device import DeviceProfile, LinkProfile
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
+from partitioner.shape import JobShape
 
 SUM_MESSAGE_BYTES = 1 << 20
 """Adapters' gradients travel between replicas in messages of at most so many bytes, unless one parameter has more."""

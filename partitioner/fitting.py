@@ -14,11 +14,12 @@ import numpy as np
 
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Layout
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.place import Ints, Place
 from partitioner.pricing import Pricer
 from partitioner.replay import Floats
 from partitioner.rooms import StagePlaces
+from partitioner.shape import JobShape
 
 _MAX_SET_DEVICES = 7
 _EVEN_STEP_BYTES = 1 << 16

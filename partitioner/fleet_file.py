@@ -14,7 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from partitioner.activations import micro_batch_tokens
 from partitioner.device import BlockTimings, DeviceProfile, LinkProfile, LinkTable, MeasuredLink
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
+from partitioner.shape import JobShape
 from partitioner.values import PlanValue
 from plutino.errors import ConfigError
 from plutino.sizes import format_size, parse_size

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from partitioner import activations
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.packed import WeightSizes
 from partitioner.place import Ints, Place, ReplicaShare, place_of
 from partitioner.plan import MemoryItem
+from partitioner.shape import JobShape
 from plutino.errors import PlanError
 
 Bools = npt.NDArray[np.bool_]

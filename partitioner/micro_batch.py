@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from partitioner.device import BlockTimings, DeviceProfile
-from partitioner.model import JobShape
+from partitioner.shape import JobShape
 
 _BLOCK_FORWARD_OVERHEAD_S = 2.0e-3
 _BLOCK_BACKWARD_OVERHEAD_S = 1.8e-3

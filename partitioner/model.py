@@ -1,4 +1,4 @@
-"""What the planner knows of a model and of a job's shape: parameter counts, never parameters.
+"""What the planner knows of a model: parameter counts, never parameters.
 
 Entry point: :func:`describe_model`, which reads nothing but the values of config.json and the tensors' shapes.
 """
@@ -6,15 +6,14 @@ Entry point: :func:`describe_model`, which reads nothing but the values of confi
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
+from partitioner.model_sizes import Sizes, first_of
 from partitioner.values import PlanValue
 from plutino.errors import ModelError
 from plutino.families import Family
 from plutino.gptq_index import GptqFormat
-from plutino.job.model import PLAIN, Packing
 
 TensorShape = tuple[int, ...]
 
@@ -81,101 +80,6 @@ class ModelTable(PlanValue):
         return self.head_params or self.vocab_size * self.hidden_size
 
 
-class JobShape(PlanValue):
-    """What a job asks of a pipeline at its worst step."""
-
-    dtype: Literal["fp32", "bf16"]
-    packing: Packing = PLAIN
-    """How the frozen weights are held."""
-    is_on_cards: bool = False
-    """Every device computes on a card, whose memory the budgets are about: what waits for the network or is on its way
-    to the coordinator lies in the host's memory then."""
-    runs_ahead: bool = False
-    """Forward passes run one micro-batch further ahead for each boundary behind a stage, so that nobody waits for what
-    is on its way; each holds one micro-batch's activations more."""
-    batch_rows: int
-    micro_batch_rows: int
-    rows_per_sample: int = 1
-    """Rows that stay in one micro-batch: 2 for preference pairs."""
-    row_tokens: int
-    """Padded length of the longest row."""
-    label_tokens: int
-    """Largest number of label tokens in one micro-batch: the head computes logits for these only."""
-    adapter_params: tuple[int, ...]
-    """Trainable parameters in each block."""
-    first_trainable_params: int = 0
-    """Trainable parameters of the first stage outside the blocks (embedding)."""
-    last_trainable_params: int = 0
-    """Trainable parameters of the last stage outside the blocks (head)."""
-    stage_trainable_params: int = 0
-    """Trainable parameters that every stage holds, because all blocks use them."""
-    adapter_rank_out: tuple[int, ...] = ()
-    """Per block: numbers a token that the method's own layers keep for the backward pass (LoRA: the ranks' sum)."""
-    adapter_cast_params: tuple[int, ...] = ()
-    """Per block: trained numbers of which the backward pass keeps a copy in a compute dtype narrower than fp32."""
-    adapted_linears: tuple[tuple[str, ...], ...] = ()
-    """Per block: names of its adapted linears, whose inputs are kept for the backward pass; empty means all linears
-    of every block that has adapter parameters."""
-    adapter_kept_numbers: tuple[int, ...] = ()
-    """Per block: fp32 numbers that the method keeps for the backward pass, however long the rows are."""
-    past_tokens: int = 0
-    """Virtual tokens whose keys and values stand before each row in every block."""
-    trains_weights: bool = False
-    """The weights themselves are trained: what is trained needs no value beside them."""
-    use_dora: bool = False
-    size_setting: str = "rank"
-    """The method's setting that all of its sizes grow with."""
-    side_reduction: int = 0
-    """A side network of the blocks' own kind, this much narrower, is trained beside the blocks, which keep nothing for
-    a backward pass then; 0: there is none."""
-    side_has_whole_heads: bool = False
-    """Its heads are fewer, and not narrower."""
-    prunes_by_gradients: bool = False
-    """Once, before the first step, micro-batches go backward through the blocks that it follows, one at a time."""
-    cached_steps_share: float = 0.0
-    """Steps that train from the activation cache, without the blocks, for each one that runs through them."""
-    cached_ways: tuple[Literal["stages", "data-parallel"], ...] = ("stages", "data-parallel")
-    """Ways that such steps may take; see :class:`partitioner.plan.CachedStep`."""
-    frozen_share: float = 1.0
-    """Share of the steps in which blocks below the lowest trained one run; the others have what they give cached."""
-    entry_token_bytes: int = 0
-    """Bytes of one token at one place of the model in the activation cache."""
-    has_dropout: bool = False
-    checkpointing: Literal["auto", "on", "off"] = "auto"
-    codec: Literal["raw", "bf16"] = "raw"
-    """Of every boundary between stages that bf16_borders does not name."""
-    bf16_borders: tuple[int, ...] = ()
-    """Block borders at which a boundary carries bf16. Memory is billed as if it did not."""
-    generate_rows: int = 0
-    """Rows generated together (all groups in flight); 0 means the job never generates."""
-    generate_tokens: int = 0
-    """Prompt and new tokens of the longest generated row."""
-    exact_stages: int | None = None
-    replicas_fold: bool = False
-    """Replicas hand over the sums of their own micro-batches' gradients, not each micro-batch's: other bits than one
-    worker's."""
-
-    @property
-    def dtype_bytes(self) -> int:
-        """Bytes of one element in the compute dtype."""
-        return 4 if self.dtype == "fp32" else 2
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches of one step; the last one may have fewer rows."""
-        return -(-self.batch_rows // self.micro_batch_rows)
-
-    @property
-    def first_trainable_block(self) -> int:
-        """Lowest block that takes part in the backward pass; the number of blocks if none does.
-
-        Blocks below it run without autograd: they keep nothing and cost no backward seconds.
-        """
-        if self.first_trainable_params:
-            return 0
-        return next((b for b, params in enumerate(self.adapter_params) if params), len(self.adapter_params))
-
-
 def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape], family: Family) -> ModelTable:
     """Sizes of a model from its config.json and the shapes of its checkpoint's tensors.
 
@@ -191,7 +95,7 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
     Raises:
         ModelError: a size is missing from the config, a block or tensor from the checkpoint, or they contradict.
     """
-    sizes = _Sizes(config, family)
+    sizes = Sizes(config, family)
     shapes = _canonical(tensors, family)
     sizes.is_tied = sizes.is_tied and not family.has_own_head(config, shapes)
     blocks = _blocks(shapes, family, sizes.get("encoder_blocks", 0))
@@ -243,7 +147,7 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
         is_tied=sizes.is_tied,
         largest_tensor_params=max(*map(math.prod, shapes.values()), *merged_params),
         merged_params=max(merged_params, default=0),
-        activation=str(_first(config, family.activation_keys, family.activation_default)),
+        activation=str(first_of(config, family.activation_keys, family.activation_default)),
         adds_alibi=family.adds_alibi is not None and family.adds_alibi(config),
         expert_blocks=tuple(index for index in range(num_blocks) if _has_experts(blocks[index], family)),
         num_experts=sizes.get("experts", 0),
@@ -252,73 +156,12 @@ def describe_model(config: Mapping[str, Any], tensors: Mapping[str, TensorShape]
     )
 
 
-def _head_params(shapes: Mapping[str, TensorShape], embedding: TensorShape, sizes: _Sizes, family: Family) -> int:
+def _head_params(shapes: Mapping[str, TensorShape], embedding: TensorShape, sizes: Sizes, family: Family) -> int:
     if not family.head:
         return 0
     head = embedding if sizes.is_tied else _required(shapes, family.head)
     _check_shape(family.head, head, (sizes["vocab"], sizes.get("embedding", sizes["hidden"])))
     return math.prod(head)
-
-
-def key_value_shape(config: Mapping[str, Any], family: Family) -> tuple[int, int]:
-    """Heads and head size of the keys that a block's KV cache holds; values have the same.
-
-    Raises:
-        ModelError: a size is missing from the config.
-    """
-    sizes = _Sizes(config, family)
-    return sizes.get("cached_heads", sizes["kv_heads"]), sizes["head_dim"]
-
-
-def model_sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
-    """Blocks, hidden, heads, kv_heads, head_dim and inner of a model, by these names.
-
-    Raises:
-        ModelError: config.json gives no such size.
-    """
-    sizes = _Sizes(config, family)
-    return {name: sizes[name] for name in ("blocks", "hidden", "heads", "kv_heads", "head_dim", "inner")}
-
-
-class _Sizes:
-    """Sizes by the names of :attr:`plutino.families.Family.config_keys`, from config.json alone."""
-
-    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self.is_tied = family.is_tied(config)
-        self._known: dict[str, int] = {}
-        for name, keys in family.config_keys.items():
-            default = family.size_defaults.get(name)
-            value = _first(config, keys, self.total(default) if isinstance(default, str) else default)
-            if value is None and name in ("head_dim", "embedding"):
-                value = self["hidden"] // self["heads"] if name == "head_dim" else self["hidden"]
-            if type(value) is not int or value < 1:
-                raise ModelError(
-                    f"config.json gives {keys[0]} = {value!r}, a whole number from 1 is needed; mend config.json"
-                )
-            self._known[name] = value
-        if family.fix_sizes is not None:
-            family.fix_sizes(config, self._known)
-
-    def __getitem__(self, name: str) -> int:
-        match name:
-            case "query":
-                return self["heads"] * self["head_dim"]
-            case "key":
-                return self["kv_heads"] * self["head_dim"]
-        return self._known[name]
-
-    def get(self, name: str, default: int) -> int:
-        """A size that not every family has."""
-        return self._known.get(name, default)
-
-    def total(self, sizes: str) -> int:
-        """A sum such as "query+2key"."""
-        terms = (re.fullmatch(r"(\d*)(\w+)", term) for term in sizes.split("+"))
-        return sum(int(term[1] or 1) * self[term[2]] for term in terms if term)
-
-
-def _first(config: Mapping[str, Any], keys: Iterable[str], default: Any) -> Any:
-    return next((config[key] for key in keys if config.get(key) is not None), default)
 
 
 def _canonical(tensors: Mapping[str, TensorShape], family: Family) -> dict[str, TensorShape]:
@@ -387,7 +230,7 @@ def _block_params(
 
 
 def _linears(
-    index: int, block: Mapping[str, TensorShape], sizes: _Sizes, family: Family, *, is_decoder: bool
+    index: int, block: Mapping[str, TensorShape], sizes: Sizes, family: Family, *, is_decoder: bool
 ) -> tuple[LinearShape, ...]:
     linears = []
     rules = family.halves.decoder_linears if is_decoder and family.halves is not None else family.linears

@@ -11,7 +11,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from partitioner.model import JobShape, LinearShape, ModelTable
+from partitioner.model import LinearShape, ModelTable
+from partitioner.shape import JobShape
 from plutino.errors import PlanError, QuantizationError
 from plutino.gptq_index import GptqFormat
 from plutino.job.model import Scheme

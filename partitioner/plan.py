@@ -170,7 +170,7 @@ class Plan(PlanValue):
     codec: str
     """Of every boundary whose stage does not name another."""
     runs_ahead: bool = False
-    """See :attr:`partitioner.model.JobShape.runs_ahead`."""
+    """See :attr:`partitioner.shape.JobShape.runs_ahead`."""
     step_s: float
     """Predicted seconds of one optimiser step."""
     bound_s: float | None = None

@@ -15,10 +15,10 @@ import numpy as np
 from partitioner.cached_epoch import read_s
 from partitioner.cost import StageCost, stage_cost
 from partitioner.layout import Cuts, Layout, ahead_of
-from partitioner.model import JobShape
 from partitioner.place import Ints
 from partitioner.plan import UpperStep
 from partitioner.replay import Floats, StageGroup, StepTime, replay, replay_many
+from partitioner.shape import JobShape
 from partitioner.side_prices import SidePrices
 
 

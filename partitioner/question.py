@@ -13,8 +13,9 @@ from typing import Literal
 from partitioner.climb import Limits
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.micro_batch import candidate_rows, scaled_devices, with_rows
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.pricing import Pricer
+from partitioner.shape import JobShape
 from partitioner.spread import PartResult, SearchPart, run_part
 
 _MAX_CONSIDERED = 40

@@ -11,8 +11,9 @@ from typing import Literal, NoReturn
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.fitting import fits, sampled_counts, smallest_even_room
 from partitioner.micro_batch import candidate_rows, with_rows
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.pricing import Pricer
+from partitioner.shape import JobShape
 from plutino.errors import InfeasiblePlanError
 from plutino.sizes import MIB, format_size
 

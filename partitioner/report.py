@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.micro_batch import scaled_devices, with_rows
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.plan import LinkUse, Plan
 from partitioner.pricing import Candidate, Pricer
+from partitioner.shape import JobShape
 from partitioner.simulate import Noise, simulate_step
 from partitioner.trace import Trace
 from partitioner.values import PlanValue

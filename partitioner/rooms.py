@@ -13,8 +13,9 @@ import numpy as np
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Cuts, Group, Layout, owners_of, replica_shares
 from partitioner.memory import MemoryModel
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.place import Ints, Place, place_of
+from partitioner.shape import JobShape
 
 
 @dataclass(frozen=True, slots=True)

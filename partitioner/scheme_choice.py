@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.fitting import fits
 from partitioner.micro_batch import with_rows
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.packed import check_scheme
+from partitioner.shape import JobShape
 from plutino.errors import QuantizationError
 from plutino.job.model import Scheme
 

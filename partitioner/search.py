@@ -21,13 +21,14 @@ from partitioner.device import DeviceProfile, LinkTable
 from partitioner.exact import TOLERANCE, prove
 from partitioner.fitting import fitting_layout
 from partitioner.layout import Layout
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.orders import all_layouts
 from partitioner.plan import Plan
 from partitioner.pricing import Candidate, Pricer
 from partitioner.question import Codec, Question, open_question
 from partitioner.reasons import Outcome, make_plan
 from partitioner.refusal import refuse
+from partitioner.shape import JobShape
 from partitioner.spread import MAX_POLISHED, Fan, SearchPart, climb_parts, in_turn, is_long
 
 MAX_PROOF_WORK = 60_000

@@ -10,7 +10,8 @@ from typing import Any
 
 from coordinator.jobs.prepared import PreparedData
 from partitioner.adapter import adapter_params_of
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
+from partitioner.shape import JobShape
 from plutino.data.batches import steps_per_epoch
 from plutino.families import family_of
 from plutino.job.frozen_blocks import kept_place

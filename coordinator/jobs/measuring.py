@@ -9,7 +9,7 @@ from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.membership import Device
 from coordinator.jobs.profiler import Profiler
 from partitioner.device import BlockTimings, DeviceProfile, ProfileRequest
-from partitioner.model import JobShape
+from partitioner.shape import JobShape
 from plutino.errors import AgentError
 from plutino.job.spec import JobSpec
 from plutino.types import AgentId

@@ -23,12 +23,13 @@ from coordinator.scheduling.problem import PlanningProblem
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable
 from partitioner.fitting import fits
 from partitioner.micro_batch import with_rows
-from partitioner.model import JobShape, ModelTable, describe_model
+from partitioner.model import ModelTable, describe_model
 from partitioner.packed import check_scheme
 from partitioner.plan import Plan, RejectedPlan
 from partitioner.question import Codec
 from partitioner.refusal import refuse
 from partitioner.scheme_choice import choose_scheme
+from partitioner.shape import JobShape
 from plutino.errors import ConfigError, InfeasiblePlanError, ModelError, UnmeasuredError
 from plutino.families import Family, family_of
 from plutino.gptq_index import gptq_format, unpacked_shapes

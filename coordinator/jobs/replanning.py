@@ -17,10 +17,10 @@ from itertools import groupby
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.device import BlockTimings, DeviceProfile
 from partitioner.micro_batch import scaled_devices, with_rows
-from partitioner.model import JobShape
 from partitioner.plan import Plan
 from partitioner.pricing import Pricer
 from partitioner.replay import replay
+from partitioner.shape import JobShape
 
 MIN_INTERVAL_S = 300.0
 """A job moves at most once in so long."""

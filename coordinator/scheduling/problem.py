@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from partitioner.device import DeviceProfile, LinkTable
-from partitioner.model import JobShape, ModelTable
+from partitioner.model import ModelTable
 from partitioner.packed import WeightSizes
 from partitioner.plan import Plan, RejectedPlan
 from partitioner.question import Question, open_question
 from partitioner.search import answer
+from partitioner.shape import JobShape
 from partitioner.spread import Fan, PartResult, SearchPart, in_turn
 from partitioner.values import PlanValue
 from plutino.errors import InfeasiblePlanError

@@ -37,9 +37,10 @@ from edge_node.engine.step_gradients import StepGradients, squared_norms
 from edge_node.engine.unit import InFlight, StepOutcome, StepTimes, UnitInput, back_propagate, not_finite
 from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
-from edge_node.methods.gradient_pruning import MOST_MICRO_BATCHES, GradientStart
+from edge_node.methods.gradient_pruning import MOST_MICRO_BATCHES
 from edge_node.methods.reward_adapter import RewardAdapter, RewardScores
 from edge_node.objectives.base import Objective
+from edge_node.stage.gradient_start import GradientStart
 from edge_node.stage.passes import StageInput, StageOutput
 from edge_node.stage.stage import Stage
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError

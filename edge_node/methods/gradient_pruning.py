@@ -25,7 +25,7 @@ MOST_MICRO_BATCHES = 16
 """Micro-batches of the job's first step whose gradients are squared, at most."""
 
 
-class GradientStart:
+class GradientPruning:
     """First values of a side network, from gradients that the pipeline sends through the frozen blocks once.
 
     Args:

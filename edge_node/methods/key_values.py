@@ -18,7 +18,7 @@ from edge_node.methods.base import TrainableParameter
 from edge_node.methods.checkpoint import load_values
 from edge_node.stage.past import KeyValue
 from edge_node.stage.stage import Stage
-from partitioner.model import key_value_shape
+from partitioner.model_sizes import key_value_shape
 from plutino.errors import ConfigError
 from plutino.key_value_layout import CHECKPOINT_KEY, block_name, columns_of
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from edge_node.methods.checkpoint import StoredAsTrained, in_blocks
-from edge_node.methods.gradient_pruning import GradientStart
+from edge_node.methods.gradient_pruning import GradientPruning
 from edge_node.methods.pruning import Axes, Scores, choose_places, magnitudes, pruned_parameters
 from edge_node.methods.seeding import seeded_generator
 from edge_node.stage.stage import Stage
-from partitioner.model import model_sizes
+from partitioner.model_sizes import model_sizes
 from plutino.job.method import ParallelAdaptersConfig
 from plutino.side_layout import SideLayout, side_layout
 from plutino.side_network import SideNetwork, copy_values
@@ -65,7 +65,7 @@ def attach_parallel_adapters(stage: Stage, config: ParallelAdaptersConfig, *, se
             copy_values(stage.side, _first_values(stage.side, stage, config, seed, scores))
 
     if config.prunes_by_gradients and stage.has_backbone:
-        stage.gradient_start = GradientStart(stage, _axes(stage, config), own_blocks, start)
+        stage.gradient_start = GradientPruning(stage, _axes(stage, config), own_blocks, start)
     if stage.end_block <= layout.blocks[0]:
         return AttachedParallelAdapters(None, layout)
     side = SideNetwork(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from edge_node.stage.architecture import count_blocks, make_packed_masks
 from edge_node.stage.frozen_prefix import FrozenPrefix
+from edge_node.stage.gradient_start import GradientStart
 from edge_node.stage.halves import new_halves_cache, run_halves
 from edge_node.stage.head import logits_of
 from edge_node.stage.passes import StageInput, StageOutput
@@ -28,9 +29,6 @@ from plutino.job.model import Packing
 from plutino.side_halves import run_ladders
 from plutino.side_layout import SideLayout
 from plutino.side_network import BackboneStates, BackboneTap, SideNetwork
-
-if TYPE_CHECKING:
-    from edge_node.methods.gradient_pruning import GradientStart
 
 # Shape suffixes: B rows, T tokens of this pass, D hidden size, V vocabulary.
 

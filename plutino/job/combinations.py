@@ -7,16 +7,13 @@ settings and the way out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from plutino.families import EMBEDDING_NAMES
 from plutino.job.objective import GENERATED_METRICS
-
-if TYPE_CHECKING:
-    from plutino.job.spec import JobSpec
+from plutino.job.parts import JobParts
 
 
-def combination_problems(spec: JobSpec) -> Iterator[str]:
+def combination_problems(spec: JobParts) -> Iterator[str]:
     """What does not go together, the most fundamental first."""
     yield from _method_problems(spec)
     yield from _activation_cache_problems(spec)
@@ -27,7 +24,7 @@ def combination_problems(spec: JobSpec) -> Iterator[str]:
     yield from _metric_problems(spec)
 
 
-def _method_problems(spec: JobSpec) -> Iterator[str]:
+def _method_problems(spec: JobParts) -> Iterator[str]:
     method, model, objective = spec.method, spec.model, spec.objective
     if method.unpacks_weights and model.quantization != "none":
         yield (
@@ -55,7 +52,7 @@ def _method_problems(spec: JobSpec) -> Iterator[str]:
         )
 
 
-def _activation_cache_problems(spec: JobSpec) -> Iterator[str]:
+def _activation_cache_problems(spec: JobParts) -> Iterator[str]:
     if spec.training.activation_cache == "off":
         return
     method = spec.method
@@ -78,7 +75,7 @@ def _activation_cache_problems(spec: JobSpec) -> Iterator[str]:
         )
 
 
-def _held_out_problems(spec: JobSpec) -> Iterator[str]:
+def _held_out_problems(spec: JobParts) -> Iterator[str]:
     if spec.data.has_eval:
         return
     training = spec.training
@@ -96,7 +93,7 @@ def _held_out_problems(spec: JobSpec) -> Iterator[str]:
         yield f"{', '.join(wants)} need held-out rows: set data.eval"
 
 
-def _scoring_problems(spec: JobSpec) -> Iterator[str]:
+def _scoring_problems(spec: JobParts) -> Iterator[str]:
     scoring = spec.scoring
     if spec.training.steps == 0 and (scoring is None or spec.output.publish):
         yield "training.steps: 0 trains nothing: set scoring and output.publish: false, or more steps"
@@ -104,7 +101,7 @@ def _scoring_problems(spec: JobSpec) -> Iterator[str]:
         yield "scoring.rows counts the rows of a single data set; leave it out beside data.tasks"
 
 
-def _packing_problems(spec: JobSpec) -> Iterator[str]:
+def _packing_problems(spec: JobParts) -> Iterator[str]:
     if not spec.data.packing:
         return
     if spec.objective.row_use not in ("answers", "text") or spec.objective.answers_per_row > 1:
@@ -119,7 +116,7 @@ def _packing_problems(spec: JobSpec) -> Iterator[str]:
         )
 
 
-def _codec_problems(spec: JobSpec) -> Iterator[str]:
+def _codec_problems(spec: JobParts) -> Iterator[str]:
     if spec.objective.row_use == "source_target" and spec.placement.codec == "bf16":
         yield (
             f"placement.codec: bf16 knows borders that one text's states cross, objective.type: {spec.objective.type} "
@@ -127,7 +124,7 @@ def _codec_problems(spec: JobSpec) -> Iterator[str]:
         )
 
 
-def _metric_problems(spec: JobSpec) -> Iterator[str]:
+def _metric_problems(spec: JobParts) -> Iterator[str]:
     if spec.scoring is None:
         return
     objective = spec.objective

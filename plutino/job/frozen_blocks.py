@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from plutino.errors import ConfigError
 from plutino.families import EMBEDDING_NAMES
-
-if TYPE_CHECKING:
-    from plutino.job.spec import JobSpec
+from plutino.job.parts import JobParts
 
 
-def kept_place(spec: JobSpec, num_blocks: int, num_encoder_blocks: int = 0) -> int | None:
+def kept_place(spec: JobParts, num_blocks: int, num_encoder_blocks: int = 0) -> int | None:
     """The lowest trained block of a job that keeps its input; None: it keeps nothing, or what every block gives.
 
     Args:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, model_validator
 
 from plutino.job.base import SpecPart
 from plutino.job.blocks import Blocks, chosen_blocks
 from plutino.key_value_layout import Float32Array
-
-if TYPE_CHECKING:
-    from plutino.job.method import MethodConfig
-
 
 _Part = TypeVar("_Part", bound="MethodPart")
 
@@ -131,7 +127,7 @@ class MethodPart(SpecPart, ABC):
         return False
 
     @abstractmethod
-    def for_profile(self) -> MethodConfig:
+    def for_profile(self: _Part) -> _Part:
         """The same method for a model of three blocks, by which a device's seconds a block are measured."""
 
 

@@ -14,37 +14,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from plutino.errors import ConfigError
 from plutino.hub_id import parse_hub_id
-from plutino.job.base import SpecPart
 from plutino.job.combinations import combination_problems
-from plutino.job.data import DataConfig, ScoringConfig, TaskConfig
-from plutino.job.evaluation import EvaluationConfig
-from plutino.job.method import LoraConfig, MethodConfig
-from plutino.job.model import ModelConfig
-from plutino.job.objective import GENERATED_METRICS, GrpoConfig, MetricName, ObjectiveConfig, SftConfig
-from plutino.job.output import OutputConfig
+from plutino.job.method import LoraConfig
+from plutino.job.objective import GrpoConfig, SftConfig
 from plutino.job.overrides import apply_overrides
-from plutino.job.placement import PlacementConfig
+from plutino.job.parts import JobParts
 from plutino.job.rewards import AdapterReward, FunctionReward, RewardSource
-from plutino.job.training import TrainingConfig
 
 
-class JobSpec(SpecPart):
+class JobSpec(JobParts):
     """One fine-tuning job."""
-
-    name: str = Field("job", min_length=1, max_length=80)
-    model: ModelConfig
-    method: MethodConfig = LoraConfig()
-    objective: ObjectiveConfig = SftConfig()
-    data: DataConfig
-    scoring: ScoringConfig | None = None
-    evaluation: EvaluationConfig = EvaluationConfig()
-    training: TrainingConfig = TrainingConfig()
-    placement: PlacementConfig = PlacementConfig()
-    output: OutputConfig = OutputConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -62,37 +45,6 @@ class JobSpec(SpecPart):
         if (problem := next(combination_problems(self), None)) is not None:
             raise ValueError(problem)
         return self
-
-    def metric_of(self, task: TaskConfig) -> MetricName:
-        """How a task's held-out rows are scored."""
-        if task.metric is not None:
-            return task.metric
-        if self.scoring is None or self.scoring.metric == "auto":
-            return self.objective.own_metric
-        return self.scoring.metric
-
-    @property
-    def generates(self) -> bool:
-        """Whether scoring generates answers."""
-        scored = [self.metric_of(task) for task in self.data.sources if task.eval is not None]
-        return self.scoring is not None and any(metric in GENERATED_METRICS for metric in scored)
-
-    @property
-    def generated_rows(self) -> int:
-        """Most sequences that are generated together, for scores or for steps; 0: nothing is generated."""
-        of_scoring = self.scoring.batch_rows if self.scoring is not None and self.generates else 0
-        return max(of_scoring, self.objective.generated_rows)
-
-    @property
-    def generated_tokens(self) -> int:
-        """Most tokens of an answer that is generated."""
-        of_scoring = self.scoring.max_new_tokens if self.scoring is not None and self.generates else 0
-        return max(of_scoring, self.objective.generated_tokens)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Sequences of one optimiser step."""
-        return self.training.batch_size * self.objective.sequences_per_row * self.objective.answers_per_row
 
 
 def load_spec(path: Path, overrides: Iterable[str] = ()) -> JobSpec:

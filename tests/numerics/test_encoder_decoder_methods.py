@@ -22,7 +22,7 @@ from edge_node.transport.base import Peer
 from partitioner.adapter import adapter_params_of
 from partitioner.device import ProfileRequest
 from partitioner.memory import stage_memory
-from partitioner.model import JobShape
+from partitioner.shape import JobShape
 from plutino.errors import ConfigError
 from plutino.families import family_of
 from plutino.job.method import AdaptersConfig, FullConfig, LoraConfig

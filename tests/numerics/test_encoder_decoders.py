@@ -19,7 +19,7 @@ from edge_node.stage.build import build_stage
 from edge_node.stage.weights import LocalSource
 from partitioner.adapter import adapter_params_of
 from partitioner.memory import stage_memory
-from partitioner.model import JobShape
+from partitioner.shape import JobShape
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ConfigError
 from plutino.job.method import LoraConfig, PrefixConfig

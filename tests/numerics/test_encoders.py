@@ -26,7 +26,7 @@ from edge_node.stage.weights import LocalSource
 from partitioner.adapter import adapter_params_of
 from partitioner.device import ProfileRequest
 from partitioner.memory import stage_memory
-from partitioner.model import JobShape
+from partitioner.shape import JobShape
 from plutino.errors import ConfigError
 from plutino.job.method import AdaptersConfig, LoraConfig, PrefixConfig
 from plutino.job.objective import ClassificationConfig, RegressionConfig, SftConfig

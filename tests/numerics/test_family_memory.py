@@ -16,7 +16,8 @@ from edge_node.stage.random_source import RandomSource
 from edge_node.stage.stage import Stage
 from partitioner.activations import micro_batch_tokens, saved_block_bytes, shared_bytes, workspace_bytes
 from partitioner.adapter import adapter_params_of
-from partitioner.model import JobShape, ModelTable, describe_model
+from partitioner.model import ModelTable, describe_model
+from partitioner.shape import JobShape
 from plutino.families import family_of
 from plutino.job.method import LoraConfig, MethodConfig
 from tests.numerics.test_planner_formulas import peak_bytes

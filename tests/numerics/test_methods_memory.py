@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from partitioner.activations import saved_block_bytes
 from partitioner.adapter import adapter_params_of
-from partitioner.model import JobShape
+from partitioner.shape import JobShape
 from plutino.families import ATTENTION_OUTPUT, MLP_INNER, family_of
 from plutino.job.method import AdaptersConfig, PrefixConfig, PTuningV2Config
 from plutino.load_adapter import Bottleneck, insert_bottleneck

@@ -9,7 +9,7 @@ from edge_node.methods.pruning import Axes, add_sums, choose_places, no_scores
 from edge_node.stage.architecture import count_blocks
 from partitioner.adapter import adapter_params_of
 from partitioner.memory import stage_memory
-from partitioner.model import JobShape
+from partitioner.shape import JobShape
 from plutino.job.method import FullConfig, ParallelAdaptersConfig
 from plutino.job.model import Packing
 from plutino.job.objective import ClassificationConfig, Seq2SeqConfig

@@ -14,7 +14,8 @@ from edge_node.stage.random_source import RandomSource
 from edge_node.worker_process import worker_environment
 from partitioner.adapter import adapter_params_of
 from partitioner.memory import stage_memory
-from partitioner.model import JobShape, describe_model
+from partitioner.model import describe_model
+from partitioner.shape import JobShape
 from plutino.families import family_of
 from plutino.job.method import LoraConfig
 from plutino.job.model import Packing

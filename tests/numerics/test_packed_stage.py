@@ -24,8 +24,9 @@ from edge_node.stage.packed_cache import PackedBlobs, ShippedMatrices
 from edge_node.stage.weights import CONVERSION_BYTES, LocalSource
 from partitioner import packed as planned
 from partitioner.adapter import adapter_params_of
-from partitioner.model import JobShape, describe_model
+from partitioner.model import describe_model
 from partitioner.packed import WeightSizes
+from partitioner.shape import JobShape
 from plutino.errors import ModelError, QuantizationError
 from plutino.families import family_of
 from plutino.job.method import LoraConfig

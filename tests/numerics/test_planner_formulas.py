@@ -14,7 +14,8 @@ from edge_node.methods.dropout import SeededDropout, dropout_position
 from edge_node.methods.lora_linear import use_lean_lora
 from partitioner.activations import micro_batch_tokens, saved_block_bytes, workspace_bytes
 from partitioner.adapter import adapter_params_of
-from partitioner.model import JobShape, describe_model
+from partitioner.model import describe_model
+from partitioner.shape import JobShape
 from plutino.families import family_of
 from plutino.job.method import LoraConfig
 

@@ -7,7 +7,8 @@ from typing import Any
 from partitioner.adapter import adapter_params_of
 from partitioner.device import BlockTimings, DeviceProfile, LinkProfile, LinkTable
 from partitioner.memory import stage_memory
-from partitioner.model import JobShape, ModelTable, describe_model
+from partitioner.model import ModelTable, describe_model
+from partitioner.shape import JobShape
 from plutino.families import family_of
 from plutino.job.method import LoraConfig
 from plutino.sizes import MIB
