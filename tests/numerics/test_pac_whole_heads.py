@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from edge_node.methods.parallel_adapters import attach_parallel_adapters
-from partitioner.activations import saved_block_bytes
 from partitioner.adapter import adapter_params_of
-from partitioner.model import JobShape
 from plutino.errors import ConfigError
 from plutino.job.method import ParallelAdaptersConfig
-from plutino.load_adapter import load_adapter
 from tests.numerics.chain import build_chain, make_batch
-from tests.numerics.test_pac_side import attach, gradients, move, publish, run, stage_input, state_of
+from tests.numerics.side_networks import attach, billed_over_kept, check_start_split_and_loading, stage_input, state_of
 from tests.numerics.tiny_families import CONFIGS, describe_folder, save_model
 
 WHOLE = ParallelAdaptersConfig(reduction=2, heads="whole")
@@ -24,29 +20,9 @@ WHOLE = ParallelAdaptersConfig(reduction=2, heads="whole")
 def test_starts_as_the_base_splits_exactly_and_is_loaded_by_plain_transformers(name, tmp_path):
     folder = save_model(name, tmp_path / "base")
     batch = make_batch("right", family=CONFIGS[name][0])
-    whole, split = (build_chain(folder, n, attention=None) for n in (1, 3))
-    with torch.no_grad():
-        base = whole[0].head(whole[0].forward(stage_input(batch)))
-    methods, split_methods = attach(whole, WHOLE), attach(split, WHOLE)
-    start = state_of(methods)
-    assert all(torch.equal(state_of(split_methods)[key], value) for key, value in start.items())
-    with torch.no_grad():
-        assert torch.equal(run(whole, batch)[0], base)
-        assert torch.equal(run(split, batch)[0], base)
 
-    values = move(methods)
-    for method in split_methods:
-        method.load(values)
-    logits, found = gradients(whole, methods, batch)
-    split_logits, split_found = gradients(split, split_methods, batch)
+    values = check_start_split_and_loading(folder, batch, WHOLE, tmp_path / "adapter")
 
-    assert torch.equal(split_logits, logits)
-    assert all(torch.equal(split_found[key], gradient) for key, gradient in found.items())
-    publish(values, methods[0], tmp_path / "adapter")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    load_adapter(model, tmp_path / "adapter")
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch.model_inputs).logits, logits, rtol=1e-5, atol=1e-5)
     assert adapter_params_of(describe_folder(folder), WHOLE).num_params == sum(v.numel() for v in values.values())
 
 
@@ -80,28 +56,9 @@ def test_a_key_head_is_kept_with_all_its_queries_and_no_other(init, model_dirs):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_planner_counts_what_a_side_block_keeps(name, tmp_path):
-    folder, kept = save_model(name, tmp_path), []
     batch = make_batch("right", family=CONFIGS[name][0])
-    for blocks in ((1, 2), (1, 2, 3)):
-        (stage,) = build_chain(folder, 1, attention=None)
-        attach([stage], WHOLE.model_copy(update={"blocks": blocks}))
-        own = {p.untyped_storage().data_ptr() for p in [*stage.model.parameters(), *stage.side.parameters()]}
-        saved = {}
 
-        def pack(tensor, saved=saved, own=own):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            stage.run(stage_input(batch))
-        kept.append(sum(num_bytes for num_bytes, _ in saved.values()))
-    table = describe_folder(folder)
-    fields = adapter_params_of(table, WHOLE).shape_fields
-    shape = JobShape(dtype="fp32", batch_rows=2, micro_batch_rows=2, row_tokens=9, label_tokens=1, **fields)
-
-    assert 1.0 <= saved_block_bytes(table, shape, 3) / (kept[1] - kept[0]) <= 1.35
+    assert 1.0 <= billed_over_kept(save_model(name, tmp_path), batch, WHOLE) <= 1.35
 
 
 @pytest.mark.parametrize(
