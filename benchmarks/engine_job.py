@@ -33,7 +33,8 @@ from edge_node.transport.base import Peer
 from plutino.data.batches import StepBatch
 from plutino.errors import NumericsError
 from plutino.job.assignment import StageShape
-from plutino.job.objective import GENERATED_METRICS, GrpoConfig
+from plutino.job.objective import GrpoConfig
+from plutino.job.objective_part import GENERATED_METRICS
 from plutino.job.spec import JobSpec
 from plutino.sizes import GIB
 from plutino.types import JobId, WorkerRef
@@ -196,9 +197,10 @@ class EngineJob:
             if task.metric in GENERATED_METRICS:
                 rows |= self._answers(task, use_adapter)
                 continue
-            loss, values = self._measure(task.start_row, task.end_row, use_adapter)
+            is_perplexity = task.metric == "perplexity"
+            loss, values = self._measure(task.start_row, task.end_row, use_adapter, by_token=is_perplexity)
             rows |= values
-            if task.metric == "perplexity":
+            if is_perplexity:
                 perplexities[task.name] = float(torch.tensor(loss).exp())
         return self.runner.score(rows, perplexities)
 
@@ -239,14 +241,14 @@ class EngineJob:
         return decision
 
     def _measure(
-        self, start_row: int, end_row: int, use_adapter: bool, *, is_general: bool = False
+        self, start_row: int, end_row: int, use_adapter: bool, *, is_general: bool = False, by_token: bool = False
     ) -> tuple[float, dict[int, list[float]]]:
         loss_sum, loss_weight = 0.0, 0.0
         values: dict[int, list[float]] = {}
         for first in range(start_row, end_row, _NUM_ROWS_TOGETHER):
             num_rows = min(_NUM_ROWS_TOGETHER, end_row - first)
             batch = self.runner.eval_batch(
-                first, num_rows, self.micro_batch_size, from_training=False, general=is_general
+                first, num_rows, self.micro_batch_size, from_training=False, general=is_general, by_token=by_token
             )
             serial = next(self._serials)
             own_sum, found = self.pipeline.evaluate_rows(serial, batch.micro_batches, use_adapter=use_adapter)

@@ -14,7 +14,7 @@ from plutino.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from plutino.data.formats import RowFormat
     from plutino.data.preview import RowsPreview
-    from plutino.job.objective import RowUse
+    from plutino.job.objective_part import RowUse
 
 data_app = typer.Typer(help="Look at rows before a job learns from them.", no_args_is_help=True)
 

@@ -118,7 +118,7 @@ class StepCommitted(JobEvent):
     """Counted from 0."""
     plan_epoch: int
     loss: float
-    """Mean over the step's label tokens."""
+    """Mean over the step's label tokens, or its rows, as the objective has it."""
     grad_norm: float
     """Before clipping."""
     clip_scale: float

@@ -355,6 +355,7 @@ class GetEvalBatch(_message.Message):
     MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     FROM_TRAINING_FIELD_NUMBER: _builtins.int
     GENERAL_FIELD_NUMBER: _builtins.int
+    BY_TOKEN_FIELD_NUMBER: _builtins.int
     start_row: _builtins.int
     """Held-out rows [start_row, start_row + num_rows), fewer at the end; of the training rows if from_training is set."""
     num_rows: _builtins.int
@@ -362,6 +363,8 @@ class GetEvalBatch(_message.Message):
     from_training: _builtins.bool
     general: _builtins.bool
     """Windows over general text instead."""
+    by_token: _builtins.bool
+    """The loss is per label token, whatever the objective's is the mean over: for perplexities."""
     def __init__(
         self,
         *,
@@ -370,10 +373,11 @@ class GetEvalBatch(_message.Message):
         micro_batch_size: _builtins.int = ...,
         from_training: _builtins.bool = ...,
         general: _builtins.bool = ...,
+        by_token: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_training", b"from_training", "general", b"general", "micro_batch_size", b"micro_batch_size", "num_rows", b"num_rows", "start_row", b"start_row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_token", b"by_token", "from_training", b"from_training", "general", b"general", "micro_batch_size", b"micro_batch_size", "num_rows", b"num_rows", "start_row", b"start_row"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

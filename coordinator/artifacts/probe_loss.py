@@ -28,6 +28,7 @@ def loss_sum_of(model: Any, probe: Probe, without_adapter: Callable[[], Abstract
         ExportError: the model's outputs are not finite.
     """
     objective = probe.objective
+    averages_rows = probe.counted == "labelled rows"
     total = 0.0
     for rows in probe.micro_batches:
         if isinstance(objective, DpoConfig):
@@ -39,11 +40,11 @@ def loss_sum_of(model: Any, probe: Probe, without_adapter: Callable[[], Abstract
                 reference_B = torch.tensor(rows.reference_logps)
             total += float(_dpo(objective, *_pairs(policy_B - reference_B, rows)))
         elif isinstance(objective, Seq2SeqConfig):
-            total += _target_loss(model, rows)
+            total += _target_loss(model, rows, average=averages_rows)
         elif objective is not None and objective.has_score_head:
             total += float(_scored(objective, _scores(model, rows), rows))
         else:
-            total -= float(_row_logps(model, rows).sum())
+            total -= float(_row_logps(model, rows, average=averages_rows).sum())
     return total
 
 
@@ -72,12 +73,12 @@ def _row_logps(model: Any, rows: ProbeRows, *, average: bool = False) -> Tensor:
     for row in range(len(rows.lengths)):
         labels_N = ids_BT[row, 1:][is_label_BT[row]]
         logits_NV = logits_BTV[row, :-1][is_label_BT[row]].float()
-        reduction = "mean" if average else "sum"
-        sums.append(-functional.cross_entropy(logits_NV, labels_N, reduction=reduction))
+        logp = -functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+        sums.append(logp / max(1, len(labels_N)) if average else logp)
     return torch.stack(sums)
 
 
-def _target_loss(model: Any, rows: ProbeRows) -> float:
+def _target_loss(model: Any, rows: ProbeRows, *, average: bool) -> float:
     """Cross-entropy of what an encoder-decoder writes of what it reads, row by row, so that nothing is padded."""
     total, start = 0.0, 0
     for length in rows.lengths:
@@ -86,7 +87,8 @@ def _target_loss(model: Any, rows: ProbeRows) -> float:
         labels = ids[is_target]
         logits_TV = model(input_ids=ids[~is_target][None], labels=labels[None]).logits[0]
         _require_finite(logits_TV, rows)
-        total += float(functional.cross_entropy(logits_TV.float(), labels, reduction="sum"))
+        loss = float(functional.cross_entropy(logits_TV.float(), labels, reduction="sum"))
+        total += loss / len(labels) if average else loss
         start += length
     return total
 

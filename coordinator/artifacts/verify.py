@@ -208,8 +208,10 @@ def _with_adapter(base: Any, adapter_dir: Path) -> tuple[Any, Callable[[], Abstr
 
 def _require_count(probe: Probe) -> None:
     num_pairs = sum(len(rows.pair_ids) // 2 for rows in probe.micro_batches)
-    if probe.counted == "label tokens":
-        num_counted = sum(int(padded(rows)[2][:, 1:].sum()) for rows in probe.micro_batches)
+    if probe.counted != "rows":
+        num_labels_B = torch.cat([padded(rows)[2][:, 1:].sum(dim=1) for rows in probe.micro_batches])
+        counts_tokens = probe.counted == "label tokens"
+        num_counted = int(num_labels_B.sum()) if counts_tokens else int(num_labels_B.count_nonzero())
     else:
         num_counted = num_pairs or sum(len(rows.lengths) for rows in probe.micro_batches)
     if num_counted != probe.num_counted:

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ExportError
 from plutino.job.model import PLAIN, Packing
-from plutino.job.objective import Counted, ObjectiveConfig
+from plutino.job.objective import ObjectiveConfig
+from plutino.job.objective_part import Counted
 
 Check = tuple[str, str]
 """What was checked, and the outcome in words and numbers."""
@@ -77,7 +78,7 @@ class Probe(_Value):
     loss_sum: float
     """The pipeline's loss, summed over what is counted."""
     num_counted: int
-    """Label tokens, or rows (a pair is one), that the pipeline counted."""
+    """Label tokens, rows that have some, or rows (a pair is one), that the pipeline counted."""
     objective: ObjectiveConfig | None = None
     """What the loss is; None: cross-entropy of the label tokens."""
     dtype: Literal["fp32", "bf16"]

@@ -159,7 +159,7 @@ class JobRows:
         """General text to measure on; None: not asked for."""
         spec = self._spec
         evaluation = spec.evaluation
-        is_language_model = spec.objective.counted == "label tokens" and spec.objective.row_use != "source_target"
+        is_language_model = spec.objective.counted != "rows" and spec.objective.row_use != "source_target"
         if evaluation.measure_general == "never" or (evaluation.measure_general == "auto" and spec.scoring is None):
             return None
         if not is_language_model:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from plutino.job.objective import MetricName
+from plutino.job.objective_part import MetricName
 from plutino.job.spec import JobSpec
 
 

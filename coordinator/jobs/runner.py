@@ -38,7 +38,8 @@ from plutino.data.batches import (
 from plutino.data.mixture import mixture_indices
 from plutino.data.samples import Batchable
 from plutino.data.tokenisation import Spread
-from plutino.job.objective import GENERATED_METRICS, GrpoConfig, MetricName
+from plutino.job.objective import GrpoConfig
+from plutino.job.objective_part import GENERATED_METRICS, MetricName
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
 from plutino.wire.bulk import BulkClient
@@ -172,13 +173,24 @@ class JobRunner:
         return first_epoch_micro_batches(self._rows.train, training.batch_size, micro_batch_size, training.seed)
 
     def eval_batch(
-        self, start_row: int, num_rows: int, micro_batch_size: int, *, from_training: bool, general: bool = False
+        self,
+        start_row: int,
+        num_rows: int,
+        micro_batch_size: int,
+        *,
+        from_training: bool,
+        general: bool = False,
+        by_token: bool = False,
     ) -> StepBatch:
-        """Rows of one evaluation unit, in order and never packed: held-out or training ones, or general text."""
+        """Rows of one evaluation unit, in order and never packed: held-out or training ones, or general text.
+
+        With ``by_token`` its loss is the mean over label tokens, whatever the objective's is the mean over.
+        """
         rows = self._rows
         samples = rows.unpacked_train if from_training else rows.general_samples if general else rows.held_out
         indices = range(start_row, min(start_row + num_rows, len(samples)))
-        return cut_micro_batches(samples, indices, self._samples_of(micro_batch_size))
+        counted = "label tokens" if by_token else samples.counted
+        return cut_micro_batches(samples, indices, self._samples_of(micro_batch_size), counted)
 
     def _samples_of(self, micro_batch_size: int) -> int:
         return max(1, micro_batch_size // self._spec.objective.sequences_per_row)

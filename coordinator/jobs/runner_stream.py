@@ -128,6 +128,7 @@ class _Answers:
                     rows.micro_batch_size,
                     from_training=rows.from_training,
                     general=rows.general,
+                    by_token=rows.by_token,
                 )
             )
         elif kind == "get_prompts":

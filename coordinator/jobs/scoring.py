@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plutino.data.readers import name_lines
 from plutino.errors import DataError
-from plutino.job.objective import MetricName
+from plutino.job.objective_part import MetricName
 
 
 class Score(BaseModel):

@@ -253,7 +253,7 @@ class Stepper:
             clip_scale=decision.clip_scale,
             lr=lr,
             tokens=batch.num_tokens,
-            label_tokens=int(batch.loss_weight),
+            label_tokens=batch.num_label_tokens,
             seconds=stored_s - self._last_decision_s,
             commit_s=stored_s - voted_s,
             workers=times,

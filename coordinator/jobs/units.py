@@ -17,7 +17,7 @@ from coordinator.jobs.scoring import ScoreReport
 from coordinator.scheduling.problem import stage_shapes
 from plutino.errors import ConfigError
 from plutino.job.assignment import StageShape
-from plutino.job.objective import GENERATED_METRICS
+from plutino.job.objective_part import GENERATED_METRICS
 from plutino.types import Unit, UnitKind, WorkerRef
 from plutino.wire.channel import Lane
 from plutino.wire.convert import row_values_from_proto, unit_to_proto
@@ -45,6 +45,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens without padding."""
         return sum(sum(part.rows.lengths) for part in self.parts)
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(part.rows.label_mask.count(1) for part in self.parts)
 
     @property
     def sample_indices(self) -> tuple[int, ...]:
@@ -135,7 +140,7 @@ class Evaluation:
 
     loss_sum: float
     loss_weight: float
-    """Label tokens, or rows; the loss is the sum over this."""
+    """Of what the loss is the mean over; the loss is the sum over this."""
     values: dict[int, list[float]]
     """Row -> what the objective says of it, both answers of a pair one after the other; empty if nothing."""
 
@@ -152,8 +157,9 @@ async def evaluate(
     start_row: int = 0,
     source: Literal["held-out", "training", "general"] = "held-out",
     use_adapter: bool = True,
+    by_token: bool = False,
 ) -> Evaluation:
-    """Loss of some rows of a set, and what the objective says of them."""
+    """Loss of some rows of a set, and what the objective says of them; see :meth:`JobRunner.eval_batch`."""
     loss_sum, loss_weight = 0.0, 0.0
     values: dict[int, list[float]] = {}
     # At least the probe's rows, so that it is one unit and cut in one way.
@@ -166,6 +172,7 @@ async def evaluate(
             micro_batch_size=context.numerics.micro_batch_size,
             from_training=source == "training",
             general=source == "general",
+            by_token=by_token,
         )
         batch = await ask_batch(context, runner_pb.RunnerCommand(get_eval_batch=ask))
         measured = await evaluate_batch(context, batch, use_adapter=use_adapter)
@@ -229,9 +236,12 @@ async def score(
         if task.metric in GENERATED_METRICS:
             rows |= await _answers(context, prepared, task, use_adapter=use_adapter, few_shot=few_shot)
             continue
-        seen = await evaluate(context, start_row=task.start_row, num_rows=num_rows, use_adapter=use_adapter)
+        is_perplexity = task.metric == "perplexity"
+        seen = await evaluate(
+            context, start_row=task.start_row, num_rows=num_rows, use_adapter=use_adapter, by_token=is_perplexity
+        )
         rows |= seen.values
-        if task.metric == "perplexity":
+        if is_perplexity:
             # A float's range ends at exp(709); a loss of that size is as good as any above it.
             perplexities[task.name] = math.exp(min(seen.loss, 700.0))
     ask = runner_pb.Score(rows_json=json.dumps(rows), perplexities=perplexities)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.jobs.scoring import RowVerdict, Score
-from plutino.job.objective import MetricName
+from plutino.job.objective_part import MetricName
 
 Floats = NDArray[np.float64]
 

@@ -6,6 +6,7 @@ no loss. Packed rows need nothing of their own here: a segment's first token nev
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,7 +20,7 @@ from plutino.data.batches import MicroBatchRows
 
 
 class LabelTokenLoss(NoReference):
-    """Cross-entropy of the next token, summed over label tokens and divided by the step's number of them."""
+    """Cross-entropy of the next token: the mean over the step's label tokens, or over its rows of their own means."""
 
     def loss(
         self,
@@ -34,9 +35,26 @@ class LabelTokenLoss(NoReference):
         if len(labels_N) == 0:
             return Loss(None, 0.0)
         logits_NV = token_logits(stage, hidden_BTD, positions_N)
-        total = functional.cross_entropy(logits_NV, to_device(labels_N, logits_NV.device), reduction="sum")
+        total = total_cross_entropy(logits_NV, to_device(labels_N, logits_NV.device), rows)
         seen = total.detach()
         return Loss(total / loss_weight, seen if seen.is_cuda else float(seen))
+
+
+def total_cross_entropy(logits_NV: Tensor, labels_N: Tensor, rows: MicroBatchRows) -> Tensor:
+    """Sum over the label tokens of a micro-batch, or over its rows of their own means."""
+    if not rows.averages_rows:
+        return functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+    # A sum over rows by their numbers would have another order in every run on a card.
+    weights_N = to_device(label_weights(rows), logits_NV.device)
+    return (functional.cross_entropy(logits_NV, labels_N, reduction="none") * weights_N).sum()
+
+
+def label_weights(rows: MicroBatchRows) -> Tensor:
+    """What each label token counts by, [N] in fp32: 1 over the number of them in its row, or segment if packed."""
+    lengths = rows.lengths if rows.segment_lengths is None else rows.segment_lengths
+    of_label_N = np.repeat(np.arange(len(lengths)), lengths)[rows.label_mask.astype(bool)]
+    counts = np.bincount(of_label_N, minlength=len(lengths))
+    return torch.from_numpy((1 / counts[of_label_N]).astype(np.float32))
 
 
 def row_logps(stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows, *, average: bool = False) -> Tensor:

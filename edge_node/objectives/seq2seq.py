@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from edge_node.objectives.base import Loss, NoReference
-from edge_node.objectives.label_tokens import token_logits
+from edge_node.objectives.label_tokens import token_logits, total_cross_entropy
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.job.objective import Seq2SeqConfig
@@ -17,7 +16,7 @@ from plutino.job.objective import Seq2SeqConfig
 
 
 class Seq2SeqObjective(NoReference):
-    """Summed over the targets' tokens, the end token among them, and divided by the step's number of them."""
+    """The mean over the targets' tokens, the end token among them, or over the rows of their own means."""
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         self.config = config
@@ -40,5 +39,5 @@ class Seq2SeqObjective(NoReference):
         is_predicted_BT = np.arange(hidden_BTD.shape[1]) < num_target_B[:, None]
         logits_NV = token_logits(stage, hidden_BTD, torch.from_numpy(np.flatnonzero(is_predicted_BT)))
         labels_N = torch.from_numpy(rows.input_ids[is_target].astype(np.int64)).to(logits_NV.device)
-        total = functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+        total = total_cross_entropy(logits_NV, labels_N, rows)
         return Loss(total / loss_weight, float(total.detach()))

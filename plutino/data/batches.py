@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from plutino.data.readers import name_lines
 from plutino.data.samples import Batchable, TokenRow
 from plutino.errors import DataError, NumericsError
+from plutino.job.objective_part import Counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,6 +52,9 @@ class MicroBatchRows:
     """[num_rows], how much better each sampled answer is than the others of its group; None: rows are not sampled."""
     sampled_logps: NDArray[np.float32] | None = None
     """[label tokens], log-probability of each when its row was sampled; None: as it is now."""
+    averages_rows: bool = False
+    """Whether a label token counts by 1 over the number of them in its row (its segment, where rows are packed), so
+    that every row weighs the same; else each counts by 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,8 @@ class StepBatch:
 
     micro_batches: tuple[MicroBatchRows, ...]
     loss_weight: int
-    """What the loss is divided by, over all micro-batches: label tokens after the shift, or rows."""
+    """What the loss is divided by, over all micro-batches: label tokens after the shift, rows that have some (each
+    segment of packed rows is one), or rows."""
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -139,34 +144,48 @@ def sequential_indices(batch: int, batch_size: int, num_samples: int) -> tuple[i
     return tuple(range(batch * batch_size, min((batch + 1) * batch_size, num_samples)))
 
 
-def cut_micro_batches(samples: Batchable, indices: Sequence[int], micro_batch_size: int) -> StepBatch:
+def cut_micro_batches(
+    samples: Batchable, indices: Sequence[int], micro_batch_size: int, counted: Counted | None = None
+) -> StepBatch:
     """Cut a step's rows into micro-batches of ``micro_batch_size`` rows; the last may be smaller.
 
     Rows are sorted by length first, so that rows of like length share a micro-batch and little is padded. The longest
     come first: a step that does not fit into memory fails at its first micro-batch. Equal lengths stay in the order of
     their positions, so the cut depends on which rows the step has and not on their order.
 
+    Args:
+        samples: what the rows are taken from.
+        indices: positions of the rows.
+        micro_batch_size: samples of a micro-batch.
+        counted: what the loss is the mean over; None: what it is of these samples.
+
     Raises:
         NumericsError: no row has a label token, so that there is no loss to divide.
     """
-    return gather_step(samples, _by_length(samples, indices, micro_batch_size))
+    return gather_step(samples, _by_length(samples, indices, micro_batch_size), counted)
 
 
-def gather_step(samples: Batchable, micro_batches: Sequence[Sequence[int]]) -> StepBatch:
-    """A step of these micro-batches, each given by its rows.
+def gather_step(
+    samples: Batchable, micro_batches: Sequence[Sequence[int]], counted: Counted | None = None
+) -> StepBatch:
+    """A step of these micro-batches, each given by its rows; see :func:`cut_micro_batches`.
 
     Raises:
         NumericsError: no row has a label token, so that there is no loss to divide.
     """
     order = [index for rows in micro_batches for index in rows]
-    loss_weight = sum(samples.loss_weight(index) for index in order)
+    counted = counted or samples.counted
+    loss_weight = sum(samples.loss_weight(index, counted) for index in order)
     if loss_weight == 0:
         where = name_lines(sorted(int(samples.line_numbers[index]) for index in order)) if order else "no rows"
         raise NumericsError(
             f"a batch of {len(order)} rows has no label token ({where}), so its loss is 0 / 0; "
             "raise data.max_tokens, or remove these rows"
         )
-    return StepBatch(micro_batches=tuple(_gather(samples, rows) for rows in micro_batches), loss_weight=loss_weight)
+    averages_rows = counted == "labelled rows"
+    return StepBatch(
+        micro_batches=tuple(_gather(samples, rows, averages_rows) for rows in micro_batches), loss_weight=loss_weight
+    )
 
 
 def _by_length(samples: Batchable, indices: Sequence[int], micro_batch_size: int) -> tuple[tuple[int, ...], ...]:
@@ -195,7 +214,7 @@ def prompt_micro_batch(samples: Batchable, indices: Sequence[int]) -> MicroBatch
     )
 
 
-def _gather(samples: Batchable, indices: Sequence[int]) -> MicroBatchRows:
+def _gather(samples: Batchable, indices: Sequence[int], averages_rows: bool) -> MicroBatchRows:
     rows = [row for index in indices for row in samples.rows(index)]
     segments = [length for row in rows for length in row.segment_lengths]
     num_pairs = len(indices) if samples.sequences_per_sample == 2 else 0
@@ -210,6 +229,7 @@ def _gather(samples: Batchable, indices: Sequence[int]) -> MicroBatchRows:
         second_starts=None if rows[0].second_start is None else np.array([row.second_start for row in rows], np.int32),
         pair_ids=np.repeat(np.arange(num_pairs, dtype=np.int32), 2) if num_pairs else None,
         reference_logps=_values(rows, "reference_logp"),
+        averages_rows=averages_rows,
     )
 
 

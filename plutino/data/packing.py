@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plutino.data.samples import Batchable, TokenRow
+from plutino.job.objective_part import Counted
 
 
 def pack(samples: Batchable, max_tokens: int) -> PackedSamples:
@@ -72,6 +73,11 @@ class PackedSamples:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def counted(self) -> Counted:
+        """See :class:`plutino.data.samples.Batchable`."""
+        return self._samples.counted
+
     def members(self, index: int) -> list[int]:
         """Positions, in what was packed, of a sequence's rows."""
         members: list[int] = self._members[self._starts[index] : self._starts[index + 1]].tolist()
@@ -88,9 +94,9 @@ class PackedSamples:
             )
         ]
 
-    def loss_weight(self, index: int) -> int:
+    def loss_weight(self, index: int, counted: Counted) -> int:
         """See :class:`plutino.data.samples.Batchable`."""
-        return sum(self._samples.loss_weight(member) for member in self.members(index))
+        return sum(self._samples.loss_weight(member, counted) for member in self.members(index))
 
     def prompt(self, index: int) -> NDArray[np.int32]:
         """Packed rows have no single prompt."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from plutino.job.objective import Counted
+from plutino.job.objective_part import Counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +42,18 @@ class Batchable(Protocol):
     def sequences_per_sample(self) -> int:
         """1, or 2 for preference pairs."""
 
+    @property
+    def counted(self) -> Counted:
+        """What a loss is the mean over."""
+
     def __len__(self) -> int:
         """Number of samples."""
 
     def rows(self, index: int) -> Sequence[TokenRow]:
         """The sequences of a sample: the chosen one first."""
 
-    def loss_weight(self, index: int) -> int:
-        """What the sample adds to the number that a step's loss is divided by."""
+    def loss_weight(self, index: int, counted: Counted) -> int:
+        """What the sample adds to the number of what is counted, which a step's loss is divided by."""
 
     def prompt(self, index: int) -> NDArray[np.int32]:
         """Tokens that generation starts from."""
@@ -118,9 +122,12 @@ class Samples:
             for sequence in range(first, first + self.sequences_per_sample)
         ]
 
-    def loss_weight(self, index: int) -> int:
+    def loss_weight(self, index: int, counted: Counted) -> int:
         """See :class:`Batchable`."""
-        return 1 if self.counted == "rows" else self.num_labels(index)
+        if counted == "rows":
+            return 1
+        num_labels = self.num_labels(index)
+        return num_labels if counted == "label tokens" else min(1, num_labels)
 
     def num_labels(self, index: int) -> int:
         """Label tokens of a sample."""
@@ -145,6 +152,7 @@ class JoinedSamples:
         self.parts = tuple(parts)
         self.starts: tuple[int, ...] = tuple(int(n) for n in np.cumsum([0, *(len(part) for part in parts)]))
         self.sequences_per_sample = parts[0].sequences_per_sample
+        self.counted: Counted = parts[0].counted
         self.lengths: NDArray[np.int64] = np.concatenate([part.lengths for part in parts])
         self.line_numbers: NDArray[np.int64] = np.concatenate([part.line_numbers for part in parts])
 
@@ -156,10 +164,10 @@ class JoinedSamples:
         part, own = self._find(index)
         return part.rows(own)
 
-    def loss_weight(self, index: int) -> int:
+    def loss_weight(self, index: int, counted: Counted) -> int:
         """See :class:`Batchable`."""
         part, own = self._find(index)
-        return part.loss_weight(own)
+        return part.loss_weight(own, counted)
 
     def prompt(self, index: int) -> NDArray[np.int32]:
         """See :class:`Batchable`."""

@@ -16,7 +16,7 @@ from plutino.data.readers import Rows
 from plutino.data.templates import RenderedRow, render
 from plutino.data.tokenizer import ModelTokenizer
 from plutino.errors import DataError
-from plutino.job.objective import RowUse, TrainOn
+from plutino.job.objective_part import RowUse, TrainOn
 
 
 def class_names_of(rows: Rows) -> tuple[str, ...]:

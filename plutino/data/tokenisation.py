@@ -29,7 +29,7 @@ from plutino.data.templates import RenderedRow
 from plutino.data.token_store import TokenStore
 from plutino.data.tokenizer import ModelTokenizer
 from plutino.errors import DataError
-from plutino.job.objective import Counted, RowUse, TrainOn
+from plutino.job.objective_part import Counted, RowUse, TrainOn
 
 # Rows encoded in one call: enough to keep the tokenizer's threads busy, few enough to bound the encodings held at once
 # (an Encoding keeps strings and offsets, some 200 bytes a token).

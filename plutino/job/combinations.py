@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from plutino.families import EMBEDDING_NAMES
-from plutino.job.objective import GENERATED_METRICS
+from plutino.job.objective_part import GENERATED_METRICS
 from plutino.job.parts import JobParts
 
 
@@ -129,7 +129,7 @@ def _metric_problems(spec: JobParts) -> Iterator[str]:
         return
     objective = spec.objective
     allowed = {objective.own_metric}
-    if objective.counted == "label tokens":
+    if objective.counted != "rows":
         allowed.add("perplexity")
     if objective.row_use in ("answers", "source_target"):
         allowed.update(GENERATED_METRICS)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from plutino.job.base import SpecPart
-from plutino.job.objective import MetricName
+from plutino.job.objective_part import MetricName
 
 FormatName = Literal[
     "auto", "prompt_completion", "messages", "sharegpt", "alpaca", "preference", "rated", "labelled", "text"

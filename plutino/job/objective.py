@@ -1,96 +1,32 @@
 """What the job optimises.
 
-What planner and coordinator ask of an objective they ask of its config, by the properties of :class:`ObjectivePart`;
-what it computes stands in ``edge_node/objectives``.
+What planner and coordinator ask of an objective they ask of its config, by the properties of
+:class:`plutino.job.objective_part.ObjectivePart`; what it computes stands in ``edge_node/objectives``.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plutino.job.base import SpecPart
+from plutino.job.objective_part import Counted, MetricName, ObjectivePart, RowUse, TrainOn
 from plutino.job.rewards import AdapterReward, ExactMatchReward, RewardSource
 
-Counted = Literal["label tokens", "rows"]
-"""What a loss is the mean over: the step's label tokens, or its rows (a preference pair is one row)."""
 
-RowUse = Literal["answers", "source_target", "text", "label", "scored", "pairs"]
-"""What an objective takes of a row: answers to learn, a text with what is to be written of it, raw text, text with a
-label, a rated answer, two answers."""
-
-TrainOn = Literal["answers", "last", "all"]
-"""Which tokens of a conversation carry loss: all answers, only the last one, or all tokens."""
-
-MetricName = Literal["exact_match", "json_slots", "perplexity", "classes", "correlation", "pairs", "ratings"]
-"""How held-out rows are scored."""
-
-GENERATED_METRICS: tuple[MetricName, ...] = ("exact_match", "json_slots")
-"""Metrics that compare generated answers."""
-
-
-class ObjectivePart(SpecPart):
-    """What is asked of every objective's config."""
-
-    counted: ClassVar[Counted] = "label tokens"
+class _LabelTokens(ObjectivePart):
+    mean_over: Literal["tokens", "rows"] = "tokens"
+    """tokens: every label token of a step weighs the same, so that a row counts by its length. rows: every row weighs
+    the same, and its label tokens (those of all its turns together) share that. Perplexities are per token in any
+    case."""
 
     @property
-    def own_metric(self) -> MetricName:
-        """The metric that scoring takes where the job names none."""
-        return "exact_match"
-
-    @property
-    def row_use(self) -> RowUse:
-        """What of a row is used."""
-        return "answers"
-
-    @property
-    def sequences_per_row(self) -> int:
-        """Sequences that one row sends through the pipeline, always in one micro-batch: 2 for preference pairs."""
-        return 2 if self.row_use == "pairs" else 1
-
-    @property
-    def has_score_head(self) -> bool:
-        """Whether a trained linear head on the last token takes the place of the model's own head."""
-        return False
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs of the score head; 0 without one, or while its classes are not known yet."""
-        return 0
-
-    def with_class_names(self, names: tuple[str, ...]) -> ObjectivePart:
-        """The config for devices, which have not seen the data; itself if it tells no classes apart."""
-        return self
-
-    @property
-    def runs_reference(self) -> bool:
-        """Whether each step first runs all its rows through the model with its adapter switched off."""
-        return False
-
-    @property
-    def labelled_tokens(self) -> TrainOn:
-        """Which tokens of a conversation carry loss."""
-        return "answers"
-
-    @property
-    def answers_per_row(self) -> int:
-        """Answers that the model samples to a row, each a sequence of a step; 1: it learns from the rows' own."""
-        return 1
-
-    @property
-    def generated_rows(self) -> int:
-        """Most sequences that are generated together; 0: steps generate nothing."""
-        return 0
-
-    @property
-    def generated_tokens(self) -> int:
-        """Most tokens of an answer that is generated for a step."""
-        return 0
+    def counted(self) -> Counted:
+        """See :class:`ObjectivePart`."""
+        return "label tokens" if self.mean_over == "tokens" else "labelled rows"
 
 
-class SftConfig(ObjectivePart):
+class SftConfig(_LabelTokens):
     """Supervised fine-tuning: cross-entropy on the answer's tokens."""
 
     type: Literal["sft"] = "sft"
@@ -104,7 +40,7 @@ class SftConfig(ObjectivePart):
         return self.train_on
 
 
-class Seq2SeqConfig(ObjectivePart):
+class Seq2SeqConfig(_LabelTokens):
     """An encoder-decoder writes the completion of the prompt that it has read.
 
     Prompt and completion share data.max_tokens: of one that is longer a completion keeps half of them at most, and the
@@ -140,7 +76,10 @@ class DaptConfig(ObjectivePart):
 
 
 class _ScoreHead(ObjectivePart):
-    counted: ClassVar[Counted] = "rows"
+    @property
+    def counted(self) -> Counted:
+        """See :class:`ObjectivePart`."""
+        return "rows"
 
     @property
     def has_score_head(self) -> bool:
@@ -234,8 +173,6 @@ class DpoConfig(ObjectivePart):
     The reference is the same pipeline with its adapter switched off.
     """
 
-    counted: ClassVar[Counted] = "rows"
-
     type: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0)
     """How hard the policy is held to the reference."""
@@ -254,6 +191,11 @@ class DpoConfig(ObjectivePart):
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"label_smoothing is defined for loss: sigmoid, not for {self.loss}; leave it out")
         return self
+
+    @property
+    def counted(self) -> Counted:
+        """See :class:`ObjectivePart`."""
+        return "rows"
 
     @property
     def own_metric(self) -> MetricName:

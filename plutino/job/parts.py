@@ -9,7 +9,8 @@ from plutino.job.data import DataConfig, ScoringConfig, TaskConfig
 from plutino.job.evaluation import EvaluationConfig
 from plutino.job.method import LoraConfig, MethodConfig
 from plutino.job.model import ModelConfig
-from plutino.job.objective import GENERATED_METRICS, MetricName, ObjectiveConfig, SftConfig
+from plutino.job.objective import ObjectiveConfig, SftConfig
+from plutino.job.objective_part import GENERATED_METRICS, MetricName
 from plutino.job.output import OutputConfig
 from plutino.job.placement import PlacementConfig
 from plutino.job.training import TrainingConfig

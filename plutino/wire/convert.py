@@ -31,6 +31,7 @@ def micro_batch_to_proto(rows: MicroBatchRows) -> workers_pb2.MicroBatch:
         second_starts=_listed(rows.second_starts),
         advantages=_listed(rows.advantages),
         sampled_logps=_listed(rows.sampled_logps),
+        averages_rows=rows.averages_rows,
     )
 
 
@@ -110,6 +111,7 @@ def micro_batch_from_proto(
         second_starts=second_starts.astype(np.int32) if len(second_starts) else None,
         advantages=np.array(message.advantages, np.float32) if message.advantages else None,
         sampled_logps=sampled_logps if len(sampled_logps) else None,
+        averages_rows=message.averages_rows,
     )
 
 

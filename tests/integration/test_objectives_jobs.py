@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from plutino.assets import SNIPS_DIR
+from benchmarks.engine_job import EngineJob
+from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
+from plutino.job.spec import parse_spec
 from tests.integration.job_cases import save_small_model
 from tests.integration.objective_jobs import labelled, preferences, run, snips, two_devices, write
 from tests.integration.stack import losses
@@ -69,7 +71,7 @@ def test_packed_raw_text_is_scored_by_perplexity_on_its_own_and_on_other_text(pe
     assert after["general"]["perplexity"] != before["general"]["perplexity"]
 
 
-def test_mixture_of_tasks_is_scored_task_by_task_each_by_its_own_metric(people, tmp_path):
+def test_mixture_whose_loss_is_over_rows_is_scored_task_by_task_each_by_its_own_metric(people, tmp_path):
     columns = {"prompt": "{text} It is", "completion": " {label}"}
     tasks = [
         {"name": "intent", "train": str(SNIPS_DIR / "train.jsonl"), "limit": 20,
@@ -82,8 +84,9 @@ def test_mixture_of_tasks_is_scored_task_by_task_each_by_its_own_metric(people, 
         people,
         tmp_path,
         stages=2,
+        objective={"type": "sft", "mean_over": "rows"},
         data={"tasks": tasks, "mixing_temperature": 2},
-        scoring={"max_new_tokens": 2, "before": False},
+        scoring={"max_new_tokens": 2},
     )
 
     scores = detail["scores"]["after"]["by_task"]
@@ -91,6 +94,14 @@ def test_mixture_of_tasks_is_scored_task_by_task_each_by_its_own_metric(people, 
     assert (scores["labels"]["metric"], scores["labels"]["num_rows"]) == ("perplexity", 4)
     card = (tmp_path / "adapter2" / "README.md").read_text()
     assert "training of labels" in card and "labels perplexity" in card
+    assert "labelled rows in fp32, the pipeline's" in card
+    # Perplexity is per token all the same: what one process finds that counts tokens.
+    alone = {"tasks": [{key: value for key, value in tasks[1].items() if key != "weight"}]}
+    values = {"model": {"path": str(TINY_LLAMA_DIR), "dtype": "fp32"}, "data": alone, "scoring": {}}
+    with EngineJob(parse_spec(values, base_dir=tmp_path)) as job:
+        expected = job.score(use_adapter=False).score.perplexity
+    found = detail["scores"]["before"]["by_task"]["labels"]["perplexity"]
+    assert found == pytest.approx(expected, rel=1e-5)  # its rows are cut otherwise
 
 
 @pytest.mark.parametrize("objective", ["regression", "reward"])

@@ -18,6 +18,7 @@ from plutino.job.objective import (
     RewardConfig,
     SftConfig,
 )
+from plutino.job.objective_part import Counted
 from tests.numerics.pipelines import Batch, make_rows
 
 CLASSES = ("a", "b", "c")
@@ -42,20 +43,24 @@ CONFIGS: dict[str, dict[str, ObjectiveConfig]] = {
         "probabilities": RewardConfig(labels="ratings"),
         "numbers": RewardConfig(labels="ratings", rating_loss="mse"),
     },
-    "sft": {"answers": SftConfig()},
+    "sft": {"answers": SftConfig(), "rows": SftConfig(mean_over="rows")},
 }
 """By the registry's key: cases by name. A new objective gets its line here."""
 
 CASES = [(objective, name) for objective, cases in CONFIGS.items() for name in cases]
+ONE_EACH = [(objective, next(iter(cases))) for objective, cases in CONFIGS.items()] + [("sft", "rows")]
+"""Cases for what is asked of every way of counting rather than of every formula."""
 
 
 @dataclass(frozen=True)
 class CountedBatch(Batch):
-    counts_rows: bool
+    counted: Counted
 
     @property
     def loss_weight(self) -> float:
-        if not self.counts_rows:
+        if self.counted == "labelled rows":
+            return float(sum(row.any() for rows in self.rows for row in split_rows(rows, rows.label_mask)))
+        if self.counted == "label tokens":
             return float(sum(rows.label_mask.sum() for rows in self.rows))
         return float(sum(len(rows.lengths) / (1 if rows.pair_ids is None else 2) for rows in self.rows))
 
@@ -64,9 +69,7 @@ def batches_for(config: ObjectiveConfig, num_steps: int = 3, num_micro_batches: 
     """A few steps; the last one has one micro-batch fewer, and that one fewer rows."""
     shapes = [[4] * num_micro_batches] * (num_steps - 1) + [[4] * (num_micro_batches - 2) + [2]]
     return [
-        CountedBatch(
-            [rows_for(config, 10 * step + m, num_rows) for m, num_rows in enumerate(sizes)], config.counted == "rows"
-        )
+        CountedBatch([rows_for(config, 10 * step + m, num_rows) for m, num_rows in enumerate(sizes)], config.counted)
         for step, sizes in enumerate(shapes)
     ]
 
@@ -91,6 +94,8 @@ def rows_for(config: ObjectiveConfig, seed: int, num_rows: int = 4) -> MicroBatc
             advantages=generator.normal(0, 1, num_rows).astype(np.float32),
             sampled_logps=None if logps is None else logps.astype(np.float32),
         )
+    if config.type == "sft":
+        return replace(rows, averages_rows=config.counted == "labelled rows")
     if config.type == "classification":
         return replace(rows, labels=generator.integers(0, len(CLASSES), num_rows).astype(np.float32))
     if config.row_use in ("label", "scored"):

@@ -80,6 +80,24 @@ def stock_model(folder, config):
 SPLITS = [(name, num, is_padded) for name in ENCODER_DECODERS for num in (1, 2, 3, 4) for is_padded in (False, True)]
 
 
+@torch.no_grad()
+def test_a_targets_tokens_share_its_rows_weight_where_the_loss_is_over_rows(folders):
+    rows = replace(make_rows(5, 4), averages_rows=True)
+    with pipeline_of(spec_of(folders["t5"]), stages_of(2)) as pipeline:
+        loss_sum = pipeline.evaluate(0, [rows])
+        by_token = pipeline.evaluate(1, [replace(rows, averages_rows=False)])
+        model_config = next(iter(pipeline.executors.values())).stage.config
+    inputs = two_texts(rows, model_config)
+    labels = inputs["labels"]
+    logits = AutoModelForSeq2SeqLM.from_pretrained(folders["t5"]).eval()(**inputs).logits
+    tokens = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view_as(labels)
+    counts = (labels != -100).sum(dim=1)
+
+    assert len(set(counts.tolist())) > 1
+    assert loss_sum == pytest.approx(float((tokens.sum(dim=1) / counts).sum()), rel=1e-5)
+    assert by_token == pytest.approx(float(tokens.sum()), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "num_stages", "is_padded"),
     sampled(SPLITS, 4, always=(("t5", 3, True), ("t5_gated", 4, False), ("bart", 4, True), ("bart", 3, False))),

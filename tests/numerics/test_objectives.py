@@ -13,7 +13,7 @@ from edge_node.objectives.registry import OBJECTIVES
 from edge_node.transport.base import Peer, UnitCancelledError
 from plutino.job.objective import DaptConfig, SftConfig
 from plutino.types import Unit, UnitKind
-from tests.numerics.objective_cases import CASES, CONFIGS, batches_for, packed, rows_for, unpacked
+from tests.numerics.objective_cases import CASES, CONFIGS, ONE_EACH, batches_for, packed, rows_for, unpacked
 from tests.numerics.pipelines import (
     assert_same_tensors,
     cancel_at_call,
@@ -83,9 +83,9 @@ def test_training_moves_every_parameter_and_gpt2_is_split_alike(model_dirs, obje
     assert not [name for name, value in whole[1].items() if torch.equal(value, start[name])]
 
 
-@pytest.mark.parametrize("objective", CONFIGS)
-def test_replicas_change_no_bit(model_dirs, objective):
-    config = next(iter(CONFIGS[objective].values()))
+@pytest.mark.parametrize(("objective", "name"), ONE_EACH)
+def test_replicas_change_no_bit(model_dirs, objective, name):
+    config = CONFIGS[objective][name]
     whole = result_of(model_dirs["llama"], config, 1)
 
     replicated = stages_of(2, (2, 2), ((0, 1), (0, 1)))
@@ -94,9 +94,9 @@ def test_replicas_change_no_bit(model_dirs, objective):
         assert_same_tensors(pipeline.state(), whole[1])
 
 
-@pytest.mark.parametrize("objective", CONFIGS)
-def test_resumed_in_the_middle_on_another_partition_a_job_ends_with_the_same_bits(model_dirs, objective):
-    config = next(iter(CONFIGS[objective].values()))
+@pytest.mark.parametrize(("objective", "name"), ONE_EACH)
+def test_resumed_in_the_middle_on_another_partition_a_job_ends_with_the_same_bits(model_dirs, objective, name):
+    config = CONFIGS[objective][name]
     batches = batches_for(config)
     whole = result_of(model_dirs["llama"], config, 1)
     spec = spec_of(model_dirs["llama"], config, dropout=0.1)

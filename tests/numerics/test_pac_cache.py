@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from edge_node.activation_cache.stage_cache import StageCache, row_keys, state_n
 from edge_node.activation_cache.store import ActivationStore
 from edge_node.transport.base import MessageKind, Peer
 from plutino.job.method import ParallelAdaptersConfig
+from plutino.job.objective import SftConfig
 from tests.numerics.pipelines import (
     assert_same_tensors,
     make_batches,
@@ -20,6 +23,7 @@ from tests.numerics.pipelines import (
 
 SIDE = ParallelAdaptersConfig(reduction=2)
 UPPER = ParallelAdaptersConfig(reduction=2, blocks=(2, 3))
+BY_TOKEN = SftConfig()
 EPOCHS = 3
 MIB = 1 << 20
 
@@ -65,7 +69,7 @@ def epochs(
         caches.append(StageCache(stores if budget_bytes else None, "tiny", stage, codec))
         return caches[-1]
 
-    batches, decisions, runs = make_batches(num_steps=2), [], []
+    batches, decisions, runs = batches_of(spec), [], []
     with pipeline_of(spec, stages_of(num_stages), activation_cache=cache_of) as pipeline:
         cached = Cached(pipeline, caches)
         for epoch in range(num):
@@ -86,32 +90,49 @@ def root(tmp_path_factory):
 _UNCACHED = {}
 
 
-def uncached(model_dir, method=SIDE):
+def batches_of(spec):
+    batches = make_batches(num_steps=2)
+    averages_rows = spec.objective.counted == "labelled rows"
+    return [
+        replace(batch, rows=[replace(rows, averages_rows=averages_rows) for rows in batch.rows]) for batch in batches
+    ]
+
+
+def uncached(model_dir, method=SIDE, objective=BY_TOKEN):
     """The same job on one stage without any cache."""
-    key = model_dir, method
+    key = model_dir, method, objective
     if key not in _UNCACHED:
-        spec = make_spec(model_dir).model_copy(update={"method": method})
-        batches = make_batches(num_steps=2)
+        spec = make_spec(model_dir).model_copy(update={"method": method, "objective": objective})
+        batches = batches_of(spec)
         with pipeline_of(spec, stages_of(1)) as pipeline:
             decisions = [train(pipeline, batches, first_step=epoch * 2) for epoch in range(EPOCHS)]
             _UNCACHED[key] = decisions, pipeline.state()
     return _UNCACHED[key]
 
 
-def assert_as_uncached(found, model_dir, method=SIDE):
-    decisions, state = uncached(model_dir, method)
+def assert_as_uncached(found, model_dir, method=SIDE, objective=BY_TOKEN):
+    decisions, state = uncached(model_dir, method, objective)
     assert found[0] == decisions
     assert_same_tensors(found[1], state)
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
-def test_cached_epochs_have_the_bits_of_uncached_ones_and_run_no_block(model_dirs, root, model, num_stages):
-    spec = make_spec(model_dirs[model]).model_copy(update={"method": SIDE})
+@pytest.mark.parametrize(
+    ("model", "num_stages", "mean_over"),
+    [
+        ("llama", 1, "tokens"),
+        ("llama", 3, "tokens"),
+        ("llama", 3, "rows"),
+        ("gpt2", 1, "tokens"),
+        ("gpt2", 3, "tokens"),
+    ],
+)
+def test_cached_epochs_have_the_bits_of_uncached_ones_and_run_no_block(model_dirs, root, model, num_stages, mean_over):
+    objective = SftConfig(mean_over=mean_over)
+    spec = make_spec(model_dirs[model]).model_copy(update={"method": SIDE, "objective": objective})
 
     found = epochs(spec, num_stages, root())
 
-    assert_as_uncached(found, model_dirs[model])
+    assert_as_uncached(found, model_dirs[model], objective=objective)
     assert all(count > 0 for count in found[2][0].values())
     assert [set(runs.values()) for runs in found[2][1:]] == [{0}, {0}]
 

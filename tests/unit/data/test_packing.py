@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,3 +55,14 @@ def test_a_micro_batch_of_packs_knows_every_segment_and_counts_every_label() -> 
     # What begins a segment has nothing that predicts it.
     assert first.label_mask[:8].tolist() == [0, 1, 1, 1, 1, 0, 1, 1]
     assert batch.loss_weight == 4 + 2 + 7 + 1
+
+
+def test_packed_rows_are_counted_one_by_one_where_a_loss_is_the_mean_over_rows() -> None:
+    rows = samples_of(5, 3, 8, 1)  # the last has no label token
+    packed = pack(replace(rows, counted="labelled rows"), 8)
+
+    batch, by_token = (cut_micro_batches(packed, range(len(packed)), 2, counted) for counted in (None, "label tokens"))
+
+    assert (batch.loss_weight, by_token.loss_weight) == (3, 4 + 2 + 7)
+    assert {part.averages_rows for part in batch.micro_batches} == {True}
+    assert {part.averages_rows for part in by_token.micro_batches} == {False}
