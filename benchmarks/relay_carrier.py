@@ -12,6 +12,7 @@ import contextlib
 import json
 import select
 import socket
+import struct
 import sys
 import time
 from collections import deque
@@ -30,6 +31,7 @@ _CATCH_UP_S = 0.05
 _LATE_S = 0.001
 _USE_EVERY_S = 1.0
 _MESSAGE_BYTES = 4096
+_NO_LINGER = struct.pack("ii", 1, 0)
 _TIMER_SLACK_NS = "1000"
 """The kernel's own is 50 us, a tenth of a usual link's latency."""
 
@@ -99,7 +101,7 @@ class _Direction:
         self._num_bytes = 0
         self._chunk_bytes = _MOST_CHUNK_BYTES if pacer is None else pacer.chunk_bytes
         self._room_bytes = _UNPACED_ROOM_BYTES if pacer is None else pacer.room_bytes
-        self._is_broken = self._is_held = self._is_blocked = self._was_blocked = False
+        self._is_reset = self._is_held = self._is_blocked = self._was_blocked = False
         carrier.watch(source, select.EPOLLIN, self.read)
 
     @property
@@ -116,7 +118,7 @@ class _Direction:
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
+                data, self._is_reset = b"", True
             num_read = len(data)
             now_s = time.monotonic()
             due_s = now_s if self._pacer is None else self._pacer.due_s(num_read, now_s, has_waited=has_waited)
@@ -136,7 +138,7 @@ class _Direction:
                 break
             if not data:
                 return self._end()
-            if (sent := len(data) if self._is_broken else self._try_to_send(data)) == 0:
+            if (sent := self._try_to_send(data)) == 0:
                 return
             self._carrier.count(sent, is_late=now_s - due_s > _LATE_S)
             self._num_bytes -= sent
@@ -159,11 +161,11 @@ class _Direction:
             self._carrier.watch(self._target, select.EPOLLOUT, self._unblock)
             return 0
         except OSError:
-            # The other end is gone: who sends is told so, and what still comes is dropped.
-            self._is_broken = True
-            with contextlib.suppress(OSError):  # gone as well
-                self._source.shutdown(socket.SHUT_RDWR)
-            return len(data)
+            # The other end is gone: who sends is told so, and what is under way is dropped.
+            self._carrier.forget(self._source)
+            _reset(self._source, socket.SHUT_RDWR)
+            self._close()
+            return 0
 
     def _unblock(self) -> None:
         self._carrier.forget(self._target)
@@ -175,11 +177,31 @@ class _Direction:
         self.send()
 
     def _end(self) -> None:
-        with contextlib.suppress(OSError):  # gone already
-            self._target.shutdown(socket.SHUT_WR)
+        if self._is_reset:
+            # Of reading alone: an end of what is sent would make it look whole.
+            _reset(self._target, socket.SHUT_RD)
+        else:
+            with contextlib.suppress(OSError):  # gone already
+                self._target.shutdown(socket.SHUT_WR)
+        self._close()
+
+    def _close(self) -> None:
         self._pending.clear()
         self._source.close()
         self._target.close()
+
+
+def _reset(end: socket.socket, directions: int) -> None:
+    """Whoever is at the other end shall be told that this one is gone, once nobody here holds it any more.
+
+    The other direction holds the same socket, maybe in another process; it ends by the shutdown of these directions.
+
+    An ordinary close would not tell a sender without room in the window: no update of it follows a shutdown, and what
+    is left of the socket in the kernel answers the sender's probes for a minute.
+    """
+    with contextlib.suppress(OSError):  # gone already
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        end.shutdown(directions)
 
 
 class _Carrier:

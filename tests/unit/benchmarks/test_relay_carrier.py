@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -55,21 +56,28 @@ def control(tmp_path) -> Iterator[socket.socket]:
             process.kill()
 
 
-def connection() -> tuple[socket.socket, socket.socket]:
+def connection(buffer_bytes: int | None = None) -> tuple[socket.socket, socket.socket]:
+    """Who dialled and who answered, of whom the latter receives no more than so much unread."""
     with socket.create_server(("127.0.0.1", 0)) as server:
+        if buffer_bytes is not None:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         one = socket.create_connection(server.getsockname(), timeout=WAIT_S)
         other, _ = server.accept()
     other.settimeout(WAIT_S)
     return one, other
 
 
-def carried(control: socket.socket, name: str, way: Way | None) -> tuple[socket.socket, socket.socket]:
+def carried(
+    control: socket.socket, name: str, way: Way | None, *, is_two_way: bool = False, buffer_bytes: int | None = None
+) -> tuple[socket.socket, socket.socket]:
     """A sender's and a receiver's end, with the carrier between them."""
-    (sender, source), (target, receiver) = connection(), connection()
+    (sender, source), (target, receiver) = connection(buffer_bytes), connection(buffer_bytes)
     with source, target:
         source.setblocking(False)
         target.setblocking(False)
         hand_over(control, name, way, source, target)
+        if is_two_way:
+            hand_over(control, f"back of {name}", way, target, source)
     return sender, receiver
 
 
@@ -103,6 +111,40 @@ def test_who_sends_to_somebody_who_has_gone_is_told_so(control):
         deadline_s = time.monotonic() + WAIT_S
         while time.monotonic() < deadline_s:
             sender.sendall(bytes(1 << 16))
+
+
+def close_as_if_dead(end: socket.socket) -> None:
+    """No goodbye, but a reset."""
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    end.close()
+
+
+@pytest.mark.parametrize("close", [socket.socket.close, close_as_if_dead])
+@pytest.mark.parametrize("is_two_way", [False, True])
+def test_who_waits_for_room_at_somebody_who_goes_is_told_so(control, close, is_two_way):
+    way = Way(bytes_per_s=1e8, latency_s=0.0)
+    sender, receiver = carried(control, "a -> b", way, is_two_way=is_two_way, buffer_bytes=4096)
+    sender.setblocking(False)
+    while select.select([], [sender], [], 0.2)[1]:
+        sender.send(bytes(1 << 16))
+
+    close(receiver)
+
+    with sender, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        sender.settimeout(WAIT_S)
+        while True:
+            sender.send(bytes(1 << 16))
+
+
+def test_what_a_dead_sender_sent_does_not_look_whole(control):
+    sender, receiver = carried(control, "a -> b", Way(bytes_per_s=1e8, latency_s=0.0), is_two_way=True)
+    sender.sendall(b"half of")
+    assert receiver.recv(7, socket.MSG_WAITALL) == b"half of"
+
+    close_as_if_dead(sender)
+
+    with receiver, pytest.raises(ConnectionResetError):
+        receiver.recv(1)
 
 
 def test_a_slow_receiver_loses_nothing(control):
