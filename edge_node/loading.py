@@ -203,6 +203,7 @@ def make_executor(
         entry_owners=[Peer(*owner) for owner in assignment.entry_owners],
         unfreezing=spec.method.unfreezing,
         replicas_fold=numerics.replicas_fold,
+        sums=numerics.sums,
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NewType
+from typing import Literal, NewType
 
 JobId = NewType("JobId", str)
 AgentId = NewType("AgentId", str)
+
+SumDtype = Literal["fp32", "fp16"]
+"""How gradients that several workers add up are held and travel."""
 
 
 class UnitKind(IntEnum):

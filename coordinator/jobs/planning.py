@@ -39,7 +39,7 @@ from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
 from plutino.random_weights import read_random_weights
 from plutino.safetensors_index import read_safetensors_headers
-from plutino.types import AgentId, JobId
+from plutino.types import AgentId, JobId, SumDtype
 
 
 def read_model(spec: JobSpec) -> tuple[str, ModelTable]:
@@ -194,7 +194,13 @@ def _fits(table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micr
 
 
 def make_numerics(
-    plan: Plan, family: Family, devices: Sequence[Device], *, is_beside: bool = False, replicas_fold: bool = False
+    plan: Plan,
+    family: Family,
+    devices: Sequence[Device],
+    *,
+    is_beside: bool = False,
+    replicas_fold: bool = False,
+    sums: SumDtype = "fp32",
 ) -> NumericsRecord:
     """The record that fixes the job's bits, from its first plan.
 
@@ -205,6 +211,7 @@ def make_numerics(
         is_beside: a side network runs beside the blocks; its state is not rounded in place, so that the codec is
             that of every boundary, wherever stages end.
         replicas_fold: the plan was made for replicas that hand over sums.
+        sums: how sums of gradients travel.
     """
     chosen = {device.agent_id: device for device in devices}
     members = [chosen[AgentId(agent_id)] for agent_id in plan.agent_ids]
@@ -218,6 +225,7 @@ def make_numerics(
         codecs=plan.codec if is_beside else "raw",
         bf16_borders=() if is_beside else plan.bf16_borders,
         replicas_fold=replicas_fold,
+        sums=sums,
         versions=agreed_versions(members),
         arithmetic=shared_arithmetic(members),
     )

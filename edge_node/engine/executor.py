@@ -46,7 +46,7 @@ from edge_node.stage.stage import Stage
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
 from plutino.job.assignment import StageShape
 from plutino.job.method_part import Unfreezing
-from plutino.types import Unit
+from plutino.types import SumDtype, Unit
 
 # Shape suffixes: B rows of a micro-batch, T tokens, D hidden size.
 
@@ -73,6 +73,7 @@ class StageExecutor:
         first_trainable_stage: int = 0,
         unfreezing: Unfreezing | None = None,
         replicas_fold: bool = False,
+        sums: SumDtype = "fp32",
         activation_cache: StageCache | None = None,
         entry_owners: Sequence[Peer] = (),
     ) -> None:
@@ -91,7 +92,7 @@ class StageExecutor:
         self._first_trainable_stage = self._lowest_stage = first_trainable_stage
         self._unfreezing = unfreezing
         self._trained = frozenset(p.name for p in method.parameters)
-        self._step_gradients = StepGradients(method.parameters, self.stages, me, replicas_fold=replicas_fold)
+        self._step_gradients = StepGradients(method.parameters, self.stages, me, replicas_fold=replicas_fold, sums=sums)
         self._gradients: dict[str, Tensor] = {}
         self._cancelled: Unit | None = None
         self._activation_cache = activation_cache

@@ -115,6 +115,7 @@ class InProcessPipeline:
                 first_trainable_stage=first_trainable_stage,
                 unfreezing=spec.method.unfreezing,
                 replicas_fold=spec.placement.numerics == "free",
+                sums=spec.placement.sums,
                 activation_cache=None if activation_cache is None else activation_cache(stage),
                 entry_owners=entry_owners,
             )

@@ -8,6 +8,10 @@ micro-batches, each of whom adds its own; the total of all roles goes from last 
 all holders (:mod:`partitioner.sum_path`). A role that one worker runs alone is one sum, which is the same fold.
 A job whose bits may depend on the plan (``numerics: free``) has each replica add up its own micro-batches first.
 
+Where sums travel in 16 bits they are rounded (:mod:`edge_node.engine.sum_rounding`) after each addition: of a
+micro-batch's gradient to the sum of its role, its first one included, and of a role's sum to the total. That too
+depends on what is added alone.
+
 :func:`plan_groups` says what travels together and :func:`hops_of` on which way; :class:`Reduction` does it.
 """
 
@@ -23,12 +27,14 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from edge_node.engine.running_sum import RunningSum, travelling_bytes
+from edge_node.engine.sum_rounding import round_sums
 from edge_node.methods.base import Role, TrainableParameter
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport
 from partitioner.cost import SUM_MESSAGE_BYTES
 from partitioner.sum_path import runs, way_back
 from plutino.job.assignment import StageShape
-from plutino.types import Unit
+from plutino.types import SumDtype, Unit
 
 Contributions = dict[tuple[Role, int], Tensor]
 """Gradients of one parameter by role and micro-batch; micro-batch -1 stands for the fold over all of them."""
@@ -38,7 +44,6 @@ FOLDED = -1
 MAX_GROUP_BYTES = SUM_MESSAGE_BYTES
 """Parameters of the same holders go in several groups from this size on, which bounds the messages on their way. While
 one group's sum is at its next owner, the one after it follows."""
-_FP32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ def stage_of_role(role: Role, own_stage_index: int, stages: Sequence[StageShape]
 
 
 def plan_groups(
-    parameters: Sequence[TrainableParameter], stages: Sequence[StageShape], me: Peer
+    parameters: Sequence[TrainableParameter], stages: Sequence[StageShape], me: Peer, sums: SumDtype = "fp32"
 ) -> tuple[tuple[Group, ...], frozenset[str]]:
     """Groups of this worker's shared parameters, and the names of all of them."""
     alike: dict[tuple[tuple[Peer, ...], tuple[Role, ...]], list[str]] = {}
@@ -74,7 +79,7 @@ def plan_groups(
         holders = tuple(Peer(s, r) for s in held_by for r in range(stages[s].num_replicas))
         if len(holders) > 1:
             alike.setdefault((holders, parameter.all_roles), []).append(parameter.name)
-    sizes = {parameter.name: _FP32_BYTES * parameter.uses[0][1].numel() for parameter in parameters}
+    sizes = {p.name: travelling_bytes(p.uses[0][1].numel(), sums) for p in parameters}
     groups = tuple(
         Group(holders, names, roles)
         for (holders, roles), all_names in sorted(alike.items(), key=repr)
@@ -94,15 +99,25 @@ def _batched(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[s
     yield tuple(batch)
 
 
-def fold(contributions: Contributions, roles: Sequence[Role]) -> Tensor:
-    """Add up one parameter's contributions: over roles in order, within a role over micro-batches in order."""
+def fold(contributions: Contributions, roles: Sequence[Role], *, is_rounded: bool = False) -> Tensor:
+    """Add up one parameter's contributions: over roles in order, within a role over micro-batches in order.
+
+    Args:
+        contributions: what is added.
+        roles: in their order.
+        is_rounded: round after each addition.
+    """
     total: Tensor | None = None
     for role in roles:
         of_role: Tensor | None = None
         for _, gradient in sorted(((m, g) for (r, m), g in contributions.items() if r == role), key=lambda x: x[0]):
             of_role = gradient.clone() if of_role is None else of_role.add_(gradient)
+            if is_rounded:
+                round_sums([of_role])
         if of_role is not None:
             total = of_role if total is None else total.add_(of_role)
+            if is_rounded:
+                round_sums([total])
     assert total is not None, "a trainable parameter always has a use"
     return total
 
@@ -207,6 +222,7 @@ class Reduction:
         stages: all stages of the plan.
         num_micro_batches: of the step.
         are_folded: replicas hand over the sums of their own micro-batches.
+        sums: how sums are held and travel.
         me: this worker.
         unit: the step.
         transport: carries the parts.
@@ -217,6 +233,7 @@ class Reduction:
     stages: Sequence[StageShape]
     num_micro_batches: int
     are_folded: bool
+    sums: SumDtype
     me: Peer
     unit: Unit
     transport: Transport
@@ -241,9 +258,9 @@ class _Sums:
         self._asked = asked
         self._hops, self._back, self._groups = hops, back, groups
         self._ends = [place for place, hop in enumerate(hops) if hop.ends_role]
-        self._held: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._held: dict[tuple[int, int], RunningSum] = {}
         """(group, hop) -> a sum that this worker keeps until it is handed on."""
-        self._totals: dict[int, Tensor] = {}
+        self._totals: dict[int, RunningSum] = {}
 
     def run(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -260,21 +277,21 @@ class _Sums:
     def _add_own(self, index: int, place: int) -> None:
         asked, group, hop = self._asked, self._groups[index], self._hops[place]
         begins_role = place == 0 or self._hops[place - 1].ends_role
-        sums = {} if begins_role else self._from(index, place - 1)
+        sums = self._empty(index) if begins_role else self._from(index, place - 1)
         for m in hop.micro_batches:
             # What comes over a wire lies on the CPU, and sums must not depend on who holds the parameter.
             own = {name: asked.local[name].get((hop.role, m)) for name in group.names}
-            _add(sums, {name: gradient.cpu() for name, gradient in own.items() if gradient is not None})
+            sums.add({name: gradient.cpu() for name, gradient in own.items() if gradient is not None})
         if hop.ends_role and (before := [end for end in self._ends if end < place]):
             totals = self._from(index, before[-1])
-            _add(totals, sums)
+            totals.add(sums.values())
             sums = totals
         if not hop.ends_role and self._hops[place + 1].owner != asked.me:
             self._send(index, place, self._hops[place + 1].owner, sums)
-        else:
+        elif place < len(self._hops) - 1:
             self._held[index, place] = sums
-        if place == len(self._hops) - 1:
-            self._totals[index] = self._flat(group, self._held.pop((index, place)))
+        else:
+            self._totals[index] = sums
 
     def _hand_on(self, index: int, place: int) -> None:
         owner = self._hops[next(end for end in self._ends if end > place)].owner
@@ -282,54 +299,30 @@ class _Sums:
             self._send(index, place, owner, self._held.pop((index, place)))
 
     def _spread(self, index: int, step: int) -> dict[str, Tensor]:
-        asked, group, key = self._asked, self._groups[index], self._key(MessageKind.TOTAL_GRADIENT, index, 0)
-        # The buffer of what was received is lent again.
-        total = asked.transport.receive(self._back[step - 1], key)["total"].clone() if step else self._totals.pop(index)
+        key = self._key(MessageKind.TOTAL_GRADIENT, index, 0)
+        total = self._received(index, self._back[step - 1], key) if step else self._totals.pop(index)
         if step + 1 < len(self._back):
-            asked.transport.send(self._back[step + 1], key, {"total": total})
-            total = total.clone()
-        sizes = [asked.shapes[name].numel() for name in group.names]
-        return {
-            name: flat.reshape(asked.shapes[name]) for name, flat in zip(group.names, total.split(sizes), strict=True)
-        }
+            self._asked.transport.send(self._back[step + 1], key, total.message())
+        return total.gradients()
 
-    def _from(self, index: int, place: int) -> dict[str, Tensor]:
+    def _from(self, index: int, place: int) -> RunningSum:
         """The sum that a hop left."""
-        asked, owner = self._asked, self._hops[place].owner
-        if owner == asked.me:
+        owner = self._hops[place].owner
+        if owner == self._asked.me:
             return self._held.pop((index, place))
-        part = asked.transport.receive(owner, self._key(MessageKind.PARTIAL_GRADIENT, index, place))
-        return _unpack(self._groups[index], part, asked.shapes)
+        return self._received(index, owner, self._key(MessageKind.PARTIAL_GRADIENT, index, place))
 
-    def _send(self, index: int, place: int, peer: Peer, sums: Mapping[str, Tensor]) -> None:
-        key = self._key(MessageKind.PARTIAL_GRADIENT, index, place)
-        self._asked.transport.send(peer, key, _pack(self._groups[index], sums))
+    def _received(self, index: int, owner: Peer, key: MessageKey) -> RunningSum:
+        sums = self._empty(index)
+        sums.receive(self._asked.transport.receive(owner, key))
+        return sums
+
+    def _empty(self, index: int) -> RunningSum:
+        asked = self._asked
+        return RunningSum({name: asked.shapes[name] for name in self._groups[index].names}, asked.sums)
+
+    def _send(self, index: int, place: int, peer: Peer, sums: RunningSum) -> None:
+        self._asked.transport.send(peer, self._key(MessageKind.PARTIAL_GRADIENT, index, place), sums.message())
 
     def _key(self, kind: MessageKind, index: int, place: int) -> MessageKey:
         return MessageKey(kind, self._asked.unit, self._groups[index].key, place)
-
-    def _flat(self, group: Group, sums: Mapping[str, Tensor]) -> Tensor:
-        # Where no micro-batch had a label token, nobody has a gradient.
-        shapes = self._asked.shapes
-        return torch.cat([sums.get(name, torch.zeros(shapes[name])).reshape(-1) for name in group.names])
-
-
-def _add(sums: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    for name, gradient in found.items():
-        sums[name] = sums[name].add_(gradient) if name in sums else gradient.clone()
-
-
-def _pack(group: Group, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    flat = [sums[name].reshape(-1) for name in group.names if name in sums]
-    return {
-        "present": torch.tensor([name in sums for name in group.names], dtype=torch.uint8),
-        "gradients": torch.cat(flat) if flat else torch.zeros(0),
-    }
-
-
-def _unpack(group: Group, part: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    names = [name for name, is_there in zip(group.names, part["present"].tolist(), strict=True) if is_there]
-    sizes = [shapes[name].numel() for name in names]
-    # The buffer of what was received is lent again.
-    gradients = part["gradients"].clone().split(sizes)
-    return {name: flat.reshape(shapes[name]) for name, flat in zip(names, gradients, strict=True)}

@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from edge_node.engine.running_sum import travelling_bytes
 from edge_node.engine.shared_gradients import FOLDED, Contributions, Reduction, fold, plan_groups, sum_partners
+from edge_node.engine.sum_rounding import round_sums
 from edge_node.methods.base import TrainableParameter
 from edge_node.transport.base import Peer, Transport
 from plutino.job.assignment import StageShape
-from plutino.types import Unit
+from plutino.types import SumDtype, Unit
 
 
 def squared_norms(gradients: Mapping[str, Tensor], names: Sequence[str]) -> tuple[float, ...]:
@@ -32,6 +34,7 @@ class StepGradients:
         stages: all stages of the plan.
         me: this worker.
         replicas_fold: replicas hand over the sums of their own micro-batches.
+        sums: how sums travel. Where replicas do not fold, those that stay here are rounded likewise.
     """
 
     def __init__(
@@ -41,21 +44,25 @@ class StepGradients:
         me: Peer,
         *,
         replicas_fold: bool = False,
+        sums: SumDtype = "fp32",
     ) -> None:
         self._parameters = tuple(parameters)
         self._stages = stages
         self._me = me
         self._replicas_fold = replicas_fold
         self._is_folded = replicas_fold or stages[me.stage_index].num_replicas == 1
-        self.groups, self._shared_names = plan_groups(parameters, stages, me)
+        self._sums: SumDtype = sums
+        # What may depend on the plan is rounded where it is handed over, and nowhere else.
+        self._rounds_own = sums == "fp16" and not replicas_fold
+        self.groups, self._shared_names = plan_groups(parameters, stages, me, sums)
         """Parameters that other workers hold too."""
         self._contributions: dict[str, Contributions] = {}
 
     @property
     def largest_message_bytes(self) -> int:
         """Bytes of the largest message of shared parameters' gradients, without its header."""
-        sizes = {p.name: p.uses[0][1].numel() for p in self._parameters}
-        return 4 * max((sum(sizes[name] for name in group.names) for group in self.groups), default=0)
+        sizes = {p.name: travelling_bytes(p.uses[0][1].numel(), self._sums) for p in self._parameters}
+        return max((sum(sizes[name] for name in group.names) for group in self.groups), default=0)
 
     @property
     def partners(self) -> frozenset[Peer]:
@@ -76,6 +83,7 @@ class StepGradients:
 
     def take(self, m: int) -> None:
         """Move .grad of every use into the step's contributions, separately only where replicas will need it."""
+        added: list[Tensor] = []
         for parameter in self._parameters:
             for role, use in parameter.uses:
                 if use.grad is None:
@@ -88,7 +96,10 @@ class StepGradients:
                     held[key].add_(use.grad)
                 else:
                     held[key] = use.grad
+                added.append(held[key])
                 use.grad = None
+        if self._is_folded and self._rounds_own:
+            round_sums(added)
 
     def whole(
         self,
@@ -109,7 +120,7 @@ class StepGradients:
             if len(held) == 1:
                 (gradients[parameter.name],) = held.values()
             elif held:
-                gradients[parameter.name] = fold(held, parameter.all_roles)
+                gradients[parameter.name] = fold(held, parameter.all_roles, is_rounded=self._rounds_own)
             else:
                 gradients[parameter.name] = torch.zeros_like(parameter.uses[0][1])
         if self.groups:
@@ -120,6 +131,7 @@ class StepGradients:
                 stages=self._stages,
                 num_micro_batches=num_micro_batches,
                 are_folded=self._replicas_fold,
+                sums=self._sums,
                 me=self._me,
                 unit=unit,
                 transport=transport,

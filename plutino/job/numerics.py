@@ -6,6 +6,7 @@ from typing import Literal
 
 from plutino.job.base import SpecPart
 from plutino.job.model import PLAIN, Packing
+from plutino.types import SumDtype
 
 
 class NumericsRecord(SpecPart):
@@ -34,6 +35,9 @@ class NumericsRecord(SpecPart):
     replicas_fold: bool = False
     """Replicas of a stage add up their own micro-batches before they hand over their gradients. Where they do not, the
     sum runs over all micro-batches in order, as on one worker."""
+    sums: SumDtype = "fp32"
+    """How gradients that several workers add up are held and travel; fp16 rounds every sum after each addition, those
+    of a parameter that one worker has alone included."""
     versions: dict[str, str]
     """Versions of torch, transformers and peft on the workers."""
     arithmetic: str | None = None

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from plutino.job.base import SpecPart
+from plutino.types import SumDtype
 
 
 class PlacementConfig(SpecPart):
@@ -19,6 +20,10 @@ class PlacementConfig(SpecPart):
     """How hidden states travel between stages: as they are, or rounded to bf16 (half the bytes of fp32). auto: the
     first plan rounds them where that makes a step notably shorter. Under ``numerics: fixed`` they are rounded at the
     first plan's borders for the whole job, wherever its stages end later."""
+    sums: SumDtype = "fp32"
+    """How gradients travel that replicas, or holders of a tied embedding, add up. fp16: half the bytes; every sum is
+    rounded after each addition to 11 bits with a scale of its own for each parameter, alike on any number of devices,
+    so that the job's bits still do not depend on the plan. Moments and trained values stay fp32."""
     devices: tuple[str, ...] = ()
     """Names of the devices to use; empty means any."""
     stages: int | None = Field(None, ge=1)

@@ -172,6 +172,22 @@ def test_replicas_of_a_job_with_free_numerics_hand_over_sums_and_stay_near_one_d
     assert of_losses == pytest.approx(alone[0], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_replicas_whose_sums_travel_in_fp16_give_the_bits_of_one_device_that_rounds_them(
+    fleet: Fleet, tmp_path: Path, model_dir: Path, rows_file: Path, alone: tuple[Any, ...]
+) -> None:
+    runs = []
+    for name, devices, stages in (("alone", ["a"], 1), ("fleet", [], 2)):
+        spec = spec_for(model_dir, rows_file, tmp_path / name, devices, stages)
+        placement = spec.placement.model_copy(update={"sums": "fp16"})
+        runs.append(fleet.finish(spec.model_copy(update={"placement": placement})))
+
+    assert told(runs[1]) == told(runs[0])
+    assert told(runs[0])[:2] != alone[:2]
+    assert Plan.model_validate(runs[1][2]["plan"]).has_replicas
+    assert [run[2]["numerics"]["sums"] for run in runs] == ["fp16", "fp16"]
+
+
 def test_two_stages_of_unequal_replicas_one_lost_and_a_pause_give_the_bits_of_one_device(
     fleet: Fleet,
     tmp_path: Path,
