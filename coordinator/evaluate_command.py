@@ -36,7 +36,10 @@ def evaluate(
         str | None, typer.Option(metavar="FOLDER|HUB", help="The base model; else that of the adapters.")
     ] = None,
     metric: Annotated[
-        Literal["exact_match", "json_slots"], typer.Option(help="How answers are compared with those of the rows.")
+        Literal["exact_match", "json_slots", "perplexity"],
+        typer.Option(
+            help="How answers are compared with those of the rows; perplexity: how likely those of the rows are."
+        ),
     ] = "exact_match",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 32,
     settings: Annotated[
@@ -80,11 +83,15 @@ def evaluate(
 
 def answers(client: Client, status: SweepStatus, requests: list[Request]) -> list[dict[str, Any]]:
     """What came of the requests, in the order in which they were handed in; those of failed adapters are left out."""
+    from coordinator.sweeps.requests import PERPLEXITY
+
     found: list[tuple[int, dict[str, Any]]] = []
     for result in status.results:
         own = [request for request in requests if request.adapter == result.settings["adapter"]]
         if result.state != "succeeded" or result.job_id is None:
             continue
+        if PERPLEXITY in result.values:
+            continue  # nothing was generated
         samples = client.job(result.job_id).detail["scores"]["after"]["samples"]
         for request, sample in zip(own, samples, strict=True):
             row = {"adapter": request.adapter, "prompt": sample["prompt"], "answer": sample["answer"]}
@@ -124,12 +131,15 @@ def _until_ended(client: Client, sweep_id: str) -> SweepStatus:
 
 
 def _tell(status: SweepStatus, answered: list[dict[str, Any]], *, as_json: bool) -> None:
+    from coordinator.sweeps.requests import PERPLEXITY
+
     adapters = {
         result.settings["adapter"]: {
             "state": result.state,
             "reason": result.reason,
             "score": result.score if any("expected" in row for row in _of(answered, result.settings)) else None,
-            "num_rows": len(_of(answered, result.settings)),
+            "perplexity": result.values.get(PERPLEXITY),
+            "num_rows": len(_of(answered, result.settings)) or result.num_scored,
             "job_id": result.job_id,
         }
         for result in status.results
@@ -149,9 +159,11 @@ def _tell(status: SweepStatus, answered: list[dict[str, Any]], *, as_json: bool)
         table.add_column(heading)
     for row in answered:
         table.add_row(row["adapter"], row["prompt"], row["answer"], row.get("expected", ""))
-    console.print(table)
+    if answered:
+        console.print(table)
     for name, one in adapters.items():
         score = "" if one["score"] is None else f", {one['score']:.1%} right"
+        score += "" if one["perplexity"] is None else f", perplexity {one['perplexity']:.4g}"
         why = f": {one['reason']}" if one["reason"] else ""
         console.print(f"{name}: {one['state']}, {one['num_rows']} rows{score}{why}", markup=False, soft_wrap=True)
 

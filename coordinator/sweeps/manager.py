@@ -207,7 +207,7 @@ class SweepManager:
 
     def _check_all_scored(self, record: _Record) -> None:
         results = [self._latest(record, number) for number in range(len(record.spec.trials))]
-        if failed := [result for result in results if not result.is_measured]:
+        if failed := [result for result in results if result.state != "succeeded" or not result.values]:
             names = ", ".join(label(result.settings) for result in failed)
             raise PlutinoError(f"{len(failed)} of {len(results)} could not be answered ({names}): {failed[0].reason}")
 

@@ -15,8 +15,10 @@ from typing import Any
 from plutino.data.formats import BadRowError
 from plutino.data.records import open_records
 from plutino.errors import ConfigError, DataError
-from plutino.job.adapter_method import method_of_adapter, read_adapter_config
-from plutino.job.method import LoraConfig
+from plutino.hub_id import model_folder
+from plutino.job.adapted_base import AdaptedBase, read_base
+from plutino.job.adapter_method import SEQ2SEQ, method_of_adapter, read_adapter_config
+from plutino.job.method import LoraConfig, MethodConfig
 from plutino.job.overrides import apply_overrides
 from plutino.job.spec import parse_spec
 from plutino.sweep import SweepSpec, Trial
@@ -24,6 +26,8 @@ from plutino.sweep import SweepSpec, Trial
 BASE = "base"
 """What the base model alone is called among adapters."""
 ADAPTER_COLUMN = "adapter"
+PERPLEXITY = "perplexity"
+"""The metric for which nothing is generated."""
 
 _NO_ANSWER = "-"
 """Stands where a prompt has no true answer: rows are read with one, and what is generated does not depend on it."""
@@ -108,30 +112,39 @@ def evaluation_of(
         rows_file: where :func:`write_rows` put them.
         adapters: by name.
         model: the base model; None: the one that the adapters were trained on.
-        metric: how answers are compared with true ones: exact_match or json_slots.
+        metric: exact_match or json_slots, which compare answers with true ones; or perplexity, of the true ones.
         max_new_tokens: of each answer.
         overrides: settings of the jobs, as in a job file.
 
     Raises:
-        ConfigError: adapters belong to other base models, or cannot be used.
+        ConfigError: adapters belong to other base models, or cannot be used; or rows lack the answers that the metric
+            is about.
     """
     ranges = _ranges(requests)
     used = [adapters[name] for name in ranges if name != BASE]
-    base = {"path": model} if model is not None else _common_model(used)
+    model_part = {"path": model} if model is not None else _common_model(used)
+    base = _adapted_base(model_part, overrides)
+    objective = _objective_of(used, base)
     trials = []
     for name, (first, end) in ranges.items():
         folder = None if name == BASE else adapters[name].folder
         # LoRA begins as the base model, to the bit.
-        method = LoraConfig(rank=1) if folder is None else method_of_adapter(read_adapter_config(folder), str(folder))
-        if method.trains_weights:
-            raise ConfigError(f"{folder} is a model of its own, not an adapter; name it with --model")
+        method: MethodConfig = LoraConfig(rank=1)
+        if folder is not None:
+            method = method_of_adapter(read_adapter_config(folder), str(folder), base)
+        has_truths = all(request.has_truth for request in requests[first:end])
+        if metric == PERPLEXITY and not has_truths:
+            raise ConfigError(
+                f"perplexity is of true answers, which rows of {name} lack; give them, or another --metric"
+            )
         values = {
             "name": f"evaluate-{name}"[:80],
-            "model": base,
+            "model": model_part,
+            "objective": {"type": objective},
             "method": method.model_dump(mode="json"),
             "data": {"train": str(rows_file), "eval": str(rows_file)},
             "scoring": {
-                "metric": metric if all(r.has_truth for r in requests[first:end]) else "exact_match",
+                "metric": metric if has_truths else "exact_match",
                 "max_new_tokens": max_new_tokens,
                 "before": False,
                 "rows": [first, end],
@@ -194,13 +207,30 @@ def _common_model(adapters: Sequence[NamedAdapter]) -> Mapping[str, Any]:
     return next(iter(found.values()))
 
 
+def _adapted_base(model_part: Mapping[str, Any], overrides: Iterable[str]) -> AdaptedBase | None:
+    chosen = apply_overrides({"model": model_part}, overrides, path_keys=("model.path",), base_dir=Path.cwd())["model"]
+    path = chosen.get("path") if isinstance(chosen, Mapping) else chosen
+    return read_base(model_folder(str(path)))
+
+
+def _objective_of(used: Iterable[NamedAdapter], base: AdaptedBase | None) -> str:
+    """What the base model does; where it is not on this machine yet, what its adapters were trained for."""
+    if base is not None:
+        return "seq2seq" if base.writes_what_it_read else "sft"
+    tasks = {task for one in used if (task := read_adapter_config(one.folder).get("task_type")) is not None}
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"the adapters are for {' and '.join(sorted(tasks))}, which no model does both; ask one by one"
+        )
+    return "seq2seq" if tasks == {SEQ2SEQ} else "sft"
+
+
 def _check_base(name: str, folder: Path, model: str) -> None:
     """Refuse an adapter whose record names another base.
 
     Raises:
         ConfigError: it does.
     """
-    from plutino.hub_id import model_folder
     from plutino.manifest import base_model_hash
 
     record = folder / _RECORD_FILE

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from plutino.errors import ConfigError
+from plutino.job.adapted_base import AdaptedBase
 from plutino.job.method import (
     AdaptersConfig,
     LoraConfig,
@@ -26,6 +27,8 @@ from plutino.job.method import (
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_TENSORS_FILE = "adapter_model.safetensors"
+SEQ2SEQ = "SEQ_2_SEQ_LM"
+"""peft's task type of encoder-decoders."""
 
 _LORA_WITHOUT = (
     "exclude_modules",
@@ -67,35 +70,34 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def method_of_adapter(values: Mapping[str, Any], where: str) -> MethodConfig:
+def method_of_adapter(values: Mapping[str, Any], where: str, base: AdaptedBase | None = None) -> MethodConfig:
     """The method that computes what an adapter of this adapter_config.json computes.
 
     Args:
         values: content of the file.
         where: its folder, for messages.
+        base: its base model; None: not known.
 
     Raises:
-        ConfigError: plutino has no such method, or not with these settings.
+        ConfigError: plutino has no such method, or not with these settings, or they say too little without the base
+            model.
     """
     kind = str(values.get("peft_type"))
     make = _METHODS.get(kind)
     if make is None:
         raise ConfigError(f"{where}: plutino knows no adapters of type {kind}, but {', '.join(sorted(_METHODS))}")
     task = values.get("task_type")
-    if task == "SEQ_2_SEQ_LM":
-        raise ConfigError(
-            f"{where}: the adapter is an encoder-decoder's, whose answers a job gives: set training.init_adapter to "
-            "it, training.steps: 0 and scoring.keep_answers"
-        )
-    if task not in (None, "CAUSAL_LM"):
+    if task not in (None, "CAUSAL_LM", SEQ2SEQ):
         raise ConfigError(f"{where}: the adapter is for {task}, which answers with scores and not with text")
+    if base is not None and task is not None and (task == SEQ2SEQ) != base.writes_what_it_read:
+        raise ConfigError(f"{where}: the adapter is for {task}, which {base.family.model_type} does not do")
     try:
-        return make(values)
+        return make(values, base)
     except (KeyError, TypeError, ValidationError, ConfigError) as error:
         raise ConfigError(f"{where}: {ADAPTER_CONFIG_FILE} cannot be used: {error}") from error
 
 
-def _lora(values: Mapping[str, Any]) -> LoraConfig:
+def _lora(values: Mapping[str, Any], base: AdaptedBase | None) -> LoraConfig:
     odd = [name for name in _LORA_WITHOUT if values.get(name)]
     if values.get("bias", "none") != "none":
         odd.append("bias")
@@ -104,12 +106,11 @@ def _lora(values: Mapping[str, Any]) -> LoraConfig:
         odd.append("target_modules (a regular expression)")
     if odd:
         raise ConfigError(f"it sets {', '.join(odd)}, which plutino's LoRA does not have; load it with peft")
-    layers = values.get("layers_to_transform")
     return LoraConfig(
         rank=values["r"],
         alpha=values["lora_alpha"],
         target_modules="all-linear" if targets == "all-linear" else tuple(targets),
-        blocks=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+        blocks=_transformed_blocks(values, base),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
         use_rslora=bool(values.get("use_rslora")),
@@ -119,30 +120,71 @@ def _lora(values: Mapping[str, Any]) -> LoraConfig:
     )
 
 
-def _prefix(values: Mapping[str, Any]) -> PTuningV2Config:
+def _transformed_blocks(values: Mapping[str, Any], base: AdaptedBase | None) -> tuple[int, ...] | None:
+    layers = values.get("layers_to_transform")
+    if layers is None:
+        return None
+    blocks = (layers,) if isinstance(layers, int) else tuple(layers)
+    if not _has_halves(values, base):
+        return blocks
+    known = _known(base)
+    # peft means the blocks of that number in either half.
+    num_of_encoder, num_blocks = known.num_encoder_blocks, known.family.num_blocks(known.values)
+    of_encoder = {block for block in blocks if block < num_of_encoder}
+    return tuple(sorted(of_encoder | {num_of_encoder + b for b in blocks if num_of_encoder + b < num_blocks}))
+
+
+def _has_halves(values: Mapping[str, Any], base: AdaptedBase | None) -> bool:
+    return values.get("task_type") == SEQ2SEQ if base is None else base.writes_what_it_read
+
+
+def _known(base: AdaptedBase | None) -> AdaptedBase:
+    if base is None:
+        raise ConfigError(
+            "which blocks of an encoder-decoder it means says the base model's config.json alone; say it with --model"
+        )
+    return base
+
+
+def _prefix(values: Mapping[str, Any], base: AdaptedBase | None) -> PTuningV2Config:
     # peft stores keys and values, whatever they came from.
     return PTuningV2Config(num_virtual_tokens=values["num_virtual_tokens"], init="zero")
 
 
-def _prompt(values: Mapping[str, Any]) -> PromptConfig:
+def _prompt(values: Mapping[str, Any], base: AdaptedBase | None) -> PromptConfig:
     return PromptConfig(num_virtual_tokens=values["num_virtual_tokens"], init="random")
 
 
-def _adapters(values: Mapping[str, Any]) -> AdaptersConfig:
-    found = (re.search(r"\.(\d+)\.", layer) for layer in values["layers"])
+def _adapters(values: Mapping[str, Any], base: AdaptedBase | None) -> AdaptersConfig:
+    has_halves = _has_halves(values, base)
+    decoder_prefix = halves.decoder_prefix if has_halves and (halves := _known(base).family.halves) else None
+    blocks = set()
+    for layer in values["layers"]:
+        found = re.search(r"\.(\d+)\.", layer)
+        if found is not None:
+            is_of_decoder = decoder_prefix is not None and layer.startswith(decoder_prefix)
+            blocks.add(int(found[1]) + (_known(base).num_encoder_blocks if is_of_decoder else 0))
     return AdaptersConfig(
         placement=values["placement"],
         bottleneck=values["bottleneck"],
         activation=values["activation"],
-        blocks=tuple(sorted({int(match[1]) for match in found if match is not None})),
+        blocks=tuple(sorted(blocks)),
     )
 
 
-def _parallel_adapters(values: Mapping[str, Any]) -> ParallelAdaptersConfig:
-    return ParallelAdaptersConfig(reduction=values["reduction"], blocks=tuple(values["blocks"]), init="random")
+def _parallel_adapters(values: Mapping[str, Any], base: AdaptedBase | None) -> ParallelAdaptersConfig:
+    # Narrow heads are as many as the model's.
+    own_heads = None if base is None else AdaptedBase(base.family, values.get("config") or {}).num_heads
+    is_whole = base is not None and own_heads is not None and own_heads != base.num_heads
+    return ParallelAdaptersConfig(
+        reduction=values["reduction"],
+        heads="whole" if is_whole else "narrow",
+        blocks=tuple(values["blocks"]),
+        init="random",
+    )
 
 
-_METHODS: Mapping[str, Callable[[Mapping[str, Any]], MethodConfig]] = {
+_METHODS: Mapping[str, Callable[[Mapping[str, Any], AdaptedBase | None], MethodConfig]] = {
     "LORA": _lora,
     "PREFIX_TUNING": _prefix,
     "PROMPT_TUNING": _prompt,

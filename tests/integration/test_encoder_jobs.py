@@ -36,14 +36,19 @@ WORDS = [
     "yes",
     "no",
 ]
-SPECIAL = {"bert": ("[PAD]", "[CLS]", "[SEP]"), "roberta": ("<pad>", "<s>", "</s>"), "t5": ("<pad>", "", "</s>")}
+SPECIAL = {
+    "bert": ("[PAD]", "[CLS]", "[SEP]"),
+    "roberta": ("<pad>", "<s>", "</s>"),
+    "t5": ("<pad>", "", "</s>"),
+    "bart": ("<pad>", "<s>", "</s>"),
+}
 
 
 def save_folder(name: str, folder: Path) -> Path:
     """A tiny model with a tokenizer of whole words, whose special tokens stand as published ones do."""
     pad, start, end = SPECIAL[name]
-    # RoBERTa's pad is 1, and its positions begin behind it.
-    first = [start, pad, end] if name == "roberta" else [one for one in (pad, start, end) if one]
+    # Their pad is 1, and RoBERTa's positions begin behind it.
+    first = [start, pad, end] if name in ("roberta", "bart") else [one for one in (pad, start, end) if one]
     vocab = {word: index for index, word in enumerate([*first, "[UNK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -54,7 +59,7 @@ def save_folder(name: str, folder: Path) -> Path:
     ends = [(token, vocab[token]) for token in (start, end) if token]
     single = f"{start} $A {end}".strip()
     tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
-    save_model(name, folder, **({"eos_token_id": vocab[end]} if name == "t5" else {}))
+    save_model(name, folder, **({"eos_token_id": vocab[end]} if name in ("t5", "bart") else {}))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 

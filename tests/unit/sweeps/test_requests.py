@@ -9,6 +9,8 @@ import pytest
 from coordinator.evaluate_command import _tell
 from coordinator.sweeps.requests import NamedAdapter, evaluation_of, read_requests, write_rows
 from plutino.errors import ConfigError, DataError
+from plutino.families import family_of
+from plutino.job.adapted_base import AdaptedBase
 from plutino.job.adapter_method import method_of_adapter, read_adapter_config
 from plutino.job.method import AdaptersConfig, LoraConfig, ParallelAdaptersConfig, PromptConfig, PTuningV2Config
 from plutino.job.spec import parse_spec
@@ -121,6 +123,73 @@ def test_adapters_of_two_base_models_are_refused_unless_one_is_named(tmp_path):
 def test_method_follows_from_the_adapters_own_config(tmp_path, changes, method):
     named = adapter(tmp_path, "a", **changes)
     assert method_of_adapter(read_adapter_config(named.folder), "a") == method
+
+
+T5 = AdaptedBase(family_of("t5"), {"model_type": "t5", "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4})
+LLAMA = AdaptedBase(family_of("llama"), {"model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 4})
+BOTTLENECK = {"peft_type": "PLUTINO_BOTTLENECK", "placement": "pfeiffer", "bottleneck": 5, "activation": "relu"}
+SIDE = {"peft_type": "PLUTINO_SIDE_NETWORK", "reduction": 2, "blocks": [0, 3]}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "expected"),
+    [
+        # peft means the block of that number in both halves, of which the encoder's is the shorter.
+        (T5, {"task_type": "SEQ_2_SEQ_LM", "layers_to_transform": [1, 2]}, {"blocks": (1, 3, 4)}),
+        (
+            T5,
+            {**BOTTLENECK, "task_type": "SEQ_2_SEQ_LM", "layers": ["encoder.block.1.x.wo", "decoder.block.0.x.wo"]},
+            {"blocks": (1, 2)},
+        ),
+        (LLAMA, {**SIDE, "config": {"num_attention_heads": 4}}, {"heads": "narrow"}),
+        (LLAMA, {**SIDE, "config": {"num_attention_heads": 2}}, {"heads": "whole"}),
+    ],
+)
+def test_what_an_adapters_config_leaves_open_follows_from_its_base_model(tmp_path, base, changes, expected):
+    named = adapter(tmp_path, "a", **changes)
+
+    found = method_of_adapter(read_adapter_config(named.folder), "a", base)
+
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        (None, {"task_type": "SEQ_2_SEQ_LM", "layers_to_transform": [1]}, "say it with --model"),
+        (LLAMA, {"task_type": "SEQ_2_SEQ_LM"}, "is for SEQ_2_SEQ_LM, which llama does not do"),
+        (T5, {"task_type": "CAUSAL_LM"}, "is for CAUSAL_LM, which t5 does not do"),
+    ],
+)
+def test_adapters_that_do_not_go_with_their_base_model_are_refused(tmp_path, base, changes, message):
+    named = adapter(tmp_path, "a", **changes)
+    with pytest.raises(ConfigError, match=message):
+        method_of_adapter(read_adapter_config(named.folder), "a", base)
+
+
+def test_jobs_of_an_encoder_decoder_write_what_they_read_whether_its_files_are_here_or_only_its_adapters(tmp_path):
+    path = rows_file(tmp_path, {"adapter": "a", "prompt": "1"}, {"prompt": "2"}, {"adapter": "b", "prompt": "1"})
+    options = {"metric": "exact_match", "max_new_tokens": 5}
+    named = {
+        "a": adapter(tmp_path, "a", task_type="SEQ_2_SEQ_LM"),
+        "b": adapter(tmp_path, "b", task_type="SEQ_2_SEQ_LM"),
+    }
+    requests = read_requests(path, named)
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(json.dumps(T5.values))
+
+    for model in (str(tmp_path / "t5"), "somebody/not-fetched"):
+        spec = evaluation_of(requests, path, named, model=model, **options)
+        assert {trial.spec.objective.type for trial in spec.trials} == {"seq2seq"}
+    named["b"] = adapter(tmp_path, "c", task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match="for CAUSAL_LM and SEQ_2_SEQ_LM, which no model"):
+        evaluation_of(requests, path, named, model="somebody/not-fetched", **options)
+
+
+def test_perplexity_is_asked_only_of_rows_that_have_true_answers(tmp_path):
+    path = rows_file(tmp_path, {"prompt": "1", "completion": "yes"}, {"prompt": "2"})
+    with pytest.raises(ConfigError, match="of true answers, which rows of base lack"):
+        evaluation_of(read_requests(path, []), path, {}, model="m", metric="perplexity", max_new_tokens=5)
 
 
 @pytest.mark.parametrize(
