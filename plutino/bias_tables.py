@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,7 +26,10 @@ def bias_by_own_table(block: nn.Module, table: str) -> None:
     """Let a block's attention make the biases of its scores itself, whatever the block before it hands on."""
 
     def without_the_others(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"position_bias": None}
+        hidden = args[0] if args else kwargs["hidden_states"]
+        # With a KV cache the module itself knows where the new tokens stand.
+        own = _biases(module, hidden) if kwargs.get("past_key_values") is None else None
+        return args, kwargs | {"position_bias": own}
 
     _attention_of(block, table).register_forward_pre_hook(without_the_others, with_kwargs=True)
 
@@ -33,6 +38,37 @@ def table_shape(block: nn.Module, table: str) -> tuple[int, int]:
     """Buckets and heads of the table that a block has or uses."""
     attention = _attention_of(block, table)
     return int(attention.relative_attention_num_buckets), int(attention.n_heads)
+
+
+def _biases(attention: Any, hidden_BTD: Tensor) -> Tensor:
+    """Biases of all scores among the tokens of a pass, [1, heads, T, T], as the module makes them."""
+    kind: Any = type(attention)
+    buckets_TT = _buckets(
+        kind,
+        hidden_BTD.shape[1],
+        hidden_BTD.device,
+        not attention.is_decoder,
+        attention.relative_attention_num_buckets,
+        attention.relative_attention_max_distance,
+    )
+    return attention.relative_attention_bias(buckets_TT).permute(2, 0, 1)[None]  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=32)
+def _buckets(
+    kind: Any, num_tokens: int, device: torch.device, is_bidirectional: bool, num_buckets: int, max_distance: int
+) -> Tensor:
+    """Which number of a table stands between two tokens, [T, T]: alike in all blocks, and twenty operations each."""
+    # What is made in inference mode could not be used in a training later.
+    with torch.inference_mode(False):
+        positions_T = torch.arange(num_tokens, device=device)
+        found: Tensor = kind._relative_position_bucket(
+            positions_T[None, :] - positions_T[:, None],
+            bidirectional=is_bidirectional,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+        )
+    return found
 
 
 def _attention_of(block: nn.Module, table: str) -> Any:

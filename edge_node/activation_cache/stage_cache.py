@@ -173,7 +173,7 @@ class StageCache:
     def _padded(self, file: StateFile, name: str, rows: CacheKeys, *, are_checked: bool) -> Tensor:
         width = self._width(name)
         row_bytes = token_bytes(self.codec, width, self._stage.dtype.itemsize)
-        padded = torch.empty(len(rows.keys), rows.padded_tokens, width, dtype=self._stage.dtype)
+        found: list[Tensor] = []
         for index, key in enumerate(_each(rows.keys)):
             data = file.read(key, is_checked=are_checked)
             if data is None:
@@ -181,9 +181,12 @@ class StageCache:
                     f"row {index} of a micro-batch is not in the activation cache, or its {name} is damaged, and this "
                     "worker has no blocks to compute it; the job goes back to the pipeline"
                 )
-            tokens = torch.from_numpy(data).view(-1, row_bytes)
-            padded[index, : len(tokens)] = decode(self.codec, tokens, width, self._stage.dtype)
-            padded[index, len(tokens) :] = 0
+            found.append(torch.from_numpy(data).view(-1, row_bytes))
+        # All rows at once: tokens of one row are too few for what an operation costs before it begins.
+        states = decode(self.codec, torch.cat(found), width, self._stage.dtype)
+        padded = torch.zeros(len(found), rows.padded_tokens, width, dtype=self._stage.dtype)
+        for row, of_row in zip(padded, states.split([len(tokens) for tokens in found]), strict=True):
+            row[: len(of_row)] = of_row
         return padded.to(self._stage.device)
 
     def _width(self, name: str) -> int:
