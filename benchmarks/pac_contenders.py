@@ -19,6 +19,8 @@ OURS = "ours"
 UNCACHED = "ours, no cache"
 OWN_DTYPE = "ours, dtype as the devices like it"
 """bf16 where all of them are quicker with it, as a job gets it that names none; all others are in fp32."""
+FP16_SUMS = "ours, sums in fp16"
+"""Half the bytes of gradients travel, at the price of a rounding after each addition; all others' are fp32."""
 LEAVING = "ours, the blocks leave"
 """Later epochs are data-parallel without the backbone, whatever they take: what memory they need."""
 PAC = "PAC as published"
@@ -47,6 +49,7 @@ class Contender:
     cached_epochs: str = "auto"
     """Where a method is cached whole; a frozen prefix's epochs go through the blocks above it."""
     dtype: str = "fp32"
+    sums: str = "fp32"
     uses_one_device: bool = False
     rate: str | None = None
     """Of all links, in place of the fleet's."""
@@ -75,6 +78,7 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
         _data_parallel("lora", methods),
         _pipeline("lora", methods, num_agents),
         Contender(name=UNCACHED, kind="variant", method=side),
+        Contender(name=FP16_SUMS, kind="variant", method=side, cache=codec, sums="fp16"),
         Contender(name=ALONE, kind="one device", method=side, stages=1, uses_one_device=True),
         _pipeline("full", methods, num_agents),
         Contender(name=OWN_DTYPE, kind="variant", method=side, cache=codec, dtype="auto"),
@@ -175,6 +179,7 @@ def job_values(
             "devices": list(devices[:1] if contender.uses_one_device else devices),
             "stages": num_stages,
             "replicas": contender.replicas,
+            "sums": contender.sums,
             "replan": "never",
             "cached_epochs": contender.cached_epochs,
         },

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.goals import Goal
 from benchmarks.pac_contenders import (
     ALONE,
+    FP16_SUMS,
     FULL_PIPELINE,
     LEAVING,
     OURS,
@@ -78,6 +79,10 @@ def goals_of(
             ratio(f"3 epochs, PAC as published / ours{words}", seconds.get(PAC), seconds[OURS], at_least=1.5)
             own_dtype = seconds.get(OWN_DTYPE)
             ratio(f"3 epochs, PAC as published / {OWN_DTYPE}{words}", seconds.get(PAC), own_dtype)
+            rounded = seconds.get(FP16_SUMS)
+            if best is not None:
+                ratio(f"3 epochs, best baseline ({best}) / {FP16_SUMS}{words}", seconds[best], rounded)
+            ratio(f"3 epochs, PAC as published / {FP16_SUMS}{words}", seconds.get(PAC), rounded)
             alone = seconds.get(ALONE)
             ratio(f"3 epochs, one device with the same method / ours{words}", alone, seconds[OURS], at_least=10.0)
             ratio(f"the same by device{words}", alone, num_devices * seconds[OURS])

@@ -61,7 +61,7 @@ def cached_step(
         devices: all that can hold the side network.
         bandwidth_bytes_per_s: between any two of them, in their order.
         num_micro_batches: of a step.
-        gradient_bytes: of one micro-batch.
+        gradient_bytes: of one micro-batch, as they travel.
     """
     by_speed = sorted(range(len(devices)), key=lambda i: (devices[i].micro_batch_s, i))
     ways = [

@@ -42,7 +42,7 @@ def explain(plan: Plan) -> str:
 def _summary(plan: Plan) -> str:
     return (
         f"step {plan.step_s:.3g} s, bubble {plan.bubble_share:.0%}: {plan.num_micro_batches} micro-batches of "
-        f"{plan.micro_batch_rows} rows, {plan.dtype}, codec {plan.codec_in_words}, "
+        f"{plan.micro_batch_rows} rows, {plan.dtype}, codec {plan.codec_in_words}, sums in {plan.sums}, "
         f"checkpointing {'on' if plan.checkpointing else 'off'}"
     )
 

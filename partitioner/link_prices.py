@@ -13,8 +13,6 @@ from partitioner.replay import Floats
 from partitioner.rooms import Rooms
 from partitioner.sum_path import sum_factors
 
-_FP32_BYTES = 4
-
 
 class LinkPrices(Rooms):
     """Seconds on the links between the devices of one job's fleet."""
@@ -83,11 +81,11 @@ class LinkPrices(Rooms):
         return tuple(tuple(links[device][other] for other in below) for device in layout[k])
 
     def sum_s(self, layout: Layout, k: int, start: int, end: int) -> float:
-        """Seconds in which the replicas of a stage add up their gradients, in fp32; see :mod:`partitioner.sum_path`."""
+        """Seconds in which the replicas of a stage add up their gradients; see :mod:`partitioner.sum_path`."""
         if len(layout[k]) == 1:
             return 0.0
         seconds, params = self.sum_s_by_blocks(layout, k), self._params_at(layout, k)
-        last_bytes = min(SUM_MESSAGE_BYTES, _FP32_BYTES * float(params[end] - params[start]))
+        last_bytes = min(SUM_MESSAGE_BYTES, self.shape.sum_bytes * float(params[end] - params[start]))
         return float(seconds[end] - seconds[start]) + last_bytes * self._sum_factors[self._sum_key(layout, k)][1]
 
     def sum_s_by_blocks(self, layout: Layout, k: int) -> Floats:
@@ -103,7 +101,7 @@ class LinkPrices(Rooms):
             if self.shape.replicas_fold:
                 owners = tuple(range(len(group)))
             self._sum_factors[key] = sum_factors(owners, (1.0 / self.bandwidth[np.ix_(group, group)]).tolist())
-        return self._params_at(layout, k) * (_FP32_BYTES * self._sum_factors[key][0])
+        return self._params_at(layout, k) * (self.shape.sum_bytes * self._sum_factors[key][0])
 
     def _sum_key(self, layout: Layout, k: int) -> tuple[Group, tuple[int, ...]]:
         return layout[k], self.owners(layout[k], is_alone=len(layout) == 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from partitioner.values import PlanValue
 from plutino.job.model import PLAIN, Packing
+from plutino.types import SumDtype
 
 
 class MemoryItem(PlanValue):
@@ -169,6 +170,8 @@ class Plan(PlanValue):
     """Share of the model's weights that stay in the compute dtype."""
     codec: str
     """Of every boundary whose stage does not name another."""
+    sums: SumDtype = "fp32"
+    """How gradients travel between those who add them up."""
     runs_ahead: bool = False
     """See :attr:`partitioner.shape.JobShape.runs_ahead`."""
     step_s: float

@@ -100,6 +100,7 @@ def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Can
         checkpointing=any(best.checkpointing),
         dtype=shape.dtype,
         codec=shape.codec,
+        sums=shape.sums,
         runs_ahead=shape.runs_ahead,
         step_s=best.step_s,
         bound_s=outcome.bound_s if shape.cached_steps_share == 0 else None,

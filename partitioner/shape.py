@@ -6,6 +6,7 @@ from typing import Literal
 
 from partitioner.values import PlanValue
 from plutino.job.model import PLAIN, Packing
+from plutino.types import SumDtype
 
 
 class JobShape(PlanValue):
@@ -81,11 +82,18 @@ class JobShape(PlanValue):
     replicas_fold: bool = False
     """Replicas hand over the sums of their own micro-batches' gradients, not each micro-batch's: other bits than one
     worker's."""
+    sums: SumDtype = "fp32"
+    """How gradients travel between those who add them up."""
 
     @property
     def dtype_bytes(self) -> int:
         """Bytes of one element in the compute dtype."""
         return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of one number of a gradient on its way to a sum; the scales of parameters are left out."""
+        return 4 if self.sums == "fp32" else 2
 
     @property
     def num_micro_batches(self) -> int:

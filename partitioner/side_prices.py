@@ -23,8 +23,6 @@ from partitioner.layout import Cuts, Layout
 from partitioner.link_prices import LinkPrices
 from partitioner.plan import CachedStep
 
-_FP32_BYTES = 4
-
 
 class SidePrices(LinkPrices):
     """Seconds of steps from the activation cache, and of all steps of a job together."""
@@ -65,7 +63,7 @@ class SidePrices(LinkPrices):
                 [self._side_devices[i] for i in roomy],
                 self.bandwidth[np.ix_(roomy, roomy)].tolist(),
                 num_micro_batches=self.num_micro_batches,
-                gradient_bytes=_FP32_BYTES * num_side_params(self.shape),
+                gradient_bytes=self.shape.sum_bytes * num_side_params(self.shape),
             )
         return self._cached[used]
 

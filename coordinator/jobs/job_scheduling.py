@@ -183,7 +183,7 @@ class Scheduling:
                 context.fleet.devices,
                 is_beside=problem.shape.side_reduction > 0,
                 replicas_fold=problem.shape.replicas_fold,
-                sums=context.spec.placement.sums,
+                sums=problem.shape.sums,
             )
             numerics_json = numerics.model_dump_json()
         plan = verdict.plan.model_copy(update={"cached": None})

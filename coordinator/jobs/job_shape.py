@@ -68,6 +68,7 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         else 0,
         exact_stages=spec.placement.stages,
         replicas_fold=spec.placement.numerics == "free",
+        sums=spec.placement.sums,
         **_cached_fields(spec, prepared, table, 4 if dtype == "fp32" else 2),
     )
 

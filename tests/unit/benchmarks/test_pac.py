@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.pac import Turn, refusal
-from benchmarks.pac_contenders import ALONE, FULL_PIPELINE, LEAVING, OURS, PAC, UNCACHED, contenders, scaling_contenders
+from benchmarks.pac_contenders import (
+    ALONE,
+    FP16_SUMS,
+    FULL_PIPELINE,
+    LEAVING,
+    OURS,
+    PAC,
+    UNCACHED,
+    contenders,
+    scaling_contenders,
+)
 from benchmarks.pac_figures import RunFigures, figures_of
 from benchmarks.pac_goals import best_baseline, goals_of, scaling_goals, whole_task_s
 from benchmarks.pac_run import Order
@@ -126,6 +136,12 @@ def test_every_contender_of_a_decoder_is_a_job():
 
     assert refused == {}
     assert len({turn.slug for turn in turns}) == len(turns)
+
+
+def test_sums_are_rounded_for_the_contender_that_is_named_after_it_alone():
+    found = contenders(SHAPES["t5-base"], num_agents=4)
+
+    assert [each.name for each in found if each.sums != "fp32"] == [FP16_SUMS]
 
 
 def test_rows_are_those_of_the_task_where_there_is_a_file_and_as_long_where_not(tmp_path):

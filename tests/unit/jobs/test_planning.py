@@ -273,6 +273,13 @@ def test_later_plans_keep_the_products_of_the_numerics_record():
     assert (found.shape.packing, fleet.num_measured) == (packing, 4)
 
 
+def test_how_sums_travel_is_priced_and_written_into_the_first_record():
+    found = problem(FakeFleet(budget_mib=4000), 4, placement={"sums": "fp16"})
+
+    assert (found.shape.sums, found.shape.sum_bytes) == ("fp16", 2)
+    assert record_with().sums == "fp32"  # of a job that was stored without it
+
+
 def record_with(**changes):
     fields = {
         "dtype": "fp32",

@@ -92,6 +92,22 @@ def test_cached_step_of_a_job_needs_a_side_network_and_room_for_it():
     assert Pricer(table, job(table, LoraConfig()), devices, links).cached_step(((0,),)) is None
 
 
+def test_sums_in_fp16_halve_the_seconds_of_gradients_of_replicas_and_of_epochs_from_the_cache():
+    table, devices = llama(4), [device("a"), device("b"), device("c")]
+    shape = cached_job(table, 1.0, cached_ways=("data-parallel",))
+    exact, rounded = (
+        Pricer(table, shape.model_copy(update={"sums": sums}), devices, LinkTable()) for sums in ("fp32", "fp16")
+    )
+    layout = ((0, 1), (2,))
+
+    assert rounded.sum_s(layout, 0, 0, 2) == pytest.approx(exact.sum_s(layout, 0, 0, 2) / 2)
+    assert rounded.sum_s(layout, 0, 0, 2) > 0
+    steps = [pricer.cached_step(layout) for pricer in (rounded, exact)]
+    assert len(steps[0].agent_ids) == len(steps[1].agent_ids) > 1
+    assert steps[0].reduce_s == pytest.approx(steps[1].reduce_s / 2)
+    assert "sums in fp16" in explain(search(table, rounded.shape, devices, LinkTable()))
+
+
 def test_entries_of_a_micro_batch_are_read_at_the_disks_rate_and_all_else_is_computed():
     table = llama(8, vocab_size=200)
     shape = job(table, ParallelAdaptersConfig(reduction=8))
