@@ -138,7 +138,7 @@ def _train(pipeline: InProcessPipeline, runner: JobRunner, spec: JobSpec, num_st
 
 
 def _eval_loss(pipeline: InProcessPipeline, runner: JobRunner, spec: JobSpec, prepared: PreparedData) -> float:
-    loss_sum, loss_weight = 0.0, 0
+    loss_sum, loss_weight = 0.0, 0.0
     for serial, first in enumerate(range(0, prepared.num_eval, _EVAL_ROWS)):
         batch = runner.eval_batch(first, _EVAL_ROWS, spec.training.batch_size, from_training=False)
         loss_sum += pipeline.evaluate(serial, batch.micro_batches)

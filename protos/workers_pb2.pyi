@@ -937,15 +937,15 @@ class MicroBatch(_message.Message):
     SECOND_STARTS_FIELD_NUMBER: _builtins.int
     ADVANTAGES_FIELD_NUMBER: _builtins.int
     SAMPLED_LOGPS_FIELD_NUMBER: _builtins.int
-    AVERAGES_ROWS_FIELD_NUMBER: _builtins.int
+    LENGTH_DISCOUNT_FIELD_NUMBER: _builtins.int
     input_ids: _builtins.bytes
     """Little-endian int32, rows one after the other."""
     label_mask: _builtins.bytes
     """One byte a token: 1 if the token carries loss as a label."""
     padded_tokens: _builtins.int
     """Rows are padded to this many tokens."""
-    averages_rows: _builtins.bool
-    """A label token's loss counts by 1 over the number of them in its row (segment, where rows are packed), not by 1."""
+    length_discount: _builtins.float
+    """A label token counts by n ** -length_discount, n being the number of them in its row (segment, if packed)."""
     @_builtins.property
     def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -990,11 +990,11 @@ class MicroBatch(_message.Message):
         second_starts: _abc.Iterable[_builtins.int] | None = ...,
         advantages: _abc.Iterable[_builtins.float] | None = ...,
         sampled_logps: _abc.Iterable[_builtins.float] | None = ...,
-        averages_rows: _builtins.bool = ...,
+        length_discount: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "averages_rows", b"averages_rows", "input_ids", b"input_ids", "label_mask", b"label_mask", "labels", b"labels", "lengths", b"lengths", "padded_tokens", b"padded_tokens", "pair_ids", b"pair_ids", "reference_logps", b"reference_logps", "sampled_logps", b"sampled_logps", "second_starts", b"second_starts", "segment_lengths", b"segment_lengths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "input_ids", b"input_ids", "label_mask", b"label_mask", "labels", b"labels", "length_discount", b"length_discount", "lengths", b"lengths", "padded_tokens", b"padded_tokens", "pair_ids", b"pair_ids", "reference_logps", b"reference_logps", "sampled_logps", b"sampled_logps", "second_starts", b"second_starts", "segment_lengths", b"segment_lengths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

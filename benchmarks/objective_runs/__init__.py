@@ -19,7 +19,7 @@ RUNS: Mapping[str, Run] = {
     "grpo": GRPO,
     "dapt_legal": DAPT_LEGAL,
     "dapt_medical": DAPT_MEDICAL,
-    "multitask": MULTITASK,
+    **MULTITASK,
     "llm2llm": LLM2LLM,
     **SHIPPED,
 }

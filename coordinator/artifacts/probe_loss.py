@@ -17,6 +17,7 @@ from torch.nn import functional
 from coordinator.artifacts.verify_process import Probe, ProbeRows
 from plutino.errors import ExportError
 from plutino.job.objective import DpoConfig, RewardConfig, Seq2SeqConfig
+from plutino.job.objective_part import LENGTH_DISCOUNTS
 
 # Shape suffixes: B rows, P pairs, T padded tokens, V vocabulary, N label tokens.
 
@@ -28,23 +29,24 @@ def loss_sum_of(model: Any, probe: Probe, without_adapter: Callable[[], Abstract
         ExportError: the model's outputs are not finite.
     """
     objective = probe.objective
-    averages_rows = probe.counted == "labelled rows"
+    discount = LENGTH_DISCOUNTS.get(probe.counted, 0.0)
     total = 0.0
     for rows in probe.micro_batches:
         if isinstance(objective, DpoConfig):
-            policy_B = _row_logps(model, rows, average=objective.average_logps)
+            discount = float(objective.average_logps)
+            policy_B = _row_logps(model, rows, discount)
             if objective.runs_reference:
                 with without_adapter():
-                    reference_B = _row_logps(model, rows, average=objective.average_logps)
+                    reference_B = _row_logps(model, rows, discount)
             else:
                 reference_B = torch.tensor(rows.reference_logps)
             total += float(_dpo(objective, *_pairs(policy_B - reference_B, rows)))
         elif isinstance(objective, Seq2SeqConfig):
-            total += _target_loss(model, rows, average=averages_rows)
+            total += _target_loss(model, rows, discount)
         elif objective is not None and objective.has_score_head:
             total += float(_scored(objective, _scores(model, rows), rows))
         else:
-            total -= float(_row_logps(model, rows, average=averages_rows).sum())
+            total -= float(_row_logps(model, rows, discount).sum())
     return total
 
 
@@ -61,7 +63,8 @@ def padded(rows: ProbeRows) -> tuple[Tensor, Tensor, Tensor]:
     return ids_BT, attention_BT, labels_BT
 
 
-def _row_logps(model: Any, rows: ProbeRows, *, average: bool = False) -> Tensor:
+def _row_logps(model: Any, rows: ProbeRows, discount: float) -> Tensor:
+    """Sum over each row's n label tokens, by n ** discount: 1 gives the mean."""
     ids_BT, attention_BT, labels_BT = padded(rows)
     logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
     # Virtual tokens of a prompt stand before the row's own.
@@ -74,11 +77,11 @@ def _row_logps(model: Any, rows: ProbeRows, *, average: bool = False) -> Tensor:
         labels_N = ids_BT[row, 1:][is_label_BT[row]]
         logits_NV = logits_BTV[row, :-1][is_label_BT[row]].float()
         logp = -functional.cross_entropy(logits_NV, labels_N, reduction="sum")
-        sums.append(logp / max(1, len(labels_N)) if average else logp)
+        sums.append(logp / max(1, len(labels_N)) ** discount)
     return torch.stack(sums)
 
 
-def _target_loss(model: Any, rows: ProbeRows, *, average: bool) -> float:
+def _target_loss(model: Any, rows: ProbeRows, discount: float) -> float:
     """Cross-entropy of what an encoder-decoder writes of what it reads, row by row, so that nothing is padded."""
     total, start = 0.0, 0
     for length in rows.lengths:
@@ -88,7 +91,7 @@ def _target_loss(model: Any, rows: ProbeRows, *, average: bool) -> float:
         logits_TV = model(input_ids=ids[~is_target][None], labels=labels[None]).logits[0]
         _require_finite(logits_TV, rows)
         loss = float(functional.cross_entropy(logits_TV.float(), labels, reduction="sum"))
-        total += loss / len(labels) if average else loss
+        total += loss / len(labels) ** discount
         start += length
     return total
 

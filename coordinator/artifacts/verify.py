@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from coordinator.artifacts.probe_loss import loss_sum_of, padded
 from coordinator.artifacts.verify_process import Check, Probe, VerifyReport, VerifyRequest
 from plutino.errors import ExportError, PlutinoError
+from plutino.job.objective_part import LENGTH_DISCOUNTS
 from plutino.load_adapter import expected_shapes, has_own_layout, load_adapter
 from plutino.safetensors_index import INDEX_FILE, SINGLE_FILE, read_safetensors_headers
 from plutino.sizes import format_size
@@ -150,12 +151,12 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
     difference = abs(loss_sum - probe.loss_sum) / max(abs(probe.loss_sum), 1e-12)
     tolerance = LOSS_TOLERANCE[probe.dtype]
     compared = (
-        f"loss sum {loss_sum:.6f} over {probe.num_counted} {probe.counted} in {probe.dtype}, the pipeline's "
+        f"loss sum {loss_sum:.6f} over {probe.num_counted:g} {probe.counted} in {probe.dtype}, the pipeline's "
         f"{probe.loss_sum:.6f}, relative difference {difference:.1e}, tolerance {tolerance:.0e}"
     )
     if not probe.packing.is_plain:
         compared = (
-            f"loss sum {loss_sum:.6f} over {probe.num_counted} {probe.counted} on the base in {probe.dtype}, "
+            f"loss sum {loss_sum:.6f} over {probe.num_counted:g} {probe.counted} on the base in {probe.dtype}, "
             f"{probe.loss_sum:.6f} in the pipeline, whose base was held in {probe.packing.scheme}: not comparable"
         )
     # Written so that a difference that is not a number fails too.
@@ -210,13 +211,13 @@ def _require_count(probe: Probe) -> None:
     num_pairs = sum(len(rows.pair_ids) // 2 for rows in probe.micro_batches)
     if probe.counted != "rows":
         num_labels_B = torch.cat([padded(rows)[2][:, 1:].sum(dim=1) for rows in probe.micro_batches])
-        counts_tokens = probe.counted == "label tokens"
-        num_counted = int(num_labels_B.sum()) if counts_tokens else int(num_labels_B.count_nonzero())
+        weights_B = num_labels_B[num_labels_B > 0].double() ** (1 - LENGTH_DISCOUNTS.get(probe.counted, 0.0))
+        num_counted = float(weights_B.sum())
     else:
         num_counted = num_pairs or sum(len(rows.lengths) for rows in probe.micro_batches)
-    if num_counted != probe.num_counted:
+    if not math.isclose(num_counted, probe.num_counted):
         raise ExportError(
-            f"the probe has {num_counted} {probe.counted} but the pipeline counted {probe.num_counted}; "
+            f"the probe has {num_counted:g} {probe.counted} but the pipeline counted {probe.num_counted:g}; "
             "nothing was published: the loss sums cannot be compared, please report this"
         )
 

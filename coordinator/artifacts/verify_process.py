@@ -77,8 +77,8 @@ class Probe(_Value):
     micro_batches: tuple[ProbeRows, ...]
     loss_sum: float
     """The pipeline's loss, summed over what is counted."""
-    num_counted: int
-    """Label tokens, rows that have some, or rows (a pair is one), that the pipeline counted."""
+    num_counted: float
+    """Label tokens, rows that have some or their weights, or rows (a pair is one), that the pipeline counted."""
     objective: ObjectiveConfig | None = None
     """What the loss is; None: cross-entropy of the label tokens."""
     dtype: Literal["fp32", "bf16"]

@@ -119,7 +119,7 @@ def _probe(context: JobContext, prepared: PreparedData, batch: Batch, measured: 
     return Probe(
         micro_batches=rows,
         loss_sum=measured.loss_sum,
-        num_counted=int(measured.loss_weight),
+        num_counted=measured.loss_weight,
         objective=for_devices(context.spec, prepared).objective,
         dtype=context.numerics.dtype,
         packing=context.numerics.packing,

@@ -22,7 +22,7 @@ class Loss:
     """Scalar to back-propagate: the sum of losses over the step's global loss weight. None: nothing in the micro-batch
     carries loss."""
     sum: float | Tensor
-    """Sum of losses: in nats over label tokens, in nats over rows of their tokens' means, or over rows (a pair is one).
+    """Sum of losses: in nats over label tokens, each by its weight, or over rows (a pair is one row).
     A scalar on a card is not waited for before the step's end."""
     values_BK: Tensor | None = None
     """What the objective says of each row, detached fp32, for scoring; None: nothing that a score is made of."""
@@ -66,7 +66,7 @@ class Objective(Protocol):
             stage: the last stage, for its head.
             hidden_BTD: hidden states after the final norm.
             rows: the micro-batch's tokens, which of them carry loss, and labels.
-            loss_weight: the step's global weight N: its label tokens, or its rows, as ``counted`` of the objective's
+            loss_weight: the step's global weight N: its label tokens or rows, as ``counted`` of the objective's
                 config says.
                 The sum of ``scaled`` over the step's micro-batches is the mean.
             reference: what :meth:`reference` gave; None where the objective runs no reference.

@@ -20,7 +20,7 @@ from plutino.data.batches import MicroBatchRows
 
 
 class LabelTokenLoss(NoReference):
-    """Cross-entropy of the next token: the mean over the step's label tokens, or over its rows of their own means."""
+    """Cross-entropy of the next token: the mean over the step's label tokens, as its rows weigh them."""
 
     def loss(
         self,
@@ -41,8 +41,8 @@ class LabelTokenLoss(NoReference):
 
 
 def total_cross_entropy(logits_NV: Tensor, labels_N: Tensor, rows: MicroBatchRows) -> Tensor:
-    """Sum over the label tokens of a micro-batch, or over its rows of their own means."""
-    if not rows.averages_rows:
+    """Sum over the label tokens of a micro-batch, each by its weight."""
+    if not rows.length_discount:
         return functional.cross_entropy(logits_NV, labels_N, reduction="sum")
     # A sum over rows by their numbers would have another order in every run on a card.
     weights_N = to_device(label_weights(rows), logits_NV.device)
@@ -50,11 +50,11 @@ def total_cross_entropy(logits_NV: Tensor, labels_N: Tensor, rows: MicroBatchRow
 
 
 def label_weights(rows: MicroBatchRows) -> Tensor:
-    """What each label token counts by, [N] in fp32: 1 over the number of them in its row, or segment if packed."""
+    """What each label token counts by, [N] in fp32: see :attr:`MicroBatchRows.length_discount`."""
     lengths = rows.lengths if rows.segment_lengths is None else rows.segment_lengths
     of_label_N = np.repeat(np.arange(len(lengths)), lengths)[rows.label_mask.astype(bool)]
     counts = np.bincount(of_label_N, minlength=len(lengths))
-    return torch.from_numpy((1 / counts[of_label_N]).astype(np.float32))
+    return torch.from_numpy((counts[of_label_N] ** -rows.length_discount).astype(np.float32))
 
 
 def row_logps(stage: Stage, hidden_BTD: Tensor, rows: MicroBatchRows, *, average: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ from plutino.job.objective import Seq2SeqConfig
 
 
 class Seq2SeqObjective(NoReference):
-    """The mean over the targets' tokens, the end token among them, or over the rows of their own means."""
+    """The mean over the targets' tokens, the end token among them, as their rows weigh them."""
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         self.config = config

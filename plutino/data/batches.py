@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from plutino.data.readers import name_lines
 from plutino.data.samples import Batchable, TokenRow
 from plutino.errors import DataError, NumericsError
-from plutino.job.objective_part import Counted
+from plutino.job.objective_part import LENGTH_DISCOUNTS, Counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,9 +52,9 @@ class MicroBatchRows:
     """[num_rows], how much better each sampled answer is than the others of its group; None: rows are not sampled."""
     sampled_logps: NDArray[np.float32] | None = None
     """[label tokens], log-probability of each when its row was sampled; None: as it is now."""
-    averages_rows: bool = False
-    """Whether a label token counts by 1 over the number of them in its row (its segment, where rows are packed), so
-    that every row weighs the same; else each counts by 1."""
+    length_discount: float = 0.0
+    """A label token counts by n ** -length_discount, n being the number of them in its row (in its segment, where rows
+    are packed): 1 lets every row weigh the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +62,9 @@ class StepBatch:
     """One step's (or one evaluation's) rows, cut."""
 
     micro_batches: tuple[MicroBatchRows, ...]
-    loss_weight: int
+    loss_weight: float
     """What the loss is divided by, over all micro-batches: label tokens after the shift, rows that have some (each
-    segment of packed rows is one), or rows."""
+    segment of packed rows is one) or their weights, or rows."""
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -182,9 +182,9 @@ def gather_step(
             f"a batch of {len(order)} rows has no label token ({where}), so its loss is 0 / 0; "
             "raise data.max_tokens, or remove these rows"
         )
-    averages_rows = counted == "labelled rows"
+    discount = LENGTH_DISCOUNTS.get(counted, 0.0)
     return StepBatch(
-        micro_batches=tuple(_gather(samples, rows, averages_rows) for rows in micro_batches), loss_weight=loss_weight
+        micro_batches=tuple(_gather(samples, rows, discount) for rows in micro_batches), loss_weight=loss_weight
     )
 
 
@@ -214,7 +214,7 @@ def prompt_micro_batch(samples: Batchable, indices: Sequence[int]) -> MicroBatch
     )
 
 
-def _gather(samples: Batchable, indices: Sequence[int], averages_rows: bool) -> MicroBatchRows:
+def _gather(samples: Batchable, indices: Sequence[int], length_discount: float) -> MicroBatchRows:
     rows = [row for index in indices for row in samples.rows(index)]
     segments = [length for row in rows for length in row.segment_lengths]
     num_pairs = len(indices) if samples.sequences_per_sample == 2 else 0
@@ -229,7 +229,7 @@ def _gather(samples: Batchable, indices: Sequence[int], averages_rows: bool) -> 
         second_starts=None if rows[0].second_start is None else np.array([row.second_start for row in rows], np.int32),
         pair_ids=np.repeat(np.arange(num_pairs, dtype=np.int32), 2) if num_pairs else None,
         reference_logps=_values(rows, "reference_logp"),
-        averages_rows=averages_rows,
+        length_discount=length_discount,
     )
 
 

@@ -94,7 +94,7 @@ class PackedSamples:
             )
         ]
 
-    def loss_weight(self, index: int, counted: Counted) -> int:
+    def loss_weight(self, index: int, counted: Counted) -> float:
         """See :class:`plutino.data.samples.Batchable`."""
         return sum(self._samples.loss_weight(member, counted) for member in self.members(index))
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from plutino.job.objective_part import Counted
+from plutino.job.objective_part import LENGTH_DISCOUNTS, Counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Batchable(Protocol):
     def rows(self, index: int) -> Sequence[TokenRow]:
         """The sequences of a sample: the chosen one first."""
 
-    def loss_weight(self, index: int, counted: Counted) -> int:
+    def loss_weight(self, index: int, counted: Counted) -> float:
         """What the sample adds to the number of what is counted, which a step's loss is divided by."""
 
     def prompt(self, index: int) -> NDArray[np.int32]:
@@ -122,12 +122,13 @@ class Samples:
             for sequence in range(first, first + self.sequences_per_sample)
         ]
 
-    def loss_weight(self, index: int, counted: Counted) -> int:
+    def loss_weight(self, index: int, counted: Counted) -> float:
         """See :class:`Batchable`."""
         if counted == "rows":
             return 1
         num_labels = self.num_labels(index)
-        return num_labels if counted == "label tokens" else min(1, num_labels)
+        # 0 ** 0 is 1, but a row without label tokens adds nothing.
+        return num_labels and num_labels ** (1 - LENGTH_DISCOUNTS.get(counted, 0))
 
     def num_labels(self, index: int) -> int:
         """Label tokens of a sample."""
@@ -164,7 +165,7 @@ class JoinedSamples:
         part, own = self._find(index)
         return part.rows(own)
 
-    def loss_weight(self, index: int, counted: Counted) -> int:
+    def loss_weight(self, index: int, counted: Counted) -> float:
         """See :class:`Batchable`."""
         part, own = self._find(index)
         return part.loss_weight(own, counted)

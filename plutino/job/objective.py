@@ -6,6 +6,7 @@ What planner and coordinator ask of an objective they ask of its config, by the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -13,17 +14,24 @@ from pydantic import Field, model_validator
 from plutino.job.objective_part import Counted, MetricName, ObjectivePart, RowUse, TrainOn
 from plutino.job.rewards import AdapterReward, ExactMatchReward, RewardSource
 
+_COUNTED: Mapping[str, Counted] = {
+    "tokens": "label tokens",
+    "roots": "roots of label tokens",
+    "rows": "labelled rows",
+}
+
 
 class _LabelTokens(ObjectivePart):
-    mean_over: Literal["tokens", "rows"] = "tokens"
+    mean_over: Literal["tokens", "roots", "rows"] = "tokens"
     """tokens: every label token of a step weighs the same, so that a row counts by its length. rows: every row weighs
-    the same, and its label tokens (those of all its turns together) share that. Perplexities are per token in any
-    case."""
+    the same, and its label tokens (those of all its turns together) share that. roots: between the two, a row weighs
+    the square root of its number of label tokens (square averaging in InternVL 2.5, Chen et al. 2024,
+    arXiv:2412.05271). Perplexities are per token in any case."""
 
     @property
     def counted(self) -> Counted:
         """See :class:`ObjectivePart`."""
-        return "label tokens" if self.mean_over == "tokens" else "labelled rows"
+        return _COUNTED[self.mean_over]
 
 
 class SftConfig(_LabelTokens):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from plutino.job.base import SpecPart
 
-Counted = Literal["label tokens", "labelled rows", "rows"]
-"""What a loss is the mean over: the step's label tokens; its rows that have some, each with the mean over its own; or
-its rows, each with a loss of its own (a preference pair is one row)."""
+Counted = Literal["label tokens", "roots of label tokens", "labelled rows", "rows"]
+"""What a loss is the mean over: the step's label tokens; its rows, weighing the square roots of their numbers of label
+tokens; its rows that have label tokens, all weighing the same; or its rows, each with a loss of its own (a preference
+pair is one row)."""
+
+LENGTH_DISCOUNTS: Mapping[Counted, float] = {"roots of label tokens": 0.5, "labelled rows": 1.0}
+"""A label token of a row with n of them counts by n ** -discount, the row by n ** (1 - discount); 0 of the others."""
 
 RowUse = Literal["answers", "source_target", "text", "label", "scored", "pairs"]
 """What an objective takes of a row: answers to learn, a text with what is to be written of it, raw text, text with a

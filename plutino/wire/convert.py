@@ -31,7 +31,7 @@ def micro_batch_to_proto(rows: MicroBatchRows) -> workers_pb2.MicroBatch:
         second_starts=_listed(rows.second_starts),
         advantages=_listed(rows.advantages),
         sampled_logps=_listed(rows.sampled_logps),
-        averages_rows=rows.averages_rows,
+        length_discount=rows.length_discount,
     )
 
 
@@ -98,6 +98,8 @@ def micro_batch_from_proto(
             len(sampled_logps) == num_labels, f"{len(sampled_logps)} log-probabilities for {num_labels} label tokens"
         )
         _check(bool(np.isfinite(sampled_logps).all()), "log-probabilities of sampled tokens that are not finite")
+    discount = message.length_discount
+    _check(0 <= discount <= 1, f"a length discount of {discount} where 0 to 1 are allowed")
     return MicroBatchRows(
         lengths=lengths.astype(np.int32),
         input_ids=input_ids,
@@ -111,7 +113,7 @@ def micro_batch_from_proto(
         second_starts=second_starts.astype(np.int32) if len(second_starts) else None,
         advantages=np.array(message.advantages, np.float32) if message.advantages else None,
         sampled_logps=sampled_logps if len(sampled_logps) else None,
-        averages_rows=message.averages_rows,
+        length_discount=message.length_discount,
     )
 
 

@@ -18,7 +18,7 @@ from plutino.job.objective import (
     RewardConfig,
     SftConfig,
 )
-from plutino.job.objective_part import Counted
+from plutino.job.objective_part import LENGTH_DISCOUNTS, Counted
 from tests.numerics.pipelines import Batch, make_rows
 
 CLASSES = ("a", "b", "c")
@@ -43,7 +43,7 @@ CONFIGS: dict[str, dict[str, ObjectiveConfig]] = {
         "probabilities": RewardConfig(labels="ratings"),
         "numbers": RewardConfig(labels="ratings", rating_loss="mse"),
     },
-    "sft": {"answers": SftConfig(), "rows": SftConfig(mean_over="rows")},
+    "sft": {"answers": SftConfig(), "rows": SftConfig(mean_over="rows"), "roots": SftConfig(mean_over="roots")},
 }
 """By the registry's key: cases by name. A new objective gets its line here."""
 
@@ -58,8 +58,9 @@ class CountedBatch(Batch):
 
     @property
     def loss_weight(self) -> float:
-        if self.counted == "labelled rows":
-            return float(sum(row.any() for rows in self.rows for row in split_rows(rows, rows.label_mask)))
+        if discount := LENGTH_DISCOUNTS.get(self.counted):
+            counts = [row.sum() for rows in self.rows for row in split_rows(rows, rows.label_mask)]
+            return float(sum(count ** (1 - discount) for count in counts if count))
         if self.counted == "label tokens":
             return float(sum(rows.label_mask.sum() for rows in self.rows))
         return float(sum(len(rows.lengths) / (1 if rows.pair_ids is None else 2) for rows in self.rows))
@@ -95,7 +96,7 @@ def rows_for(config: ObjectiveConfig, seed: int, num_rows: int = 4) -> MicroBatc
             sampled_logps=None if logps is None else logps.astype(np.float32),
         )
     if config.type == "sft":
-        return replace(rows, averages_rows=config.counted == "labelled rows")
+        return replace(rows, length_discount=LENGTH_DISCOUNTS.get(config.counted, 0.0))
     if config.type == "classification":
         return replace(rows, labels=generator.integers(0, len(CLASSES), num_rows).astype(np.float32))
     if config.row_use in ("label", "scored"):

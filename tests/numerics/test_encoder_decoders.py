@@ -82,10 +82,10 @@ SPLITS = [(name, num, is_padded) for name in ENCODER_DECODERS for num in (1, 2, 
 
 @torch.no_grad()
 def test_a_targets_tokens_share_its_rows_weight_where_the_loss_is_over_rows(folders):
-    rows = replace(make_rows(5, 4), averages_rows=True)
+    rows = replace(make_rows(5, 4), length_discount=1.0)
     with pipeline_of(spec_of(folders["t5"]), stages_of(2)) as pipeline:
         loss_sum = pipeline.evaluate(0, [rows])
-        by_token = pipeline.evaluate(1, [replace(rows, averages_rows=False)])
+        by_token = pipeline.evaluate(1, [replace(rows, length_discount=0.0)])
         model_config = next(iter(pipeline.executors.values())).stage.config
     inputs = two_texts(rows, model_config)
     labels = inputs["labels"]

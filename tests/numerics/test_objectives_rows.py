@@ -1,8 +1,9 @@
-"""Losses that are the mean over rows of their own means: the formula, packing, cuts, and the published adapter."""
+"""Means over rows, all of one weight or by the roots of their lengths: formula, packing, cuts, published adapter."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -33,19 +34,21 @@ def unequal_rows(seed):
     masks = [np.arange(length) >= first for length, first in zip(rows.lengths, (1, 3, 2, 3, 99), strict=True)]
     masks[3][-1] = masks[3][0] = False
     masks[3][1] = True
-    return replace(rows, label_mask=np.concatenate(masks).astype(np.uint8), averages_rows=True)
+    return replace(rows, label_mask=np.concatenate(masks).astype(np.uint8), length_discount=1.0)
 
 
-def by_formula(model, rows):
-    """Sum over rows of the mean over their own label tokens, and how many rows have some."""
+def by_formula(model, rows, mean_over):
+    """Sum over rows of the mean over their own label tokens by the row's weight, and the sum of these weights."""
     ids, labels, mask = padded(rows)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    terms = []
+    terms, weights = [], []
     for row in range(len(ids)):
         where = [t for t in range(1, ids.shape[1]) if labels[row, t] != -100]
         if where:
-            terms.append(torch.stack([cross_entropy(logits[row, t - 1], ids[row, t]) for t in where]).mean())
-    return torch.stack(terms).sum(), len(terms)
+            weights.append(math.sqrt(len(where)) if mean_over == "roots" else 1)
+            own_mean = torch.stack([cross_entropy(logits[row, t - 1], ids[row, t]) for t in where]).mean()
+            terms.append(weights[-1] * own_mean)
+    return torch.stack(terms).sum(), sum(weights)
 
 
 @pytest.fixture(scope="module")
@@ -73,33 +76,34 @@ def step_of(trained, rows, weight, num_stages=2):
         return sum(outcome.loss_sum for outcome in outcomes.values()), gradients
 
 
-def test_loss_and_gradients_are_those_of_the_formula_on_stock_peft(model_dirs, trained):
-    micro_batches = [unequal_rows(5), unequal_rows(6)]
+@pytest.mark.parametrize(("mean_over", "discount"), [("rows", 1.0), ("roots", 0.5)])
+def test_loss_and_gradients_are_those_of_the_formula_on_stock_peft(model_dirs, trained, mean_over, discount):
+    micro_batches = [replace(unequal_rows(seed), length_discount=discount) for seed in (5, 6)]
     _, state, config = trained
     keys = ("task_type", "r", "lora_alpha", "target_modules")
     base = AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
     stock = peft.get_peft_model(base, peft.LoraConfig(**{key: config[key] for key in keys})).eval()
     peft.set_peft_model_state_dict(stock, state)
-    terms = [by_formula(stock, rows) for rows in micro_batches]
-    num_rows = sum(number for _, number in terms)
-    (sum(loss for loss, _ in terms) / num_rows).backward()
+    terms = [by_formula(stock, rows, mean_over) for rows in micro_batches]
+    weight = sum(of_rows for _, of_rows in terms)
+    (sum(loss for loss, _ in terms) / weight).backward()
     expected = {name.replace(".default", ""): p.grad for name, p in stock.named_parameters() if p.requires_grad}
 
-    loss_sum, gradients = step_of(trained, micro_batches, num_rows)
+    loss_sum, gradients = step_of(trained, micro_batches, weight)
 
-    assert num_rows == 8
+    assert weight == 8 if mean_over == "rows" else weight > 8
     assert loss_sum == pytest.approx(float(sum(loss.detach() for loss, _ in terms)), rel=1e-6)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
-    by_token = step_of(trained, [replace(rows, averages_rows=False) for rows in micro_batches], num_rows)
+    by_token = step_of(trained, [replace(rows, length_discount=0.0) for rows in micro_batches], weight)
     assert by_token[0] != pytest.approx(loss_sum, rel=1e-2)
 
 
 @pytest.mark.parametrize("num_stages", [1, 3])
 def test_documents_of_a_packed_row_count_as_rows_of_their_own(trained, num_stages):
     """Other shapes sum in another order, hence the tolerance."""
-    rows = [replace(packed(*(make_rows(10 * m + row, 3) for row in range(2))), averages_rows=True) for m in range(2)]
+    rows = [replace(packed(*(make_rows(10 * m + row, 3) for row in range(2))), length_discount=1.0) for m in range(2)]
     num_documents = sum(len(each.segment_lengths) for each in rows)
 
     together = step_of(trained, rows, num_documents, num_stages)
@@ -134,9 +138,17 @@ def test_no_cut_into_micro_batches_changes_what_rows_count_by(trained):
         torch.testing.assert_close(apart[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_published_is_held_against_the_same_mean(model_dirs, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "discount", "weight", "said"),
+    [(BY_ROW, 1.0, 4.0, "4 labelled rows"), (SftConfig(mean_over="roots"), 0.5, None, "roots of label tokens")],
+)
+def test_what_is_published_is_held_against_the_same_mean(
+    model_dirs, trained, tmp_path, objective, discount, weight, said
+):
     spec, state, config = trained
-    rows = unequal_rows(8)
+    rows = replace(unequal_rows(8), length_discount=discount)
+    counts = [mask[1:].sum() for mask in np.split(rows.label_mask, np.cumsum(rows.lengths)[:-1])]
+    weight = weight or float(np.sqrt(counts).sum())
     with pipeline_of(spec, stages_of(3)) as pipeline:
         for executor in pipeline.executors.values():
             executor.method.load(state)
@@ -146,11 +158,12 @@ def test_what_is_published_is_held_against_the_same_mean(model_dirs, trained, tm
     stock = peft.get_peft_model(base, peft.LoraConfig(**{key: config[key] for key in keys}))
     peft.set_peft_model_state_dict(stock, state)
     stock.save_pretrained(tmp_path)
-    probe = Probe(micro_batches=(ProbeRows.of(rows),), loss_sum=loss_sum, num_counted=4, objective=BY_ROW, dtype="fp32")
+    counted = {"loss_sum": loss_sum, "num_counted": weight, "objective": objective}
+    probe = Probe(micro_batches=(ProbeRows.of(rows),), dtype="fp32", **counted)
 
-    assert "over 4 labelled rows" in check_reload(model_dirs["llama"], tmp_path, probe)[1]
-    with pytest.raises(ExportError, match="has 4 labelled rows but the pipeline counted 5"):
-        check_reload(model_dirs["llama"], tmp_path, probe.model_copy(update={"num_counted": 5}))
+    assert f"{said} in fp32" in check_reload(model_dirs["llama"], tmp_path, probe)[1]
+    with pytest.raises(ExportError, match=f"{said} but the pipeline counted"):
+        check_reload(model_dirs["llama"], tmp_path, probe.model_copy(update={"num_counted": weight + 1}))
     with pytest.raises(ExportError, match="does not do what was trained"):
         by_token = probe.model_copy(update={"objective": None, "num_counted": int(rows.label_mask.sum())})
         check_reload(model_dirs["llama"], tmp_path, by_token)

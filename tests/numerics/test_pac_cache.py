@@ -12,6 +12,7 @@ from edge_node.activation_cache.store import ActivationStore
 from edge_node.transport.base import MessageKind, Peer
 from plutino.job.method import ParallelAdaptersConfig
 from plutino.job.objective import SftConfig
+from plutino.job.objective_part import LENGTH_DISCOUNTS
 from tests.numerics.pipelines import (
     assert_same_tensors,
     make_batches,
@@ -92,10 +93,8 @@ _UNCACHED = {}
 
 def batches_of(spec):
     batches = make_batches(num_steps=2)
-    averages_rows = spec.objective.counted == "labelled rows"
-    return [
-        replace(batch, rows=[replace(rows, averages_rows=averages_rows) for rows in batch.rows]) for batch in batches
-    ]
+    discount = LENGTH_DISCOUNTS.get(spec.objective.counted, 0.0)
+    return [replace(batch, rows=[replace(rows, length_discount=discount) for rows in batch.rows]) for batch in batches]
 
 
 def uncached(model_dir, method=SIDE, objective=BY_TOKEN):
@@ -118,13 +117,7 @@ def assert_as_uncached(found, model_dir, method=SIDE, objective=BY_TOKEN):
 
 @pytest.mark.parametrize(
     ("model", "num_stages", "mean_over"),
-    [
-        ("llama", 1, "tokens"),
-        ("llama", 3, "tokens"),
-        ("llama", 3, "rows"),
-        ("gpt2", 1, "tokens"),
-        ("gpt2", 3, "tokens"),
-    ],
+    [("llama", 1, "tokens"), ("llama", 3, "tokens"), ("gpt2", 1, "tokens"), ("gpt2", 3, "rows")],
 )
 def test_cached_epochs_have_the_bits_of_uncached_ones_and_run_no_block(model_dirs, root, model, num_stages, mean_over):
     objective = SftConfig(mean_over=mean_over)

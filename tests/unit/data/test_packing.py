@@ -61,8 +61,12 @@ def test_packed_rows_are_counted_one_by_one_where_a_loss_is_the_mean_over_rows()
     rows = samples_of(5, 3, 8, 1)  # the last has no label token
     packed = pack(replace(rows, counted="labelled rows"), 8)
 
-    batch, by_token = (cut_micro_batches(packed, range(len(packed)), 2, counted) for counted in (None, "label tokens"))
+    batch, by_token, by_root = (
+        cut_micro_batches(packed, range(len(packed)), 2, counted)
+        for counted in (None, "label tokens", "roots of label tokens")
+    )
 
     assert (batch.loss_weight, by_token.loss_weight) == (3, 4 + 2 + 7)
-    assert {part.averages_rows for part in batch.micro_batches} == {True}
-    assert {part.averages_rows for part in by_token.micro_batches} == {False}
+    assert by_root.loss_weight == 4**0.5 + 2**0.5 + 7**0.5
+    assert {part.length_discount for part in batch.micro_batches} == {1.0}
+    assert {part.length_discount for part in by_token.micro_batches} == {0.0}

@@ -34,7 +34,7 @@ def micro_batch_of_pairs() -> MicroBatchRows:
         labels=np.array([2.0, 0.25], np.float32),
         pair_ids=np.array([0, 0], np.int32),
         reference_logps=np.array([-7.5, -3.25], np.float32),
-        averages_rows=True,
+        length_discount=1.0,
     )
 
 
@@ -64,7 +64,7 @@ def test_what_an_objective_needs_of_rows_survives_the_wire() -> None:
         assert getattr(received, name).tolist() == getattr(sent, name).tolist()
         assert getattr(received, name).dtype == getattr(sent, name).dtype
         assert getattr(decode(micro_batch_to_proto(micro_batch())), name) is None
-    assert (received.averages_rows, decode(micro_batch_to_proto(micro_batch())).averages_rows) == (True, False)
+    assert (received.length_discount, decode(micro_batch_to_proto(micro_batch())).length_discount) == (1.0, 0.0)
 
 
 def test_row_values_survive_the_wire_and_a_wrong_number_of_them_is_refused() -> None:
