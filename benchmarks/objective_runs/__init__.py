@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.objective_runs.language import DAPT_LEGAL, DAPT_MEDICAL, MULTITASK
 from benchmarks.objective_runs.loops import LLM2LLM
+from benchmarks.objective_runs.mixtures import MULTITASK
 from benchmarks.objective_runs.preferences import DPO, REWARD
+from benchmarks.objective_runs.raw_text import DAPT_LEGAL, DAPT_MEDICAL
 from benchmarks.objective_runs.run import Run, Settings
 from benchmarks.objective_runs.sampling import GRPO
 from benchmarks.objective_runs.shipped import SHIPPED

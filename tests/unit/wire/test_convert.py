@@ -137,6 +137,8 @@ def _set(name: str, value: object) -> Callable[[workers_pb2.MicroBatch], None]:
         (_set("label_mask", b"\0\0\0\0\2"), "label mask value 2"),
         (_set("input_ids", np.array([0, 1, 2, 3, 10], "<i4").tobytes()), "token id 10 outside the vocabulary of 10"),
         (_set("input_ids", np.array([0, 1, -2, 3, 9], "<i4").tobytes()), "token id -2 outside"),
+        (_set("length_discount", 1.5), "a length discount of 1.5 where 0 to 1"),
+        (_set("length_discount", float("nan")), "a length discount of nan"),
     ],
 )
 def test_micro_batch_out_of_bounds_is_refused(change: Callable[[workers_pb2.MicroBatch], None], told: str) -> None:

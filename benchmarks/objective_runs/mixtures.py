@@ -1,16 +1,12 @@
-"""Raw text of a domain, and several tasks in one job.
+"""Several tasks in one job beside a job for each of them with as many rows of its task: ``multitask``.
 
-``dapt_legal`` and ``dapt_medical``: sections of the D.C. Code (github.com/DCCouncil/dc-law-xml, public domain), answers
-of MedQuAD (github.com/abachaa/MedQuAD, CC BY 4.0). Held out are whole sections, and whole topics: MedQuAD asks about
-one disease in many rows. ``multitask``: intents of SNIPS (CC0) and Banking77 (CC BY 4.0) and answers of MedQuAD in one
-job beside a job for each of them with as many rows of its task; PubMedQA (MIT) is held out of the mixture. Its loss is
-over roots, that of ``multitask_rows`` and ``multitask_tokens`` as they are called (objective.mean_over). The data
-folder has ``legal_dc_code/sections.jsonl``, ``medquad/all.jsonl``, ``snips``, ``banking77`` and ``pubmedqa``.
+Intents of SNIPS (CC0) and Banking77 (CC BY 4.0) and answers of MedQuAD (CC BY 4.0); PubMedQA (MIT) is held out of the
+mixture. The loss is over roots, that of ``multitask_rows`` and ``multitask_tokens`` as they are called
+(objective.mean_over). The data folder has ``medquad/all.jsonl``, ``snips``, ``banking77`` and ``pubmedqa``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 from collections import Counter
@@ -18,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -26,94 +21,15 @@ import torch
 
 from benchmarks.engine_job import EngineJob
 from benchmarks.objective_runs.preferences import mean_text, shuffled, spec_of, write_rows
+from benchmarks.objective_runs.raw_text import LORA, is_held_out, rows_of
 from benchmarks.objective_runs.run import Figures, Run, Settings
 
-FALL_GOAL = 0.25
 POINTS_GOAL = 2.0
-_HELD_OUT_SHARE = 10
-"""One section or topic in so many is held out."""
-_LORA = {"type": "lora", "rank": 32, "alpha": 64, "target_modules": "all-linear"}
 _BANKING_INTENTS = 20
 """The most frequent of the 77: with all of them the bundled model was right in less than 1 % after 160 steps."""
 _BANKING_CHARS = 160
 _HELD_OUT_INTENTS = 1000
 """More than either task has: with 400 of them the standard error of Banking77 was as large as the goal."""
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
-
-
-def _is_held_out(group: str, seed: int) -> bool:
-    return hashlib.sha256(f"{seed} {group}".encode()).digest()[0] % _HELD_OUT_SHARE == 0
-
-
-# ---- raw text of a domain ----
-
-
-def _texts(data: Path, domain: str) -> Iterator[tuple[str, str]]:
-    """Group and text of each document."""
-    if domain == "legal":
-        for row in _rows(data / "legal_dc_code" / "sections.jsonl"):
-            yield row["id"], row["text"]
-    else:
-        for row in _rows(data / "medquad" / "all.jsonl"):
-            yield row["focus"] or row["question"], row["answer"]
-
-
-def _run_dapt(settings: Settings, domain: str) -> Figures:
-    """Perplexity of held-out documents and of general text, before and after."""
-    assert settings.data is not None, "the run is told where the texts are"
-    documents = [(group, {"text": text}) for group, text in _texts(settings.data, domain) if len(text) > 200]
-    seen = shuffled([row for group, row in documents if not _is_held_out(group, settings.seed)], settings.seed)
-    held_out = shuffled([row for group, row in documents if _is_held_out(group, settings.seed)], settings.seed)
-    train = seen[: settings.few(2000, 12)]
-    spec = spec_of(
-        settings,
-        objective={"type": "dapt"},
-        method=_LORA,
-        data={
-            "train": write_rows(settings.folder / "train.jsonl", train),
-            "eval": write_rows(settings.folder / "held-out.jsonl", held_out[: settings.few(80, 3)]),
-            "max_tokens": 256,
-            "packing": True,
-        },
-        scoring={},
-        evaluation={"measure_general": "always"},
-        training={"steps": settings.few(240, 3), "batch_size": 8, "lr": 2e-3, "warmup_steps": settings.few(10, 0)},
-    )
-    with EngineJob(spec, threads=settings.threads) as job:
-        before, general_before = job.score(use_adapter=False).score.perplexity, job.general(use_adapter=False)
-        job.train()
-        after, general_after = job.score().score.perplexity, job.general()
-    assert before is not None and after is not None, "dapt is scored by perplexity"
-    return {
-        "train_documents": len(train),
-        "steps": len(job.losses),
-        "held_out_tokens": spec.data.max_tokens,
-        "perplexity_before": before,
-        "perplexity": after,
-        "fall": 1 - after / before,
-        "general_loss_before": general_before,
-        "general_loss": general_after,
-        "losses": job.losses[:: max(1, len(job.losses) // 20)],
-    }
-
-
-def _judge_dapt(seeds: Sequence[Figures]) -> tuple[str, bool]:
-    falls = [one["fall"] for one in seeds]
-    costs = [one["general_loss"] - one["general_loss_before"] for one in seeds]
-    goal = (
-        f"held-out perplexity falls by {mean_text(falls)}, goal {FALL_GOAL}; the loss on general text changes by "
-        f"{mean_text(costs)} nats a token"
-    )
-    return goal, min(falls) >= FALL_GOAL
-
-
-# ---- several tasks in one job ----
-
 _SNIPS = {"prompt": "Which intent? {text}", "completion": "intent"}
 _BANKING = {"prompt": "Which banking question? {text}", "completion": "intent"}
 _MEDICAL = {"prompt": "question", "completion": "answer"}
@@ -136,22 +52,22 @@ def _tasks(settings: Settings) -> list[dict[str, Any]]:
     def some(rows: list[dict[str, Any]], whole: int, quick: int) -> list[dict[str, Any]]:
         return shuffled(rows, settings.seed)[: settings.few(whole, quick)]
 
-    banking = {use: [*_short(_rows(data / "banking77" / f"{use}.jsonl"))] for use in ("train", "test")}
+    banking = {use: [*_short(rows_of(data / "banking77" / f"{use}.jsonl"))] for use in ("train", "test")}
     counts = Counter(row["intent"] for row in banking["train"])
     intents = sorted(counts, key=lambda intent: (-counts[intent], intent))[:_BANKING_INTENTS]
     banking = {use: [row for row in rows if row["intent"] in intents] for use, rows in banking.items()}
-    medical = list(_rows(data / "medquad" / "all.jsonl"))
-    held_out = [_is_held_out(row["focus"] or row["question"], settings.seed) for row in medical]
+    medical = list(rows_of(data / "medquad" / "all.jsonl"))
+    held_out = [is_held_out(row["focus"] or row["question"], settings.seed) for row in medical]
     pubmed = [
-        {"question": row["question"], "answer": row["long_answer"]} for row in _rows(data / "pubmedqa" / "test.jsonl")
+        {"question": row["question"], "answer": row["long_answer"]} for row in rows_of(data / "pubmedqa" / "test.jsonl")
     ]
     return [
         task(
             "snips",
             _SNIPS,
             "exact_match",
-            train=some(list(_rows(data / "snips" / "train.jsonl")), 4000, 24),
-            eval=some(list(_rows(data / "snips" / "validation.jsonl")), _HELD_OUT_INTENTS, 8),
+            train=some(list(rows_of(data / "snips" / "train.jsonl")), 4000, 24),
+            eval=some(list(rows_of(data / "snips" / "validation.jsonl")), _HELD_OUT_INTENTS, 8),
         ),
         task(
             "banking77",
@@ -188,7 +104,7 @@ def _scores(settings: Settings, mean_over: str, tasks: Sequence[Mapping[str, Any
         settings,
         objective={"type": "sft", "mean_over": mean_over},
         # With the head: the bundled model never saw the token that ends an answer.
-        method={**_LORA, "modules_to_save": ["lm_head"]},
+        method={**LORA, "modules_to_save": ["lm_head"]},
         # So high a temperature that every task has the same share, whatever its rows.
         data={"tasks": tasks, "max_tokens": 96, "mixing_temperature": 1e6},
         scoring={"metric": "exact_match", "max_new_tokens": 20, "batch_rows": 32},
@@ -253,8 +169,6 @@ def judge_multitask(seeds: Sequence[Figures]) -> tuple[str, bool]:
     return goal, all(mean(values) <= POINTS_GOAL for values in lost.values())
 
 
-DAPT_LEGAL = Run(lambda settings: _run_dapt(settings, "legal"), _judge_dapt, needs_data=True)
-DAPT_MEDICAL = Run(lambda settings: _run_dapt(settings, "medical"), _judge_dapt, needs_data=True)
 MULTITASK = {
     # Answers have 8, 14 and 71 tokens in the mean: by tokens three quarters of a step are MedQuAD's, by rows a third.
     "multitask": Run(partial(run_multitask, mean_over="roots"), judge_multitask, needs_data=True),
