@@ -21,6 +21,10 @@ OWN_DTYPE = "ours, dtype as the devices like it"
 """bf16 where all of them are quicker with it, as a job gets it that names none; all others are in fp32."""
 FP16_SUMS = "ours, sums in fp16"
 """Half the bytes of gradients travel, at the price of a rounding after each addition; all others' are fp32."""
+SIXTEEN_BITS = "ours, 16 bits"
+"""Both of these."""
+LORA_SIXTEEN_BITS = "data-parallel: lora, 16 bits"
+"""What the best baseline becomes by them."""
 LEAVING = "ours, the blocks leave"
 """Later epochs are data-parallel without the backbone, whatever they take: what memory they need."""
 PAC = "PAC as published"
@@ -82,6 +86,8 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
         Contender(name=ALONE, kind="one device", method=side, stages=1, uses_one_device=True),
         _pipeline("full", methods, num_agents),
         Contender(name=OWN_DTYPE, kind="variant", method=side, cache=codec, dtype="auto"),
+        Contender(name=SIXTEEN_BITS, kind="variant", method=side, cache=codec, dtype="auto", sums="fp16"),
+        Contender(name=LORA_SIXTEEN_BITS, kind="variant", method=methods["lora"], stages=1, dtype="auto", sums="fp16"),
         Contender(name=LEAVING, kind="variant", method=side, cache=codec, cached_epochs="data-parallel"),
         Contender(name="ours, 100 Mbit", kind="variant", method=side, cache=codec, rate="100Mbit"),
         Contender(name=f"{TRAINER}: lora", kind="trainer", method=methods["lora"], uses_one_device=True),

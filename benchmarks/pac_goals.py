@@ -10,9 +10,11 @@ from benchmarks.pac_contenders import (
     FP16_SUMS,
     FULL_PIPELINE,
     LEAVING,
+    LORA_SIXTEEN_BITS,
     OURS,
     OWN_DTYPE,
     PAC,
+    SIXTEEN_BITS,
     TOP_QUARTER,
     TOP_QUARTER_CACHED,
     TRAINER,
@@ -77,20 +79,20 @@ def goals_of(
             if best is not None:
                 ratio(f"3 epochs, best baseline ({best}) / ours{words}", seconds[best], seconds[OURS], at_least=least)
             ratio(f"3 epochs, PAC as published / ours{words}", seconds.get(PAC), seconds[OURS], at_least=1.5)
-            own_dtype = seconds.get(OWN_DTYPE)
-            ratio(f"3 epochs, PAC as published / {OWN_DTYPE}{words}", seconds.get(PAC), own_dtype)
-            rounded = seconds.get(FP16_SUMS)
-            if best is not None:
-                ratio(f"3 epochs, best baseline ({best}) / {FP16_SUMS}{words}", seconds[best], rounded)
-            ratio(f"3 epochs, PAC as published / {FP16_SUMS}{words}", seconds.get(PAC), rounded)
+            for name in (OWN_DTYPE, FP16_SUMS, SIXTEEN_BITS):
+                if best is not None:
+                    ratio(f"3 epochs, best baseline ({best}) / {name}{words}", seconds[best], seconds.get(name))
+                ratio(f"3 epochs, PAC as published / {name}{words}", seconds.get(PAC), seconds.get(name))
+            lora = seconds.get(LORA_SIXTEEN_BITS)
+            ratio(f"3 epochs, {LORA_SIXTEEN_BITS} / {SIXTEEN_BITS}{words}", lora, seconds.get(SIXTEEN_BITS))
             alone = seconds.get(ALONE)
             ratio(f"3 epochs, one device with the same method / ours{words}", alone, seconds[OURS], at_least=10.0)
             ratio(f"the same by device{words}", alone, num_devices * seconds[OURS])
             trainer = seconds.get(f"{TRAINER}: lora")
             ratio(f"3 epochs, transformers Trainer + peft on one device / ours{words}", trainer, seconds[OURS])
-        if ours.later_epochs_s:
-            later_s = sum(ours.later_epochs_s) / len(ours.later_epochs_s)
-            ratio("cached epoch / first epoch", later_s, ours.first_epoch_s, at_most=0.15)
+        ratio("cached epoch / first epoch", _later_s(ours), ours.first_epoch_s, at_most=0.15)
+        if (halved := runs.get(SIXTEEN_BITS)) is not None:
+            ratio(f"cached epoch / first epoch, {SIXTEEN_BITS}", _later_s(halved), halved.first_epoch_s)
         ratio("100 Mbit / 1 Gbit", _total(runs, "ours, 100 Mbit"), ours.total_s, at_most=1.2)
     if (uncached := runs.get(UNCACHED)) is not None:
         first = {name: runs[name].first_epoch_s for name in baselines if name in runs}
@@ -140,6 +142,11 @@ def whole_task_s(figures: RunFigures, task: str, *, batch_size: int) -> float:
     """
     num_steps = -(-_FULL_ROWS[task] // batch_size)
     return figures.total_s - sum(figures.epoch_s) + num_steps * sum(figures.step_s)
+
+
+def _later_s(figures: RunFigures) -> float | None:
+    later_s = figures.later_epochs_s
+    return sum(later_s) / len(later_s) if later_s else None
 
 
 def _totals(runs: Runs) -> dict[str, float]:
