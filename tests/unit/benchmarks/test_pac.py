@@ -11,8 +11,10 @@ from benchmarks.pac_contenders import (
     FP16_SUMS,
     FULL_PIPELINE,
     LEAVING,
+    LORA_SIXTEEN_BITS,
     OURS,
     PAC,
+    SIXTEEN_BITS,
     UNCACHED,
     contenders,
     scaling_contenders,
@@ -138,10 +140,10 @@ def test_every_contender_of_a_decoder_is_a_job():
     assert len({turn.slug for turn in turns}) == len(turns)
 
 
-def test_sums_are_rounded_for_the_contender_that_is_named_after_it_alone():
+def test_sums_are_rounded_for_the_contenders_that_are_named_after_it_alone():
     found = contenders(SHAPES["t5-base"], num_agents=4)
 
-    assert [each.name for each in found if each.sums != "fp32"] == [FP16_SUMS]
+    assert [each.name for each in found if each.sums != "fp32"] == [FP16_SUMS, SIXTEEN_BITS, LORA_SIXTEEN_BITS]
 
 
 def test_rows_are_those_of_the_task_where_there_is_a_file_and_as_long_where_not(tmp_path):
