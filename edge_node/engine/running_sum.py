@@ -94,8 +94,10 @@ class RunningSum:
         return wide
 
     def _narrowed(self, wide: Tensor) -> Tensor:
-        """What travels of fp32 numbers, which are used up."""
-        travelling = torch.empty(wide.numel() + len(self._sizes), dtype=torch.float16)
+        """What travels of fp32 numbers, which are used up; in the place of what was held."""
+        travelling = self._held
+        if travelling is None:
+            travelling = torch.empty(wide.numel() + len(self._sizes), dtype=torch.float16)
         *numbers, exponents = travelling.split([*self._sizes, len(self._sizes)])
         exponents.copy_(torch.tensor(narrow(wide.split(self._sizes), numbers)))
         return travelling
