@@ -1,7 +1,7 @@
 """Several tasks in one job beside a job for each of them with as many rows of its task: ``multitask``.
 
 Intents of SNIPS (CC0) and Banking77 (CC BY 4.0) and answers of MedQuAD (CC BY 4.0); PubMedQA (MIT) is held out of the
-mixture. The loss is over roots, that of ``multitask_rows`` and ``multitask_tokens`` as they are called
+mixture. The loss is over rows, that of ``multitask_roots`` and ``multitask_tokens`` as they are called
 (objective.mean_over). The data folder has ``medquad/all.jsonl``, ``snips``, ``banking77`` and ``pubmedqa``.
 """
 
@@ -171,7 +171,7 @@ def judge_multitask(seeds: Sequence[Figures]) -> tuple[str, bool]:
 
 MULTITASK = {
     # Answers have 8, 14 and 71 tokens in the mean: by tokens three quarters of a step are MedQuAD's, by rows a third.
-    "multitask": Run(partial(run_multitask, mean_over="roots"), judge_multitask, needs_data=True),
-    "multitask_rows": Run(partial(run_multitask, mean_over="rows"), judge_multitask, needs_data=True),
+    "multitask": Run(partial(run_multitask, mean_over="rows"), judge_multitask, needs_data=True),
+    "multitask_roots": Run(partial(run_multitask, mean_over="roots"), judge_multitask, needs_data=True),
     "multitask_tokens": Run(partial(run_multitask, mean_over="tokens"), judge_multitask, needs_data=True),
 }
