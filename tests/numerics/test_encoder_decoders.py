@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSeq2SeqLM
 
+from coordinator.artifacts.probe_loss import loss_sum_of
+from coordinator.artifacts.verify_process import Probe, ProbeRows
 from edge_node.engine.generate import GenerateOptions
 from edge_node.stage.build import build_stage
 from edge_node.stage.weights import LocalSource
@@ -80,24 +83,6 @@ def stock_model(folder, config):
 SPLITS = [(name, num, is_padded) for name in ENCODER_DECODERS for num in (1, 2, 3, 4) for is_padded in (False, True)]
 
 
-@torch.no_grad()
-def test_a_targets_tokens_share_its_rows_weight_where_the_loss_is_over_rows(folders):
-    rows = replace(make_rows(5, 4), length_discount=1.0)
-    with pipeline_of(spec_of(folders["t5"]), stages_of(2)) as pipeline:
-        loss_sum = pipeline.evaluate(0, [rows])
-        by_token = pipeline.evaluate(1, [replace(rows, length_discount=0.0)])
-        model_config = next(iter(pipeline.executors.values())).stage.config
-    inputs = two_texts(rows, model_config)
-    labels = inputs["labels"]
-    logits = AutoModelForSeq2SeqLM.from_pretrained(folders["t5"]).eval()(**inputs).logits
-    tokens = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view_as(labels)
-    counts = (labels != -100).sum(dim=1)
-
-    assert len(set(counts.tolist())) > 1
-    assert loss_sum == pytest.approx(float((tokens.sum(dim=1) / counts).sum()), rel=1e-5)
-    assert by_token == pytest.approx(float(tokens.sum()), rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("name", "num_stages", "is_padded"),
     sampled(SPLITS, 4, always=(("t5", 3, True), ("t5_gated", 4, False), ("bart", 4, True), ("bart", 3, False))),
@@ -132,6 +117,29 @@ def test_split_gives_the_whole_models_loss_and_gradients_bit_for_bit(folders, na
     whole = {key.replace(".default", ""): p.grad for key, p in stock.named_parameters() if p.requires_grad}
     assert_same_tensors(gradients, whole)
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+@torch.no_grad()
+def test_a_targets_tokens_share_its_rows_weight_where_the_loss_is_over_rows(folders):
+    rows = replace(make_rows(5, 4), length_discount=1.0)
+    with pipeline_of(spec_of(folders["t5"]), stages_of(2)) as pipeline:
+        loss_sum = pipeline.evaluate(0, [rows])
+        by_token = pipeline.evaluate(1, [replace(rows, length_discount=0.0)])
+        model_config = next(iter(pipeline.executors.values())).stage.config
+    inputs = two_texts(rows, model_config)
+    labels = inputs["labels"]
+    model = AutoModelForSeq2SeqLM.from_pretrained(folders["t5"]).eval()
+    logits = model(**inputs).logits
+    tokens = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view_as(labels)
+    counts = (labels != -100).sum(dim=1)
+
+    assert len(set(counts.tolist())) > 1
+    assert loss_sum == pytest.approx(float((tokens.sum(dim=1) / counts).sum()), rel=1e-5)
+    assert by_token == pytest.approx(float(tokens.sum()), rel=1e-5)
+    # What a published adapter is held against.
+    counted = {"num_counted": len(counts), "objective": Seq2SeqConfig(mean_over="rows"), "dtype": "fp32"}
+    probe = Probe(micro_batches=(ProbeRows.of(rows),), loss_sum=loss_sum, **counted)
+    assert loss_sum_of(model, probe, nullcontext) == pytest.approx(loss_sum, rel=1e-5)
 
 
 @pytest.mark.parametrize(

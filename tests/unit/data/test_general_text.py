@@ -30,6 +30,8 @@ def test_each_scored_token_counts_once_and_no_window_exceeds_a_row_of_the_job(to
     joined = np.concatenate(found)
     assert joined.tolist() == ids[first : first + len(joined)].tolist()
     assert len(joined) >= SCORED_TOKENS
+    # Whatever the job's own loss is the mean over.
+    assert samples.counted == "label tokens"
 
 
 def test_text_that_is_shorter_than_a_window_or_no_text_is_refused(tokenizer, tmp_path):
