@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from edge_node.network import DeviceNetwork
 from edge_node.weights_config import WeightsConfig
+from edge_node.worker_imports import import_behind_others
 from plutino.errors import AgentError, OutOfMemoryError, PlutinoError
 from plutino.job.assignment import WorkerAssignment
 from plutino.versions import installed_versions
@@ -70,10 +71,13 @@ def main() -> int:
     parser.add_argument("--events-fd", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--yields", action="store_true", help="a job runs on this device: import behind it")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     events = _Events(arguments.events_fd)
     try:
+        if arguments.yields:
+            import_behind_others()
         device, ready = _prepare(arguments.threads, arguments.device)
     except Exception as error:
         events.send(exiting={"reason": f"cannot start: {error}", "out_of_memory": False, "error": "AgentError"})

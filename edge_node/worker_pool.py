@@ -206,11 +206,13 @@ class WorkerPool:
 
     # Private: processes.
 
-    async def _start_process(self) -> PooledWorker:
+    async def _start_process(self, *, yields: bool = False) -> PooledWorker:
         log_path = self._state_dir.new_log(in_use={worker.log_path for worker in self._workers})
         command = self._config.worker_command
         if self._config.device != "cpu":
             command = (*command, "--device", self._config.device)
+        if yields:
+            command = (*command, "--yields")
         process = await WorkerProcess.start(command, self._config.threads, log_path)
         worker = PooledWorker(process=process, log_path=log_path)
         following = asyncio.create_task(self._follow(worker))
@@ -371,7 +373,7 @@ class WorkerPool:
     async def _keep_spare(self) -> None:
         if self._clock() >= self._spare_not_before_s and self._spare_is_due(self._config.spare_settle_s):
             try:
-                await self._start_process()
+                await self._start_process(yields=bool(self.running()))
             except OSError as error:
                 self._on_spare_lost(f"it could not be started: {error}")
 

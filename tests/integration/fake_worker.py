@@ -18,6 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--events-fd", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--yields", action="store_true")
     parser.add_argument("--start", default="well")
     parser.add_argument("--baseline-bytes", type=int, default=20 * MIB)
     options = parser.parse_args()

@@ -104,13 +104,17 @@ def test_agent_heartbeat_carries_usage_of_jobs_workers_only(tmp_path):
     run(test())
 
 
-def test_agent_spare_comes_back_where_the_budget_has_room(tmp_path):
+def test_agent_spare_comes_back_where_the_budget_has_room_and_yields_to_the_job(tmp_path):
     async def test():
         coordinator = FakeCoordinator()
         async with attached(coordinator, tmp_path):
             coordinator.start_worker()
-            await coordinator.event("worker_started")
+            started = await coordinator.event("worker_started")
             await coordinator.heartbeat(lambda _: len(children()) == 2)
+
+            (spare,) = set(children()) - {started.pid}
+            yields = {pid: "--yields" in psutil.Process(pid).cmdline() for pid in (started.pid, spare)}
+            assert yields == {started.pid: False, spare: True}
 
     run(test())
 
