@@ -52,10 +52,10 @@ class Stack:
         self.endpoint: dict[str, str] = json.loads(process.stdout.readline())
         return self.endpoint
 
-    def node(self, name: str, memory: str = "600MiB") -> None:
+    def node(self, name: str, memory: str = "600MiB", *more: str) -> None:
         folder = ("--state-dir", str(self.folder / "nodes" / name))
         token = self._token_file()
-        options = ("--name", name, "--memory", memory, "--threads", "1", *folder)
+        options = ("--name", name, "--memory", memory, "--threads", "1", *folder, *more)
         self.start(name, "node", "join", "--token-file", str(token), *options)
 
     def _token_file(self) -> Path:
