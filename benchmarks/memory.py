@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,8 @@ from plutino.job.spec import JobSpec, parse_spec
 from plutino.sizes import GIB, MIB
 
 LEAST_RATIO, MOST_RATIO = 0.9, 1.0
+LEAST_RATIO_OF_A_START = 0.85
+"""Where the peak is a pass before the first step, whose bill keeps room for what is only trained later."""
 MOST_SUPERVISOR_MIB = 80.0
 MOST_HELP_S = 0.3
 LEAST_JOB_BYTES = 300 * MIB
@@ -52,6 +54,9 @@ class MemoryCase:
     workload: Workload
     dtype: DtypeName
     checkpointing: Literal["on", "off"] = "off"
+    method: Mapping[str, str | int] = field(default_factory=dict)
+    """In place of the workload's LoRA."""
+    least_ratio: float = LEAST_RATIO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +97,7 @@ class CaseMemory:
 
 
 def cases() -> list[MemoryCase]:
-    """Two stages of at least 300 MiB each: fp32, fp32 with recomputation, bf16."""
+    """Two stages of at least 300 MiB each: fp32, fp32 with recomputation, bf16, a side network pruned by gradients."""
 
     def llama(num_blocks: int) -> Workload:
         return Workload(
@@ -109,6 +114,13 @@ def cases() -> list[MemoryCase]:
         MemoryCase(name="fp32", workload=llama(8), dtype="fp32"),
         MemoryCase(name="fp32 checkpointing", workload=llama(10), dtype="fp32", checkpointing="on"),
         MemoryCase(name="bf16", workload=llama(8), dtype="bf16"),
+        MemoryCase(
+            name="pruned by gradients",
+            workload=llama(8),
+            dtype="fp32",
+            method={"type": "parallel_adapters", "reduction": 8, "init": "fisher"},
+            least_ratio=LEAST_RATIO_OF_A_START,
+        ),
     ]
 
 
@@ -176,7 +188,7 @@ def memory_goals(measured: Sequence[CaseMemory], *, help_s: float) -> list[Goal]
         Goal(
             name=f"{case.case.name}, stage {stage.stage_index}: measured / predicted",
             measured=stage.ratio,
-            at_least=LEAST_RATIO,
+            at_least=case.case.least_ratio,
             at_most=MOST_RATIO,
         )
         for case in measured
@@ -235,6 +247,7 @@ def _measure(case: MemoryCase, scratch: Path, *, num_steps: int) -> CaseMemory:
         shadow_every=SHADOW_EVERY,
         num_stages=NUM_STAGES,
     )
+    values["method"] = dict(case.method) or values["method"]
     state_dir = scratch / "state"
     state_dir.mkdir()
     with PlutinoStack(state_dir) as stack:

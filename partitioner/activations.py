@@ -63,25 +63,6 @@ def saved_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
     return saved_bytes
 
 
-def gradient_block_bytes(table: ModelTable, shape: JobShape, block: int) -> int:
-    """Bytes that one block keeps of one micro-batch where its weights' own gradients are looked at.
-
-    Its matrices keep their inputs, as adapted ones do.
-    """
-    plain = shape.model_copy(update={"side_reduction": 0, "adapted_linears": (), "adapter_cast_params": ()})
-    return saved_block_bytes(table, plain, block)
-
-
-def matrix_gradient_bytes(table: ModelTable, shape: JobShape) -> int:
-    """Bytes of the largest weight gradient of a block, and of fp32 copies of both tensors that it is the product of."""
-    num_tokens = micro_batch_tokens(shape)
-    return _FP32_BYTES * max(
-        linear.in_features * linear.out_features + num_tokens * (linear.in_features + linear.out_features)
-        for linears in table.block_linears
-        for linear in linears
-    )
-
-
 def block_kinds(table: ModelTable, shape: JobShape) -> list[int]:
     """For every block the first one that keeps, holds and trains the same as it: what is worked out once serves all."""
     per_block = (shape.adapter_rank_out, shape.adapter_cast_params, shape.adapted_linears, shape.adapter_kept_numbers)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partitioner import activations
+from partitioner.gradient_pass import gradient_block_bytes, matrix_gradient_bytes
 from partitioner.model import ModelTable
 from partitioner.packed import WeightSizes
 from partitioner.place import Ints, Place, ReplicaShare, place_of
@@ -111,7 +112,7 @@ class MemoryModel:
         self._sum_saved_bytes = _prefix_sums(self._saved_bytes)
         self._sum_gradient_bytes = None
         if shape.prunes_by_gradients:
-            gradient_bytes = {block: activations.gradient_block_bytes(table, shape, block) for block in set(kinds)}
+            gradient_bytes = {block: gradient_block_bytes(table, shape, block) for block in set(kinds)}
             self._sum_gradient_bytes = _prefix_sums([gradient_bytes[kind] for kind in kinds])
         self._most_saved_bytes = _range_maxima(self._saved_bytes)
         self._weights = WeightSizes(table, shape)
@@ -208,12 +209,16 @@ class MemoryModel:
         trained_bytes = TRAINED_BYTES_PER_PARAM - (_FP32_BYTES if is_own else 0)
         pruning_bytes = self._pruning_bytes(start_block, end_block, place)
         coming_and_going = np.maximum(np.maximum(passing_bytes, generation_bytes), pruning_bytes)
+        copied_bytes = num_trainable * (_FP32_BYTES * place.gradient_copies)
+        # Before the first step what is trained has no gradient and no moments. It has no snapshot either, but workers
+        # of a pipeline were measured to need most of that room.
+        not_yet_bytes = num_trainable * (trained_bytes - _FP32_BYTES) + copied_bytes
         bill = {
             "weights": weight_bytes,
             "packed weights": packed_bytes,
             "unpacking": np.asarray(weights.workspace_bytes(is_last=place.is_last)),
             "adapter and optimiser": num_trainable * trained_bytes,
-            "gradient of one micro-batch": num_trainable * (_FP32_BYTES * place.gradient_copies),
+            "gradient of one micro-batch": copied_bytes,
             "shared gradients": np.asarray(
                 shape.stage_trainable_params * _FP32_BYTES * _GRADIENT_COPIES * self._table.num_blocks
             ),
@@ -225,7 +230,7 @@ class MemoryModel:
             "shadow snapshot": num_trainable * ((not shape.is_on_cards) * SHADOW_BYTES_PER_PARAM),
             **training,
             "generation": np.maximum(0, generation_bytes - passing_bytes),
-            "pruning": np.maximum(0, pruning_bytes - np.maximum(passing_bytes, generation_bytes)),
+            "pruning": np.maximum(0, pruning_bytes - not_yet_bytes - np.maximum(passing_bytes, generation_bytes)),
             "allocator": _ALLOCATOR_FLOOR_BYTES + (_ALLOCATOR_SHARE * coming_and_going).astype(np.int64),
         }
         running_bytes = sum(bill.values(), np.zeros((), dtype=np.int64))
@@ -314,7 +319,7 @@ class MemoryModel:
         if self._sum_gradient_bytes is None:
             return np.zeros((), dtype=np.int64)
         saved_bytes = self._sum_gradient_bytes[end_block] - self._sum_gradient_bytes[start_block]
-        matrix_bytes = activations.matrix_gradient_bytes(self._table, self._shape)
+        matrix_bytes = matrix_gradient_bytes(self._table, self._shape)
         beside_bytes = max(self._workspace_bytes + matrix_bytes, self._head_bytes if place.is_last else 0)
         whole_bytes = 2 * self._boundary_bytes + self._shared_bytes + saved_bytes + beside_bytes
         return np.where(self._keeps_activations(start_block, end_block, place), whole_bytes, 0)

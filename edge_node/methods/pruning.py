@@ -51,6 +51,9 @@ class Axes:
         return torch.cat([places + start for start in range(0, size, num)])
 
 
+STRIP_PLACES = 128
+"""Rows or columns that are summed at once; the sums' bits on a CPU are those of all at once."""
+
 Scores = dict[str, Tensor]
 """Kind of axis -> how much each place in a run counts, fp64 on the CPU, summed over all linear layers of a block."""
 
@@ -63,7 +66,9 @@ def no_scores(axes: Axes) -> Scores:
 def add_sums(scores: Scores, matrix: Tensor, family: Family, name: str, axes: Axes) -> None:
     """Add what a linear layer's weights count, [out_features, in_features], to the places of both axes."""
     for dim, kind in enumerate(_kinds(family, name)):
-        sums = matrix.sum(dim=1 - dim, dtype=torch.float64).cpu()
+        # torch copies all that it sums in another dtype: of the whole matrix that would be twice its bytes.
+        strips = matrix.split(STRIP_PLACES, dim=dim)
+        sums = torch.cat([strip.sum(dim=1 - dim, dtype=torch.float64) for strip in strips]).cpu()
         scores[kind] += axes.per_place(kind, sums)
 
 

@@ -10,6 +10,7 @@ from edge_node.stage.architecture import count_blocks
 from partitioner.adapter import adapter_params_of
 from partitioner.memory import stage_memory
 from partitioner.shape import JobShape
+from plutino.families import family_of
 from plutino.job.method import FullConfig, ParallelAdaptersConfig
 from plutino.job.model import Packing
 from plutino.job.objective import ClassificationConfig, Seq2SeqConfig
@@ -111,6 +112,18 @@ def test_places_kept_have_the_largest_squared_gradients_of_full_fine_tuning(fold
     for block, places in expected.items():
         (down,) = (value for key, value in first.items() if key.endswith(f"side.down.{block}.weight"))
         assert torch.equal(down.argmax(dim=1), places)
+
+
+@pytest.mark.parametrize("size", [(300, 130), (64, 513), (5, 3)])
+def test_sums_taken_in_strips_have_the_bits_of_sums_of_the_whole_matrix(size):
+    matrix = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    axes = Axes(hidden=size[1], head=1, inner=size[0])
+    scores = no_scores(axes)
+
+    add_sums(scores, matrix, family_of("llama"), "mlp.up_proj", axes)
+
+    assert torch.equal(scores["inner"], matrix.sum(dim=1, dtype=torch.float64))
+    assert torch.equal(scores["hidden"], matrix.sum(dim=0, dtype=torch.float64))
 
 
 def test_packed_blocks_are_pruned_by_the_gradients_of_their_dequantised_weights(folders):
