@@ -119,8 +119,8 @@ def test_job_that_was_told_to_leave_asks_for_no_price(monkeypatch):
 @pytest.mark.parametrize(
     ("cached_epochs", "total_steps", "expected"),
     [
-        ("auto", 12, CACHED),
-        ("auto", 11, STAGED),
+        ("auto", 5, CACHED),
+        ("auto", 4, STAGED),
         ("auto", 2, None),
         ("data-parallel", 3, CACHED),
         ("data-parallel", 2, None),
