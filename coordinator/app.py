@@ -234,7 +234,7 @@ async def _serve(
         await server.start()
     stack.push_async_callback(_stop_servers, *servers)
     stack.push_async_callback(manager.close)
-    manager.resume_all()
+    manager.resume_all(sweeps.living_trials())
     sweeps.resume_all()
     stack.push_async_callback(sweeps.close)
     loops.resume_all()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coordinator.options import AsJson, StateDir
-from plutino.errors import ConfigError, JobError
+from plutino.errors import ConfigError, JobError, UnreachableError
 
 if TYPE_CHECKING:
     from plutino.client import Client
@@ -86,8 +86,15 @@ def _follow(client: Client, sweep_id: str, *, as_json: bool) -> SweepStatus | No
             return _until_ended(client, sweep_id, tell, last=lambda status: console.print(sweep_table(status)))
         from rich.live import Live
 
-        with Live(console=console) as live:
-            return _until_ended(client, sweep_id, lambda s: live.update(sweep_table(s)), last=lambda s: None)
+        # Drawn when it is looked at: four times a second would cost devices on this machine their processor.
+        with Live(console=console, auto_refresh=False) as live:
+
+            def draw(status: SweepStatus) -> None:
+                live.update(sweep_table(status), refresh=True)
+
+            return _until_ended(client, sweep_id, draw, last=lambda status: None)
+    except UnreachableError as error:
+        raise UnreachableError(f"{error}. Then attach again: plutino sweep {sweep_id}") from error
     except KeyboardInterrupt:
         print(f"\ndetached; {sweep_id} goes on. Attach again: plutino sweep {sweep_id}", file=sys.stderr)
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,12 @@ class JobManager:
 
     # ---- life ----
 
-    def resume_all(self) -> None:
-        """Drive every stored job that has not ended, from where it is."""
+    def resume_all(self, trials: Mapping[JobId, TrialTerms]) -> None:
+        """Drive every stored job that has not ended, from where it is; ``trials``: what those share that are trials."""
         for record in self._store.jobs():
             if not record.is_terminal:
                 logger.info("job %s goes on: %s", record.job_id, record.state.value)
-                self._drive(record)
+                self._drive(record, trials.get(record.job_id))
                 self._expect_devices(record)
 
     async def run(self) -> None:

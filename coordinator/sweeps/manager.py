@@ -12,6 +12,7 @@ import json
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict
@@ -22,12 +23,22 @@ from coordinator.jobs.record import JobRecord, JobState
 from coordinator.jobs.scoring import ScoreReport
 from coordinator.jobs.trained import trained_share
 from coordinator.storage.base import Store
-from coordinator.sweeps.choose import Rung, plan_rungs, ranked, recommend
+from coordinator.sweeps.choose import ranked, recommend
 from coordinator.sweeps.grid import label
 from coordinator.sweeps.results import result_of
+from coordinator.sweeps.trial_jobs import (
+    adapter_key,
+    check_halving,
+    first_of_group,
+    group_of,
+    rungs_of,
+    shared_terms,
+    trial_job,
+    trial_key,
+)
 from plutino.errors import InvalidTransitionError, PlutinoError, UnknownJobError
-from plutino.job.spec import JobSpec
 from plutino.sweep import Recommendation, SweepSpec, SweepStatus, TrialResult
+from plutino.types import JobId
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +69,26 @@ class SweepManager:
         self._keeps_stage_s = keeps_stage_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._trained: dict[str, tuple[int, float]] = {}
+        self._terms: dict[str, dict[str, TrialTerms]] = {}
+        self._results: dict[str, TrialResult] = {}
+        """Of jobs that have ended, by id: people look every second, and a job's steps are many."""
 
     # ---- life ----
+
+    def living_trials(self) -> dict[JobId, TrialTerms]:
+        """What the living jobs of sweeps share: they go on as trials, with their stages kept for the next one."""
+        found: dict[JobId, TrialTerms] = {}
+        for record in (self._record(sweep_id) for sweep_id in self._ids()):
+            if record.ended_at_s is not None:
+                continue
+            for rung in range(len(rungs_of(record.spec))):
+                for number in range(len(record.spec.trials)):
+                    if (job := self._job(record, number, rung)) is not None and not job.is_terminal:
+                        found[job.job_id] = self._terms_of(record, number)
+            last, chosen = self._adapter_job(record), self._recommendation(record)
+            if last is not None and chosen is not None and not last.is_terminal:
+                found[last.job_id] = self._last_terms(record, chosen.trial)
+        return found
 
     def resume_all(self) -> None:
         """Go on with every stored sweep that has not ended."""
@@ -80,11 +109,12 @@ class SweepManager:
         """Store a sweep and begin it; gives its id.
 
         Raises:
-            ConfigError, ModelError: a trial's method does not fit its base model.
+            ConfigError, ModelError: a trial's method does not fit its base model, or there is nothing to halve.
         """
         key = f"sweep submitted as {idempotency_key}"
         if idempotency_key and (known := self._store.value(key)) is not None:
             return known
+        check_halving(spec)
         for trial in spec.trials:
             await asyncio.to_thread(trained_share, trial.spec)
         letters = "".join(c for c in spec.name.lower() if c.isalnum() or c == "-")[:20].strip("-") or "sweep"
@@ -175,18 +205,17 @@ class SweepManager:
             await self._end(self._record(sweep_id), failure=reason)
 
     async def _run_rungs(self, record: _Record) -> None:
-        terms = _terms(record.spec, self._keeps_stage_s)
-        rungs = _rungs(record.spec)
+        rungs = rungs_of(record.spec)
         chosen = list(range(len(record.spec.trials)))
         for rung_number, rung in enumerate(rungs):
             # Trials of the same stages one after the other, so that these stay loaded.
-            chosen = sorted(
-                chosen[: rung.num_trials], key=lambda number: (_first_of_group(record.spec, number), number)
-            )
+            chosen = sorted(chosen[: rung.num_trials], key=lambda number: (first_of_group(record.spec, number), number))
             for number in chosen:
-                spec = _trial_spec(record.spec, number, rung, is_first=(rung_number, number) == (0, chosen[0]))
+                spec = trial_job(record.spec, number, rung, is_first=(rung_number, number) == (0, chosen[0]))
                 job = await self._jobs.submit(
-                    spec, idempotency_key=_key(record, number, rung_number), trial=terms[_group(spec)]
+                    spec,
+                    idempotency_key=trial_key(record.sweep_id, number, rung_number),
+                    trial=self._terms_of(record, number),
                 )
                 await self._jobs.ended(job.job_id)
             results = [self._result(record, number, rung_number) for number in chosen]
@@ -199,8 +228,8 @@ class SweepManager:
             why = next((reason for number in numbers if (reason := self._latest(record, number).reason)), "")
             raise PlutinoError(f"no trial could be measured; the first that failed: {why or 'no reason was told'}")
         spec = record.spec.trials[recommendation.trial].spec
-        last = replace(terms[_group(spec)], keeps_stage_s=0.0)
-        job = await self._jobs.submit(spec, idempotency_key=f"sweep/{record.sweep_id}/adapter", trial=last)
+        last = self._last_terms(record, recommendation.trial)
+        job = await self._jobs.submit(spec, idempotency_key=adapter_key(record.sweep_id), trial=last)
         ended = await self._jobs.ended(job.job_id)
         if ended.state is not JobState.SUCCEEDED:
             raise PlutinoError(f"the recommended trial's job {job.job_id} is {ended.state.value}: {ended.reason}")
@@ -229,17 +258,27 @@ class SweepManager:
     async def _end(self, record: _Record, *, failure: str = "") -> None:
         await self._save(record.model_copy(update={"ended_at_s": time.time(), "failure": failure}))
         self._tasks.pop(record.sweep_id, None)
+        self._terms.pop(record.sweep_id, None)
+
+    def _terms_of(self, record: _Record, number: int) -> TrialTerms:
+        if record.sweep_id not in self._terms:
+            self._terms[record.sweep_id] = shared_terms(record.spec, self._keeps_stage_s)
+        # Not by the job's own spec, whose base model is pinned to a revision.
+        return self._terms[record.sweep_id][group_of(record.spec.trials[number].spec)]
+
+    def _last_terms(self, record: _Record, number: int) -> TrialTerms:
+        return replace(self._terms_of(record, number), keeps_stage_s=0.0)
 
     def _job(self, record: _Record, number: int, rung: int) -> JobRecord | None:
-        known = self._store.submitted_as(_key(record, number, rung))
+        known = self._store.submitted_as(trial_key(record.sweep_id, number, rung))
         return None if known is None else self._store.job(known.job_id)
 
     def _adapter_job(self, record: _Record) -> JobRecord | None:
-        known = self._store.submitted_as(f"sweep/{record.sweep_id}/adapter")
+        known = self._store.submitted_as(adapter_key(record.sweep_id))
         return None if known is None else self._store.job(known.job_id)
 
     def _all_jobs(self, record: _Record) -> list[JobRecord]:
-        numbers, rungs = range(len(record.spec.trials)), range(len(_rungs(record.spec)))
+        numbers, rungs = range(len(record.spec.trials)), range(len(rungs_of(record.spec)))
         jobs = [self._job(record, number, rung) for rung in rungs for number in numbers]
         return [job for job in (*jobs, self._adapter_job(record)) if job is not None]
 
@@ -247,27 +286,39 @@ class SweepManager:
         job = self._job(record, number, rung)
         if job is None:
             return None
+        if (known := self._results.get(job.job_id)) is not None:
+            return known
         trial = record.spec.trials[number]
         key = trial.spec.model.model_dump_json() + trial.spec.method.model_dump_json()
         if key not in self._trained:
             self._trained[key] = trained_share(trial.spec)
-        return result_of(self._store, number, trial, rung, job, self._trained[key], now_s=time.time())
+        result = result_of(self._store, number, trial, rung, job, self._trained[key], now_s=time.time())
+        if job.is_terminal:
+            self._results[job.job_id] = result
+        return result
 
     def _latest(self, record: _Record, number: int) -> TrialResult:
         """A trial's job of the highest rung that it has reached."""
-        rungs = range(len(_rungs(record.spec)))
+        rungs = range(len(rungs_of(record.spec)))
         found = [result for rung in rungs if (result := self._result(record, number, rung)) is not None]
         if not found:
             return TrialResult(trial=number, settings=record.spec.trials[number].settings)
-        is_behind = any(self._job(record, other, found[-1].rung + 1) for other in range(len(record.spec.trials)))
-        is_dropped = is_behind and found[-1].state == "succeeded"
+        is_dropped = found[-1].state == "succeeded" and number not in self._promoted(record, found[-1].rung)
         return found[-1].model_copy(update={"state": "dropped"}) if is_dropped else found[-1]
+
+    def _promoted(self, record: _Record, rung: int) -> Sequence[int]:
+        """The trials that go on after a round, or all while that is not decided."""
+        numbers, rungs = range(len(record.spec.trials)), rungs_of(record.spec)
+        if rung + 1 == len(rungs) or not any(self._job(record, number, rung + 1) for number in numbers):
+            return numbers
+        results = [result for number in numbers if (result := self._result(record, number, rung)) is not None]
+        return [result.trial for result in ranked(results)][: rungs[rung + 1].num_trials]
 
     def _recommendation(self, record: _Record) -> Recommendation | None:
         """Among the jobs of the highest rung that has a measured one: only they had the same steps."""
         if not record.spec.trains:
             return None
-        for rung in reversed(range(len(_rungs(record.spec)))):
+        for rung in reversed(range(len(rungs_of(record.spec)))):
             results = [self._result(record, number, rung) for number in range(len(record.spec.trials))]
             if (found := recommend([result for result in results if result is not None])) is not None:
                 return found
@@ -280,72 +331,9 @@ class SweepManager:
         return None
 
 
-def _key(record: _Record, number: int, rung: int) -> str:
-    return f"sweep/{record.sweep_id}/{number}/{rung}"
-
-
 def _state(record: _Record) -> str:
     if record.is_cancelled:
         return "cancelled"
     if record.ended_at_s is None:
         return "running"
     return "failed" if record.failure else "succeeded"
-
-
-def _rungs(spec: SweepSpec) -> tuple[Rung, ...]:
-    steps = [trial.spec.training.steps for trial in spec.trials]
-    known = [number for number in steps if number is not None]
-    return plan_rungs(len(steps), min(known) if len(known) == len(steps) else None, spec.halving)
-
-
-def _trial_spec(sweep: SweepSpec, number: int, rung: Rung, *, is_first: bool) -> JobSpec:
-    """A trial's job: it publishes nothing, and only the first one measures the base model."""
-    spec = sweep.trials[number].spec
-    training = spec.training
-    if rung.steps is not None:
-        # Its own schedule within fewer steps, the warm-up shortened alike.
-        share = rung.steps / (training.steps or rung.steps)
-        training = training.model_copy(update={"steps": rung.steps, "warmup_steps": int(training.warmup_steps * share)})
-    scoring = spec.scoring
-    if scoring is not None and not is_first:
-        scoring = scoring.model_copy(update={"before": False, "few_shot": 0})
-    return spec.model_copy(
-        update={
-            "name": f"{sweep.name}-{number + 1}",
-            "training": training,
-            "scoring": scoring,
-            # The published adapter's job measures it.
-            "evaluation": spec.evaluation.model_copy(update={"measure_general": "never"}),
-            "output": spec.output.model_copy(update={"publish": False, "dir": None}),
-        }
-    )
-
-
-def _group(spec: JobSpec) -> str:
-    """Jobs with the same value differ in method and training settings alone, so that one plan can hold each of them."""
-    kept = {"batch_size", "micro_batch_size", "checkpointing"}
-    return json.dumps(
-        {
-            "model": spec.model.model_dump(mode="json"),
-            "data": spec.data.model_dump(mode="json"),
-            "objective": spec.objective.model_dump(mode="json"),
-            "placement": spec.placement.model_dump(mode="json"),
-            "scoring": None
-            if spec.scoring is None
-            else spec.scoring.model_dump(mode="json", exclude={"before", "few_shot", "rows", "metric"}),
-            "training": spec.training.model_dump(mode="json", include=kept),
-        },
-        sort_keys=True,
-    )
-
-
-def _first_of_group(sweep: SweepSpec, number: int) -> int:
-    wanted = _group(sweep.trials[number].spec)
-    return next(other for other, trial in enumerate(sweep.trials) if _group(trial.spec) == wanted)
-
-
-def _terms(sweep: SweepSpec, keeps_stage_s: float) -> dict[str, TrialTerms]:
-    groups: dict[str, list[JobSpec]] = {}
-    for trial in sweep.trials:
-        groups.setdefault(_group(trial.spec), []).append(trial.spec)
-    return {group: TrialTerms(specs=tuple(specs), keeps_stage_s=keeps_stage_s) for group, specs in groups.items()}

@@ -12,6 +12,8 @@ from coordinator.sweeps.grid import label
 from plutino.sizes import MIB
 from plutino.sweep import SweepStatus, TrialResult
 
+_JOB_ENDED = ("succeeded", "failed", "cancelled")
+
 
 def sweep_table(status: SweepStatus) -> RenderableType:
     """Trials, the best first, with the recommendation and its reason."""
@@ -38,27 +40,37 @@ def sweep_table(status: SweepStatus) -> RenderableType:
     for result in (*best, *sorted(others, key=lambda r: (-r.rung, r.trial))):
         is_chosen = status.recommendation is not None and status.recommendation.trial == result.trial
         table.add_row(*_cells(result), style="bold" if is_chosen else "")
-    parts: list[RenderableType] = [Text(f"{status.sweep_id}  {status.state}  {status.reason}".rstrip()), table]
+    parts: list[RenderableType] = [Text(_heading(status)), table]
     if status.base_score is not None:
         parts.append(Text(f"base model alone: {status.base_score:.1%}"))
     if status.recommendation is not None:
         chosen = status.results[status.recommendation.trial]
-        parts.append(
-            Text(
-                f"take trial {chosen.trial + 1} ({label(chosen.settings) or 'as the file says'}): "
-                f"{status.recommendation.reason}"
-            )
-        )
+        take = "take" if status.state == "succeeded" else "best so far:"
+        settings = label(chosen.settings) or "as the file says"
+        parts.append(Text(f"{take} trial {chosen.trial + 1} ({settings}): {status.recommendation.reason}"))
     if status.adapter_dir is not None:
         parts.append(Text(f"its adapter, verified: {status.adapter_dir}", style="bold"))
     return Group(*parts)
+
+
+def _heading(status: SweepStatus) -> str:
+    """Its state, and what it does where the table does not tell."""
+    told = f"{status.sweep_id}  {status.state}"
+    if not status.has_ended:
+        if status.adapter_job_id is None:
+            rung = max(result.rung for result in status.results)
+            num_ended = sum(result.state in _JOB_ENDED for result in status.results if result.rung == rung)
+            told += f", round {rung + 1}" if rung else f", {num_ended} of {len(status.results)} trials have ended"
+        else:
+            told += f"; {status.adapter_job_id} trains the recommended one once more, and publishes its adapter"
+    return f"{told}  {status.reason}".rstrip()
 
 
 def progress(status: SweepStatus) -> list[str]:
     """Lines for a log, one for each trial's job that has ended."""
     lines = []
     for result in status.results:
-        if result.state in ("succeeded", "failed", "cancelled"):
+        if result.state in _JOB_ENDED:
             score = "" if result.score is None else f", score {result.score:.1%}"
             loss = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
             why = f": {result.reason}" if result.reason else ""

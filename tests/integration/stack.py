@@ -209,6 +209,8 @@ class ThreadAgent:
         self.timings = timings
         self.sessions: dict[WorkerRef, WorkerSession] = {}
         self.assignments: list[WorkerAssignment] = []
+        self.stopped: list[WorkerRef] = []
+        """Workers that were ended by command, not by their own job's end."""
         self.residents: dict[tuple[int, str], ResidentStage] = {}
         """Stages that workers have left loaded, by stage index and key."""
         self.kept_states: dict[str, KeptState] = {}
@@ -315,6 +317,7 @@ class ThreadAgent:
         elif kind == "stop_worker":
             session = self.sessions.get(worker_from_proto(command.stop_worker.worker))
             if session is not None:
+                self.stopped.append(worker_from_proto(command.stop_worker.worker))
                 session.end(command.stop_worker.reason)
         elif kind == "revoked":
             self.revoked_ids = list(command.revoked.node_ids)

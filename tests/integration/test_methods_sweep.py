@@ -146,6 +146,36 @@ def test_sweep_with_halving_goes_on_after_a_restart_and_repeats_no_job(stack, tm
     assert status.recommendation.trial == next(r.trial for r in status.results if r.rung == 1)
 
 
+def test_trial_that_a_restart_interrupts_goes_on_as_a_trial_whose_stages_the_next_one_finds(
+    stack, tmp_path, model_dir, gate
+):
+    gate.hold_at(2)
+    coordinator, people, client = start(stack, tmp_path / "state")
+    agents = agents_of(stack, coordinator, people)
+    spec = sweep_of(tmp_path, model_dir, ["method.rank=1,2"])
+    sweep_id = client.sweeps.submit(spec)
+    wait_until(lambda: client.sweeps.status(sweep_id).results[0].steps == 2, "the middle of the first trial")
+    people.close()
+    client.close()
+    coordinator.close()
+
+    coordinator, people, client = start(stack, tmp_path / "state")
+    stack.callback(coordinator.close)
+    stack.callback(people.close)
+    stack.callback(client.close)
+    gate.open()
+    status = ended(client, sweep_id)
+
+    assert status.state == "succeeded", status
+    first, second = (result.job_id for result in status.results)
+    assert len(client.jobs()) == 3
+    # Ended by command, a process would take its stage with it.
+    assert [ref for agent in agents for ref in agent.stopped if ref.job_id == first] == []
+    loaded = [note.event for note in client.watch(second) if isinstance(note.event, WorkerLoaded)]
+    assert loaded and sum(event.tensors_read for event in loaded) == 0
+    assert len(losses(people.detail(first))) == 4
+
+
 def test_cancelled_sweep_ends_its_job_and_keeps_what_was_measured(stack, tmp_path, model_dir):
     coordinator, people, client = start(stack, tmp_path / "state")
     stack.callback(coordinator.close)
