@@ -42,6 +42,11 @@ class TraceStore:
         """Keep what was predicted of a plan epoch."""
         _write(self._folder(job_id) / f"{plan_epoch}.plan.json", planned.model_dump_json())
 
+    def planned(self, job_id: str, plan_epoch: int) -> PlannedEpoch | None:
+        """What was predicted of a plan epoch, if that is known."""
+        path = self._folder(job_id) / f"{plan_epoch}.plan.json"
+        return PlannedEpoch.model_validate_json(path.read_bytes()) if path.is_file() else None
+
     def put_step(self, job_id: str, trace: StepTrace) -> None:
         """Keep a recorded step; the job's oldest ones but the first give way, and plans that no step needs."""
         folder = self._folder(job_id)
@@ -79,9 +84,7 @@ class TraceStore:
             )
         folder, (epoch, number) = self._folder(job_id), found
         trace = StepTrace.model_validate_json((folder / f"{epoch}.{number}.json").read_bytes())
-        plan_path = folder / f"{epoch}.plan.json"
-        planned = PlannedEpoch.model_validate_json(plan_path.read_bytes()) if plan_path.is_file() else None
-        return trace, planned
+        return trace, self.planned(job_id, epoch)
 
     def _recorded(self, job_id: str) -> list[tuple[int, int]]:
         folder = self._folder(job_id)

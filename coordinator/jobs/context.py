@@ -45,7 +45,7 @@ class TrialTerms:
     """Of all these trials: one plan must hold each of them."""
     keeps_stage_s: float
     problem: PlanningProblem | None = None
-    """What the first of them was planned from; None before, and after a restart."""
+    """What the first of them was planned from; None before, and after a restart between two of them."""
     plan: Plan | None = None
 
 

@@ -86,7 +86,10 @@ class JobManager:
         for record in self._store.jobs():
             if not record.is_terminal:
                 logger.info("job %s goes on: %s", record.job_id, record.state.value)
-                self._drive(record, trials.get(record.job_id))
+                trial = trials.get(record.job_id)
+                if trial is not None:
+                    self._recall_plan(record, trial)
+                self._drive(record, trial)
                 self._expect_devices(record)
 
     async def run(self) -> None:
@@ -273,6 +276,12 @@ class JobManager:
         )
         self._drivers[job_id] = driver
         self._tasks[job_id] = asyncio.create_task(self._run_driver(driver), name=f"job {job_id}")
+
+    def _recall_plan(self, record: JobRecord, trial: TrialTerms) -> None:
+        """The next trials shall get this one's plan: measuring anew needs the memory of the stages that it leaves."""
+        planned = self.traces.planned(record.job_id, record.plan_epoch)
+        if record.plan_epoch == 1 and record.plan_json is not None and planned is not None:
+            trial.problem, trial.plan = planned.problem, planned.plan
 
     def _expect_devices(self, record: JobRecord) -> None:
         if record.plan_json is None:

@@ -209,6 +209,8 @@ class ThreadAgent:
         self.timings = timings
         self.sessions: dict[WorkerRef, WorkerSession] = {}
         self.assignments: list[WorkerAssignment] = []
+        self.num_profiles = 0
+        """How often it was asked to measure."""
         self.stopped: list[WorkerRef] = []
         """Workers that were ended by command, not by their own job's end."""
         self.residents: dict[tuple[int, str], ResidentStage] = {}
@@ -322,6 +324,7 @@ class ThreadAgent:
         elif kind == "revoked":
             self.revoked_ids = list(command.revoked.node_ids)
         elif kind == "profile":
+            self.num_profiles += 1
             # As a real agent, which measures in one worker more.
             why = refusal(self._baseline_bytes, self._promised(), self._memory_bytes)
             found = {"timings_json": self.timings.model_dump_json()} if why is None else {"error": why}

@@ -155,6 +155,7 @@ def test_trial_that_a_restart_interrupts_goes_on_as_a_trial_whose_stages_the_nex
     spec = sweep_of(tmp_path, model_dir, ["method.rank=1,2"])
     sweep_id = client.sweeps.submit(spec)
     wait_until(lambda: client.sweeps.status(sweep_id).results[0].steps == 2, "the middle of the first trial")
+    num_profiles = [agent.num_profiles for agent in agents]
     people.close()
     client.close()
     coordinator.close()
@@ -169,6 +170,8 @@ def test_trial_that_a_restart_interrupts_goes_on_as_a_trial_whose_stages_the_nex
     assert status.state == "succeeded", status
     first, second = (result.job_id for result in status.results)
     assert len(client.jobs()) == 3
+    # Measuring anew needs the memory of held stages.
+    assert [agent.num_profiles for agent in agents] == num_profiles and sum(num_profiles) > 0
     # Ended by command, a process would take its stage with it.
     assert [ref for agent in agents for ref in agent.stopped if ref.job_id == first] == []
     loaded = [note.event for note in client.watch(second) if isinstance(note.event, WorkerLoaded)]

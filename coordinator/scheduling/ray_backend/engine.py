@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -238,6 +240,7 @@ class RayEngine:
 
     async def _start_cluster(self) -> None:
         await self._on_daemons_thread(self._cluster.start)
+        _take_sigterm_back()
         await self._create_scheduler()
         self._ready.set()
 
@@ -273,6 +276,14 @@ class RayEngine:
 
     def _on_daemons_thread(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._daemons_thread, call)
+
+
+def _take_sigterm_back() -> None:
+    """Put Python's handler of SIGTERM back: Ray's prints a stack trace at every ordinary end and then calls ours."""
+    ours = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread() and ours is not None:
+        signal.signal(signal.SIGTERM, ours)
+        signal.siginterrupt(signal.SIGTERM, False)
 
 
 def _create_actor(cls: type, *, name: str | None = None) -> Any:
