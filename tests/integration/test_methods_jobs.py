@@ -38,10 +38,8 @@ def people(tmp_path_factory: pytest.TempPathFactory):
         yield people
 
 
-# One that trains the blocks in place, and one that stands before them; the others' bits are the engine's tests'.
-@pytest.mark.parametrize(
-    "method", [m if m in ("full", "prefix") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-)
+# One that trains the blocks in place; the others' bits are the engine's tests'.
+@pytest.mark.parametrize("method", [m if m == "full" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_job_gives_the_same_bits_on_one_and_two_workers_and_its_adapter_is_reloaded(people, tmp_path, method):
     details = []
     for stages in (1, 2):
