@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 LOWEST_PRIORITY = 19
+OWN_AUTOGROUP = Path("/proc/self/autogroup")
+_TRIES = 100
+_BETWEEN_TRIES_S = 0.1
+"""The kernel lets all processes together change one autogroup in a tenth of a second."""
 
 
 def import_behind_others() -> None:
@@ -15,15 +27,47 @@ def import_behind_others() -> None:
 
     On one core a spare's imports halved the speed of the job beside it for 25 seconds. On Linux a priority is a
     thread's own, and only root may raise it again: so a thread of the lowest one imports and ends, and all that is
-    started later has the process's priority. Elsewhere a process has one priority, and nothing is changed.
+    started later has the process's priority. Where the kernel shares its time among sessions first (sched(7),
+    autogroups), a thread's priority counts within its session alone, which is this process; then the session has the
+    lowest one meanwhile. Elsewhere a process has one priority, and nothing is changed.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="imports", initializer=_yield_this_thread) as executor:
+    with (
+        _session_yields(OWN_AUTOGROUP),
+        ThreadPoolExecutor(1, thread_name_prefix="imports", initializer=_yield_this_thread) as executor,
+    ):
         executor.submit(_import).result()
 
 
 def _yield_this_thread() -> None:
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+
+
+@contextmanager
+def _session_yields(autogroup: Path) -> Iterator[None]:
+    """Give the session that this process leads the lowest priority, where sessions have one."""
+    if os.getsid(0) != os.getpid() or not autogroup.exists() or not _set(autogroup, LOWEST_PRIORITY):
+        yield
+        return
+    try:
+        yield
+    finally:
+        if not _set(autogroup, 0):
+            logger.warning("%s cannot be set back: this worker computes at the lowest priority", autogroup)
+
+
+def _set(autogroup: Path, priority: int) -> bool:
+    """Whether a session's priority could be set."""
+    for _ in range(_TRIES):
+        try:
+            autogroup.write_text(str(priority), encoding="ascii")
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                return False
+            time.sleep(_BETWEEN_TRIES_S)
+        else:
+            return True
+    return False
 
 
 def _import() -> None:
