@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from coordinator.command_parts import AsJson, JobIdText, StateDir, local_client, print_json
 from coordinator.data_command import data_app
 from coordinator.evaluate_command import evaluate
 from coordinator.llm2llm_command import llm2llm
 from coordinator.member_commands import devices_app, token_app
-from coordinator.options import AsJson, JobIdText, StateDir
 from coordinator.show_command import show
 from coordinator.sweep_command import sweep
 from coordinator.up_command import up
@@ -111,7 +111,7 @@ def plan(
         problem = offline_problem(spec, load_fleet(fleet))
         found = problem.plan_or_refusal()
     else:
-        with _client(state_dir) as client:
+        with local_client(state_dir) as client:
             values, problem_values = client.plan_with_problem(spec, even_if_refused=bool(what_if))
         found = values if isinstance(values, str) else Plan.model_validate(values)
         problem = PlanningProblem.model_validate(problem_values)
@@ -125,7 +125,7 @@ def plan(
     if gantt is not None:
         write_gantt(planned, gantt)
     if as_json:
-        return _print_json(plan_values(planned))
+        return print_json(plan_values(planned))
     print(plan_text(planned), end="")
 
 
@@ -139,22 +139,22 @@ def submit(
 ) -> None:
     """Hand a job in. Ctrl-C while watching detaches; the job goes on."""
     spec = _load_spec(job_file, overrides)
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         job_id = client.submit(spec)
         if watch:
             return _watch(client, job_id, state_dir, as_json=as_json)
     if as_json:
-        return _print_json({"job_id": job_id})
+        return print_json({"job_id": job_id})
     print(f"submitted {job_id}; watch it with: {_command('watch', job_id, state_dir)}")
 
 
 @app.command()
 def jobs(state_dir: StateDir = None, as_json: AsJson = False) -> None:
     """List all jobs, oldest first."""
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         found = client.jobs()
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     import time
 
     from coordinator.screens import job_table, make_console
@@ -165,7 +165,7 @@ def jobs(state_dir: StateDir = None, as_json: AsJson = False) -> None:
 @app.command()
 def watch(job: JobIdText, state_dir: StateDir = None, as_json: AsJson = False) -> None:
     """Show a job until it has ended. Ctrl-C detaches; the job goes on."""
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         _watch(client, client.job(job).summary.job_id, state_dir, as_json=as_json)
 
 
@@ -203,7 +203,7 @@ def merge(
 
     merged = merge_adapter(adapter_dir, out.resolve(), base_dir=base, max_shard_bytes=parse_size(shard_size))
     if as_json:
-        return _print_json(merged)
+        return print_json(merged)
     print(describe(merged))
 
 
@@ -258,7 +258,7 @@ def demo(
         print("\nthe demo was stopped; nothing of it is left running", file=sys.stderr)
         raise typer.Exit(_INTERRUPTED_EXIT_CODE) from None
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
@@ -272,19 +272,13 @@ def version(as_json: AsJson = False) -> None:
     except PackageNotFoundError:
         number = "unknown: running from a source tree that is not installed"
     if as_json:
-        return _print_json({"version": number})
+        return print_json({"version": number})
     print(f"plutino {number}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; ends the process."""
     app(args=None if arguments is None else list(arguments), prog_name="plutino")
-
-
-def _client(state_dir: Path | None) -> Client:
-    from plutino.client import Client
-
-    return Client.local(state_dir)
 
 
 def _load_spec(job_file: Path, overrides: list[str] | None) -> JobSpec:
@@ -299,11 +293,11 @@ def _command(name: str, job_id: JobId, state_dir: Path | None) -> str:
 
 def _change(job: str, state_dir: Path | None, change: Callable[[Client, JobId], str], *, as_json: bool) -> None:
     """Tell a job to change its state, and print the new one."""
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         job_id = client.job(job).summary.job_id
         state = change(client, job_id)
     if as_json:
-        return _print_json({"job_id": job_id, "state": state})
+        return print_json({"job_id": job_id, "state": state})
     print(f"{job_id} is {state}")
 
 
@@ -321,7 +315,7 @@ def _watch(client: Client, job_id: JobId, state_dir: Path | None, *, as_json: bo
         if as_json:
             for numbered in client.watch(job_id):
                 view.take(numbered)
-                _print_json(numbered)
+                print_json(numbered)
         else:
             console = make_console()
             follow(view, client.watch(job_id), console)
@@ -336,12 +330,6 @@ def _watch(client: Client, job_id: JobId, state_dir: Path | None, *, as_json: bo
         return
     if view.state != "succeeded":
         raise JobError(f"{job_id} is {view.state}: {view.reason}")
-
-
-def _print_json(value: Any) -> None:
-    from coordinator.json_output import to_json
-
-    print(to_json(value), flush=True)
 
 
 if __name__ == "__main__":

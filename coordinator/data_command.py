@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coordinator.options import AsJson
+from coordinator.command_parts import AsJson, print_json
 from plutino.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ def preview(
         if not as_json:
             _show(name, one, is_first=len(previews) == 1)
     if as_json:
-        from coordinator.json_output import to_json
-
-        print(to_json(previews), flush=True)
+        print_json(previews)
     if any(one.has_problems for one in previews):
         raise typer.Exit(DataError.exit_code)
 

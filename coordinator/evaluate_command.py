@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from coordinator.options import AsJson, StateDir
+from coordinator.command_parts import AsJson, StateDir, local_client, print_json
 from plutino.errors import ConfigError, JobError
 
 if TYPE_CHECKING:
@@ -51,10 +51,9 @@ def evaluate(
 ) -> None:
     """Answer rows with the adapter that each names. The base model is loaded once; rows are batched by adapter."""
     from coordinator.sweeps.requests import evaluation_of, read_requests, write_rows
-    from plutino.client import Client
     from plutino.endpoint import default_state_dir
 
-    with Client.local(state_dir) as client:
+    with local_client(state_dir) as client:
         adapters = {named.name: named for named in (_named(text, client) for text in adapter or [])}
         requests = read_requests(rows, adapters)
         folder = (state_dir or default_state_dir()).resolve() / "evaluations"
@@ -145,9 +144,7 @@ def _tell(status: SweepStatus, answered: list[dict[str, Any]], *, as_json: bool)
         for result in status.results
     }
     if as_json:
-        from coordinator.json_output import to_json
-
-        print(to_json({"adapters": adapters, "rows": answered}), flush=True)
+        print_json({"adapters": adapters, "rows": answered})
         return
     from rich.table import Table
 

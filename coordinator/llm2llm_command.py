@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coordinator.options import AsJson, StateDir
+from coordinator.command_parts import AsJson, StateDir, local_client, print_json
 from plutino.errors import ConfigError, JobError
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def llm2llm(
     as_json: AsJson = False,
 ) -> None:
     """Train, let a teacher write rows like those that were got wrong, train anew. Ctrl-C detaches; the loop goes on."""
-    from plutino.client import Client
-
-    with Client.local(state_dir) as client:
+    with local_client(state_dir) as client:
         if Path(loop).is_file():
             if rows or cancel or resume:
                 raise ConfigError("--rows, --cancel and --resume are for a loop's id; give that in place of a file")
@@ -81,19 +79,13 @@ def _follow(client: Client, loop_id: str, *, as_json: bool) -> LoopStatus | None
 def _print_rows(client: Client, loop_id: str) -> None:
     """One JSON object on each line, whether or not JSON was asked for: rows have columns of their own."""
     for sample in client.loops.samples(loop_id):
-        _print_json(sample)
+        print_json(sample)
 
 
 def _tell(status: LoopStatus, *, as_json: bool) -> None:
     if as_json:
-        return _print_json(status)
+        return print_json(status)
     from coordinator.llm2llm.table import loop_table
     from coordinator.screens import make_console
 
     make_console().print(loop_table(status))
-
-
-def _print_json(value: Any) -> None:
-    from coordinator.json_output import to_json
-
-    print(to_json(value), flush=True)

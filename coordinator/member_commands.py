@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coordinator.options import AsJson, StateDir
+from coordinator.command_parts import AsJson, StateDir, local_client, print_json
 from plutino.errors import ConfigError
 
 if TYPE_CHECKING:
-    from plutino.client import Client
+    pass
 
 token_app = typer.Typer(help="Make, list and revoke the tokens that devices join with.", no_args_is_help=True)
 devices_app = typer.Typer(help="List the devices, with what they give and why they are as they are; cut one off.")
@@ -29,20 +28,20 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make a token and print the line that joins a device. It is shown once and kept nowhere."""
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         made = client.members.create_token(uses=uses, ttl_s=parse_duration(ttl))
     if as_json:
-        return _print_json({"token": made.token, "token_id": made.token_id, "expires_at_s": made.expires_at_s})
+        return print_json({"token": made.token, "token_id": made.token_id, "expires_at_s": made.expires_at_s})
     print(f"plutino node join {made.token}")
 
 
 @token_app.command("list")
 def list_tokens(state_dir: StateDir = None, as_json: AsJson = False) -> None:
     """List all tokens, without their secrets."""
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         found = client.members.tokens()
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     import time
 
     from coordinator.screens import make_console, token_table
@@ -57,10 +56,10 @@ def revoke_token(
     as_json: AsJson = False,
 ) -> None:
     """Let nobody join with a token any more; devices that did stay."""
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         token_id = client.members.revoke_token(token)
     if as_json:
-        return _print_json({"token_id": token_id})
+        return print_json({"token_id": token_id})
     print(f"token {token_id} is revoked")
 
 
@@ -69,10 +68,10 @@ def devices(context: typer.Context, state_dir: StateDir = None, as_json: AsJson 
     """List the devices, with what they give and why they are as they are."""
     if context.invoked_subcommand is not None:
         return
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         found = client.devices()
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     from coordinator.screens import device_table, link_table, make_console
 
     console = make_console()
@@ -88,22 +87,22 @@ def revoke_device(
     as_json: AsJson = False,
 ) -> None:
     """Cut a device off at once and for good; its jobs go on without it. It can join again with a new token."""
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         node_id, name = client.members.revoke_device(device)
     if as_json:
-        return _print_json({"node_id": node_id, "name": name})
+        return print_json({"node_id": node_id, "name": name})
     print(f"{name} ({node_id}) is cut off")
 
 
 @devices_app.command("audit")
 def audit(state_dir: StateDir = None, as_json: AsJson = False) -> None:
     """Show what was done to tokens and devices, and by whom."""
-    with _client(state_dir) as client:
+    with local_client(state_dir) as client:
         found = client.members.audit()
         while len(more := client.members.audit(after=found[-1].number if found else 0)) > 0:
             found += more
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     import time
 
     for entry in found:
@@ -121,15 +120,3 @@ def parse_duration(text: str) -> float:
     if match is None or float(match[1]) == 0:
         raise ConfigError(f"{text!r} is no duration; write a number and a unit: 90s, 15m, 1h or 2d")
     return float(match[1]) * _UNIT_S[match[2]]
-
-
-def _client(state_dir: Path | None) -> Client:
-    from plutino.client import Client
-
-    return Client.local(state_dir)
-
-
-def _print_json(value: Any) -> None:
-    from coordinator.json_output import to_json
-
-    print(to_json(value), flush=True)

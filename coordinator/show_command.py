@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from coordinator.options import AsJson, JobIdText, StateDir
+from coordinator.command_parts import AsJson, JobIdText, StateDir, local_client, print_json
 
 
 def show(
@@ -21,14 +21,12 @@ def show(
     step: Annotated[int | None, typer.Option(help="Which recorded step; by default the newest.")] = None,
 ) -> None:
     """Show everything that is stored of a job, or draw one of its steps."""
-    from plutino.client import Client
-
     if gantt is not None:
         return _draw(job, state_dir, gantt, step, as_json=as_json)
-    with Client.local(state_dir) as client:
+    with local_client(state_dir) as client:
         found = client.job(job)
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     from coordinator.screens import job_detail, make_console
 
     make_console().print(job_detail(found))
@@ -38,21 +36,14 @@ def _draw(job: str, state_dir: Path | None, gantt: str, step: int | None, *, as_
     from coordinator.artifacts.traces import PlannedEpoch
     from coordinator.trace_command import TO_STDOUT, draw_step, write_step
     from partitioner.trace import StepTrace
-    from plutino.client import Client
 
-    with Client.local(state_dir) as client:
+    with local_client(state_dir) as client:
         trace_json, planned_json = client.trace(job, step)
     trace = StepTrace.model_validate_json(trace_json)
     planned = PlannedEpoch.model_validate_json(planned_json) if planned_json else None
     if as_json:
-        _print_json(trace.model_dump(mode="json"))
+        print_json(trace.model_dump(mode="json"))
     if gantt != TO_STDOUT:
         write_step(draw_step(trace, planned, as_picture=True), Path(gantt))
     elif not as_json:
         print(draw_step(trace, planned, as_picture=False), end="")
-
-
-def _print_json(value: Any) -> None:
-    from coordinator.json_output import to_json
-
-    print(to_json(value))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coordinator.options import AsJson, StateDir
+from coordinator.command_parts import AsJson, StateDir, local_client, print_json
 from plutino.errors import ConfigError, JobError, UnreachableError
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods and settings over one base model, and recommend one. Ctrl-C detaches; the sweep goes on."""
-    from plutino.client import Client
-
-    with Client.local(state_dir) as client:
+    with local_client(state_dir) as client:
         if not Path(job).is_file():
             if settings or halving:
                 raise ConfigError(f"there is no job file {job}; give one, or a sweep's id without --set")
@@ -69,7 +67,7 @@ def _follow(client: Client, sweep_id: str, *, as_json: bool) -> SweepStatus | No
     """Show a sweep to its end; None if the person went away before."""
     try:
         if as_json:
-            return _until_ended(client, sweep_id, lambda status: None, last=_print_json)
+            return _until_ended(client, sweep_id, lambda status: None, last=print_json)
         from coordinator.screens import make_console
         from coordinator.sweeps.table import progress, sweep_table
 
@@ -114,14 +112,8 @@ def _until_ended(
 
 def _tell(status: SweepStatus, *, as_json: bool) -> None:
     if as_json:
-        return _print_json(status)
+        return print_json(status)
     from coordinator.screens import make_console
     from coordinator.sweeps.table import sweep_table
 
     make_console().print(sweep_table(status))
-
-
-def _print_json(value: Any) -> None:
-    from coordinator.json_output import to_json
-
-    print(to_json(value), flush=True)

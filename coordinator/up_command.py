@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from coordinator.options import AsJson, StateDir
+from coordinator.command_parts import AsJson, StateDir
 
 
 def up(
