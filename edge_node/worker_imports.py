@@ -15,7 +15,9 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-LOWEST_PRIORITY = 19
+LOW_PRIORITY = 10
+"""About a tenth of a processor beside whoever computes without a pause. At 19, the lowest, a second job on such a device
+would wait ten minutes for the spare that measures for it, and a lost worker beside other programs for its successor."""
 OWN_AUTOGROUP = Path("/proc/self/autogroup")
 _TRIES = 100
 _BETWEEN_TRIES_S = 0.1
@@ -26,10 +28,10 @@ def import_behind_others() -> None:
     """Import what jobs and profiles need, with the processor's time that others leave.
 
     On one core a spare's imports halved the speed of the job beside it for 25 seconds. On Linux a priority is a
-    thread's own, and only root may raise it again: so a thread of the lowest one imports and ends, and all that is
+    thread's own, and only root may raise it again: so a thread of a low one imports and ends, and all that is
     started later has the process's priority. Where the kernel shares its time among sessions first (sched(7),
-    autogroups), a thread's priority counts within its session alone, which is this process; then the session has the
-    lowest one meanwhile. Elsewhere a process has one priority, and nothing is changed.
+    autogroups), a thread's priority counts within its session alone, which is this process; then the session has a
+    low one meanwhile. Elsewhere a process has one priority, and nothing is changed.
     """
     with (
         _session_yields(OWN_AUTOGROUP),
@@ -40,20 +42,20 @@ def import_behind_others() -> None:
 
 def _yield_this_thread() -> None:
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
 
 
 @contextmanager
 def _session_yields(autogroup: Path) -> Iterator[None]:
-    """Give the session that this process leads the lowest priority, where sessions have one."""
-    if os.getsid(0) != os.getpid() or not autogroup.exists() or not _set(autogroup, LOWEST_PRIORITY):
+    """Give the session that this process leads a low priority, where sessions have one."""
+    if os.getsid(0) != os.getpid() or not autogroup.exists() or not _set(autogroup, LOW_PRIORITY):
         yield
         return
     try:
         yield
     finally:
         if not _set(autogroup, 0):
-            logger.warning("%s cannot be set back: this worker computes at the lowest priority", autogroup)
+            logger.warning("%s cannot be set back: this worker computes at a low priority", autogroup)
 
 
 def _set(autogroup: Path, priority: int) -> bool:

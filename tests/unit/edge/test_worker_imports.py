@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from edge_node import worker_imports
-from edge_node.worker_imports import LOWEST_PRIORITY, import_behind_others
+from edge_node.worker_imports import LOW_PRIORITY, import_behind_others
 
 
 def priority_of_this_thread() -> int:
@@ -18,7 +18,7 @@ def priority_of_this_thread() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is a process's")
-def test_imports_run_at_the_lowest_priority_and_what_is_started_later_does_not(monkeypatch):
+def test_imports_run_at_a_low_priority_and_what_is_started_later_does_not(monkeypatch):
     found = []
     monkeypatch.setattr(worker_imports, "_import", lambda: found.append(priority_of_this_thread()))
     before = priority_of_this_thread()
@@ -28,8 +28,8 @@ def test_imports_run_at_the_lowest_priority_and_what_is_started_later_does_not(m
     later.start()
     later.join()
 
-    assert found == [LOWEST_PRIORITY, before]
-    assert priority_of_this_thread() == before < LOWEST_PRIORITY
+    assert found == [LOW_PRIORITY, before]
+    assert priority_of_this_thread() == before < LOW_PRIORITY
 
 
 def test_an_import_that_fails_is_told_and_the_session_gets_its_priority_back(monkeypatch, autogroup):
@@ -52,13 +52,13 @@ def autogroup(monkeypatch, tmp_path):
     return path
 
 
-def test_the_session_has_the_lowest_priority_while_imports_run(monkeypatch, autogroup):
+def test_the_session_has_a_low_priority_while_imports_run(monkeypatch, autogroup):
     found = []
     monkeypatch.setattr(worker_imports, "_import", lambda: found.append(autogroup.read_text()))
 
     import_behind_others()
 
-    assert [*found, autogroup.read_text()] == [str(LOWEST_PRIORITY), "0"]
+    assert [*found, autogroup.read_text()] == [str(LOW_PRIORITY), "0"]
 
 
 def test_a_session_that_others_share_keeps_its_priority(monkeypatch, autogroup):
@@ -90,4 +90,4 @@ def test_a_kernel_that_is_not_ready_for_the_next_change_is_asked_again(monkeypat
 
     import_behind_others()
 
-    assert [*found, autogroup.read_text()] == [str(LOWEST_PRIORITY), "0"]
+    assert [*found, autogroup.read_text()] == [str(LOW_PRIORITY), "0"]
