@@ -16,8 +16,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 LOW_PRIORITY = 10
-"""About a tenth of a processor beside whoever computes without a pause. At 19, the lowest, a second job on such a device
-would wait ten minutes for the spare that measures for it, and a lost worker beside other programs for its successor."""
+"""By the kernel's weights a tenth of a processor beside whoever computes without a pause. The lowest, 19, gives 1.5 %,
+with which a second job would wait ten minutes for the spare that measures for it, and so would whoever follows a lost
+worker."""
 OWN_AUTOGROUP = Path("/proc/self/autogroup")
 _TRIES = 100
 _BETWEEN_TRIES_S = 0.1
