@@ -65,11 +65,17 @@ def test_parts_tokenised_elsewhere_are_the_bytes_of_one_process(tmp_path, tokeni
         np.testing.assert_array_equal(getattr(here, name), getattr(there, name), err_msg=name)
 
 
-def test_file_is_never_held_whole_but_in_some_hundred_rows_at_a_time(tmp_path, tokenizer, monkeypatch):
-    path, num_rows = tmp_path / "rows.jsonl", 2000
+@pytest.fixture
+def wide_rows(tmp_path):
+    """2000 rows of 8 KB each, nearly all of it in a column that is not used."""
+    path = tmp_path / "rows.jsonl"
     with path.open("w") as file:
-        for i in range(num_rows):
-            file.write(json.dumps({"prompt": f"question {i}", "completion": "x", "not used": "word " * 800}) + "\n")
+        for i in range(2000):
+            file.write(json.dumps({"prompt": f"question {i}", "completion": "x", "not used": "word " * 1600}) + "\n")
+    return path
+
+
+def test_no_more_than_some_hundred_rows_are_held_at_a_time(wide_rows, tokenizer, monkeypatch):
     held = []
     encode = type(tokenizer).encode
 
@@ -79,12 +85,17 @@ def test_file_is_never_held_whole_but_in_some_hundred_rows_at_a_time(tmp_path, t
         return encode(self, texts)
 
     monkeypatch.setattr(type(tokenizer), "encode", counting)
+    assert len(tokenise(read_rows(wide_rows), tokenizer, max_tokens=64)) == 2000
+    assert 0 < max(held) <= 520
+
+
+def test_file_is_never_held_whole(wide_rows, tokenizer):
     tracemalloc.start()
     try:
-        samples = tokenise(read_rows(path), tokenizer, max_tokens=64)
+        samples = tokenise(read_rows(wide_rows), tokenizer, max_tokens=64)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(samples) == num_rows and 0 < max(held) <= 520
+    assert len(samples) == 2000
     # Most of it are the buffers of the file's hash.
-    assert peak_bytes < path.stat().st_size / 3
+    assert peak_bytes < wide_rows.stat().st_size / 3
