@@ -59,6 +59,18 @@ class _Gathering:
     def is_whole(self) -> bool:
         return self.needed <= self.rows.keys()
 
+    @property
+    def work(self) -> UnitInput:
+        return UnitInput(
+            self.unit,
+            self.num_micro_batches,
+            self.loss_weight,
+            tuple(self.rows.get(m) for m in range(self.num_micro_batches)),
+            self.without_adapter,
+            self.is_recorded,
+            self.by_reward_adapter,
+        )
+
 
 class Inbox:
     """Tasks and decisions of one worker.
@@ -154,6 +166,12 @@ class Inbox:
                     return task
                 self._changed.wait()
 
+    def following_step(self) -> UnitInput | None:
+        """The step after the one that runs, if all of its rows are here; it is taken when its turn comes."""
+        with self._changed:
+            gathering = self._gathering.get(Unit(UnitKind.TRAIN, self._next_step + 1))
+            return gathering.work if gathering is not None and gathering.is_whole else None
+
     def wait_decision(self, step: int) -> pb.Commit | pb.Abort | None:
         """Wait for the decision on a step that was voted on; None once finished."""
         with self._changed:
@@ -196,17 +214,8 @@ class Inbox:
             return None
         del self._gathering[entry]
         self._current = entry
-        m_range = range(gathering.num_micro_batches)
-        work = UnitInput(
-            entry,
-            gathering.num_micro_batches,
-            gathering.loss_weight,
-            tuple(gathering.rows.get(m) for m in m_range),
-            gathering.without_adapter,
-            gathering.is_recorded,
-            gathering.by_reward_adapter,
-        )
+        work = gathering.work
         if not gathering.generate:
             return UnitTask(work, None, ())
-        samples = tuple(tuple(gathering.generate[m].sample_indices) for m in m_range)
+        samples = tuple(tuple(gathering.generate[m].sample_indices) for m in range(gathering.num_micro_batches))
         return UnitTask(work, gathering.generate[0], samples)

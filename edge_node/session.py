@@ -186,6 +186,7 @@ class WorkerSession:
         clock.end("adapter")
         self._activations = open_activations(assignment, self._weights_config, self._device, stage)
         self._executor = make_executor(assignment, stage, method, self._me, self._activations)
+        self._executor.look_ahead(self._inbox.following_step)
         self._executor.reward_adapter = open_reward_adapter(assignment, stage, self._bulk)
         self._transport = open_transport(
             assignment,

@@ -8,10 +8,11 @@ from xml.sax.saxutils import escape
 from partitioner.trace import Span, Trace
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_MARKS = {"backward": "#", "sum": "+", "update": "u", "wait": "."}
+_MARKS = {"backward": "#", "sum": "+", "update": "u", "wait": ".", "ahead": "^"}
 _COLOURS = {
     "forward": "#4c8eda",
     "backward": "#e08e45",
+    "ahead": "#7fb0e6",
     "send down": "#9cc3ee",
     "send up": "#f0c9a0",
     "sum": "#7a5195",
@@ -19,14 +20,16 @@ _COLOURS = {
     "update": "#58a55c",
 }
 _ROW, _LANE, _LEFT, _TOP, _WIDTH = 34, 20, 150, 34, 1100
-_KEY = "forward: the micro-batch; backward: #; sum over replicas: +; update: u; waiting: ."
+_KEY = "forward: the micro-batch; backward: #; sum over replicas: +; update: u; waiting: .; ahead of the next step: ^"
 
 Names = Sequence[Sequence[str]]
 """[stage][replica] -> the device's name."""
 
 
 def gantt_text(trace: Trace, names: Names, *, width: int = 100, until_s: float | None = None) -> str:
-    """One line a worker; a forward pass shows its micro-batch, a backward pass ``#`` , waiting ``.``, a sum ``+``.
+    """One line a worker; a forward pass shows its micro-batch, everything else its mark.
+
+    Below them stands what the marks mean.
 
     Args:
         trace: what happened.
@@ -73,7 +76,7 @@ def gantts_svg(panels: Sequence[tuple[str, Trace]], names: Names) -> str:
         x = _LEFT + tick * _WIDTH / 5
         parts.append(f'<text x="{x:.0f}" y="{foot - 14}" text-anchor="middle">{tick * step_s / 5:.3g} s</text>')
     for place, (kind, colour) in enumerate(_COLOURS.items()):
-        x = _LEFT + 130 * place
+        x = _LEFT + 120 * place
         parts.append(f'<rect x="{x}" y="{foot - 8}" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{x + 14}" y="{foot + 1}">{kind}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

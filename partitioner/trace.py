@@ -16,11 +16,13 @@ from partitioner.values import PlanValue
 WorkerName = tuple[int, int]
 """Stage and replica."""
 
-SpanKind = Literal["forward", "backward", "send down", "send up", "sum", "wait", "update"]
+SpanKind = Literal["forward", "backward", "send down", "send up", "sum", "wait", "update", "ahead"]
 """What a worker or its link does: passes; messages to the next stage and to the one before; gradients added up over
-replicas; waiting for an input, or for the commit; the optimiser's update."""
+replicas; waiting for an input, or for the commit; the optimiser's update; frozen blocks of the next step's first
+micro-batch, which run while sums are on their way."""
 
-COMPUTING: tuple[SpanKind, ...] = ("forward", "backward")
+PASSES: tuple[SpanKind, ...] = ("forward", "backward")
+COMPUTING: tuple[SpanKind, ...] = (*PASSES, "ahead")
 MAX_SPANS = 4096
 """Spans that one worker records of one step at the most: what is beyond is left out and counted."""
 
@@ -66,7 +68,7 @@ class Trace(PlanValue):
         return {
             ((span.stage, span.replica), span.kind == "forward", span.micro_batch): span.end_s - span.start_s
             for span in self.spans
-            if span.kind in COMPUTING
+            if span.kind in PASSES
         }
 
 
@@ -127,14 +129,14 @@ def _passes(worker: WorkerTrace, kind: SpanKind) -> dict[int, Span]:
 
 def _bounds(worker: WorkerTrace, known: Iterable[WorkerTrace]) -> tuple[float, float] | None:
     """Between which two numbers of seconds lies what must be added to a worker's clock; None: nothing tells."""
-    own = {kind: _passes(worker, kind) for kind in COMPUTING}
+    own = {kind: _passes(worker, kind) for kind in PASSES}
     low_s, high_s = -math.inf, math.inf
     for other in known:
         if abs(other.stage - worker.stage) != 1:
             continue
-        theirs = {kind: _passes(other, kind) for kind in COMPUTING}
+        theirs = {kind: _passes(other, kind) for kind in PASSES}
         # Forward passes go down the pipeline, backward passes up: what comes first is the giver's.
-        for kind in COMPUTING:
+        for kind in PASSES:
             is_giver = (worker.stage < other.stage) == (kind == "forward")
             for m in own[kind].keys() & theirs[kind].keys():
                 if is_giver:

@@ -8,6 +8,7 @@ the middle of a step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,15 +34,25 @@ class CachedMicroBatch:
     """Whether the stage's blocks run: their output is needed above, or their states are not all here."""
 
 
-def agree_on_cached(seat: Seat, work: UnitInput, cache: StageCache) -> dict[int, CachedMicroBatch]:
+def agree_on_cached(
+    seat: Seat, work: UnitInput, cache: StageCache, known: Mapping[int, CachedMicroBatch] | None = None
+) -> dict[int, CachedMicroBatch]:
     """What is cached of the micro-batches that this worker runs.
+
+    Args:
+        seat: the worker's.
+        work: the step.
+        cache: of its stage.
+        known: what a worker with the whole model found out before; it has nobody to agree with.
 
     Raises:
         PeerLostError: a peer went away.
         UnitCancelledError: the coordinator abandoned the step.
     """
     stages, me, stage = seat.stages, seat.me, seat.stage
+    agreed: dict[int, CachedMicroBatch] = dict(known or {})
     mine = [m for m in range(work.num_micro_batches) if stages[me.stage_index].replica_of(m) == me.replica_index]
+    mine = [m for m in mine if m not in agreed]
     keys: dict[int, Tensor] = {}
     for m in mine:
         key = MessageKey(MessageKind.CACHE_KEYS, work.unit, m)
@@ -54,7 +65,6 @@ def agree_on_cached(seat: Seat, work: UnitInput, cache: StageCache) -> dict[int,
             keys[m] = seat.transport.receive(neighbour(stages, me, m, -1), key)["keys"].clone()
         if not stage.is_last:
             seat.transport.send(neighbour(stages, me, m, +1), key, {"keys": keys[m]})
-    agreed: dict[int, CachedMicroBatch] = {}
     for m in mine:
         key = MessageKey(MessageKind.CACHE_NEEDS, work.unit, m)
         is_needed_above = False

@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from edge_node.activation_cache.stage_cache import CacheKeys, StageCache
+from edge_node.activation_cache.stage_cache import StageCache
 from edge_node.engine.cached_micro_batches import CachedMicroBatch, agree_on_cached
 from edge_node.engine.entry_owners import EntryOwners
+from edge_node.engine.forward_passes import ForwardPasses
 from edge_node.engine.freezing import freeze_below, stage_of_block
+from edge_node.engine.frozen_ahead import Following, FrozenAhead
 from edge_node.engine.neighbours import partners
 from edge_node.engine.optimizer import StageOptimizer
 from edge_node.engine.pass_clock import PassClock
@@ -32,23 +34,19 @@ from edge_node.engine.schedule import (
     forward_actions,
     train_actions,
 )
-from edge_node.engine.stage_input import TARGET_LENGTHS, first_stage_input, later_stage_input
 from edge_node.engine.step_gradients import StepGradients, squared_norms
 from edge_node.engine.unit import InFlight, StepOutcome, StepTimes, UnitInput, back_propagate, not_finite
 from edge_node.methods.base import AttachedMethod, Derives
 from edge_node.methods.dropout import dropout_position
 from edge_node.methods.gradient_pruning import MOST_MICRO_BATCHES
-from edge_node.methods.reward_adapter import RewardAdapter, RewardScores
+from edge_node.methods.reward_adapter import RewardAdapter
 from edge_node.objectives.base import Objective
 from edge_node.stage.gradient_start import GradientStart
-from edge_node.stage.passes import StageInput, StageOutput
 from edge_node.stage.stage import Stage
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport, UnitCancelledError
 from plutino.job.assignment import StageShape
 from plutino.job.method_part import Unfreezing
 from plutino.types import SumDtype, Unit
-
-# Shape suffixes: B rows of a micro-batch, T tokens, D hidden size.
 
 _DOWNWARD = (MessageKind.FORWARD, MessageKind.REFERENCE, MessageKind.FIRST_FORWARD)
 """What a forward pass gives."""
@@ -92,22 +90,29 @@ class StageExecutor:
         self._first_trainable_stage = self._lowest_stage = first_trainable_stage
         self._unfreezing = unfreezing
         self._trained = frozenset(p.name for p in method.parameters)
-        self._step_gradients = StepGradients(method.parameters, self.stages, me, replicas_fold=replicas_fold, sums=sums)
+        self._step_gradients = StepGradients(
+            method.parameters, self.stages, me, replicas_fold=replicas_fold, sums=sums, device=stage.device
+        )
+            method.parameters, self.stages, me, replicas_fold=replicas_fold, sums=sums, device=stage.device
+        )
         self._gradients: dict[str, Tensor] = {}
         self._cancelled: Unit | None = None
         self._activation_cache = activation_cache
         self._entry_owners = EntryOwners(entry_owners)
         self._cached: dict[int, CachedMicroBatch] = {}
-        self._references: dict[int, Tensor] = {}
-        self._row_values: dict[int, Tensor] = {}
-        self._counts: dict[str, float] = {}
+        self._passes = ForwardPasses(stage, method, objective, activation_cache)
+        self._ahead = FrozenAhead(self._passes, self._first_micro_batch) if stage.is_first and stage.is_last else None
+        self._following: Following = lambda: None
         self.reward_adapter: RewardAdapter | None = None
         """Scores rows beside the job's own adapter; None: the job needs none."""
-        self._scorer: Objective = objective
 
     def use(self, transport: Transport) -> None:
         """Talk to peers over this transport, whose bounds may depend on what this worker shares with them."""
         self._transport = transport
+
+    def look_ahead(self, following: Following) -> None:
+        """Ask this for the next step whenever there is time to run something of it before its turn."""
+        self._following = following
 
     @property
     def partners(self) -> frozenset[Peer]:
@@ -138,33 +143,42 @@ class StageExecutor:
         self._gradients = {}
         self._step_gradients.start()
         self._freeze(work.unit.serial)
+        ahead = {} if self._ahead is None else self._ahead.take(work)
         if self._objective.runs_reference:
             self._run_reference(work, times)
         if work.unit.serial == 0 and self.stage.gradient_start is not None:
             self._start_from_gradients(work, self.stage.gradient_start, times)
-        self._counts = {}
+        self._passes.counts = {}
         actions = train_actions(
             self.stages,
             me=self.me,
             num_micro_batches=work.num_micro_batches,
             first_trainable_stage=self._lowest_stage,
         )
-        if self._activation_cache is not None:
-            self._cached = agree_on_cached(self, work, self._activation_cache)
-        try:
-            loss_sum = self._run(work, actions, times, is_training=True, recorder=recorder)
-            if self._activation_cache is not None:
-                self._entry_owners.hand_over(self, work, self._activation_cache, self._cached)
-        finally:
-            self._cached = {}
-        summed_s = time.perf_counter()
-        self._gradients = self._step_gradients.whole(
-            self._trained,
+        self._step_gradients.expect(
+            [action.micro_batch for action in actions if isinstance(action, Backward)],
             num_micro_batches=work.num_micro_batches,
             unit=work.unit,
             transport=self._transport,
-            device=self.stage.device,
         )
+        try:
+            if self._activation_cache is not None:
+                known = {m: part.cached for m, part in ahead.items() if part.cached is not None}
+                self._cached = agree_on_cached(self, work, self._activation_cache, known)
+            self._passes.begin(self._cached, ahead)
+            loss_sum = self._run(work, actions, times, is_training=True, recorder=recorder)
+            self._step_gradients.end_passes()
+            if self._activation_cache is not None:
+                self._entry_owners.hand_over(self, work, self._activation_cache, self._cached)
+            self._run_ahead(times, recorder)
+            summed_s = time.perf_counter()
+            self._gradients = self._step_gradients.whole(self._trained)
+        except BaseException:
+            self._step_gradients.drop()
+            raise
+        finally:
+            self._cached = {}
+            self._passes.begin({}, {})
         times.wait_s += time.perf_counter() - summed_s
         if recorder is not None and self._step_gradients.groups:
             recorder.end("sum", -1, summed_s)
@@ -172,7 +186,22 @@ class StageExecutor:
         names = [p.name for p in self.method.parameters]
         reason = not_finite(names, norms, loss_sum, work.unit.serial)
         times.total_s = time.perf_counter() - started_s
-        return StepOutcome(norms, not reason, loss_sum, reason, times, recorder, self._counts)
+        return StepOutcome(norms, not reason, loss_sum, reason, times, recorder, self._passes.counts)
+
+    def _run_ahead(self, times: StepTimes, recorder: StepRecorder | None) -> None:
+        """Run something of the next step, if the sums of this one are still on their way."""
+        if self._ahead is None or not self._step_gradients.is_summing or (following := self._following()) is None:
+            return
+        started_s = time.perf_counter()
+        micro_batch = self._ahead.run(following)
+        if micro_batch is not None:
+            times.compute_s += time.perf_counter() - started_s
+            if recorder is not None:
+                recorder.end("ahead", micro_batch, started_s)
+
+    def _first_micro_batch(self, num_micro_batches: int) -> int | None:
+        mine = (m for m in range(num_micro_batches) if self.stages[0].replica_of(m) == self.me.replica_index)
+        return next(mine, None)
 
     def _freeze(self, step: int) -> None:
         """Leave out what is not unfrozen yet: a function of the step alone, alike on every stage."""
@@ -204,30 +233,24 @@ class StageExecutor:
 
     def evaluate_rows(self, work: UnitInput) -> tuple[float, dict[int, Tensor]]:
         """As :meth:`evaluate`, with what the objective says of the rows of each micro-batch that this worker ran."""
-        self._row_values = {}
+        self._passes.row_values = {}
         if self._objective.compares_measured_rows:
             self._run_reference(work, StepTimes())
         actions = forward_actions(self.stages, me=self.me, num_micro_batches=work.num_micro_batches)
         self.method.set_enabled(not (work.without_adapter or work.by_reward_adapter))
-        self._score_rewards(work.by_reward_adapter)
+        self._passes.score_by(self.reward_adapter, is_on=work.by_reward_adapter)
         try:
             with torch.no_grad():
                 loss_sum = self._run(work, actions, StepTimes(), is_training=False)
         finally:
-            self._score_rewards(False)
+            self._passes.score_by(self.reward_adapter, is_on=False)
             self.method.set_enabled(True)
-        values, self._row_values = self._row_values, {}
+        values, self._passes.row_values = self._passes.row_values, {}
         return loss_sum, values
-
-    def _score_rewards(self, is_on: bool) -> None:
-        """Let the reward adapter score rows in place of the objective, or end that."""
-        if self.reward_adapter is not None:
-            self.reward_adapter.set_enabled(is_on)
-        self._scorer = RewardScores() if is_on else self._objective
 
     def _run_reference(self, work: UnitInput, times: StepTimes) -> None:
         """Let the last stage know what the base model says of every row."""
-        self._references = {}
+        self._passes.references = {}
         kind = MessageKind.REFERENCE
         actions = forward_actions(self.stages, me=self.me, num_micro_batches=work.num_micro_batches, kind=kind)
         self.method.set_enabled(False)
@@ -245,14 +268,14 @@ class StageExecutor:
             num_micro_batches=min(work.num_micro_batches, MOST_MICRO_BATCHES),
             first_trainable_stage=self._lowest_stage,
         )
-        references = dict(self._references)
+        references = dict(self._passes.references)
         self.method.set_enabled(False)
         try:
             with start.watching():
                 self._run(work, actions, times, is_training=True)
         finally:
             self.method.set_enabled(True)
-            self._references = references
+            self._passes.references = references
             # What a head that is trained beside it got belongs to no step.
             self._step_gradients.start()
         start.finish()
@@ -310,9 +333,10 @@ class StageExecutor:
                     times.send_s += time.perf_counter() - started_s
                 case Backward(m):
                     clock.start()
+                    self._step_gradients.begin_pass(m)
                     with self._position(work, m, is_training=is_training):
                         to_send[m] = back_propagate(in_flight.pop(m), received.pop(m, None))
-                    self._step_gradients.take(m)
+                    self._step_gradients.end_pass(m)
                     clock.end()
                 case Send(m, kind, peer):
                     self.transport.send(peer, MessageKey(kind, work.unit, m), to_send.pop(m), codec=self.codec_above)
@@ -336,42 +360,12 @@ class StageExecutor:
         rows = work.rows[m]
         if received is None:
             assert rows is not None, "the first stage reads tokens"
-            inputs, metadata = first_stage_input(self.stage, rows, self.method.num_prompt_tokens)
-            inputs = inputs.on(self.stage.device)
-        else:
-            metadata = received
-            # Leaves of the graph lie where it is computed: their gradients do not come back to the host here.
-            inputs = later_stage_input(metadata).on(self.stage.device)
-            if torch.is_grad_enabled():
-                for tensor in inputs.trained.values():
-                    tensor.requires_grad_(self.me.stage_index > self._lowest_stage)
-        output = self._run_stage(m, inputs, metadata)
-        trained_in = inputs.trained
-        if not self.stage.is_last:
-            return InFlight(trained_in, output.trained, output.tensors | metadata), 0.0
-        assert rows is not None, "the last stage reads labels"
-        # Labels are counted over the rows' own tokens.
-        own_BTD = output.hidden[:, self.method.num_prompt_tokens :]
-        if is_reference:
-            self._references[m] = self._objective.reference(self.stage, own_BTD, rows)
-            return InFlight({}, {}, {}), 0.0
-        loss = self._scorer.loss(self.stage, own_BTD, rows, work.loss_weight, self._references.pop(m, None))
-        for name, count in loss.counts.items():
-            self._counts[name] = self._counts.get(name, 0.0) + count
-        if loss.values_BK is not None and not torch.is_grad_enabled():
-            self._row_values[m] = loss.values_BK.cpu()
-        return InFlight(trained_in, {} if loss.scaled is None else {"loss": loss.scaled}, {}), loss.sum
-
-    def _run_stage(self, m: int, inputs: StageInput, metadata: dict[str, Tensor]) -> StageOutput:
-        """Run the whole stage, or leave out frozen blocks where the activation cache knows what they give."""
-        cached = self._cached.get(m)
-        if cached is None or self._activation_cache is None:
-            return self.stage.run(inputs)
-        targets_B = metadata.get(TARGET_LENGTHS)
-        keys = CacheKeys(cached.keys, metadata["lengths"], inputs.position_ids.shape[1], targets_B)
-        if not cached.runs_blocks:
-            return self.stage.run_known(inputs, self._activation_cache.read(keys, are_checked=self.stage.has_backbone))
-        output = self.stage.run(inputs)
-        if output.states is not None:
-            self._activation_cache.write(keys, output.states)
-        return output
+            return self._passes.from_rows(m, rows, loss_weight=work.loss_weight, is_reference=is_reference)
+        return self._passes.from_message(
+            m,
+            received,
+            rows,
+            loss_weight=work.loss_weight,
+            wants_gradient=self.me.stage_index > self._lowest_stage,
+            is_reference=is_reference,
+        )

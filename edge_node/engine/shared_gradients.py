@@ -12,7 +12,9 @@ Where sums travel in 16 bits they are rounded (:mod:`edge_node.engine.sum_roundi
 micro-batch's gradient to the sum of its role, its first one included, and of a role's sum to the total. That too
 depends on what is added alone.
 
-:func:`plan_groups` says what travels together and :func:`hops_of` on which way; :class:`Reduction` does it.
+:func:`plan_groups` says what travels together and :func:`hops_of` on which way; :class:`Reduction` does it. The upper
+blocks' gradients come first, so theirs are the first groups: where the holders are replicas of one stage, the sums of
+those travel while the blocks below still run backward (:class:`edge_node.engine.step_gradients.StepGradients`).
 """
 
 from __future__ import annotations
@@ -29,17 +31,13 @@ from torch import Tensor
 
 from edge_node.engine.running_sum import RunningSum, travelling_bytes
 from edge_node.engine.sum_rounding import round_sums
+from edge_node.engine.taken_gradients import FOLDED, Contributions, TakenGradients
 from edge_node.methods.base import Role, TrainableParameter
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport
 from partitioner.cost import SUM_MESSAGE_BYTES
 from partitioner.sum_path import runs, way_back
 from plutino.job.assignment import StageShape
 from plutino.types import SumDtype, Unit
-
-Contributions = dict[tuple[Role, int], Tensor]
-"""Gradients of one parameter by role and micro-batch; micro-batch -1 stands for the fold over all of them."""
-
-FOLDED = -1
 
 MAX_GROUP_BYTES = SUM_MESSAGE_BYTES
 """Parameters of the same holders go in several groups from this size on, which bounds the messages on their way. While
@@ -59,6 +57,11 @@ class Group:
     def key(self) -> int:
         """A number that all holders compute alike."""
         return zlib.crc32(repr((self.holders, self.names)).encode())
+
+    @property
+    def is_of_one_stage(self) -> bool:
+        """Whether all holders are replicas of each other."""
+        return len({holder.stage_index for holder in self.holders}) == 1
 
 
 def stage_of_role(role: Role, own_stage_index: int, stages: Sequence[StageShape]) -> int:
@@ -83,9 +86,22 @@ def plan_groups(
     groups = tuple(
         Group(holders, names, roles)
         for (holders, roles), all_names in sorted(alike.items(), key=repr)
-        for names in _batched(sorted(all_names), sizes)
+        for names in _batched(sorted(all_names, key=_when_ready), sizes)
     )
-    return groups, frozenset(name for group in groups for name in group.names)
+    # What replicas share is summed while passes run, what stages share afterwards; the order of either is the same on
+    # all its holders.
+    in_turn = sorted(groups, key=lambda group: not group.is_of_one_stage)
+    return tuple(in_turn), frozenset(name for group in groups for name in group.names)
+
+
+def _when_ready(name: str) -> tuple[bool, bool, int, str]:
+    """Sorts names as a backward pass comes to them: from the last block down, an encoder-decoder's decoder first.
+
+    What no block has goes last. It may be ready before, but then nothing waits for it.
+    """
+    parts = name.split(".")
+    block = next((int(part) for part in parts if part.isdigit()), None)
+    return block is None, "decoder" not in parts, -(block or 0), name
 
 
 def _batched(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
@@ -217,7 +233,8 @@ class Reduction:
     """How the holders of shared parameters add up a step's gradients.
 
     Args:
-        local: this worker's contributions by parameter name; a name may lack any (no micro-batch of it came here).
+        taken: this worker's own gradients, which may still be coming; a name may lack any (no micro-batch of it came
+            here).
         shapes: shape of each parameter.
         stages: all stages of the plan.
         num_micro_batches: of the step.
@@ -228,7 +245,7 @@ class Reduction:
         transport: carries the parts.
     """
 
-    local: Mapping[str, Contributions]
+    taken: TakenGradients
     shapes: Mapping[str, torch.Size]
     stages: Sequence[StageShape]
     num_micro_batches: int
@@ -242,6 +259,9 @@ class Reduction:
         """The whole gradient of every parameter of the groups, on every holder; on the CPU.
 
         Groups of the same holders and roles follow one another; all holders take those of one kind before the next.
+
+        Raises:
+            PassesAbandonedError: own gradients will not come.
         """
         found: dict[str, Tensor] = {}
         for (holders, roles), alike in groupby(groups, key=lambda group: (group.holders, group.roles)):
@@ -278,9 +298,10 @@ class _Sums:
         asked, group, hop = self._asked, self._groups[index], self._hops[place]
         begins_role = place == 0 or self._hops[place - 1].ends_role
         sums = self._empty(index) if begins_role else self._from(index, place - 1)
+        asked.taken.wait_for(group.names, hop.role, hop.micro_batches)
         for m in hop.micro_batches:
             # What comes over a wire lies on the CPU, and sums must not depend on who holds the parameter.
-            own = {name: asked.local[name].get((hop.role, m)) for name in group.names}
+            own = {name: asked.taken.of(name).get((hop.role, m)) for name in group.names}
             sums.add({name: gradient.cpu() for name, gradient in own.items() if gradient is not None})
         if hop.ends_role and (before := [end for end in self._ends if end < place]):
             totals = self._from(index, before[-1])

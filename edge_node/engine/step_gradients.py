@@ -1,15 +1,20 @@
-"""The gradients of one step on one worker: taken a micro-batch at a time, summed over all who hold a parameter."""
+"""The gradients of one step on one worker: taken a micro-batch at a time, summed over all who hold a parameter.
+
+Replicas of a stage sum theirs on a thread of its own while the passes still run: it waits for a group's gradients, adds
+them to what has come, and hands the sum on. What is added to what, and in which order, is the same either way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from edge_node.engine.running_sum import travelling_bytes
-from edge_node.engine.shared_gradients import FOLDED, Contributions, Reduction, fold, plan_groups, sum_partners
-from edge_node.engine.sum_rounding import round_sums
+from edge_node.engine.shared_gradients import Group, Reduction, fold, plan_groups, sum_partners
+from edge_node.engine.taken_gradients import TakenGradients
 from edge_node.methods.base import TrainableParameter
 from edge_node.transport.base import Peer, Transport
 from plutino.job.assignment import StageShape
@@ -27,7 +32,7 @@ def squared_norms(gradients: Mapping[str, Tensor], names: Sequence[str]) -> tupl
 
 
 class StepGradients:
-    """What the backward passes of a step have given so far.
+    """What the backward passes of a step have given so far, and the sums over all holders.
 
     Args:
         parameters: all that the stage trains.
@@ -35,6 +40,7 @@ class StepGradients:
         me: this worker.
         replicas_fold: replicas hand over the sums of their own micro-batches.
         sums: how sums travel. Where replicas do not fold, those that stay here are rounded likewise.
+        device: where gradients lie. A card's follow its passes, because the host waits for all that is queued there.
     """
 
     def __init__(
@@ -45,10 +51,12 @@ class StepGradients:
         *,
         replicas_fold: bool = False,
         sums: SumDtype = "fp32",
+        device: torch.device,
     ) -> None:
         self._parameters = tuple(parameters)
         self._stages = stages
         self._me = me
+        self._device = device
         self._replicas_fold = replicas_fold
         self._is_folded = replicas_fold or stages[me.stage_index].num_replicas == 1
         self._sums: SumDtype = sums
@@ -56,7 +64,13 @@ class StepGradients:
         self._rounds_own = sums == "fp16" and not replicas_fold
         self.groups, self._shared_names = plan_groups(parameters, stages, me, sums)
         """Parameters that other workers hold too."""
-        self._contributions: dict[str, Contributions] = {}
+        of_replicas = [group for group in self.groups if group.is_of_one_stage]
+        self._sums_beside = bool(of_replicas) and device.type == "cpu"
+        self._announced = [name for group in of_replicas for name in group.names] if self._sums_beside else []
+        self._thread = _SumThread() if self._sums_beside else None
+        self._taken = self._nothing_taken()
+        self._totals: Future[dict[str, Tensor]] | None = None
+        self._asked: Reduction | None = None
 
     @property
     def largest_message_bytes(self) -> int:
@@ -69,74 +83,113 @@ class StepGradients:
         """Workers with which sums are exchanged."""
         return sum_partners(self.groups, self._stages, self._me, are_folded=self._replicas_fold)
 
+    @property
+    def is_summing(self) -> bool:
+        """Whether sums are on their way: the worker has nothing to do for them."""
+        return self._totals is not None and not self._totals.done()
+
     def start(self) -> None:
         """Begin a step: nothing is held of the one before."""
         self.drop()
-        self._contributions = {p.name: {} for p in self._parameters}
 
     def drop(self) -> None:
-        """Forget everything."""
-        self._contributions = {}
+        """Forget everything; sums that are on their way end with their unit."""
+        self._taken.abandon()
+        self._taken = self._nothing_taken()
+        self._totals = self._asked = None
         for parameter in self._parameters:
             for _, use in parameter.uses:
                 use.grad = None
 
-    def take(self, m: int) -> None:
-        """Move .grad of every use into the step's contributions, separately only where replicas will need it."""
-        added: list[Tensor] = []
-        for parameter in self._parameters:
-            for role, use in parameter.uses:
-                if use.grad is None:
-                    continue
-                key = (role, FOLDED if self._is_folded else m)
-                held = self._contributions[parameter.name]
-                # Autograd would fold later micro-batches into .grad in place and in order, which is the same sum;
-                # taking it out keeps the two cases alike.
-                if key in held:
-                    held[key].add_(use.grad)
-                else:
-                    held[key] = use.grad
-                added.append(held[key])
-                use.grad = None
-        if self._is_folded and self._rounds_own:
-            round_sums(added)
+    def expect(
+        self, micro_batches: Collection[int], *, num_micro_batches: int, unit: Unit, transport: Transport | None
+    ) -> None:
+        """Be ready for the step's backward passes; sums begin with the first gradients.
 
-    def whole(
-        self,
-        trained: Collection[str],
-        *,
-        num_micro_batches: int,
-        unit: Unit,
-        transport: Transport | None,
-        device: torch.device,
-    ) -> dict[str, Tensor]:
-        """The whole gradient of every trained parameter, summed over all its holders; the contributions are used up."""
-        shapes = {p.name: p.uses[0][1].shape for p in self._parameters}
+        Args:
+            micro_batches: those that this worker runs backward.
+            num_micro_batches: of the step.
+            unit: the step.
+            transport: the way to the other holders.
+        """
+        self._taken.start(micro_batches)
+        if not self.groups:
+            return
+        assert transport is not None, "what several workers hold travels between them"
+        self._asked = Reduction(
+            taken=self._taken,
+            shapes={p.name: p.uses[0][1].shape for p in self._parameters},
+            stages=self._stages,
+            num_micro_batches=num_micro_batches,
+            are_folded=self._replicas_fold,
+            sums=self._sums,
+            me=self._me,
+            unit=unit,
+            transport=transport,
+        )
+        if self._thread is not None:
+            self._totals = self._thread.begin(self._asked, self.groups)
+
+    def begin_pass(self, m: int) -> None:
+        """A micro-batch's backward pass begins."""
+        self._taken.begin_pass(m)
+
+    def end_pass(self, m: int) -> None:
+        """It is over."""
+        self._taken.end_pass(m)
+
+    def end_passes(self) -> None:
+        """The step's passes are over."""
+        self._taken.end_passes()
+
+    def whole(self, trained: Collection[str]) -> dict[str, Tensor]:
+        """The whole gradient of every trained parameter, summed over all its holders; the contributions are used up.
+
+        Raises:
+            PeerLostError: a holder went away.
+            UnitCancelledError: the coordinator abandoned the step.
+        """
+        self.end_passes()
         gradients: dict[str, Tensor] = {}
         for parameter in self._parameters:
             if parameter.name in self._shared_names or parameter.name not in trained:
                 continue
-            held = self._contributions[parameter.name]
+            held = self._taken.of(parameter.name)
             if len(held) == 1:
                 (gradients[parameter.name],) = held.values()
             elif held:
                 gradients[parameter.name] = fold(held, parameter.all_roles, is_rounded=self._rounds_own)
             else:
                 gradients[parameter.name] = torch.zeros_like(parameter.uses[0][1])
-        if self.groups:
-            assert transport is not None, "what several workers hold travels between them"
-            reduction = Reduction(
-                local=self._contributions,
-                shapes=shapes,
-                stages=self._stages,
-                num_micro_batches=num_micro_batches,
-                are_folded=self._replicas_fold,
-                sums=self._sums,
-                me=self._me,
-                unit=unit,
-                transport=transport,
-            )
-            totals = reduction.run(self.groups)
-            gradients |= {name: total.to(device) for name, total in totals.items() if name in trained}
-        self._contributions = {}
+        if self._asked is not None:
+            totals = self._asked.run(self.groups) if self._totals is None else self._totals.result()
+            gradients |= {name: total.to(self._device) for name, total in totals.items() if name in trained}
+        self._totals = self._asked = None
+        self._taken = self._nothing_taken()
         return gradients
+
+    def _nothing_taken(self) -> TakenGradients:
+        return TakenGradients(
+            self._parameters,
+            self._announced,
+            is_folded=self._is_folded,
+            is_rounded=self._is_folded and self._rounds_own,
+        )
+
+
+class _SumThread:
+    """One thread that adds up and talks while another one computes; it ends with its owner."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def begin(self, asked: Reduction, groups: Sequence[Group]) -> Future[dict[str, Tensor]]:
+        """Run a reduction after those begun before."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="plutino-sums")
+            # Beside passes on all of a worker's threads, more than one would take their processors. What a thread sets
+            # for itself is the default of threads to come as well, so the worker's own number is said once more.
+            num_threads = torch.get_num_threads()
+            self._pool.submit(torch.set_num_threads, 1).result()
+            torch.set_num_threads(num_threads)
+        return self._pool.submit(asked.run, groups)

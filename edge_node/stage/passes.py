@@ -94,6 +94,14 @@ class StageOutput:
         return {name: tensor.detach() for name, tensor in parts.items() if tensor is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenPass:
+    """What the blocks give beside a side network: it follows from the input alone, whatever is trained."""
+
+    output: StageOutput
+    states: BackboneStates
+
+
 def _trained(
     hidden: Tensor | None, source: Tensor | None, side: Tensor | None, source_side: Tensor | None
 ) -> dict[str, Tensor]:

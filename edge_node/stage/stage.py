@@ -20,7 +20,7 @@ from edge_node.stage.frozen_prefix import FrozenPrefix
 from edge_node.stage.gradient_start import GradientStart
 from edge_node.stage.halves import new_halves_cache, run_halves
 from edge_node.stage.head import logits_of
-from edge_node.stage.passes import StageInput, StageOutput
+from edge_node.stage.passes import FrozenPass, StageInput, StageOutput
 from edge_node.stage.past import FixedPast, Past, for_rows
 from edge_node.stage.rounding import round_inputs
 from plutino.errors import ActivationCacheError, ModelError
@@ -170,19 +170,33 @@ class Stage:
 
         Blocks with a side network run without autograd: no gradient ever enters them.
         """
-        run = self._blocks_alone if self.family.halves is None else self._halves_alone
         if self.frozen_prefix is not None:
             with self.frozen_prefix.recording() as states:
-                return replace(run(inputs), states=states)
-        if self.side is None or not self.side.is_enabled or self._tap is None:
-            return run(inputs)
+                return replace(self._alone(inputs), states=states)
+        return self.run_on(inputs, self.run_frozen(inputs)) if self.runs_beside else self._alone(inputs)
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a pass is one of frozen blocks and then one of the side network that reads them."""
+        return self.side is not None and self.side.is_enabled and self._tap is not None
+
+    def run_frozen(self, inputs: StageInput) -> FrozenPass:
+        """The first half of a pass where :attr:`runs_beside`: the blocks, with what the side network will read."""
+        assert self._tap is not None, "no side network reads the blocks"
         with torch.no_grad(), self._tap.recording() as states:
-            alone = run(inputs)
+            output = self._alone(inputs)
         if self.is_last:
-            states.final = alone.hidden
-        beside = self.run_beside(inputs, states)
-        hidden_BTD = beside.hidden if self.is_last else alone.hidden
-        return replace(beside, known_hidden=hidden_BTD, source=alone.source)
+            states.final = output.hidden
+        return FrozenPass(output, states)
+
+    def run_on(self, inputs: StageInput, frozen: FrozenPass) -> StageOutput:
+        """The second half: the side network, on what :meth:`run_frozen` gave."""
+        beside = self.run_beside(inputs, frozen.states)
+        hidden_BTD = beside.hidden if self.is_last else frozen.output.hidden
+        return replace(beside, known_hidden=hidden_BTD, source=frozen.output.source)
+
+    def _alone(self, inputs: StageInput) -> StageOutput:
+        return self._blocks_alone(inputs) if self.family.halves is None else self._halves_alone(inputs)
 
     def _blocks_alone(self, inputs: StageInput) -> StageOutput:
         return StageOutput(self.forward(inputs))
