@@ -170,7 +170,6 @@ class Bounds:
         comes_back = (num_trained > 0) | trains_head
         link_s, latency_s = self._quickest_link(group, below)
         link_trip_s = np.where(gets_gradient, 2, 1) * (link_s + latency_s)
-        params = pricer.sum_s_by_blocks(layout, k)
         return StageTerms(
             forward_s=forward_s,
             backward_s=backward_s,
@@ -178,7 +177,7 @@ class Bounds:
             trip_s=forward_s + backward_s + link_trip_s,
             link_trip_s=link_trip_s,
             comes_back=comes_back.astype(float),
-            sum_s=params[self._ends] - params[self._starts],
+            sum_s=pricer.least_sum_s(layout, k, self._starts, self._ends),
             link_s=link_s if len(group) == len(below) == 1 else 0.0,
             window=window,
             is_single=len(group) == 1,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partitioner.activations import micro_batch_tokens, target_tokens
-from partitioner.cost import SUM_MESSAGE_BYTES
+from partitioner.cost import SIDE_FORWARD_SHARE, SUM_MESSAGE_BYTES
 from partitioner.device import DeviceProfile
 from partitioner.layout import owners_of
 from partitioner.memory import MemoryModel
@@ -21,13 +21,10 @@ from partitioner.model import ModelTable
 from partitioner.place import ReplicaShare
 from partitioner.plan import CachedStep
 from partitioner.shape import JobShape
-from partitioner.sum_path import sum_factors
+from partitioner.sum_path import left_over_s, sum_factors
 
 READ_BYTES_PER_S = 500e6
 """Of entries from a disk whose rate nobody has measured: a SATA SSD's."""
-
-_FORWARD_SHARE = 0.5
-"""Of a backward pass: it multiplies twice where the forward pass multiplies once."""
 
 _LEFT_WITH_THE_BACKBONE = ("weights", "packed weights", "unpacking", "generation", "pruning", "loading peak")
 
@@ -44,8 +41,13 @@ class SideDevice:
 
     @property
     def micro_batch_s(self) -> float:
-        """Nothing is read ahead."""
+        """Alone: what is read ahead is read while sums travel."""
         return self.compute_s + self.read_s
+
+    @property
+    def beside_s(self) -> float:
+        """What goes on while sums travel: the last backward pass, and reading ahead."""
+        return self.compute_s / (1 + SIDE_FORWARD_SHARE) + self.read_s
 
 
 def cached_step(
@@ -87,7 +89,11 @@ def _along(
     counts = [owners.count(place) for place in range(len(order))]
     busiest = max(range(len(order)), key=lambda place: counts[place] * devices[order[place]].micro_batch_s)
     pace, way = sum_factors(owners, [[1.0 / bandwidth[i][j] for j in order] for i in order])
-    reduce_s = gradient_bytes * pace + min(SUM_MESSAGE_BYTES, gradient_bytes) * way
+    reduce_s = 0.0
+    if len(order) > 1:
+        beside_s = min(devices[i].beside_s for i in order)
+        reduce_s = left_over_s(gradient_bytes * pace, beside_s, gradient_bytes)
+        reduce_s += min(SUM_MESSAGE_BYTES, gradient_bytes) * way
     device = devices[order[busiest]]
     return CachedStep(
         step_s=counts[busiest] * device.micro_batch_s + reduce_s,
@@ -124,7 +130,7 @@ def side_device(
     entry_bytes = num_entry_tokens * entry_token_bytes
     return SideDevice(
         agent_id=device.agent_id,
-        compute_s=num_blocks * (1 + _FORWARD_SHARE) * timings.backward_s + head_s,
+        compute_s=num_blocks * (1 + SIDE_FORWARD_SHARE) * timings.backward_s + head_s,
         read_s=entry_bytes / read_bytes_per_s,
     )
 

@@ -12,6 +12,9 @@ from partitioner.shape import JobShape
 SUM_MESSAGE_BYTES = 1 << 20
 """Adapters' gradients travel between replicas in messages of at most so many bytes, unless one parameter has more."""
 
+SIDE_FORWARD_SHARE = 0.5
+"""Of a side network's backward pass: it multiplies twice where the forward pass multiplies once."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageCost:

@@ -113,7 +113,8 @@ class Estimator:
         own = timings[busiest]
         mean_s = sum(n * pricer.block_s[d] for n, d in zip(counts, group, strict=True)) / m
         layout: Layout = (group, group) if len(group) > 1 else ((group),)
-        sum_s = float(np.diff(pricer.sum_s_by_blocks(layout, 0)).mean()) if len(group) > 1 else 0.0
+        blocks = np.arange(pricer.table.num_blocks)
+        sum_s = float(pricer.least_sum_s(layout, 0, blocks, blocks + 1).mean()) if len(group) > 1 else 0.0
         self._numbers.append(
             _GroupNumbers(
                 forward_s=share * own.forward_s,

@@ -6,12 +6,13 @@ from functools import cached_property
 
 import numpy as np
 
-from partitioner.cost import SUM_MESSAGE_BYTES, message_bytes
+from partitioner.cost import SIDE_FORWARD_SHARE, SUM_MESSAGE_BYTES, message_bytes
 from partitioner.device import LinkProfile
 from partitioner.layout import Group, Layout
+from partitioner.place import Ints
 from partitioner.replay import Floats
 from partitioner.rooms import Rooms
-from partitioner.sum_path import sum_factors
+from partitioner.sum_path import BUSY_S_PER_BYTE, left_over_s, sum_factors
 
 
 class LinkPrices(Rooms):
@@ -81,30 +82,65 @@ class LinkPrices(Rooms):
         return tuple(tuple(links[device][other] for other in below) for device in layout[k])
 
     def sum_s(self, layout: Layout, k: int, start: int, end: int) -> float:
-        """Seconds in which the replicas of a stage add up their gradients; see :mod:`partitioner.sum_path`."""
-        if len(layout[k]) == 1:
-            return 0.0
-        seconds, params = self.sum_s_by_blocks(layout, k), self._params_at(layout, k)
-        last_bytes = min(SUM_MESSAGE_BYTES, self.shape.sum_bytes * float(params[end] - params[start]))
-        return float(seconds[end] - seconds[start]) + last_bytes * self._sum_factors[self._sum_key(layout, k)][1]
+        """Seconds by which a step gets longer, because the replicas of a stage add up their gradients.
 
-    def sum_s_by_blocks(self, layout: Layout, k: int) -> Floats:
-        """Prefix sums over blocks of :meth:`sum_s` without the last message: [end] - [start] is that of a stage.
-
-        Latencies are left out.
+        See :mod:`partitioner.sum_path`.
         """
         if len(layout[k]) == 1:
-            return np.zeros(self.table.num_blocks + 1)
-        key = self._sum_key(layout, k)
+            return 0.0
+        params, beside_s = self._params_at(layout, k), self._beside_s(layout, k)
+        num_bytes = self.shape.sum_bytes * float(params[end] - params[start])
+        pace, way = self._factors(layout, k)
+        # The topmost block's gradients come first, when its pass is over.
+        meanwhile_s = float(beside_s[end - 1] - beside_s[start])
+        return left_over_s(num_bytes * pace, meanwhile_s, num_bytes) + min(SUM_MESSAGE_BYTES, num_bytes) * way
+
+    def least_sum_s(self, layout: Layout, k: int, starts: Ints, ends: Ints) -> Floats:
+        """No more than :meth:`sum_s` of stages with blocks [starts, ends), shape (N,)."""
+        if len(layout[k]) == 1:
+            return np.zeros(len(starts))
+        params, beside_s = self._params_at(layout, k), self._beside_s(layout, k)
+        num_bytes = self.shape.sum_bytes * (params[ends] - params[starts])
+        link_s = num_bytes * self._factors(layout, k)[0] - (beside_s[ends] - beside_s[starts])
+        found: Floats = np.maximum(link_s, BUSY_S_PER_BYTE * num_bytes)
+        return found
+
+    def _factors(self, layout: Layout, k: int) -> tuple[float, float]:
+        """Of a stage with several replicas, see :func:`partitioner.sum_path.sum_factors`; latencies are left out."""
+        key = group, owners = layout[k], self.owners(layout[k], is_alone=len(layout) == 1)
         if key not in self._sum_factors:
-            group, owners = key
             if self.shape.replicas_fold:
                 owners = tuple(range(len(group)))
             self._sum_factors[key] = sum_factors(owners, (1.0 / self.bandwidth[np.ix_(group, group)]).tolist())
-        return self._params_at(layout, k) * (self.shape.sum_bytes * self._sum_factors[key][0])
+        return self._sum_factors[key]
 
-    def _sum_key(self, layout: Layout, k: int) -> tuple[Group, tuple[int, ...]]:
-        return layout[k], self.owners(layout[k], is_alone=len(layout) == 1)
+    def _beside_s(self, layout: Layout, k: int) -> Floats:
+        """Prefix sums over blocks of what any replica computes while sums travel; [end] - [start] is a stage's.
+
+        That is its last backward pass, and where it has the whole model the frozen part of its next forward pass.
+        """
+        if layout[k] not in self._beside:
+            self._beside[layout[k]] = np.min([self._beside_of(i) for i in layout[k]], axis=0)
+        backward_s, ahead_s = self._beside[layout[k]]
+        found: Floats = backward_s + ahead_s if len(layout) == 1 else backward_s
+        return found
+
+    @cached_property
+    def _beside(self) -> dict[Group, Floats]:
+        return {}
+
+    def _beside_of(self, device: int) -> Floats:
+        """Prefix sums of one device's backward passes, and of frozen passes beside a side network: [2, blocks + 1]."""
+        timings = self.devices[device].timings
+        blocks = np.arange(self.table.num_blocks)
+        backward_s = np.where(blocks >= self.shape.first_trainable_block, timings.backward_s, 0.0)
+        # What a block's forward pass takes beyond the side network's, whose backward pass is all that is measured.
+        frozen_s = max(0.0, timings.forward_s - SIDE_FORWARD_SHARE * timings.backward_s)
+        ahead_s = np.full(len(blocks), frozen_s if self.shape.side_reduction else 0.0)
+        # The sums of cards follow their passes.
+        is_beside = not self.devices[device].is_card
+        found: Floats = is_beside * np.concatenate([np.zeros((2, 1)), np.cumsum([backward_s, ahead_s], axis=1)], axis=1)
+        return found
 
     def _params_at(self, layout: Layout, k: int) -> Floats:
         """Prefix sums of a stage's adapter parameters; those outside the blocks count with the first or last block."""

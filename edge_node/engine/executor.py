@@ -93,8 +93,6 @@ class StageExecutor:
         self._step_gradients = StepGradients(
             method.parameters, self.stages, me, replicas_fold=replicas_fold, sums=sums, device=stage.device
         )
-            method.parameters, self.stages, me, replicas_fold=replicas_fold, sums=sums, device=stage.device
-        )
         self._gradients: dict[str, Tensor] = {}
         self._cancelled: Unit | None = None
         self._activation_cache = activation_cache

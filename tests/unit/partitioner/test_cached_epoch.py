@@ -13,6 +13,7 @@ from partitioner.explain import explain
 from partitioner.orders import all_layouts
 from partitioner.pricing import Pricer
 from partitioner.search import search
+from partitioner.sum_path import BUSY_S_PER_BYTE
 from plutino.errors import InfeasiblePlanError
 from plutino.job.method import LoraConfig, ParallelAdaptersConfig
 from tests.unit.partitioner.fleet import device, job, llama
@@ -41,10 +42,15 @@ def test_cached_step_shares_follow_speed_and_every_link_carries_one_sum_and_one_
     found = cached_step(sides(0.1, 0.2, 0.2), even(3), num_micro_batches=8, gradient_bytes=1_250_000)
 
     assert sorted(found.owners.count(place) for place in range(3)) == [2, 2, 4]
-    # One gradient over each of two links there and two back at once; the last MiB takes three links more.
+    # The last pass hides all but what the sum itself computes, and the last MiB, which takes three links more.
     message_s = (1 << 20) / GIGABIT
-    assert found.reduce_s == pytest.approx(0.01 + 3 * message_s)
+    assert found.reduce_s == pytest.approx(1_250_000 * BUSY_S_PER_BYTE + 3 * message_s)
     assert found.step_s == pytest.approx(0.4 + found.reduce_s)
+    # Where the links are slow: one gradient over each of two links there and two back at once, beside the quickest's
+    # backward pass, which is two thirds of its seconds.
+    slow = cached_step(sides(1.0, 2.0, 2.0), even(3, GIGABIT / 10), num_micro_batches=8, gradient_bytes=12_500_000)
+    assert len(slow.agent_ids) == 3
+    assert slow.reduce_s == pytest.approx(1.0 - 1.0 / 1.5 + 3 * 10 * message_s)
 
 
 def test_cached_step_leaves_out_devices_whose_gradients_cost_more_than_they_save():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.sum_path import link_uses, runs, sum_factors, way_back
+from partitioner.sum_path import BUSY_S_PER_BYTE, left_over_s, link_uses, runs, sum_factors, way_back
 
 OWNERS = st.integers(1, 5).flatmap(
     lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), min_size=1, max_size=9))
@@ -41,3 +41,12 @@ def test_sum_costs_what_its_busiest_link_carries_and_one_message_more_on_the_oth
     assert sum_factors((0, 1, 2), seconds) == (pytest.approx(slow), pytest.approx(quick + slow + quick))
     assert sum_factors((0, 1, 0, 1), [[0.0, quick], [quick, 0.0]])[0] == pytest.approx(2 * quick)
     assert sum_factors((0, 0), [[0.0]]) == (0.0, 0.0)
+
+
+def test_step_waits_for_what_no_pass_hides_and_always_for_what_the_sum_computes():
+    num_bytes = 10**6
+    busy_s = BUSY_S_PER_BYTE * num_bytes
+
+    assert left_over_s(1.0, 0.25, num_bytes) == 0.75
+    assert left_over_s(1.0, 5.0, num_bytes) == busy_s
+    assert left_over_s(0.0, 0.0, num_bytes) == busy_s
