@@ -112,8 +112,8 @@ def test_stages_below_the_lowest_unfrozen_block_send_and_run_nothing_backward(mo
     with pipeline_of(spec, stages_of(4)) as pipeline:
         for me, executor in pipeline.executors.items():
             gradients = executor._step_gradients
-            take = gradients.take
-            monkeypatch.setattr(gradients, "take", lambda m, me=me, take=take: ran.append(me.stage_index) or take(m))
+            end = gradients.end_pass
+            monkeypatch.setattr(gradients, "end_pass", lambda m, me=me, end=end: ran.append(me.stage_index) or end(m))
         seen = []
         for step, batch in enumerate(batches):
             ran.clear()

@@ -104,7 +104,8 @@ def test_loss_is_the_papers_formula_of_tokens_computed_one_by_one(name, sampled_
     assert found.scaled.item() == pytest.approx(expected / WEIGHTS[config.loss], rel=1e-5)
     assert (found.counts["num_tokens"], found.counts["num_clipped"]) == (sum(ANSWERS), num_clipped)
     assert config.beta == 0 or found.counts["kl_sum"] == pytest.approx(kl_sum, rel=1e-4)
-    np.testing.assert_allclose(found.values_BK.numpy(), case.logps().detach().numpy(), atol=1e-6)
+    # Logits reach 24, where fp32's numbers lie 2e-6 apart; processors multiply and add in different orders.
+    np.testing.assert_allclose(found.values_BK.numpy(), case.logps().detach().numpy(), atol=1e-5)
     assert sampled_now or num_clipped
 
 
