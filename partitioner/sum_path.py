@@ -20,7 +20,7 @@ _T = TypeVar("_T", bound=Hashable)
 
 BUSY_S_PER_BYTE = 5.5e-9
 """Seconds of a processor for each byte of a gradient on a worker that takes the sum, adds its own, hands it on, and
-does the same with the total: four passes of TLS and gRPC, measured on one core of a 2.x GHz server (docs/log.md)."""
+does the same with the total: four passes of TLS and gRPC. Measured on a server's core (docs/log.md, 2026-11-23)."""
 
 
 def runs(owners: Sequence[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
