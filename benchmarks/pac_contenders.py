@@ -27,6 +27,8 @@ LORA_SIXTEEN_BITS = "data-parallel: lora, 16 bits"
 """What the best baseline becomes by them."""
 LEAVING = "ours, the blocks leave"
 """Later epochs are data-parallel without the backbone, whatever they take: what memory they need."""
+LEAST = "ours, bf16 in stages"
+"""What the smallest devices take: half of each frozen number, and a part of the blocks in every epoch."""
 PAC = "PAC as published"
 ALONE = "one device: parallel adapters"
 ALONE_CACHED = "one device: parallel adapters, cached"
@@ -89,6 +91,16 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
         Contender(name=SIXTEEN_BITS, kind="variant", method=side, cache=codec, dtype="auto", sums="fp16"),
         Contender(name=LORA_SIXTEEN_BITS, kind="variant", method=methods["lora"], stages=1, dtype="auto", sums="fp16"),
         Contender(name=LEAVING, kind="variant", method=side, cache=codec, cached_epochs="data-parallel"),
+        Contender(
+            name=LEAST,
+            kind="variant",
+            method=side,
+            cache=codec,
+            dtype="bf16",
+            stages=num_agents,
+            replicas="never",
+            cached_epochs="stages",
+        ),
         Contender(name="ours, 100 Mbit", kind="variant", method=side, cache=codec, rate="100Mbit"),
         Contender(name=f"{TRAINER}: lora", kind="trainer", method=methods["lora"], uses_one_device=True),
         _data_parallel("adapters", methods),
