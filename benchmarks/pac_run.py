@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,19 @@ def _write_events(path: Path, client: Client, job_id: JobId, seen: Seen) -> None
     """All that the job told, and the steps that its workers recorded span by span: where the seconds went."""
     steps = [event for _, event in seen if isinstance(event, StepCommitted)]
     lines = [{"at_s": heard_s, "kind": event.kind, **event.model_dump(mode="json")} for heard_s, event in seen]
-    for start_step in {event.plan_epoch: event.step for event in reversed(steps)}.values():
-        for step in range(start_step, len(steps)):
-            if is_recorded(step, start_step=start_step, end_step=len(steps)):
-                lines.append(_recorded(client, job_id, step))
-                break
+    for steps_of_plan in _by_plan(steps):
+        found = [step for step in steps_of_plan if is_recorded(step, start_step=steps_of_plan[0], end_step=len(steps))]
+        # The first ones are of an epoch in which all blocks run; later ones may be of the cache.
+        lines += [_recorded(client, job_id, step) for step in dict.fromkeys((*found[:1], *found[-1:]))]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _by_plan(steps: Sequence[StepCommitted]) -> list[list[int]]:
+    """Steps of each plan epoch, in order."""
+    found: dict[int, list[int]] = {}
+    for event in steps:
+        found.setdefault(event.plan_epoch, []).append(event.step)
+    return list(found.values())
 
 
 def _recorded(client: Client, job_id: JobId, step: int) -> dict[str, Any]:

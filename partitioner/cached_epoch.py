@@ -26,6 +26,9 @@ from partitioner.sum_path import left_over_s, sum_factors
 READ_BYTES_PER_S = 500e6
 """Of entries from a disk whose rate nobody has measured: a SATA SSD's."""
 
+_LEAST_GAIN = 0.97
+"""Of a step by another order of the devices: links' rates are measured with an error of a few per cent."""
+
 _LEFT_WITH_THE_BACKBONE = ("weights", "packed weights", "unpacking", "generation", "pruning", "loading peak")
 
 
@@ -56,6 +59,7 @@ def cached_step(
     *,
     num_micro_batches: int,
     gradient_bytes: int,
+    standing: Sequence[int] = (),
 ) -> CachedStep | None:
     """The quickest step over the fastest devices, as many as make it quicker; None: there is no device.
 
@@ -64,26 +68,35 @@ def cached_step(
         bandwidth_bytes_per_s: between any two of them, in their order.
         num_micro_batches: of a step.
         gradient_bytes: of one micro-batch, as they travel.
+        standing: the replicas in their order, where the first epoch is data-parallel already. Who stays in place needs
+            nobody else's entries, so that this order is kept if another one gains next to nothing.
     """
     by_speed = sorted(range(len(devices)), key=lambda i: (devices[i].micro_batch_s, i))
-    ways = [
-        _along(devices, bandwidth_bytes_per_s, by_speed[:number], num_micro_batches, gradient_bytes)
-        for number in range(1, len(by_speed) + 1)
-    ]
-    return min(ways, key=lambda step: step.step_s, default=None)
+    orders = [_chained(bandwidth_bytes_per_s, by_speed[:number]) for number in range(1, len(by_speed) + 1)]
+    ways = [_along(devices, bandwidth_bytes_per_s, order, num_micro_batches, gradient_bytes) for order in orders]
+    best = min(ways, key=lambda step: step.step_s, default=None)
+    if not standing or best is None:
+        return best
+    stays = _along(devices, bandwidth_bytes_per_s, standing, num_micro_batches, gradient_bytes)
+    return stays if stays.step_s * _LEAST_GAIN <= best.step_s else best
+
+
+def _chained(bandwidth: Sequence[Sequence[float]], group: Sequence[int]) -> list[int]:
+    """The devices of a group in an order in which the sum takes the quickest link from each to a next one."""
+    order = [group[0]]
+    while len(order) < len(group):
+        order.append(max((i for i in group if i not in order), key=lambda i: (bandwidth[order[-1]][i], -i)))
+    return order
 
 
 def _along(
     devices: Sequence[SideDevice],
     bandwidth: Sequence[Sequence[float]],
-    group: Sequence[int],
+    order: Sequence[int],
     num_micro_batches: int,
     gradient_bytes: int,
 ) -> CachedStep:
-    """A step of these devices, between which the sum takes the quickest link from each to a next one."""
-    order = [group[0]]
-    while len(order) < len(group):
-        order.append(max((i for i in group if i not in order), key=lambda i: (bandwidth[order[-1]][i], -i)))
+    """A step of these devices, through which the sum goes in this order."""
     # Neighbouring micro-batches each: the sum comes to every device once.
     owners = tuple(sorted(owners_of([devices[i].micro_batch_s for i in order], num_micro_batches)))
     counts = [owners.count(place) for place in range(len(order))]

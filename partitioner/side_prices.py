@@ -19,7 +19,7 @@ from partitioner.cached_epoch import (
     side_worker_bytes,
 )
 from partitioner.cached_stages import SideStage, cuts_by_speed, part_of, side_message_bytes, staged_step
-from partitioner.layout import Cuts, Layout
+from partitioner.layout import Cuts, Group, Layout
 from partitioner.link_prices import LinkPrices
 from partitioner.plan import CachedStep
 
@@ -28,7 +28,7 @@ class SidePrices(LinkPrices):
     """Seconds of steps from the activation cache, and of all steps of a job together."""
 
     @cached_property
-    def _cached(self) -> dict[frozenset[int], CachedStep | None]:
+    def _cached(self) -> dict[Group | frozenset[int], CachedStep | None]:
         return {}
 
     @cached_property
@@ -57,15 +57,18 @@ class SidePrices(LinkPrices):
 
     def _data_parallel_step(self, layout: Layout) -> CachedStep | None:
         used = frozenset(device for group in layout for device in group)
-        if used not in self._cached:
+        key = layout[0] if len(layout) == 1 else used
+        if key not in self._cached:
             roomy = [i for i in sorted(used) if self.room_bytes[i] >= self._side_worker_bytes]
-            self._cached[used] = cached_step(
+            stays = len(layout) == 1 and len(roomy) == len(used)
+            self._cached[key] = cached_step(
                 [self._side_devices[i] for i in roomy],
                 self.bandwidth[np.ix_(roomy, roomy)].tolist(),
                 num_micro_batches=self.num_micro_batches,
                 gradient_bytes=self.shape.sum_bytes * num_side_params(self.shape),
+                standing=[roomy.index(i) for i in layout[0]] if stays else (),
             )
-        return self._cached[used]
+        return self._cached[key]
 
     @cached_property
     def _side_worker_bytes(self) -> int:

@@ -166,9 +166,10 @@ class StageExecutor:
             self._passes.begin(self._cached, ahead)
             loss_sum = self._run(work, actions, times, is_training=True, recorder=recorder)
             self._step_gradients.end_passes()
+            # Entries that go to another device queue behind the sums' messages: nothing waits for them meanwhile.
+            self._run_ahead(times, recorder)
             if self._activation_cache is not None:
                 self._entry_owners.hand_over(self, work, self._activation_cache, self._cached)
-            self._run_ahead(times, recorder)
             summed_s = time.perf_counter()
             self._gradients = self._step_gradients.whole(self._trained)
         except BaseException:

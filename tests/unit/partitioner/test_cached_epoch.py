@@ -275,3 +275,31 @@ def test_steps_without_the_prefix_carry_nothing_over_the_borders_below_it_and_re
     assert pricer.upper_step(below).step_s == pytest.approx(pricer.upper_step(alone).step_s)
     more_s = slow_disk.upper_step(alone).step_s - pricer.upper_step(alone).step_s
     assert more_s == pytest.approx(8 * read_s(slow_disk.shape, 1) - 8 * read_s(shape, 1))
+
+
+def test_devices_that_are_replicas_already_stay_in_their_places_unless_another_order_gains():
+    order = (2, 0, 1)
+    alike = even(3)
+    alike[0][1] = alike[1][0] = GIGABIT * 1.003
+    quicker = even(3, GIGABIT / 100)
+    for i, j in ((0, 1), (1, 2)):
+        quicker[i][j] = quicker[j][i] = GIGABIT
+    numbers = {"num_micro_batches": 3, "gradient_bytes": 12_500_000, "standing": order}
+
+    stays = cached_step(sides(1.0, 1.001, 1.002), alike, **numbers)
+    moves = cached_step(sides(1.0, 1.001, 1.002), quicker, **numbers)
+
+    assert [stays.agent_ids[place] for place in stays.owners] == ["d2", "d0", "d1"]
+    assert [moves.agent_ids[place] for place in moves.owners] == ["d0", "d1", "d2"]
+
+
+def test_plan_of_replicas_trains_from_the_cache_where_it_trained_before():
+    table = llama(4)
+    shape = cached_job(table, 0.9, cached_ways=("data-parallel",))
+    devices = [device("a", speed=1.0), device("b", speed=1.02), device("c", speed=1.01)]
+    pricer = Pricer(table, shape, devices, LinkTable())
+
+    for layout in (((2, 1, 0),), ((1, 2, 0),)):
+        found = pricer.cached_step(layout)
+        places = [devices[layout[0][place]].agent_id for place in pricer.owners(layout[0], is_alone=True)]
+        assert [found.agent_ids[place] for place in found.owners] == places
