@@ -22,6 +22,20 @@ def put_table(block: nn.Module, table: str, weight: Tensor) -> None:
     attention.relative_attention_bias = nn.Embedding.from_pretrained(weight, freeze=False)
 
 
+def lend_table(owner: nn.Module, borrower: nn.Module, table: str) -> None:
+    """Let a block make the biases of its scores by another block's table wherever no block before it hands on any.
+
+    Args:
+        owner: has the table.
+        borrower: a later block of the same half; its parameters stay what they are.
+        table: name of the table's tensor in a block.
+    """
+    attention = _attention_of(borrower, table)
+    attention.has_relative_attention_bias = True
+    # No submodule, so that the table is not found twice.
+    object.__setattr__(attention, "relative_attention_bias", _attention_of(owner, table).relative_attention_bias)
+
+
 def bias_by_own_table(block: nn.Module, table: str) -> None:
     """Let a block's attention make the biases of its scores itself, whatever the block before it hands on."""
 

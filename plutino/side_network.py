@@ -54,6 +54,8 @@ class BackboneStates:
     a second entry, its encoder's."""
     target_entry: Tensor | None = None
     """[B, T, D], what the first chosen block of an encoder-decoder's decoder got."""
+    source: Tensor | None = None
+    """[B, S, D], an encoder's output behind its final norm; read by decoder blocks that are trained themselves."""
     outputs: dict[int, Tensor] = field(default_factory=dict)
     """Chosen block -> its output [B, T, D]."""
     final: Tensor | None = None

@@ -76,7 +76,7 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
 def _cached_fields(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype_bytes: int) -> dict[str, Any]:
     """How many steps come from the activation cache, after a first epoch through the blocks that fills it."""
     codec = spec.training.activation_cache
-    place = kept_place(spec, table.num_blocks, table.num_encoder_blocks)
+    place = kept_place(spec, table.num_blocks)
     if codec == "off":
         return {}
     epoch_steps = steps_per_epoch(prepared.num_train, spec.training.batch_size)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from edge_node.activation_cache.codecs import decode, encode
-from edge_node.activation_cache.places import get_state, is_of_target, put_state, state_names_between
+from edge_node.activation_cache.places import (
+    get_state,
+    is_of_target,
+    put_state,
+    state_names_below,
+    state_names_between,
+)
 from edge_node.activation_cache.store import ActivationStore, StateFile
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
@@ -104,10 +110,7 @@ class StageCache:
         states = BackboneStates()
         for name in self.names:
             padded = self._padded(self._files[name], name, self._own_rows(rows, name), are_checked=are_checked)
-            if self._stage.side is None:
-                states.entry = padded
-            else:
-                put_state(states, self._stage.side, name, padded)
+            put_state(states, self._stage.side, name, padded)
         self.counts.rows_read += len(rows.keys) if self.names else 0
         return states
 
@@ -197,14 +200,15 @@ class StageCache:
 
     def _own_rows(self, rows: CacheKeys, name: str) -> CacheKeys:
         """The micro-batch with the tokens that a state has."""
-        return rows.of_target() if is_of_target(name, self._stage.side_layout) else rows
+        return rows.of_target() if is_of_target(name, self._stage.num_encoder_blocks) else rows
 
 
 def state_names(stage: Stage) -> tuple[str, ...]:
     """The states that a stage reads: its side network, or the lowest block that is trained."""
     side = stage.side
     if side is None:
-        return () if stage.frozen_prefix is None else (f"h{stage.kept_place}",)
+        place = None if stage.frozen_prefix is None else stage.kept_place
+        return () if place is None else state_names_below(place, stage.num_encoder_blocks)
     return state_names_between(side.layout, stage.start_block, stage.end_block)
 
 

@@ -132,7 +132,7 @@ def attach_method(stage: Stage, spec: JobSpec) -> AttachedMethod:
     stage.family.refuse_method(spec.method.type)
     stage.family.refuse_objective(spec.objective)
     method = METHODS[spec.method.type](stage, spec.method, seed=spec.training.seed)
-    if (place := kept_place(spec, stage.num_blocks, stage.num_encoder_blocks)) is not None:
+    if (place := kept_place(spec, stage.num_blocks)) is not None:
         stage.keep_below(place)
     objective, head = spec.objective, stage.family.score_head
     if not objective.has_score_head:

@@ -148,8 +148,7 @@ class Stage:
         """Nothing below a block is trained: from now on passes give what it gets, and may leave out what lies below."""
         self.kept_place = place
         if self.start_block <= place < self.end_block:
-            blocks = self.model.get_submodule(self.family.block_prefix.rstrip("."))
-            self.frozen_prefix = FrozenPrefix(blocks, self.start_block, place)
+            self.frozen_prefix = FrozenPrefix(self.model, self.family, self.start_block, place, self.num_encoder_blocks)
             self.frozen_prefix.is_rounded = place in self._rounded_borders
 
     def round_at(self, borders: Iterable[int]) -> None:
@@ -172,7 +171,9 @@ class Stage:
         """
         if self.frozen_prefix is not None:
             with self.frozen_prefix.recording() as states:
-                return replace(self._alone(inputs), states=states)
+                output = self._alone(inputs)
+            states.source = output.source
+            return replace(output, states=states)
         return self.run_on(inputs, self.run_frozen(inputs)) if self.runs_beside else self._alone(inputs)
 
     @property
@@ -196,43 +197,45 @@ class Stage:
         return replace(beside, known_hidden=hidden_BTD, source=frozen.output.source)
 
     def _alone(self, inputs: StageInput) -> StageOutput:
-        return self._blocks_alone(inputs) if self.family.halves is None else self._halves_alone(inputs)
-
-    def _blocks_alone(self, inputs: StageInput) -> StageOutput:
-        return StageOutput(self.forward(inputs))
+        """The pass of the blocks, without anything beside them."""
+        return StageOutput(self.forward(inputs)) if self.family.halves is None else self._halves_alone(inputs)
 
     def _halves_alone(self, inputs: StageInput) -> StageOutput:
         self._require_backbone()
-        embed = self.model.get_submodule(self.embedding_name) if self.is_first else None
-        source_BSD, target_BTD = inputs.source, inputs.hidden
-        if embed is not None:
-            assert inputs.target_ids is not None, "the first stage needs a target's token ids"
-            target_BTD = embed(inputs.target_ids.to(self.device))
-            source_BSD = inputs.source if inputs.input_ids is None else embed(inputs.input_ids.to(self.device))
-        assert target_BTD is not None, "a later stage needs the target's states"
+        source_BSD = inputs.source
+        if self.is_first and inputs.input_ids is not None:
+            source_BSD = self.model.get_submodule(self.embedding_name)(inputs.input_ids.to(self.device))
         source_BSD, target_BTD = run_halves(
             self.model,
             self.family,
             None if source_BSD is None else source_BSD.to(self.device),
-            target_BTD.to(self.device),
+            self._target_entry(inputs),
             source_mask_BS=None if inputs.attention_mask is None else inputs.attention_mask.to(self.device),
             cache=inputs.cache,
             has_new_source=inputs.has_new_source,
         )
         return StageOutput(target_BTD, source=source_BSD)
 
+    def _target_entry(self, inputs: StageInput) -> Tensor:
+        """An encoder-decoder's target [B, T, D] as the stage gets it; the first stage embeds it."""
+        if inputs.hidden is not None:
+            return inputs.hidden.to(self.device)
+        assert self.is_first and inputs.target_ids is not None, (
+            "the first stage needs a target's ids, others its states"
+        )
+        return cast(Tensor, self.model.get_submodule(self.embedding_name)(inputs.target_ids.to(self.device)))
+
     def run_known(self, inputs: StageInput, states: BackboneStates) -> StageOutput:
         """The stage's pass with what the activation cache knows of frozen blocks, which do not run."""
         if self.kept_place is None:
             return self.run_beside(inputs, states)
         if self.end_block <= self.kept_place:
-            return StageOutput(None)
+            # A decoder whose blocks all run begins with embeddings, which the first stage alone has.
+            return StageOutput(self._target_entry(inputs) if self.kept_place < self.num_encoder_blocks else None)
         if self.frozen_prefix is None:
-            return StageOutput(self.forward(inputs))
-        assert states.entry is not None, "the lowest trained block reads what lies below"
-        known_BTD = states.entry.to(self.device)
-        with self.frozen_prefix.left_out(known_BTD):
-            return StageOutput(self.forward(replace(inputs, hidden=known_BTD)))
+            return self._alone(inputs)
+        with self.frozen_prefix.left_out(inputs, states, self.device) as from_place:
+            return self._alone(from_place)
 
     def run_beside(self, inputs: StageInput, states: BackboneStates) -> StageOutput:
         """The side network's part of a pass, with what is known of the blocks; they do not run."""

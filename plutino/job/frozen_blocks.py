@@ -7,25 +7,18 @@ from plutino.families import EMBEDDING_NAMES
 from plutino.job.parts import JobParts
 
 
-def kept_place(spec: JobParts, num_blocks: int, num_encoder_blocks: int = 0) -> int | None:
+def kept_place(spec: JobParts, num_blocks: int) -> int | None:
     """The lowest trained block of a job that keeps its input; None: it keeps nothing, or what every block gives.
 
     Args:
         spec: the job.
-        num_blocks: of its model.
-        num_encoder_blocks: those of them that are an encoder-decoder's encoder.
+        num_blocks: of its model, an encoder-decoder's counted through.
 
     Raises:
-        ConfigError: the job asks for a cache and trains in the lowest block of a model of so many, or in blocks of an
-            encoder-decoder.
+        ConfigError: the job asks for a cache and trains in the lowest block of a model of so many.
     """
     if spec.training.activation_cache == "off" or spec.method.leaves_blocks_alone:
         return None
-    if num_encoder_blocks:
-        raise ConfigError(
-            f"training.activation_cache keeps no frozen blocks of an encoder-decoder, in whose blocks method.type: "
-            f"{spec.method.type} trains; set it to off, or use method.type: parallel_adapters"
-        )
     lowest = spec.method.lowest_trained_block(num_blocks, EMBEDDING_NAMES)
     if not lowest:
         raise ConfigError(
