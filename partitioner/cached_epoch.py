@@ -148,11 +148,6 @@ def side_device(
     )
 
 
-def read_s(shape: JobShape, num_places: int) -> float:
-    """Seconds in which a micro-batch's entries at so many places come from a disk."""
-    return micro_batch_tokens(shape) * num_places * shape.entry_token_bytes / READ_BYTES_PER_S
-
-
 def num_side_blocks(shape: JobShape) -> int:
     """Blocks of the side network."""
     return sum(params > 0 for params in shape.adapter_params)

@@ -50,9 +50,10 @@ def _summary(plan: Plan) -> str:
 def _from_cache(plan: Plan) -> str:
     """Who trains the side network, once the blocks are not needed any more, or which blocks still run."""
     if plan.upper is not None:
+        of_decoder = f"; kept are the encoder's output and what the decoder's block {plan.upper.place} gets"
         return (
             f"from the activation cache: step {plan.upper.step_s:.3g} s, blocks 0 to {plan.upper.place - 1} run in the "
-            "first epoch alone"
+            f"first epoch alone{of_decoder if plan.upper.keeps_source else ''}"
         )
     cached = plan.cached
     if cached is None or plan.from_cache:

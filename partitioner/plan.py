@@ -143,6 +143,8 @@ class UpperStep(PlanValue):
     step_s: float
     row_bytes: int
     """Of the longest row's entry, on the disks of the devices that hold the place."""
+    keeps_source: bool = False
+    """The place is in a decoder: the encoder's output is kept beside what the block gets."""
 
 
 class RejectedPlan(PlanValue):

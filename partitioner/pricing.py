@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from partitioner.cached_epoch import read_s
 from partitioner.cost import StageCost, stage_cost
+from partitioner.kept_prefix import embedded_share, keeps_source, kept_row_tokens, read_s
 from partitioner.layout import Cuts, Layout, ahead_of
 from partitioner.place import Ints
 from partitioner.plan import UpperStep
@@ -157,19 +157,21 @@ class Pricer(SidePrices):
         place = shape.first_trainable_block
         at = next(k for k in range(len(found.layout)) if place < found.cuts[k + 1])
         later = self._at_share(0.0).fixed(found.layout, found.cuts, found.checkpointing)
-        groups = []
+        share, groups = embedded_share(self.table, shape), []
         for k, group in enumerate(later.groups):
             if k == at:
-                seconds = read_s(shape, 1)
-                read = [replace(cost, forward_s=cost.forward_s + seconds) for cost in group.replicas]
-                group = replace(group, replicas=tuple(read))
-            # No hidden states cross a border at or below the place.
+                group = _with_forward(group, [read_s(self.table, shape)] * len(group.replicas))
+            if k == 0 and share:
+                embedding_s = [self.devices[device].timings.embedding_s for device in found.layout[0]]
+                group = _with_forward(group, [share * seconds for seconds in embedding_s])
+            # Of hidden states nothing but a target's embeddings crosses a border at or below the place.
             is_idle = found.cuts[k + 1] <= place
-            groups.append(replace(group, links=_free(group.links)) if is_idle else group)
+            groups.append(replace(group, links=_with_messages(group.links, share)) if is_idle else group)
         return UpperStep(
             place=place,
             step_s=replay(groups, self.num_micro_batches).step_s,
-            row_bytes=shape.row_tokens * shape.entry_token_bytes,
+            row_bytes=kept_row_tokens(self.table, shape) * shape.entry_token_bytes,
+            keeps_source=keeps_source(self.table, shape),
         )
 
     def _at_share(self, frozen_share: float) -> Pricer:
@@ -222,5 +224,14 @@ class Pricer(SidePrices):
         return replay_many(groups, forward_s, backward_s, np.array(sum_s).T, self.num_micro_batches)
 
 
-def _free(links: tuple[tuple[tuple[float, float], ...], ...]) -> tuple[tuple[tuple[float, float], ...], ...]:
-    return tuple(tuple((0.0, 0.0) for _ in row) for row in links)
+def _with_forward(group: StageGroup, more_s: Sequence[float]) -> StageGroup:
+    """A stage whose replicas' forward passes take so much longer each."""
+    replicas = zip(group.replicas, more_s, strict=True)
+    return replace(group, replicas=tuple(replace(cost, forward_s=cost.forward_s + s) for cost, s in replicas))
+
+
+def _with_messages(
+    links: tuple[tuple[tuple[float, float], ...], ...], share: float
+) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """Links that carry a share of each message; of nothing the latency counts neither."""
+    return tuple(tuple((share * busy_s, latency_s if share else 0.0) for busy_s, latency_s in row) for row in links)

@@ -101,6 +101,33 @@ def gpt2(num_blocks: int = 3) -> ModelTable:
     return describe_model(config, gpt2_tensors(config), family_of("gpt2"))
 
 
+def t5(num_blocks: int = 6) -> ModelTable:
+    """As many blocks in the encoder as in the decoder."""
+    hidden, inner, vocab = 64, 128, 1000
+    config = {
+        "model_type": "t5",
+        "num_layers": num_blocks // 2,
+        "d_model": hidden,
+        "d_ff": inner,
+        "num_heads": 4,
+        "d_kv": 16,
+        "vocab_size": vocab,
+    }
+    tensors: dict[str, tuple[int, ...]] = {"shared.weight": (vocab, hidden)}
+    for half, attentions in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
+        tensors[f"{half}.final_layer_norm.weight"] = (hidden,)
+        for block in range(num_blocks // 2):
+            prefix = f"{half}.block.{block}.layer."
+            for layer, attention in enumerate(attentions):
+                tensors |= {f"{prefix}{layer}.{attention}.{name}.weight": (hidden, hidden) for name in "qkvo"}
+            mlp = f"{prefix}{len(attentions)}.DenseReluDense"
+            tensors |= {f"{mlp}.wi.weight": (inner, hidden), f"{mlp}.wo.weight": (hidden, inner)}
+            norms = range(len(attentions) + 1)
+            tensors |= {f"{prefix}{layer}.layer_norm.weight": (hidden,) for layer in norms}
+        tensors[f"{half}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 4)
+    return describe_model(config, tensors, family_of("t5"))
+
+
 def job(table: ModelTable, method: LoraConfig | None = None, **changes: Any) -> JobShape:
     fields: dict[str, Any] = {
         "dtype": "fp32",

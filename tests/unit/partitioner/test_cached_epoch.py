@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.cached_epoch import SideDevice, cached_step, read_s, side_device, side_worker_bytes
+from partitioner.cached_epoch import SideDevice, cached_step, side_device, side_worker_bytes
 from partitioner.cached_stages import SideStage, cuts_by_speed, staged_step
 from partitioner.device import LinkProfile, LinkTable
 from partitioner.explain import explain
+from partitioner.kept_prefix import read_s
 from partitioner.orders import all_layouts
 from partitioner.pricing import Pricer
 from partitioner.search import search
@@ -303,3 +304,6 @@ def test_plan_of_replicas_trains_from_the_cache_where_it_trained_before():
         found = pricer.cached_step(layout)
         places = [devices[layout[0][place]].agent_id for place in pricer.owners(layout[0], is_alone=True)]
         assert [found.agent_ids[place] for place in found.owners] == places
+
+
+    assert more_s == pytest.approx(8 * read_s(table, slow_disk.shape) - 8 * read_s(table, shape))
