@@ -20,6 +20,7 @@ from rich.text import Text
 
 from coordinator.job_view import JobView, WorkerView, counts_text, told
 from coordinator.jobs.scoring import value_text
+from partitioner.explain import later_epochs
 from partitioner.plan import Plan, StagePlan
 from plutino import events
 from plutino.client import JobDetail, JobSummary, NumberedEvent
@@ -69,7 +70,8 @@ def plan_table(plan: Plan) -> RenderableType:
         f"predicted: {plan.step_s:.3g} s a step, bubble {plan.bubble_share:.0%}; {plan.num_micro_batches} x "
         f"{plan.micro_batch_rows} rows, {plan.dtype}, checkpointing {'on' if plan.checkpointing else 'off'}"
     )
-    return Group(table, Text(step))
+    later = later_epochs(plan)
+    return Group(table, Text(step), *([Text(later)] if later else []))
 
 
 def device_table(devices: Iterable[Mapping[str, Any]]) -> RenderableType:

@@ -32,7 +32,7 @@ def explain(plan: Plan) -> str:
         _table(_without_shares(_worker_rows(plan)) if not plan.has_replicas else _worker_rows(plan)),
         "memory of the job, MiB\n" + _table(_memory_rows(plan.stages)),
         f"bottleneck: {plan.bottleneck}\nrelief:     {plan.relief}",
-        _from_cache(plan),
+        later_epochs(plan),
         _reasons("rejected", plan.rejected),
         _reasons("unused devices", plan.unused_devices),
     ]
@@ -47,8 +47,8 @@ def _summary(plan: Plan) -> str:
     )
 
 
-def _from_cache(plan: Plan) -> str:
-    """Who trains the side network, once the blocks are not needed any more, or which blocks still run."""
+def later_epochs(plan: Plan) -> str:
+    """Who trains the side network once no block is needed any more, or which blocks still run; empty: all do."""
     if plan.upper is not None:
         of_decoder = f"; kept are the encoder's output and what the decoder's block {plan.upper.place} gets"
         return (

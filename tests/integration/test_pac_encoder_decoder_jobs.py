@@ -1,9 +1,10 @@
-"""T5 with a side network over real gRPC: the pipeline, then epochs from the cache, and a device that joins them."""
+"""T5 and the activation cache over real gRPC: a side network's epochs, a device that joins them, a frozen prefix."""
 
 from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -35,11 +36,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def spec_of(folder, output, *, stages, epochs=3, replan="never"):
+SIDE = {"type": "parallel_adapters", "reduction": 2}
+
+
+def spec_of(folder, output, *, stages, epochs=3, replan="never", method=SIDE):
     values = {
         "model": {"path": str(folder / "model"), "dtype": "fp32"},
         "objective": {"type": "seq2seq"},
-        "method": {"type": "parallel_adapters", "reduction": 2},
+        "method": method,
         "data": {"train": str(folder / "train.jsonl"), "max_tokens": 16},
         "training": {
             "epochs": epochs,
@@ -83,6 +87,29 @@ def test_t5_leaves_the_pipeline_for_cached_epochs_on_two_devices_with_the_bits_o
     assert "backbone leaves their memory" in found[2][0][1]
     both = ["device0", "device1"]
     assert phases == [(False, both), (True, both), (False, both)]
+
+
+def test_t5_with_lora_in_its_last_block_reads_the_encoders_output_and_what_the_block_gets_in_later_epochs(
+    folder, tmp_path
+):
+    lora = {"type": "lora", "rank": 4, "dropout": 0.1, "blocks": "last 1"}
+    with fleet(tmp_path, 2) as (people, agents):
+        runs = []
+        for number in range(2):
+            spec = spec_of(folder, tmp_path / f"adapter{number}", stages=2, epochs=2, method=lora)
+            job_id = people.submit(spec)
+            runs.append(finished(people, job_id, tmp_path / f"adapter{number}"))
+            if number == 0:
+                upper = people.detail(job_id)["plan"]["upper"]
+                steps = [event for kind, event in people.events(job_id) if kind == "StepCommitted"]
+            for agent in agents:
+                agent._weights = replace(agent._weights, activation_bytes=0)
+
+    assert runs[0] == runs[1]
+    assert (upper["place"], upper["keeps_source"]) == (3, True)
+    assert sorted(worker["cached_rows"] for worker in steps[-1]["workers"]) == [0, NUM_ROWS]
+    kept = {path.name for path in tmp_path.rglob("*.data")}
+    assert kept == {"source.data", "t3.data"}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -37,7 +38,7 @@ def spec_of(folder, method, activation_cache="raw"):
 
 def stages_cut_at(*borders):
     cuts = (0, *borders, NUM_BLOCKS)
-    return [StageShape(start_block=start, end_block=end) for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [StageShape(start_block=start, end_block=end) for start, end in pairwise(cuts)]
 
 
 class Watched:

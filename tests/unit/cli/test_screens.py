@@ -7,6 +7,7 @@ from rich.console import Console, RenderableType
 
 from coordinator.job_view import JobView
 from coordinator.screens import device_table, follow, job_panel, job_table, plain_lines, plan_table, summary
+from partitioner.plan import UpperStep
 from plutino.client import NumberedEvent
 from plutino.hardware import Hardware
 from tests.unit.client.job_history import history, plan, state, step
@@ -34,6 +35,15 @@ def test_plan_table_shows_blocks_half_open_and_peak_beside_budget():
 
     assert "[0, 2)" in shown and "[2, 4)" in shown
     assert "360" in shown and "400" in shown
+
+
+def test_plan_table_says_which_blocks_later_epochs_leave_out_and_what_is_kept():
+    upper = UpperStep(place=3, step_s=0.5, row_bytes=1920, keeps_source=True)
+
+    shown = drawn(plan_table(plan().model_copy(update={"upper": upper})))
+
+    assert "step 0.5 s, blocks 0 to 2 run in the first epoch alone; kept are the encoder's output and what" in shown
+    assert "from the activation cache" not in drawn(plan_table(plan()))
 
 
 def test_job_panel_shows_progress_memory_and_busy_share():
