@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from plutino.errors import ConfigError
 from plutino.job.model import ModelConfig
 from plutino.job.spec import JobSpec, load_spec
+from plutino.yaml_text import read_yaml
 
 
 class _Value(BaseModel):
@@ -178,7 +179,7 @@ def load_loop(path: Path, overrides: Iterable[str] = ()) -> LoopSpec:
         ConfigError: a file is missing or does not validate, or the job is none that a loop can run.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the loop file {path}: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("job"), str):

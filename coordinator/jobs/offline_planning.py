@@ -14,6 +14,7 @@ from coordinator.scheduling.problem import PlanningProblem
 from partitioner.fleet_file import FleetFile
 from plutino.errors import ConfigError
 from plutino.job.spec import JobSpec
+from plutino.yaml_text import read_yaml
 
 
 def load_fleet(path: Path) -> FleetFile:
@@ -23,7 +24,7 @@ def load_fleet(path: Path) -> FleetFile:
         ConfigError: it cannot be read, or a value in it is not one.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:

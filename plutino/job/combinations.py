@@ -16,6 +16,7 @@ from plutino.job.parts import JobParts
 def combination_problems(spec: JobParts) -> Iterator[str]:
     """What does not go together, the most fundamental first."""
     yield from _method_problems(spec)
+    yield from _training_problems(spec)
     yield from _activation_cache_problems(spec)
     yield from _held_out_problems(spec)
     yield from _scoring_problems(spec)
@@ -49,6 +50,18 @@ def _method_problems(spec: JobParts) -> Iterator[str]:
         yield (
             f"objective.type: {objective.type} compares with the base model, of which method.type: {method.type} "
             "leaves nothing; use method.type: lora, or give objective.reference: rows"
+        )
+
+
+def _training_problems(spec: JobParts) -> Iterator[str]:
+    training, answers = spec.training, spec.objective.answers_per_row
+    num_rows = training.batch_size * answers
+    if training.micro_batch_size is not None and training.micro_batch_size > num_rows:
+        of_answers = f" x {answers} answers" if answers > 1 else ""
+        yield (
+            f"training.micro_batch_size: {training.micro_batch_size} is more than a step's {num_rows} rows "
+            f"(training.batch_size: {training.batch_size}{of_answers}); set it to {num_rows} or less, or leave it out: "
+            "the plan then chooses it"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from plutino.errors import ConfigError
+from plutino.yaml_text import read_yaml
 
 
 def apply_overrides(
@@ -40,7 +41,7 @@ def apply_overrides(
         if not equals or not all(parts):
             raise ConfigError(f"{override!r} is not a setting; write key=value, for example training.steps=50")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of {override!r} is not YAML: {error}") from error
         if ".".join(parts) in paths and isinstance(value, str):

@@ -24,6 +24,7 @@ from plutino.job.objective import GrpoConfig, SftConfig
 from plutino.job.overrides import apply_overrides
 from plutino.job.parts import JobParts
 from plutino.job.rewards import AdapterReward, FunctionReward, RewardSource
+from plutino.yaml_text import read_yaml
 
 
 class JobSpec(JobParts):
@@ -65,7 +66,7 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> JobSpec:
     except UnicodeDecodeError as error:
         raise ConfigError(f"the job file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     try:
-        values = yaml.load(text, _UniqueKeyLoader)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -95,20 +96,6 @@ def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(spelled_out.get("model"), str):
         spelled_out["model"] = {"path": spelled_out["model"]}
     return spelled_out
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is written twice; YAML's own loader silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is written twice; keep one", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 # What transformers, trl and peft call our settings; no spelling distance would find them.

@@ -136,6 +136,47 @@ def test_load_spec_reads_yaml_and_takes_paths_from_its_folder(tmp_path: Path) ->
     assert spec.training.lr == 2e-4
 
 
+@pytest.mark.parametrize("word", ["off", "on", "auto"])
+def test_unquoted_on_and_off_are_the_words_in_files_and_overrides(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        f"model: base\ndata: {{train: t.jsonl}}\ntraining: {{checkpointing: {word}, activation_cache: off}}\n"
+    )
+
+    assert load_spec(path).training.checkpointing == word
+    assert load_spec(path, ["training.checkpointing=off"]).training.checkpointing == "off"
+    assert load_spec(path).training.activation_cache == "off"
+
+
+@pytest.mark.parametrize(("word", "expected"), [("yes", True), ("on", True), ("no", False), ("false", False)])
+def test_settings_that_are_on_or_off_take_every_word_for_it(tmp_path: Path, word: str, expected: bool) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"model: base\ndata: {{train: t.jsonl, packing: {word}}}\n")
+
+    assert load_spec(path).data.packing is expected
+
+
+@pytest.mark.parametrize("setting", ["training.shadow_every=on", "training.batch_size=yes", "placement.replan=off"])
+def test_word_where_there_is_no_such_choice_is_refused_as_it_was_written(tmp_path: Path, setting: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("model: base\ndata: {train: t.jsonl}\n")
+    key, _, word = setting.partition("=")
+
+    with pytest.raises(ConfigError, match=rf"{key}: .*given: '{word}'"):
+        load_spec(path, [setting])
+
+
+def test_micro_batch_larger_than_a_step_is_refused_with_the_rows_of_the_step() -> None:
+    (told,) = problems(training={"batch_size": 4, "micro_batch_size": 8})
+
+    assert "training.micro_batch_size: 8 is more than a step's 4 rows" in told and "4 or less, or leave it out" in told
+    sampling = {"type": "grpo", "answers": 4, "rewards": [{"type": "function", "function": "reward.py:score"}]}
+    values = {**MINIMAL, "objective": sampling, "training": {"batch_size": 4, "micro_batch_size": 16}}
+    assert parse_spec(values, base_dir=BASE).training.micro_batch_size == 16
+    (told,) = problems(**{**values, "training": {"batch_size": 4, "micro_batch_size": 17}})
+    assert "a step's 16 rows (training.batch_size: 4 x 4 answers)" in told
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
