@@ -5,26 +5,26 @@ size, checksum. An entry is written before its record, so that a crash loses ent
 is damaged later is found by its checksum when it is asked for, and written anew behind the others. A namespace is
 everything that the numbers follow from beside the sample: model, dtype, packing, codec.
 
-Budget: an entry that does not fit is left out and counted; namespaces that no worker uses go first, the oldest before
-the others.
+Any number of workers and agents may use one folder, the same files too: what one wrote the others find, and nothing is
+kept twice. Budget: an entry that does not fit is left out and counted; namespaces that no worker uses go first, the
+oldest before the others (:mod:`edge_node.activation_cache.disk_budget`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import mmap
 import os
-import shutil
 import struct
 import zlib
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edge_node.activation_cache.disk_budget import DiskBudget, mark_in_use
+from plutino.errors import AgentError
 
 logger = logging.getLogger(__name__)
 
@@ -33,76 +33,51 @@ _RECORD = struct.Struct("<16sQII")
 _ALIGNMENT_BYTES = 64
 """Entries begin at multiples of it, so that their words can be added up where they lie."""
 _NUM_FOLDS = 16
-_LOCK_NAME = "in-use"
 
 
 class ActivationStore:
-    """The activation caches of one device.
+    """The activation caches of one folder; several stores may use it at once.
 
     Args:
-        root: a folder of the cache's own.
-        budget_bytes: bound on the bytes of all files below it.
+        root: a folder of the caches' own.
+        budget_bytes: bound on the bytes of all files below it, those of other stores included.
     """
 
     def __init__(self, root: Path, budget_bytes: int) -> None:
         self._root = root
-        self._budget_bytes = budget_bytes
-        self._used_bytes = 0
-        self._uncounted_bytes = budget_bytes + 1
+        self._budget = DiskBudget(root, budget_bytes)
 
     def open(self, namespace: str, state: str) -> StateFile:
-        """The entries of one kind of state, for reading, and for writing where no other worker does."""
-        return StateFile(self, self._root / namespace, state)
+        """The entries of one kind of state.
 
-    def make_room(self, num_bytes: int, own: Path) -> bool:
-        """Whether so many bytes may be written now; other namespaces go where they must."""
-        if self._uncounted_bytes > self._budget_bytes // 64:
-            # Other workers of the device write too.
-            self._used_bytes, self._uncounted_bytes = _size_bytes(self._root), 0
-        if self._used_bytes + num_bytes > self._budget_bytes:
-            self._evict(self._used_bytes + num_bytes - self._budget_bytes, own)
-        if self._used_bytes + num_bytes > self._budget_bytes:
-            return False
-        self._used_bytes += num_bytes
-        self._uncounted_bytes += num_bytes
-        return True
-
-    def _evict(self, num_bytes: int, own: Path) -> None:
-        others = [path for path in self._root.iterdir() if path.is_dir() and path != own]
-        for folder in sorted(others, key=lambda path: path.stat().st_mtime):
-            if num_bytes <= 0:
-                return
-            size_bytes = _size_bytes(folder)
-            with (folder / _LOCK_NAME).open("ab") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                shutil.rmtree(folder, ignore_errors=True)
-            logger.info("activation cache: %d bytes of another job were removed for this one's", size_bytes)
-            num_bytes -= size_bytes
-            self._used_bytes -= size_bytes
+        Raises:
+            AgentError: the disk does not let them be opened.
+        """
+        try:
+            return StateFile(self._budget, self._root / namespace, state)
+        except OSError as error:
+            raise AgentError(
+                f"the activation cache cannot be used: {error.filename or self._root}: {error.strerror}; mend that, "
+                "let --cache-dir name another folder, or start the agent with --activation-cache 0"
+            ) from error
 
 
 class StateFile:
     """Entries of one kind of state; used by one thread."""
 
-    def __init__(self, store: ActivationStore, folder: Path, state: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._store = store
+    def __init__(self, budget: DiskBudget, folder: Path, state: str) -> None:
+        self._budget = budget
         self._folder = folder
-        self._in_use = (folder / _LOCK_NAME).open("ab")
-        fcntl.flock(self._in_use, fcntl.LOCK_SH)
-        os.utime(folder)
-        self._data: BinaryIO = (folder / f"{state}.data").open("ab+")
-        self._index: BinaryIO = (folder / f"{state}.index").open("ab+")
-        self.is_writable = True
-        try:
-            fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.is_writable = False
         self._index_bytes = 0
-        self._records: dict[bytes, tuple[int, int, int]] = dict(self._read_index())
+        self._records: dict[bytes, tuple[int, int, int]] = {}
+        self.is_writable = True
+        """Until the disk refuses something."""
+        with budget.locked():
+            self._in_use = mark_in_use(folder)
+            # Without buffers: nothing may reach a file when the lock is no longer held.
+            self._data = (folder / f"{state}.data").open("ab+", buffering=0)
+            self._index = (folder / f"{state}.index").open("ab+", buffering=0)
+            self._read_index(is_locked=True)
         self.num_damaged = 0
         """Entries whose checksum was wrong when they were asked for."""
 
@@ -139,25 +114,29 @@ class StateFile:
         return None
 
     def write(self, key: bytes, data: NDArray[np.uint8]) -> bool:
-        """Keep an entry; False if the budget has no room for it, or another worker writes here."""
+        """Keep an entry, or find that another worker has kept it; False if the budget has no room for it."""
         if not self.is_writable:
             return False
-        end = self._data.seek(0, os.SEEK_END)
-        gap_bytes = -end % _ALIGNMENT_BYTES
-        if not self._store.make_room(gap_bytes + data.nbytes + _RECORD.size, self._folder):
-            return False
-        offset, checksum = end + gap_bytes, _checksum(data)
         try:
-            self._data.write(bytes(gap_bytes))
-            self._data.write(data.data)
-            self._data.flush()
-            self._index.write(_RECORD.pack(key, offset, data.nbytes, checksum))
-            self._index.flush()
+            with self._budget.locked():
+                self._read_index(is_locked=True)
+                return key in self._records or self._append(key, data)
         except OSError as error:
             logger.warning("activation cache: %s cannot be written: %s", self._data.name, error)
             self.is_writable = False
             return False
+
+    def _append(self, key: bytes, data: NDArray[np.uint8]) -> bool:
+        end = os.fstat(self._data.fileno()).st_size
+        gap_bytes = -end % _ALIGNMENT_BYTES
+        if not self._budget.make_room(gap_bytes + data.nbytes + _RECORD.size, self._folder):
+            return False
+        offset, checksum = end + gap_bytes, _checksum(data)
+        _append_all(self._data.fileno(), bytes(gap_bytes))
+        _append_all(self._data.fileno(), data.data.cast("B"))
+        _append_all(self._index.fileno(), _RECORD.pack(key, offset, data.nbytes, checksum))
         self._records[key] = offset, data.nbytes, checksum
+        self._index_bytes += _RECORD.size
         return True
 
     def close(self) -> None:
@@ -171,21 +150,31 @@ class StateFile:
         del self._records[key]
 
     def _find(self, key: bytes) -> tuple[int, int, int] | None:
-        if key not in self._records and not self.is_writable:
-            # Another worker of this device writes here, and may have written this one meanwhile.
-            self._records |= dict(self._read_index())
+        if key not in self._records:
+            # Another worker may have written it meanwhile.
+            self._read_index()
         return self._records.get(key)
 
-    def _read_index(self) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
-        """Whole new records in the order in which they were written: of several for a key the last counts."""
-        self._index.seek(self._index_bytes)
-        content = self._index.read()
+    def _read_index(self, *, is_locked: bool = False) -> None:
+        """Learn whole new records in the order in which they were written: of several for a key the last counts.
+
+        With ``is_locked`` nobody is writing: the beginning of a record is what a crash left, and goes.
+        """
+        num_bytes = os.fstat(self._index.fileno()).st_size - self._index_bytes
+        content = os.pread(self._index.fileno(), num_bytes, self._index_bytes) if num_bytes > 0 else b""
         whole_bytes = len(content) // _RECORD.size * _RECORD.size
         self._index_bytes += whole_bytes
-        if whole_bytes < len(content) and self.is_writable:
-            self._index.truncate(self._index_bytes)  # the end of a record that a crash cut off
-        for key, offset, num_bytes, checksum in _RECORD.iter_unpack(content[:whole_bytes]):
-            yield key, (offset, num_bytes, checksum)
+        if whole_bytes < len(content) and is_locked:
+            os.ftruncate(self._index.fileno(), self._index_bytes)
+        for key, offset, size, checksum in _RECORD.iter_unpack(content[:whole_bytes]):
+            self._records[key] = offset, size, checksum
+
+
+def _append_all(descriptor: int, content: bytes | memoryview) -> None:
+    """Write at the end of a file; a disk that is nearly full may take a part before it refuses."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def _checksum(data: NDArray[np.uint8]) -> int:
@@ -196,11 +185,3 @@ def _checksum(data: NDArray[np.uint8]) -> int:
     num_words = data.nbytes // (8 * _NUM_FOLDS)
     words = data[: num_words * 8 * _NUM_FOLDS].view(np.uint64).reshape(_NUM_FOLDS, num_words)
     return zlib.crc32(data[words.nbytes :].data, zlib.crc32(np.add.reduce(words, axis=0).data))
-
-
-def _size_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total

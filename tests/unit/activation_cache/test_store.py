@@ -100,20 +100,6 @@ def test_namespaces_of_other_jobs_make_room_unless_they_are_in_use(tmp_path):
     own.close()
 
 
-def test_second_writer_of_the_same_states_reads_and_leaves_writing_to_the_first(tmp_path):
-    store = ActivationStore(tmp_path, 1 << 20)
-    first = store.open("space", "h1")
-    first.write(KEYS[0], entry(1))
-
-    second = store.open("space", "h1")
-
-    assert second.holds(KEYS[0])
-    assert not second.write(KEYS[1], entry(2))
-    assert first.write(KEYS[1], entry(2))
-    first.close()
-    second.close()
-
-
 def test_reader_beside_a_writer_finds_what_is_written_after_it_opened_the_files(tmp_path):
     writer = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
     reader = ActivationStore(tmp_path, 1 << 20).open("space", "h1")
