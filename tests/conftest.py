@@ -101,6 +101,7 @@ PART_BY_PATH = {
     # Encoders, parallel adapters, activation cache, data-parallel epochs.
     "numerics/test_encoder": PAC,
     "integration/test_encoder": PAC,
+    "numerics/test_frozen_prefix_halves": PAC,
     "numerics/test_pac": PAC,
     "integration/test_pac": PAC,
     "unit/activation_cache/": PAC,

@@ -114,8 +114,8 @@ CASES = [(name, place, border) for name in ENCODER_DECODERS for place in (1, 2, 
     ("name", "place", "border"),
     sampled(
         CASES,
-        6,
-        always=(("t5", 1, None), ("t5", 3, 2), ("t5", 3, 1), ("bart", 1, 2), ("bart", 2, 3), ("t5_gated", 3, None)),
+        4,
+        always=(("t5", 1, None), ("t5", 3, 2), ("bart", 1, 2), ("bart", 2, 3)),
     ),
 )
 def test_cached_epochs_run_only_from_the_lowest_trained_block_up_and_have_the_bits_of_uncached_ones(
@@ -153,7 +153,7 @@ def test_cached_epochs_with_checkpointing_and_a_border_on_either_side_of_the_pla
     assert other == uncached(folders["t5"], lora(3), num=1)[0]
 
 
-@pytest.mark.parametrize("state", ["source", "t3"])
+@pytest.mark.parametrize("state", ["source", pytest.param("t3", marks=pytest.mark.slow)])
 def test_damaged_half_of_an_entry_is_computed_again_and_moves_no_bit(folders, tmp_path, state):
     def damage():
         path = tmp_path / "tiny" / f"{state}.data"
@@ -180,3 +180,14 @@ def test_rows_without_room_run_through_all_blocks_in_every_epoch(folders, tmp_pa
     assert 0 < later[0][0] < first[0][0]
     assert sum(cache.counts.rows_written for cache in caches)
     assert sum(cache.counts.rows_left_out for cache in caches)
+
+
+def test_replicas_on_one_machine_keep_their_rows_in_the_same_files(folders, tmp_path):
+    replicas = StageShape(start_block=0, end_block=NUM_BLOCKS, num_replicas=2, micro_batch_owner=(0, 1))
+
+    decisions, _, (_, later), caches = epochs(spec_of(folders["bart"], lora(3)), [replicas], tmp_path)
+
+    assert decisions == uncached(folders["bart"], lora(3))[0]
+    assert set(later[0]) == {3}
+    assert all(cache.counts.rows_written and not cache.counts.rows_left_out for cache in caches)
+    assert len(list(tmp_path.rglob("*.data"))) == 2
