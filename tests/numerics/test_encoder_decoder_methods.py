@@ -23,7 +23,6 @@ from partitioner.adapter import adapter_params_of
 from partitioner.device import ProfileRequest
 from partitioner.memory import stage_memory
 from partitioner.shape import JobShape
-from plutino.errors import ConfigError
 from plutino.families import family_of
 from plutino.job.method import AdaptersConfig, FullConfig, LoraConfig
 from plutino.job.method_part import Unfreezing
@@ -332,16 +331,6 @@ def test_top_down_unfreezing_leaves_lower_blocks_alone_in_every_partition(folder
     moved_names = {name for name, value in found[0][1].items() if not torch.equal(value, start[name])}
     assert any("decoder.block.1." in name for name in moved_names)
     assert not any("encoder.block." in name or "decoder.block.0.layer.2" in name for name in moved_names)
-
-
-def test_frozen_blocks_below_adapters_are_not_cached_and_that_is_said(folders):
-    spec = spec_of(folders["t5"], AdaptersConfig(blocks="last 1"))
-    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"activation_cache": "raw"})})
-    with (
-        pytest.raises(ConfigError, match=r"no frozen blocks of an encoder-decoder.*use method.type: parallel_adapters"),
-        pipeline_of(spec, stages_of(1)),
-    ):
-        pass
 
 
 @pytest.mark.parametrize("method", [FULL, pytest.param(HOULSBY, marks=pytest.mark.slow)])
