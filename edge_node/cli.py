@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     if options.cache_dir is not None:
         cache_dir = options.cache_dir.expanduser().absolute()
-        allowed = replace(allowed, cache_dir=cache_dir, activation_dir=cache_dir.with_name("activations"))
+        allowed = replace(allowed, cache_dir=cache_dir, activation_dir=cache_dir.parent / "activations")
     state_dir = StateDir(options.state_dir or default_state_dir(options.name))
     membership = _membership(options, state_dir)
     if membership is None:
@@ -212,7 +212,8 @@ def _parser() -> argparse.ArgumentParser:
             type=Path,
             default=None,
             metavar="DIR",
-            help="cached weights, shared by agents; by default plutino/weights in the user's cache directory",
+            help="cached weights, shared by agents, with activations beside it for hidden states; by default "
+            "plutino/weights in the user's cache directory",
         )
         command.add_argument("--no-hub", action="store_true", help="never fetch weights from the hub")
         command.add_argument(
