@@ -305,5 +305,4 @@ def test_plan_of_replicas_trains_from_the_cache_where_it_trained_before():
         places = [devices[layout[0][place]].agent_id for place in pricer.owners(layout[0], is_alone=True)]
         assert [found.agent_ids[place] for place in found.owners] == places
 
-
     assert more_s == pytest.approx(8 * read_s(table, slow_disk.shape) - 8 * read_s(table, shape))
