@@ -275,7 +275,7 @@ def test_steps_without_the_prefix_carry_nothing_over_the_borders_below_it_and_re
     # All that trains is on one device in both.
     assert pricer.upper_step(below).step_s == pytest.approx(pricer.upper_step(alone).step_s)
     more_s = slow_disk.upper_step(alone).step_s - pricer.upper_step(alone).step_s
-    assert more_s == pytest.approx(8 * read_s(slow_disk.shape, 1) - 8 * read_s(shape, 1))
+    assert more_s == pytest.approx(8 * read_s(table, slow_disk.shape) - 8 * read_s(table, shape))
 
 
 def test_devices_that_are_replicas_already_stay_in_their_places_unless_another_order_gains():
@@ -304,5 +304,3 @@ def test_plan_of_replicas_trains_from_the_cache_where_it_trained_before():
         found = pricer.cached_step(layout)
         places = [devices[layout[0][place]].agent_id for place in pricer.owners(layout[0], is_alone=True)]
         assert [found.agent_ids[place] for place in found.owners] == places
-
-    assert more_s == pytest.approx(8 * read_s(table, slow_disk.shape) - 8 * read_s(table, shape))
