@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import grpc
 
@@ -69,9 +71,21 @@ class Credentials:
         Args:
             asks_certificate: False lets clients in that have none yet: those that want to join.
         """
-        return grpc.dynamic_ssl_server_credentials(
-            _configuration(self.identity()), lambda: _configuration(self.identity()), asks_certificate
-        )
+        given = self.version
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            # gRPC asks at every handshake and swaps what it is given for what other threads' handshakes may be using:
+            # swapped each time, fifty clients at once crash a server now and then (grpcio 1.85.1). None: as before.
+            nonlocal given
+            version = self.version
+            if version == given:
+                return None
+            given = version
+            return _configuration(self.identity())
+
+        # The stubs do not know that None is an answer.
+        fetch = cast(Callable[[], grpc.ServerCertificateConfiguration], renewed)
+        return grpc.dynamic_ssl_server_credentials(_configuration(self.identity()), fetch, asks_certificate)
 
 
 class Newcomer:
