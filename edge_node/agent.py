@@ -166,7 +166,11 @@ class Agent:
             case "stop_worker":
                 self._pool.stop(worker_ref(command.stop_worker.worker), command.stop_worker.reason)
             case "profile":
-                await self._pool.profile(command.profile.request_id, command.profile.request_json)
+                asked = command.profile
+                await self._pool.profile(asked.request_id, asked.request_json, only_kept=asked.only_kept)
+            case "profile_go_on":
+                go_on = command.profile_go_on
+                self._pool.go_on(go_on.request_id, go_on.milestone, is_whole=go_on.is_whole)
             case "open_door":
                 self._reachability.open_door(command.open_door)
             case "knock":

@@ -50,11 +50,12 @@ class PoolProfiles:
         if "timings" not in result:
             self._reports.profile(asked.request_id, error=str(result["error"]))
             return
-        timings = result["timings"]
-        # Beside a job's worker everything takes longer; the next job may find the device idle.
-        if asked.is_undisturbed and is_undisturbed:
+        timings, lacked_company = result["timings"], bool(result.get("lacked_company"))
+        # Beside a job's worker everything takes longer; the next job may find the device idle. And without a neighbour
+        # that computes it takes less than was asked for.
+        if asked.is_undisturbed and is_undisturbed and not lacked_company:
             self._opened_book().keep(asked.request, timings)
-        self._reports.profile(asked.request_id, timings_json=json.dumps(timings))
+        self._reports.profile(asked.request_id, timings_json=json.dumps(timings), lacked_company=lacked_company)
 
     def _opened_book(self) -> ProfileBook:
         if self._book is None:

@@ -34,12 +34,29 @@ class PoolReports:
         )
         self._report(agents_pb2.AgentEvent(worker_exited=exited))
 
-    def profile(self, request_id: str, *, timings_json: str = "", error: str = "", is_kept: bool = False) -> None:
-        """What was measured, now or for an earlier request, or why nothing was."""
+    def profile(
+        self,
+        request_id: str,
+        *,
+        timings_json: str = "",
+        error: str = "",
+        is_kept: bool = False,
+        lacked_company: bool = False,
+    ) -> None:
+        """What was measured, now or for an earlier request, or why nothing was; without either: nothing is kept."""
         result = agents_pb2.ProfileResult(
-            request_id=request_id, timings_json=timings_json, error=error, is_kept=is_kept
+            request_id=request_id,
+            timings_json=timings_json,
+            error=error,
+            is_kept=is_kept,
+            lacked_company=lacked_company,
         )
         self._report(agents_pb2.AgentEvent(profile_result=result))
+
+    def profile_reached(self, request_id: str, milestone: int) -> None:
+        """A measurement waits, or computes on, until the other devices of the host are as far."""
+        reached = agents_pb2.ProfileReached(request_id=request_id, milestone=milestone)
+        self._report(agents_pb2.AgentEvent(profile_reached=reached))
 
 
 def worker_id(ref: WorkerRef) -> agents_pb2.WorkerId:

@@ -7,8 +7,6 @@ Weights are random, because their values do not change the time. Entry points: :
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +15,15 @@ import torch
 from torch import Tensor
 
 from edge_node.compute_device import CPU, ComputeDevice
+from edge_node.meeting import ALONE, Meeting
 from edge_node.methods.registry import METHODS
 from edge_node.methods.score_head import put_score_head
 from edge_node.objectives.sft import SftObjective
-from edge_node.processors import processor_quota
+from edge_node.pass_timing import Passes, PassSeconds, fastest_s, time_passes
 from edge_node.stage.build import COMPUTE_DTYPES, build_stage
 from edge_node.stage.passes import StageInput
 from edge_node.stage.random_source import RandomSource
+from edge_node.stage.recomputing import recomputing
 from edge_node.stage.stage import Stage
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.data.batches import MicroBatchRows
@@ -33,13 +33,6 @@ from plutino.job.method import LoraConfig
 _SHORT_VOCABULARY = 8192
 """Rows of the head that are measured; its time grows linearly with them."""
 _SCORES = 8
-_REPEATS = 3
-_LEAST_S = 0.5
-"""Each timing is repeated until it has taken this long, but at least _REPEATS times; the median counts. A step has
-hundreds of passes, slow ones among them: the fastest of a few says how short one can be, not how long they are."""
-_EVICTED_BYTES = 32 << 20
-"""Written before each timing on a processor. In a stage other blocks' weights pass through the caches between two
-passes of one block; one that is timed alone, in a loop, finds its own there and looks faster than it will be."""
 _TINY_CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -52,8 +45,10 @@ _TINY_CONFIG = {
 }
 
 
-def measure(request: ProfileRequest, device: ComputeDevice = CPU) -> BlockTimings:
+def measure(request: ProfileRequest, device: ComputeDevice = CPU, meeting: Meeting = ALONE) -> BlockTimings:
     """Seconds of one micro-batch through one block, the embedding and the head of the model asked about.
+
+    Blocks and head are timed while the other devices of a meeting compute.
 
     Where a quota bounds this process's processor time, seconds are those that hold for long: a short burst may run at
     full speed until the quota's period is used up.
@@ -64,15 +59,16 @@ def measure(request: ProfileRequest, device: ComputeDevice = CPU) -> BlockTiming
     source = RandomSource(config, device=device.torch)
     # One stage after the other, so that no more than a block is held on a small device.
     embedding_s = _measure_embedding(source, request, device)
-    forward_s, backward_s = _measure_block(source, request, device)
-    head_forward_s, head_backward_s = _measure_head(source, request, device)
+    block = _measure_block(source, request, device, meeting)
+    head = _measure_head(source, request, device, meeting)
     wide = full_vocabulary / config["vocab_size"] if family_of(config["model_type"]).head else 1.0
     return BlockTimings(
-        forward_s=forward_s,
-        backward_s=backward_s,
+        forward_s=block.forward_s,
+        backward_s=block.backward_s,
+        recomputed_backward_s=block.recomputed_backward_s,
         embedding_s=embedding_s,
-        head_forward_s=head_forward_s * wide,
-        head_backward_s=head_backward_s * wide,
+        head_forward_s=head.forward_s * wide,
+        head_backward_s=head.backward_s * wide,
     )
 
 
@@ -80,13 +76,15 @@ def _measure_embedding(source: RandomSource, request: ProfileRequest, device: Co
     first = _adapted_stage(source, 0, request, device)
     embedding = first.model.get_submodule(first.embedding_name)
     ids = torch.zeros(request.micro_batch_rows, request.row_tokens, dtype=torch.int64, device=device.torch)
-    return _fastest_s(device, lambda: embedding(ids))
+    return fastest_s(device, lambda: embedding(ids))
 
 
-def _measure_block(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
+def _measure_block(
+    source: RandomSource, request: ProfileRequest, device: ComputeDevice, meeting: Meeting
+) -> PassSeconds:
     middle = _adapted_stage(source, 1, request, device)
     if middle.family.halves is not None:
-        return _measure_halves(source, request, device)
+        return _measure_halves(source, request, device, meeting)
     rows, tokens = request.micro_batch_rows, request.row_tokens
     shape = (rows, tokens, int(middle.config.hidden_size))
     hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=device.torch)
@@ -102,17 +100,29 @@ def _measure_block(source: RandomSource, request: ProfileRequest, device: Comput
         (output,) = middle.run(inputs).trained.values()
         return output
 
-    return _median_passes_s(device, forward, lambda output: output.backward(gradient))
+    return time_passes(device, _block_passes(middle, request, forward, lambda o: o.backward(gradient)), meeting)
 
 
-def _measure_halves(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
+def _block_passes(
+    stage: Stage, request: ProfileRequest, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]
+) -> Passes:
+    """Passes through a stage's block; nothing of a side network is recomputed."""
+    if not request.recomputes or stage.side is not None:
+        return Passes(forward, backward)
+    block = stage.model.get_submodule(stage.family.block_name(stage.start_block, stage.num_encoder_blocks))
+    return Passes(forward, backward, lambda: recomputing(block))
+
+
+def _measure_halves(
+    source: RandomSource, request: ProfileRequest, device: ComputeDevice, meeting: Meeting
+) -> PassSeconds:
     """The mean of a block of either half: a source of a row's length, a target of as many tokens as carry loss."""
     whole = json.loads(request.config_json)
     num_encoder_blocks = family_of(whole["model_type"]).num_encoder_blocks(whole)
     num_blocks = family_of(whole["model_type"]).num_blocks(whole)
     dtype, rows = COMPUTE_DTYPES[request.dtype], request.micro_batch_rows
     target_tokens = max(1, -(-request.label_tokens // rows))
-    forward_s = backward_s = 0.0
+    found: list[tuple[PassSeconds, float]] = []
     for block, num_alike in ((1, num_encoder_blocks), (2, num_blocks - num_encoder_blocks)):
         stage = _adapted_stage(source, block, request, device)
         inputs = _halves_input(stage, rows, (request.row_tokens, target_tokens), dtype)
@@ -122,12 +132,16 @@ def _measure_halves(source: RandomSource, request: ProfileRequest, device: Compu
             output = stage.run(inputs)
             return output.hidden if stage.has_decoder_blocks else output.trained[name]
 
-        own_forward_s, own_backward_s = _median_passes_s(
-            device, run, lambda output: output.backward(torch.ones_like(output))
-        )
-        forward_s += own_forward_s * num_alike / num_blocks
-        backward_s += own_backward_s * num_alike / num_blocks
-    return forward_s, backward_s
+        passes = _block_passes(stage, request, run, lambda output: output.backward(torch.ones_like(output)))
+        found.append((time_passes(device, passes, meeting), num_alike / num_blocks))
+    recomputed_s = [(half.recomputed_backward_s, share) for half, share in found]
+    return PassSeconds(
+        forward_s=sum(half.forward_s * share for half, share in found),
+        backward_s=sum(half.backward_s * share for half, share in found),
+        recomputed_backward_s=None
+        if any(seconds is None for seconds, _ in recomputed_s)
+        else sum(seconds * share for seconds, share in recomputed_s if seconds is not None),
+    )
 
 
 def _halves_input(stage: Stage, rows: int, num_tokens: tuple[int, int], dtype: torch.dtype) -> StageInput:
@@ -145,10 +159,12 @@ def _halves_input(stage: Stage, rows: int, num_tokens: tuple[int, int], dtype: t
     return StageInput(position_ids=positions, source=source, hidden=hidden, source_side=source_side)
 
 
-def _measure_head(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
+def _measure_head(
+    source: RandomSource, request: ProfileRequest, device: ComputeDevice, meeting: Meeting
+) -> PassSeconds:
     last = _adapted_stage(source, 2, request, device)
     if not last.head_name:
-        return _measure_score_head(last, request, device)
+        return _measure_score_head(last, request, device, meeting)
     # Not the hidden size where the model projects before its head.
     width = int(last.model.get_submodule(last.head_name).in_features)  # type: ignore[arg-type]
     shape = (request.micro_batch_rows, request.row_tokens, width)
@@ -160,15 +176,15 @@ def _measure_head(source: RandomSource, request: ProfileRequest, device: Compute
         assert scaled is not None, "at least one label is asked for"
         return scaled
 
-    return _median_passes_s(device, forward, lambda loss: loss.backward())
+    return time_passes(device, Passes(forward, lambda loss: loss.backward()), meeting)
 
 
-def _measure_score_head(last: Stage, request: ProfileRequest, device: ComputeDevice) -> tuple[float, float]:
+def _measure_score_head(last: Stage, request: ProfileRequest, device: ComputeDevice, meeting: Meeting) -> PassSeconds:
     """A few scores a row: what a vocabulary is to other heads costs nothing here."""
     put_score_head(last, _SCORES, seed=0)
     first = torch.randn(request.micro_batch_rows, int(last.config.hidden_size), dtype=last.dtype, device=device.torch)
     first.requires_grad_(True)
-    return _median_passes_s(device, lambda: last.score(first).sum(), lambda loss: loss.backward())
+    return time_passes(device, Passes(lambda: last.score(first).sum(), lambda loss: loss.backward()), meeting)
 
 
 def fast_dtypes(device: ComputeDevice = CPU) -> list[str]:
@@ -182,7 +198,7 @@ def fast_dtypes(device: ComputeDevice = CPU) -> list[str]:
     rows, width = (4096, 4096) if device.is_cuda else (128, 512)
     for name, dtype in COMPUTE_DTYPES.items():
         gradient, weight = (torch.randn(size, width, dtype=dtype, device=device.torch) for size in (rows, width))
-        seconds[name] = _fastest_s(device, lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
+        seconds[name] = fastest_s(device, lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
     return sorted((n for n in seconds if n == "fp32" or seconds[n] < seconds["fp32"]), key=seconds.__getitem__)
 
 
@@ -243,51 +259,3 @@ def _label_rows(request: ProfileRequest) -> MicroBatchRows:
         padded_tokens=tokens,
         sample_indices=tuple(range(rows)),
     )
-
-
-def _median_passes_s(
-    device: ComputeDevice, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]
-) -> tuple[float, float]:
-    """Seconds of a forward pass and of its backward pass, each with cold caches, as in a stage."""
-    backward(forward())
-    evicted = None if device.is_cuda else torch.zeros(_EVICTED_BYTES // 4)
-    took_s: list[tuple[float, float]] = []
-    quota = _quota(device)
-    while len(took_s) < _REPEATS or sum(map(sum, took_s)) < _LEAST_S:
-        output, forward_s = _timed(device, evicted, quota, forward)
-        _, backward_s = _timed(device, evicted, quota, lambda output=output: backward(output))  # type: ignore[misc]
-        took_s.append((forward_s, backward_s))
-    forwards_s, backwards_s = zip(*took_s, strict=True)
-    return statistics.median(forwards_s), statistics.median(backwards_s)
-
-
-def _quota(device: ComputeDevice) -> float | None:
-    return None if device.is_cuda else processor_quota()
-
-
-def _timed(
-    device: ComputeDevice, evicted: Tensor | None, quota: float | None, call: Callable[[], Any]
-) -> tuple[Any, float]:
-    if evicted is not None:
-        evicted.add_(1.0)
-    device.wait()
-    started_s, used_s = time.perf_counter(), time.process_time()
-    result = call()
-    device.wait()
-    took_s, used_s = time.perf_counter() - started_s, time.process_time() - used_s
-    # All threads' processor time at the rate that the quota gives; a quota is no limit to what is slower anyway.
-    return result, took_s if quota is None else max(took_s, used_s / quota)
-
-
-def _fastest_s(device: ComputeDevice, call: Callable[[], Any], *, least_s: float = 0.05) -> float:
-    call()  # first use of a shape builds the kernels for it
-    fastest_s = float("inf")
-    spent_s = 0.0
-    repeats = 0
-    quota = _quota(device)
-    while repeats < _REPEATS or spent_s < least_s:
-        _, took_s = _timed(device, None, quota, call)
-        fastest_s = min(fastest_s, took_s)
-        spent_s += took_s
-        repeats += 1
-    return fastest_s

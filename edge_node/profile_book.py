@@ -1,8 +1,8 @@
 """Measured seconds that an agent keeps on disk, so that the next job of the same shape starts without measuring.
 
-An answer belongs to what was asked (the model's config.json, shape, dtype, packing, method, threads) and to the machine
-that was measured (versions of what computes, kernels, device, cores, the quota of processor time). Weights are no part
-of it: their values do not change the time.
+An answer belongs to what was asked (the model's config.json, shape, dtype, packing, method, threads, and who of the
+host measures meanwhile) and to the machine that was measured (versions of what computes, kernels, device, cores, the
+quota of processor time). Weights are no part of it: their values do not change the time.
 """
 
 from __future__ import annotations

@@ -17,9 +17,12 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from edge_node.meeting import HostMeeting
 from edge_node.network import DeviceNetwork
 from edge_node.weights_config import WeightsConfig
 from edge_node.worker_imports import import_behind_others
@@ -88,7 +91,7 @@ def main() -> int:
     kept: _Kept | None = _Kept()
     while kept is not None and (command := commands.take()) is not None:
         if "profile" in command:
-            events.send(profile=_profile(command["profile"], device))
+            events.send(profile=_profile(command["profile"], device, commands, events))
         elif "assign" in command:
             network = DeviceNetwork.from_json(command.get("network", {}))
             weights = WeightsConfig.from_json(command.get("weights", {}))
@@ -110,12 +113,22 @@ class _Commands:
         self._lock = threading.Lock()
         self._has_ended = False
         self._ends_process = False
+        self._meeting: HostMeeting | None = None
         threading.Thread(target=self._read, name="agent-watch", daemon=True).start()
 
     def take(self) -> dict[str, Any] | None:
         """The next command; None once the agent has ended."""
         line = self._lines.get()
         return None if line is None else dict(json.loads(line))
+
+    @contextmanager
+    def passing_on(self, meeting: HostMeeting) -> Iterator[None]:
+        """Within it the meeting hears at once when it may go on: it waits on the thread that takes commands."""
+        self._meeting = meeting
+        try:
+            yield
+        finally:
+            self._meeting = None
 
     def end_process_with_agent(self) -> None:
         """From now on nobody takes commands soon enough: the agent's end ends the process."""
@@ -126,7 +139,10 @@ class _Commands:
 
     def _read(self) -> None:
         for line in sys.stdin:
-            self._lines.put(line)
+            if (go_on := json.loads(line).get("go_on")) is None:
+                self._lines.put(line)
+            elif (meeting := self._meeting) is not None:
+                meeting.note(go_on["milestone"], is_whole=go_on["is_whole"])
         with self._lock:
             self._has_ended = True
             if self._ends_process:
@@ -159,12 +175,17 @@ def _prepare(threads: int, device_name: str) -> tuple[ComputeDevice, dict[str, A
     }
 
 
-def _profile(request: dict[str, Any], device: ComputeDevice) -> dict[str, Any]:
+def _profile(request: dict[str, Any], device: ComputeDevice, commands: _Commands, events: _Events) -> dict[str, Any]:
     from edge_node.profile import measure
     from partitioner.device import ProfileRequest
 
     try:
-        return {"timings": measure(ProfileRequest.model_validate(request), device).model_dump()}
+        asked = ProfileRequest.model_validate(request)
+        if not asked.beside:
+            return {"timings": measure(asked, device).known_s}
+        meeting = HostMeeting(lambda milestone: events.send(reached=milestone))
+        with commands.passing_on(meeting):
+            return {"timings": measure(asked, device, meeting).known_s, "lacked_company": not meeting.is_whole}
     except Exception as error:
         logger.exception("profiling failed")
         return {"error": f"{type(error).__name__}: {error}"}

@@ -182,11 +182,21 @@ class WorkerPool:
         else:
             self._begin_stop(worker, reason)
 
-    async def profile(self, request_id: str, request_json: str) -> None:
-        """Report what was kept for such a request, or else let the spare measure; or why there is no answer."""
+    async def profile(self, request_id: str, request_json: str, *, only_kept: bool = False) -> None:
+        """Report what was kept for such a request, or else let the spare measure; or why there is no answer.
+
+        Args:
+            request_id: of the report.
+            request_json: what to measure.
+            only_kept: report without seconds that nothing is kept, and measure nothing.
+        """
         try:
             request = dict(json.loads(request_json))
             if self._profiles.answer_kept(request_id, request):
+                return
+            if only_kept:
+                self._refuse_to_measure()
+                self._reports.profile(request_id)
                 return
             if (spare := spare_of(self._workers)) is None:
                 await self._end_holders(f"memory is needed to measure {request_id}")
@@ -195,6 +205,12 @@ class WorkerPool:
             self._reports.profile(request_id, error=f"not measured: {error}")
             return
         self._profiles.ask(spare, request_id, request, is_undisturbed=not self.running())
+
+    def go_on(self, request_id: str, milestone: int, *, is_whole: bool) -> None:
+        """Tell the worker that measures for a request that it may go on; nobody where it measures no more."""
+        for worker in self._workers:
+            if worker.profiles and worker.profiles[0].request_id == request_id:
+                worker.process.send({"go_on": {"milestone": milestone, "is_whole": is_whole}})
 
     async def end(self, reason: str) -> None:
         """End all workers; returns when every process is reaped."""
@@ -263,6 +279,8 @@ class WorkerPool:
                         hardware=Hardware.from_values(hardware),
                     )
                 self._changed.set()
+            case {"reached": int(milestone)} if worker.profiles:
+                self._reports.profile_reached(worker.profiles[0].request_id, milestone)
             case {"profile": dict(result)} if worker.profiles:
                 self._profiles.take(worker.profiles.popleft(), result, is_undisturbed=not self.running())
             case {
@@ -360,10 +378,10 @@ class WorkerPool:
 
     # Private: the spare.
 
-    def _spare_is_due(self, settle_s: float) -> bool:
+    def _spare_is_due(self, settle_s: float, taken_bytes: list[int]) -> bool:
         return spare_is_due(
             has_spare=spare_of(self._workers) is not None,
-            running_budgets_bytes=promised_bytes(self._workers),
+            running_budgets_bytes=taken_bytes,
             baseline_bytes=self.readiness.baseline_bytes,
             memory_budget_bytes=self._config.memory_budget_bytes,
             since_last_start_s=self._clock() - self._last_start_s,
@@ -371,17 +389,28 @@ class WorkerPool:
         )
 
     async def _keep_spare(self) -> None:
-        if self._clock() >= self._spare_not_before_s and self._spare_is_due(self._config.spare_settle_s):
+        if self._clock() >= self._spare_not_before_s and self._spare_is_due(
+            self._config.spare_settle_s, promised_bytes(self._workers)
+        ):
             try:
                 await self._start_process(yields=bool(self.running()))
             except OSError as error:
                 self._on_spare_lost(f"it could not be started: {error}")
 
     async def _start_spare_for_profile(self) -> PooledWorker:
-        if not self._spare_is_due(settle_s=0.0):
-            taken_bytes = sum(promised_bytes(self._workers))
-            raise AgentError(
-                f"running workers take {format_size(taken_bytes)} of {format_size(self._config.memory_budget_bytes)}, "
-                "which leaves no room for another one to measure with; end a job there first"
-            )
+        self._refuse_to_measure()
         return await self._start_process()
+
+    def _refuse_to_measure(self) -> None:
+        """Refuse where there is no spare and no room for one beside the workers of jobs; held stages give way.
+
+        Raises:
+            AgentError: with the numbers.
+        """
+        taken_bytes = [worker.budget_bytes for worker in self._workers if worker.ref is not None]
+        if spare_of(self._workers) is None and not self._spare_is_due(0.0, taken_bytes):
+            raise AgentError(
+                f"running workers take {format_size(sum(taken_bytes))} of "
+                f"{format_size(self._config.memory_budget_bytes)}, which leaves no room for another one to measure "
+                "with; end a job there first"
+            )

@@ -1,8 +1,9 @@
 """A worker process as the agent sees it: started, spoken to, watched, ended, reaped.
 
-The agent writes JSON lines to the worker's stdin (``{"profile": ...}``, ``{"assign": ...}``); the worker writes JSON
-lines to a pipe of its own (``{"ready": ...}``, ``{"profile": ...}``, ``{"exiting": ...}``), so that nothing a library
-prints can be taken for an event. The end of stdin tells the worker that its agent is gone.
+The agent writes JSON lines to the worker's stdin (``{"profile": ...}``, ``{"go_on": ...}``, ``{"assign": ...}``); the
+worker writes JSON lines to a pipe of its own (``{"ready": ...}``, ``{"reached": ...}``, ``{"profile": ...}``,
+``{"exiting": ...}``), so that nothing a library prints can be taken for an event. The end of stdin tells the worker
+that its agent is gone.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ class Bounds:
             num_run = num_trained + shape.frozen_share * (ends - starts - num_trained)
             forward_s = num_run * timings.forward_s + is_first * shape.frozen_share * timings.embedding_s
             forward_s = forward_s + is_last * timings.head_forward_s
-            backward_s = num_trained * (timings.backward_s + (timings.forward_s if choice else 0.0))
+            backward_s = num_trained * (timings.backward_s + (timings.recompute_s if choice else 0.0))
             goes_back = is_last & ((num_trained > 0) | (shape.last_trainable_params > 0))
             self._seconds[key] = forward_s, backward_s + goes_back * timings.head_backward_s
         return self._seconds[key]

@@ -58,8 +58,8 @@ def stage_cost(
 ) -> StageCost:
     """Seconds of blocks ``[start_block, end_block)`` on a device, frozen ones over as many steps as they run in.
 
-    Checkpointing adds one forward pass of every block to its backward pass. Blocks below the first trainable one have
-    no backward pass, and a stage of only such blocks gets no gradient.
+    Checkpointing adds to every block's backward pass what recomputing was measured to take. Blocks below the first
+    trainable one have no backward pass, and a stage of only such blocks gets no gradient.
 
     Args:
         table: the model.
@@ -75,7 +75,7 @@ def stage_cost(
     has_head_backward = end_block == table.num_blocks and (num_trained > 0 or shape.last_trainable_params > 0)
     num_frozen = end_block - start_block - num_trained
     forward_s = (num_trained + shape.frozen_share * num_frozen) * timings.forward_s
-    backward_s = num_trained * (timings.backward_s + (timings.forward_s if checkpointing else 0.0))
+    backward_s = num_trained * (timings.backward_s + (timings.recompute_s if checkpointing else 0.0))
     if start_block == 0:
         forward_s += shape.frozen_share * timings.embedding_s
     if end_block == table.num_blocks:

@@ -23,6 +23,10 @@ class ProfileRequest(PlanValue):
     method: MethodConfig
     """As its ``for_profile`` gives it."""
     threads: int
+    recomputes: bool = False
+    """The plan may let blocks recompute, so that their backward pass is measured that way as well."""
+    beside: tuple[int, ...] = ()
+    """Threads of each of the other devices of the host that measure the same meanwhile; empty: it measures alone."""
     attempt: int = 0
     """Which of several measurements of the same this is: they are taken in turns with other devices."""
     is_fresh: bool = False
@@ -40,12 +44,30 @@ class BlockTimings(PlanValue):
     head_forward_s: float
     """Final norm, head and loss."""
     head_backward_s: float
+    recomputed_backward_s: float | None = None
+    """One block, backward, its recomputation included; None: nobody asked for it."""
+
+    @property
+    def recompute_s(self) -> float:
+        """What recomputing adds to the backward pass of a block: where it was not measured, a forward pass."""
+        if self.recomputed_backward_s is None:
+            return self.forward_s
+        # Passes that are measured apart may come out the other way round where both are short.
+        return max(0.0, self.recomputed_backward_s - self.backward_s)
+
+    @property
+    def known_s(self) -> dict[str, float]:
+        """What was measured, by the fields' names."""
+        return self.model_dump(exclude_none=True)
+
+    def times(self, factor: float) -> BlockTimings:
+        """As on a device that takes so many times as long."""
+        return BlockTimings(**{name: seconds * factor for name, seconds in self.known_s.items()})
 
     def fastest(self, other: BlockTimings) -> BlockTimings:
         """The faster of two measurements, part by part: what disturbs one makes it slower, never faster."""
-        return BlockTimings(
-            **{name: min(getattr(self, name), getattr(other, name)) for name in type(self).model_fields}
-        )
+        one, two = self.known_s, other.known_s
+        return BlockTimings(**{name: min(one.get(name, s), two.get(name, s)) for name, s in (one | two).items()})
 
 
 class DeviceProfile(PlanValue):
@@ -64,6 +86,8 @@ class DeviceProfile(PlanValue):
     dtypes: tuple[str, ...] = ("fp32",)
     is_card: bool = False
     """Its memory is a card's, which malloc has no part in."""
+    remark: str = ""
+    """Why a job may find it slower than its timings; empty: it measured as jobs will run."""
     cores_id: str = ""
     """Devices with the same one compute on the same cores, so that two of them are no faster than one; empty: its own
     cores alone."""

@@ -119,7 +119,7 @@ class Estimator:
             _GroupNumbers(
                 forward_s=share * own.forward_s,
                 backward_s=share * own.backward_s,
-                recompute_s=share * own.forward_s,
+                recompute_s=share * own.recompute_s,
                 embedding_s=share * own.embedding_s,
                 head_forward_s=share * own.head_forward_s,
                 head_backward_s=share * own.head_backward_s,

@@ -35,6 +35,7 @@ def explain(plan: Plan) -> str:
         later_epochs(plan),
         _reasons("rejected", plan.rejected),
         _reasons("unused devices", plan.unused_devices),
+        _reasons("remarks", plan.remarks),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

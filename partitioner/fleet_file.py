@@ -162,7 +162,6 @@ def _added(devices: Sequence[DeviceProfile], size_bytes: int, speed: float) -> D
     if not devices:
         raise ConfigError("--what-if add takes its seconds from the other devices, and there are none")
     typical = sorted(devices, key=lambda device: device.timings.forward_s)[len(devices) // 2]
-    seconds = {name: value / speed for name, value in typical.timings.model_dump().items()}
     number = sum(device.agent_id.startswith("added-") for device in devices) + 1
     return typical.model_copy(
         update={
@@ -170,7 +169,7 @@ def _added(devices: Sequence[DeviceProfile], size_bytes: int, speed: float) -> D
             "name": f"added {number} ({format_size(size_bytes)}, {speed:g}x)",
             "host_id": f"added-{number}",
             "available_bytes": size_bytes,
-            "timings": BlockTimings(**seconds),
+            "timings": typical.timings.times(1 / speed),
         }
     )
 

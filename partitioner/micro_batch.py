@@ -55,9 +55,14 @@ def _scaled(timings: BlockTimings, factor: float) -> BlockTimings:
         fixed_s = min(overhead_s, _MAX_OVERHEAD_SHARE * seconds)
         return fixed_s + (seconds - fixed_s) * factor
 
+    recomputed_s, recomputed_overhead_s = (
+        timings.recomputed_backward_s,
+        _BLOCK_FORWARD_OVERHEAD_S + _BLOCK_BACKWARD_OVERHEAD_S,
+    )
     return BlockTimings(
         forward_s=scale(timings.forward_s, _BLOCK_FORWARD_OVERHEAD_S),
         backward_s=scale(timings.backward_s, _BLOCK_BACKWARD_OVERHEAD_S),
+        recomputed_backward_s=None if recomputed_s is None else scale(recomputed_s, recomputed_overhead_s),
         # A handful of operators each: their overhead is lost in that of the blocks.
         embedding_s=timings.embedding_s * factor,
         head_forward_s=timings.head_forward_s * factor,

@@ -195,6 +195,8 @@ class Plan(PlanValue):
     replica."""
     rejected: tuple[RejectedPlan, ...] = ()
     unused_devices: tuple[RejectedPlan, ...] = ()
+    remarks: tuple[RejectedPlan, ...] = ()
+    """What is to be known of the plan's devices."""
 
     def mean_step_s(self, cached_steps_share: float) -> float:
         """Mean seconds of all steps, where so many come from the cache for each one through the blocks."""

@@ -58,6 +58,7 @@ class AgentEvent(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     DOOR_OPENED_FIELD_NUMBER: _builtins.int
     KNOCKED_FIELD_NUMBER: _builtins.int
+    PROFILE_REACHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello: ...
     @_builtins.property
@@ -72,6 +73,8 @@ class AgentEvent(_message.Message):
     def door_opened(self) -> Global___DoorOpened: ...
     @_builtins.property
     def knocked(self) -> Global___Knocked: ...
+    @_builtins.property
+    def profile_reached(self) -> Global___ProfileReached: ...
     def __init__(
         self,
         *,
@@ -82,12 +85,13 @@ class AgentEvent(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         door_opened: Global___DoorOpened | None = ...,
         knocked: Global___Knocked | None = ...,
+        profile_reached: Global___ProfileReached | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_reached", b"profile_reached", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_reached", b"profile_reached", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "worker_started", "worker_exited", "profile_result", "heartbeat", "door_opened", "knocked"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "worker_started", "worker_exited", "profile_result", "heartbeat", "door_opened", "knocked", "profile_reached"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -294,12 +298,15 @@ class ProfileResult(_message.Message):
     TIMINGS_JSON_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     IS_KEPT_FIELD_NUMBER: _builtins.int
+    LACKED_COMPANY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     timings_json: _builtins.str
-    """JSON of partitioner.device.BlockTimings; empty if error is set."""
+    """JSON of partitioner.device.BlockTimings; empty if error is set, and where nothing is kept if only that was asked."""
     error: _builtins.str
     is_kept: _builtins.bool
     """Measured for an earlier request and kept since."""
+    lacked_company: _builtins.bool
+    """A device of the request's "beside" was not there in some window of the measurement."""
     def __init__(
         self,
         *,
@@ -307,14 +314,41 @@ class ProfileResult(_message.Message):
         timings_json: _builtins.str = ...,
         error: _builtins.str = ...,
         is_kept: _builtins.bool = ...,
+        lacked_company: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_kept", b"is_kept", "request_id", b"request_id", "timings_json", b"timings_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "is_kept", b"is_kept", "lacked_company", b"lacked_company", "request_id", b"request_id", "timings_json", b"timings_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProfileResult: _TypeAlias = ProfileResult  # noqa: Y015
+
+@_typing.final
+class ProfileReached(_message.Message):
+    """A measurement beside other devices of the host has come to a point at which all of them meet: every even milestone is
+    being ready to compute, every odd one having computed long enough.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MILESTONE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    milestone: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        milestone: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["milestone", b"milestone", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileReached: _TypeAlias = ProfileReached  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
@@ -377,6 +411,7 @@ class AgentCommand(_message.Message):
     OPEN_DOOR_FIELD_NUMBER: _builtins.int
     KNOCK_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    PROFILE_GO_ON_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___AgentWelcome: ...
     @_builtins.property
@@ -391,6 +426,8 @@ class AgentCommand(_message.Message):
     def knock(self) -> Global___Knock: ...
     @_builtins.property
     def revoked(self) -> Global___Revoked: ...
+    @_builtins.property
+    def profile_go_on(self) -> Global___ProfileGoOn: ...
     def __init__(
         self,
         *,
@@ -401,12 +438,13 @@ class AgentCommand(_message.Message):
         open_door: Global___OpenDoor | None = ...,
         knock: Global___Knock | None = ...,
         revoked: Global___Revoked | None = ...,
+        profile_go_on: Global___ProfileGoOn | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "revoked", b"revoked", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "profile_go_on", b"profile_go_on", "revoked", b"revoked", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "revoked", b"revoked", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "knock", b"knock", "open_door", b"open_door", "profile", b"profile", "profile_go_on", b"profile_go_on", "revoked", b"revoked", "start_worker", b"start_worker", "stop_worker", b"stop_worker", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["welcome", "start_worker", "stop_worker", "profile", "open_door", "knock", "revoked"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["welcome", "start_worker", "stop_worker", "profile", "open_door", "knock", "revoked", "profile_go_on"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -518,22 +556,54 @@ class ProfileRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUEST_JSON_FIELD_NUMBER: _builtins.int
+    ONLY_KEPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     request_json: _builtins.str
     """JSON of partitioner.device.ProfileRequest."""
+    only_kept: _builtins.bool
+    """Tell what is kept, or why nothing could be measured, and measure nothing."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         request_json: _builtins.str = ...,
+        only_kept: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "request_json", b"request_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["only_kept", b"only_kept", "request_id", b"request_id", "request_json", b"request_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProfileRequest: _TypeAlias = ProfileRequest  # noqa: Y015
+
+@_typing.final
+class ProfileGoOn(_message.Message):
+    """All who were asked to measure beside each other have reached a milestone, or are waited for no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MILESTONE_FIELD_NUMBER: _builtins.int
+    IS_WHOLE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    milestone: _builtins.int
+    is_whole: _builtins.bool
+    """All have."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        milestone: _builtins.int = ...,
+        is_whole: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_whole", b"is_whole", "milestone", b"milestone", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileGoOn: _TypeAlias = ProfileGoOn  # noqa: Y015
 
 @_typing.final
 class OpenDoor(_message.Message):

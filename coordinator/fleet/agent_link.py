@@ -32,6 +32,12 @@ class ProfileAnswer:
     timings: BlockTimings
     is_kept: bool = False
     """It had measured them for an earlier request."""
+    lacked_company: bool = False
+    """Of the devices that the request says compute meanwhile some did not."""
+
+
+OnMilestone = Callable[[int, Callable[[bool], None]], None]
+"""Takes a milestone that a measurement has reached, and what lets it go on, told whether all others have reached it."""
 
 
 @dataclass(slots=True)
@@ -56,7 +62,9 @@ class AgentLink:
     """Where the other devices of its jobs reach its weights cache."""
     usage: dict[WorkerRef, WorkerUsage] = field(default_factory=dict)
     agent_rss_bytes: int = 0
-    profiles: dict[str, asyncio.Future[ProfileAnswer]] = field(default_factory=dict)
+    profiles: dict[str, asyncio.Future[ProfileAnswer | None]] = field(default_factory=dict)
+    on_milestones: dict[str, OnMilestone] = field(default_factory=dict)
+    """Who hears of the milestones of a request for a measurement."""
     doors: dict[str, asyncio.Future[str]] = field(default_factory=dict)
     knocks: dict[str, asyncio.Future[float]] = field(default_factory=dict)
     bursts: dict[str, asyncio.Future[LinkFigures]] = field(default_factory=dict)
@@ -89,6 +97,8 @@ class AgentLink:
             case "profile_result":
                 result = event.profile_result
                 _settle(name, self.profiles.get(result.request_id), result.error, lambda: _timings(result))
+            case "profile_reached":
+                self._take_milestone(event.profile_reached)
             case "door_opened":
                 door = event.door_opened
                 _settle(name, self.doors.get(door.request_id), door.error, lambda: door.address)
@@ -98,6 +108,19 @@ class AgentLink:
                     _settle(name, self.bursts[knocked.request_id], knocked.error, lambda: _figures(knocked))
                 else:
                     _settle(name, self.knocks.get(knocked.request_id), knocked.error, lambda: knocked.seconds)
+
+    def _take_milestone(self, reached: pb.ProfileReached) -> None:
+        request_id, milestone = reached.request_id, reached.milestone
+
+        def go_on(is_whole: bool) -> None:
+            word = pb.ProfileGoOn(request_id=request_id, milestone=milestone, is_whole=is_whole)
+            self.send(pb.AgentCommand(profile_go_on=word))
+
+        if (on_milestone := self.on_milestones.get(request_id)) is not None:
+            on_milestone(milestone, go_on)
+        else:
+            # Nobody waits for its answer any more; it shall not wait for anybody either.
+            go_on(False)
 
     def give_up_answers(self, name: str) -> None:
         """The stream is over: whoever waits for an answer hears that."""
@@ -123,8 +146,11 @@ def _settle(name: str, answer: asyncio.Future[_Answer] | None, error: str, value
         answer.set_result(value())
 
 
-def _timings(result: pb.ProfileResult) -> ProfileAnswer:
-    return ProfileAnswer(BlockTimings.model_validate_json(result.timings_json), is_kept=result.is_kept)
+def _timings(result: pb.ProfileResult) -> ProfileAnswer | None:
+    if not result.timings_json:
+        return None
+    timings = BlockTimings.model_validate_json(result.timings_json)
+    return ProfileAnswer(timings, is_kept=result.is_kept, lacked_company=result.lacked_company)
 
 
 def _figures(knocked: pb.Knocked) -> LinkFigures:

@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from coordinator.fleet.agent_link import OUTGOING_BOUND, AgentLink, ProfileAnswer, device_of
+from coordinator.fleet.agent_link import OUTGOING_BOUND, AgentLink, OnMilestone, ProfileAnswer, device_of
 from coordinator.fleet.membership import Change, Device, DeviceState, Fleet
-from partitioner.device import ProfileRequest
+from partitioner.device import BlockTimings, ProfileRequest
 from plutino.errors import AgentError, AgentLostError, SecurityError
 from plutino.hardware import wire_refusal
 from plutino.types import AgentId, WorkerRef
@@ -221,21 +221,52 @@ class FleetRegistry:
         stop = pb.StopWorker(worker=worker_to_proto(ref), reason=reason)
         return self._send(agent_id, pb.AgentCommand(stop_worker=stop))
 
-    async def profile(self, agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
+    async def kept_profile(self, agent_id: AgentId, request: ProfileRequest) -> BlockTimings | None:
+        """What a device has measured for such a request before; None if it would have to measure, and could.
+
+        Raises:
+            AgentLostError: it left.
+            AgentError: it has kept nothing and could not measure, or did not answer in time.
+        """
+        answer = await self._ask_profile(agent_id, request, only_kept=True)
+        return None if answer is None else answer.timings
+
+    async def profile(
+        self, agent_id: AgentId, request: ProfileRequest, on_milestone: OnMilestone | None = None
+    ) -> ProfileAnswer:
         """Let a device measure itself, or tell what it has kept.
+
+        Args:
+            agent_id: the device.
+            request: what it shall measure.
+            on_milestone: hears how far it is, where it measures beside others, and lets it go on.
 
         Raises:
             AgentLostError: it left.
             AgentError: it could not measure, or did not answer in time.
         """
+        answer = await self._ask_profile(agent_id, request, on_milestone=on_milestone)
+        if answer is None:
+            raise AgentError(f"{self.name_of(agent_id)} answered without seconds; use the same version on all sides")
+        return answer
+
+    async def _ask_profile(
+        self,
+        agent_id: AgentId,
+        request: ProfileRequest,
+        *,
+        only_kept: bool = False,
+        on_milestone: OnMilestone | None = None,
+    ) -> ProfileAnswer | None:
         request_json = request.model_dump_json()
         return await self.ask(
             agent_id,
             lambda link: link.profiles,
             lambda request_id: pb.AgentCommand(
-                profile=pb.ProfileRequest(request_id=request_id, request_json=request_json)
+                profile=pb.ProfileRequest(request_id=request_id, request_json=request_json, only_kept=only_kept)
             ),
             _PROFILE_TIMEOUT_S,
+            on_milestone,
         )
 
     async def ask(
@@ -244,6 +275,7 @@ class FleetRegistry:
         answers_of: Callable[[AgentLink], dict[str, asyncio.Future[_Answer]]],
         command: Callable[[str], pb.AgentCommand],
         timeout_s: float,
+        on_milestone: OnMilestone | None = None,
     ) -> _Answer:
         """Send a command that has an answer, and wait for it.
 
@@ -252,6 +284,7 @@ class FleetRegistry:
             answers_of: where the link keeps the answers that are waited for.
             command: the command with an id of the request.
             timeout_s: longest wait.
+            on_milestone: hears of milestones on the way to the answer.
 
         Raises:
             AgentLostError: the device is not attached, or left.
@@ -263,6 +296,8 @@ class FleetRegistry:
         request_id = str(next(self._requests))
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         answers_of(link)[request_id] = answer
+        if on_milestone is not None:
+            link.on_milestones[request_id] = on_milestone
         self._send(agent_id, command(request_id))
         try:
             return await asyncio.wait_for(answer, timeout_s)
@@ -272,6 +307,7 @@ class FleetRegistry:
             ) from None
         finally:
             answers_of(link).pop(request_id, None)
+            link.on_milestones.pop(request_id, None)
 
     def _send(self, agent_id: AgentId, command: pb.AgentCommand) -> bool:
         link = self._links.get(agent_id)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.membership import Device
-from coordinator.jobs.profiler import Profiler
-from partitioner.device import BlockTimings, DeviceProfile, ProfileRequest
+from coordinator.jobs.profiler import Asked, Profiler, Seconds
+from partitioner.device import DeviceProfile, ProfileRequest
 from partitioner.shape import JobShape
 from plutino.errors import AgentError
 from plutino.job.spec import JobSpec
@@ -29,8 +28,13 @@ async def measure_devices(
     profiler: Profiler,
     threads: int | None,
 ) -> Measured:
-    """All devices, measured at once but for those that share a host."""
-    return list(await asyncio.gather(*(_profile(one, config_json, shape, spec, profiler, threads) for one in devices)))
+    """All devices, measured at once but for those that share cores."""
+    asked = [_asked(device, config_json, shape, spec, threads) for device in devices]
+    found = await profiler.measure(asked)
+    return [
+        str(seconds) if isinstance(seconds, AgentError) else device_profile(one.device, seconds, one.request.threads)
+        for one, seconds in zip(asked, found, strict=True)
+    ]
 
 
 async def measure_products(
@@ -85,10 +89,7 @@ def with_shared_cores(devices: Sequence[Device], profiles: Sequence[DeviceProfil
     return tuple(p.model_copy(update={"cores_id": cores[AgentId(p.agent_id)]}) for p in profiles)
 
 
-async def _profile(
-    device: Device, config_json: str, shape: JobShape, spec: JobSpec, profiler: Profiler, threads: int | None
-) -> DeviceProfile | str:
-    used_threads = device.threads if threads is None else min(threads, device.threads)
+def _asked(device: Device, config_json: str, shape: JobShape, spec: JobSpec, threads: int | None) -> Asked:
     request = ProfileRequest(
         config_json=config_json,
         dtype=shape.dtype,
@@ -97,16 +98,14 @@ async def _profile(
         row_tokens=shape.row_tokens,
         label_tokens=shape.label_tokens,
         method=spec.method.for_profile(),
-        threads=used_threads,
+        threads=device.threads if threads is None else min(threads, device.threads),
+        # A side network is never recomputed, and the blocks beside it keep nothing.
+        recomputes=shape.checkpointing != "off" and not shape.side_reduction,
     )
-    try:
-        timings = await profiler.timings(device, request)
-    except AgentError as error:
-        return str(error)
-    return device_profile(device, timings, used_threads)
+    return Asked(device, request)
 
 
-def device_profile(device: Device, timings: BlockTimings, threads: int) -> DeviceProfile:
+def device_profile(device: Device, seconds: Seconds, threads: int) -> DeviceProfile:
     """A device as the planner sees it."""
     return DeviceProfile(
         agent_id=device.agent_id,
@@ -115,7 +114,8 @@ def device_profile(device: Device, timings: BlockTimings, threads: int) -> Devic
         threads=threads,
         available_bytes=device.memory_budget_bytes,
         baseline_bytes=device.baseline_bytes,
-        timings=timings,
+        timings=seconds.timings,
+        remark=seconds.remark,
         dtypes=device.dtypes,
         is_card=device.hardware.kind == "cuda",
     )

@@ -18,7 +18,7 @@ from coordinator.jobs.measuring import (
     with_shared_cores,
 )
 from coordinator.jobs.prepared import PreparedData
-from coordinator.jobs.profiler import Profiler
+from coordinator.jobs.profiler import Profiler, Seconds
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable
 from partitioner.fitting import fits
@@ -299,7 +299,7 @@ def may_multiply_integers(specs: Sequence[JobSpec], packing: Packing) -> bool:
 def _unmeasured(device: Device) -> DeviceProfile:
     """A device by its memory alone: how it is measured depends on the scheme."""
     any_s = BlockTimings(forward_s=1.0, backward_s=1.0, embedding_s=1.0, head_forward_s=1.0, head_backward_s=1.0)
-    return device_profile(device, any_s, device.threads)
+    return device_profile(device, Seconds(any_s), device.threads)
 
 
 async def profiles_of(

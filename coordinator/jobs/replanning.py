@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from coordinator.scheduling.problem import PlanningProblem
-from partitioner.device import BlockTimings, DeviceProfile
+from partitioner.device import DeviceProfile
 from partitioner.micro_batch import scaled_devices, with_rows
 from partitioner.plan import Plan
 from partitioner.pricing import Pricer
@@ -126,14 +126,10 @@ def codecs_of(plan: Plan, shape: JobShape) -> dict[str, object]:
 def corrected(problem: PlanningProblem, factors: Mapping[str, float]) -> PlanningProblem:
     """The problem with the seconds of some devices multiplied."""
     devices = tuple(
-        device.model_copy(update={"timings": _times(device.timings, factors.get(device.agent_id, 1.0))})
+        device.model_copy(update={"timings": device.timings.times(factors.get(device.agent_id, 1.0))})
         for device in problem.devices
     )
     return problem.model_copy(update={"devices": devices})
-
-
-def _times(timings: BlockTimings, factor: float) -> BlockTimings:
-    return BlockTimings(**{name: seconds * factor for name, seconds in timings.model_dump().items()})
 
 
 def step_s_of(problem: PlanningProblem, plan: Plan) -> float:

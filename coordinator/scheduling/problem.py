@@ -67,6 +67,11 @@ class PlanningProblem(PlanValue):
         return plan.model_copy(
             update={
                 "unused_devices": (*plan.unused_devices, *self.left_out),
+                "remarks": tuple(
+                    RejectedPlan(what=device.name, why=device.remark)
+                    for device in self.devices
+                    if device.remark and device.agent_id in plan.agent_ids
+                ),
                 "packing": self.shape.packing,
                 "packing_why": self.packing_why,
                 "unpacked_share": WeightSizes(self.table, self.shape).unpacked_share,

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from edge_node.methods.dropout import current_dropout_position, restored_dropout_position
 from edge_node.stage.architecture import (
     build_meta_model,
     count_blocks,
@@ -24,7 +21,7 @@ from edge_node.stage.architecture import (
 )
 from edge_node.stage.halves import copied_tables
 from edge_node.stage.packing import PackedCache, StagePacker
-from edge_node.stage.past import FixedPast
+from edge_node.stage.recomputing import recompute
 from edge_node.stage.stage import Stage
 from edge_node.stage.stored_names import StoredNames
 from edge_node.stage.weights import ReadsAhead, TensorSource
@@ -118,7 +115,7 @@ def build_stage(
     model.requires_grad_(False)
     if checkpointing:
         for block in own_blocks:
-            _checkpoint_block(model.get_submodule(block))
+            recompute(model.get_submodule(block))
     return Stage(
         model,
         config,
@@ -196,30 +193,3 @@ def _share_if_equal(model: PreTrainedModel, family: Family) -> None:
     embedding, head = parameters.get(family.embedding[0]), parameters.get(family.head)
     if embedding is not None and head is not None and torch.equal(embedding, head):
         model.get_submodule(family.head.rpartition(".")[0]).register_parameter("weight", embedding)
-
-
-def _checkpoint_block(block: nn.Module) -> None:
-    """Make a block drop its activations and recompute them in the backward pass (Chen et al. 2016, arXiv:1604.06174).
-
-    The block's ``forward`` is replaced on the instance: a wrapper module would change the names of all its parameters.
-    """
-    forward: Callable[..., Any] = block.forward
-
-    def forward_with_checkpointing(*args: Any, **kwargs: Any) -> Any:
-        # One that grows would grow a second time.
-        has_growing_cache = any(
-            isinstance(value, Cache) and not isinstance(value, FixedPast) for value in (*args, *kwargs.values())
-        )
-        if has_growing_cache or not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        position = current_dropout_position()
-
-        def recompute(*args: Any, **kwargs: Any) -> Any:
-            # The backward pass may run in another thread and while another micro-batch's position is set.
-            with restored_dropout_position(position):
-                return forward(*args, **kwargs)
-
-        # The backbone draws no random numbers and dropout is seeded by position: no generator state to keep.
-        return checkpoint(recompute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    block.forward = forward_with_checkpointing

@@ -318,9 +318,11 @@ def test_device_measures_a_block_of_the_family(folders, name):
         label_tokens=1,
         method=LoraConfig(rank=2),
         threads=1,
+        recomputes=True,
     )
     timings = measure(request)
     assert timings.forward_s > 0 and timings.head_forward_s > 0
+    assert timings.recomputed_backward_s is not None and timings.recomputed_backward_s > 0
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
-from coordinator.fleet.agent_link import ProfileAnswer
+from coordinator.fleet.agent_link import OnMilestone, ProfileAnswer
 from coordinator.fleet.membership import Device
 from coordinator.jobs.planning import make_problem
 from coordinator.jobs.prepared import PreparedData
@@ -15,7 +14,6 @@ from partitioner.device import BlockTimings, ProfileRequest
 from partitioner.explain import explain
 from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.errors import AgentError, InfeasiblePlanError
-from plutino.job.method import LoraConfig
 from plutino.job.model import Packing
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import parse_spec
@@ -56,20 +54,27 @@ class FakeFleet:
             for name in ("left", "right")
         ]
 
-    async def profile(self, agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
+    async def kept_profile(self, agent_id: AgentId, request: ProfileRequest) -> BlockTimings | None:
+        return self._timings(1.0) if agent_id in self.have_kept else None
+
+    async def profile(
+        self, agent_id: AgentId, request: ProfileRequest, on_milestone: OnMilestone | None = None
+    ) -> ProfileAnswer:
         slowdown = self._slowdowns[self.num_measured] if self._slowdowns else 1.0
         self.num_measured += 1
         self.measured.append(str(agent_id))
         self.fresh.append(request.is_fresh)
         await asyncio.sleep(0)  # like a device, it does not answer at once
-        timings = BlockTimings(
+        return ProfileAnswer(self._timings(slowdown))
+
+    def _timings(self, slowdown: float) -> BlockTimings:
+        return BlockTimings(
             forward_s=0.01 * slowdown,
             backward_s=0.02,
             embedding_s=0.0,
             head_forward_s=0.01,
             head_backward_s=0.01 * slowdown,
         )
-        return ProfileAnswer(timings, is_kept=agent_id in self.have_kept and not request.is_fresh)
 
 
 class ProductFleet(FakeFleet):
@@ -79,8 +84,10 @@ class ProductFleet(FakeFleet):
         super().__init__(budget_mib=4000)
         self._gain = gain
 
-    async def profile(self, agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
-        found = await super().profile(agent_id, request)
+    async def profile(
+        self, agent_id: AgentId, request: ProfileRequest, on_milestone: OnMilestone | None = None
+    ) -> ProfileAnswer:
+        found = await super().profile(agent_id, request, on_milestone)
         if request.packing.products == "dequantised" or agent_id == "a-left":
             return found
         if self._gain is None:
@@ -130,89 +137,6 @@ def test_make_problem_job_whose_micro_batches_may_shrink_is_measured():
     problem(fleet, micro_batch_size=None)
 
     assert fleet.num_measured == 4
-
-
-REQUEST = ProfileRequest(
-    config_json="{}",
-    dtype="fp32",
-    micro_batch_rows=1,
-    row_tokens=1,
-    label_tokens=1,
-    method=LoraConfig(),
-    threads=1,
-)
-
-
-def test_profiler_devices_on_the_same_cores_are_measured_in_turns_and_the_faster_of_two_counts():
-    fleet = FakeFleet(budget_mib=500, slowdowns=(1.3, 1.0, 1.0, 2.0))
-    profiler = Profiler(fleet)  # type: ignore[arg-type]
-
-    async def both() -> list[BlockTimings]:
-        return list(await asyncio.gather(*(profiler.timings(device, REQUEST) for device in fleet.devices)))
-
-    left, right = asyncio.run(both())
-
-    assert fleet.measured == ["a-left", "a-right", "a-left", "a-right"]
-    assert left == right
-    assert (left.forward_s, left.head_backward_s) == (0.01, 0.01)
-    assert asyncio.run(both()) == [left, right]
-    assert fleet.num_measured == 4
-
-
-def test_profiler_devices_of_one_host_with_their_own_cores_are_measured_at_the_same_time():
-    fleet = FakeFleet(budget_mib=500)
-    fleet.devices = [replace(device, processors=(str(i),)) for i, device in enumerate(fleet.devices)]
-    both_began, began = asyncio.Event(), set()
-    measure = fleet.profile
-
-    async def profile(agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
-        began.add(agent_id)
-        if len(began) == 2:
-            both_began.set()
-        await asyncio.wait_for(both_began.wait(), 30)
-        return await measure(agent_id, request)
-
-    fleet.profile = profile
-    profiler = Profiler(fleet)  # type: ignore[arg-type]
-
-    async def both() -> None:
-        await asyncio.gather(*(profiler.timings(device, REQUEST) for device in fleet.devices))
-
-    asyncio.run(both())
-
-    assert sorted(fleet.measured) == ["a-left", "a-left", "a-right", "a-right"]
-
-
-def test_profiler_device_that_has_kept_its_seconds_is_asked_once_and_its_neighbour_has_both_turns():
-    fleet = FakeFleet(budget_mib=500)
-    fleet.have_kept.add("a-left")
-    profiler = Profiler(fleet)  # type: ignore[arg-type]
-
-    async def both() -> None:
-        await asyncio.gather(*(profiler.timings(device, REQUEST) for device in fleet.devices))
-
-    asyncio.run(both())
-
-    assert fleet.measured == ["a-left", "a-right", "a-right"]
-    assert fleet.fresh == [False, False, True]
-
-
-def test_profiler_device_that_is_doubted_measures_anew_and_the_others_do_not():
-    fleet = FakeFleet(budget_mib=500)
-    fleet.have_kept.update(("a-left", "a-right"))
-    profiler = Profiler(fleet)  # type: ignore[arg-type]
-
-    async def both() -> None:
-        await asyncio.gather(*(profiler.timings(device, REQUEST) for device in fleet.devices))
-
-    async def test() -> None:
-        await both()
-        profiler.doubt(AgentId("a-left"))
-        await both()
-
-    asyncio.run(test())
-
-    assert list(zip(fleet.measured, fleet.fresh, strict=True))[2:] == [("a-left", True), ("a-left", True)]
 
 
 INT8_BESIDE = {"model": {"quantization": "int8"}, "method": {"type": "parallel_adapters", "reduction": 4}}

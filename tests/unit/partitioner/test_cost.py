@@ -64,12 +64,34 @@ def test_stage_cost_first_has_the_embedding_and_last_the_head():
     assert (last.forward_s, last.backward_s) == pytest.approx((0.010 + 0.004, 0.022 + 0.007))
 
 
-def test_stage_cost_checkpointing_adds_one_forward_to_each_backward():
+def test_stage_cost_checkpointing_that_was_not_measured_adds_one_forward_to_each_backward():
     table = llama(4)
 
     off, on = (cost_of(table, job(table), 1, 3, checkpointing=choice) for choice in (False, True))
 
     assert on.backward_s - off.backward_s == pytest.approx(off.forward_s)
+
+
+def test_stage_cost_checkpointing_costs_what_was_measured():
+    table = llama(4)
+    plain = device("d")
+    measured = plain.timings.model_copy(update={"recomputed_backward_s": 0.036})
+    known = plain.model_copy(update={"timings": measured})
+
+    cost = stage_cost(table, job(table), known, start_block=1, end_block=3, checkpointing=True, link=None)
+
+    assert cost.backward_s == pytest.approx(2 * 0.036)
+
+
+def test_timings_with_and_without_recomputation_compare_and_scale_part_by_part():
+    plain = device("d").timings
+    known = plain.model_copy(update={"forward_s": 1.0, "recomputed_backward_s": 0.036})
+
+    assert plain.fastest(known) == known.fastest(plain) == plain.model_copy(update={"recomputed_backward_s": 0.036})
+    assert known.times(2.0).recomputed_backward_s == pytest.approx(0.072)
+    assert plain.times(2.0).recomputed_backward_s is None
+    # Of short passes the recomputed one may come out as the shorter; recomputing never saves time.
+    assert plain.model_copy(update={"recomputed_backward_s": 0.001}).recompute_s == 0.0
 
 
 def test_stage_cost_blocks_below_the_lowest_adapter_have_no_backward():

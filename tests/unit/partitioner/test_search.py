@@ -239,7 +239,7 @@ def test_search_is_never_slower_with_more_memory_speed_or_bandwidth_and_knows_no
         return
     chosen = data.draw(st.integers(0, len(devices) - 1))
     timings = devices[chosen].timings
-    quicker = timings.model_copy(update={name: value / 2 for name, value in timings.model_dump().items()})
+    quicker = timings.times(0.5)
     bettered = {
         "memory": ({"available_bytes": devices[chosen].available_bytes + 64 * MIB}, links),
         "speed": ({"timings": quicker}, links),
