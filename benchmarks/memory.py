@@ -25,6 +25,7 @@ from benchmarks.measure import RESULTS_DIR, machine_facts, write_results
 from benchmarks.model_folder import DtypeName, job_values, write_base
 from benchmarks.peers.workload import Workload
 from benchmarks.stack import PlutinoStack
+from partitioner.memory import HEAP_REUSE
 from partitioner.plan import Plan, StagePlan
 from plutino.events import JobStateChanged, PlanMade, StepCommitted, Usage
 from plutino.job.spec import JobSpec, parse_spec
@@ -43,7 +44,6 @@ NUM_STAGES = 2
 SHADOW_EVERY = 3
 """Snapshots are part of the bill, so they must be taken while the peak is watched."""
 _NUM_HELPS = 7
-_HEAP_REUSE = "heap reuse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,7 @@ def tight_budgets_bytes(plan: Plan) -> list[int]:
     """Budget of each stage's device: the prediction without what malloc may keep where there is room, and a little."""
     budgets = []
     for stage in plan.stages:
-        needed_bytes = stage.job_bytes - sum(item.bytes for item in stage.memory if item.name == _HEAP_REUSE)
+        needed_bytes = stage.job_bytes - sum(item.bytes for item in stage.memory if item.name == HEAP_REUSE)
         budgets.append(stage.baseline_bytes + int(BUDGET_SLACK * needed_bytes))
     return budgets
 

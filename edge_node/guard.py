@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from plutino.errors import OutOfMemoryError
-from plutino.sizes import KIB, MIB, format_size
+from plutino.sizes import KIB, MIB, SMALLEST_MAPPING_BYTES, format_size
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,6 @@ def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int) -> in
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-SMALLEST_MAPPING_BYTES = 256 * KIB
-"""Blocks from this size on have mappings of their own in a worker that starts."""
 
 
 def keep_heap(*, is_kept: bool = True) -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from edge_node.compute_device import ComputeDevice
-from edge_node.meeting import Meeting
+from edge_node.meeting import ALONE, Meeting
 from edge_node.processors import processor_quota
 
+LEAST_S = 1.0
+"""Each window is at least that long, and three passes; the median of its passes counts. A step has hundreds of passes,
+slow ones among them: the fastest of a few says how short one can be, not how long they are."""
 _REPEATS = 3
-_LEAST_S = 0.5
-"""Each timing is repeated until it has taken this long, but at least _REPEATS times; the median counts. A step has
-hundreds of passes, slow ones among them: the fastest of a few says how short one can be, not how long they are."""
 _MOST_KEPT = 10_000
 """Of the passes of one window: a card that waits for a slow neighbour runs no end of short ones."""
 _EVICTED_BYTES = 32 << 20
@@ -53,74 +53,72 @@ class PassSeconds:
     """Recomputation included; None: not timed."""
 
 
-def time_passes(device: ComputeDevice, passes: Passes, meeting: Meeting) -> PassSeconds:
-    """Time passes from the moment at which all of a meeting are ready until the last has had enough.
+class PassTimer:
+    """Times passes on a device.
 
-    Whoever has had enough computes on, and all that it times counts: so every device is timed beside every other, and a
-    quick one never beside the quiet that it leaves a slow one.
+    Args:
+        device: the device.
+        meeting: whom it waits for.
+        least_s: of a window.
     """
-    # First uses build kernels, which is no part of any pass and must not happen beside the others' windows.
-    passes.backward(passes.forward())
-    if passes.recomputing is not None:
-        _run_recomputing(passes)
-    timer = _Timer(device)
-    took_s: deque[tuple[float, ...]] = deque(maxlen=_MOST_KEPT)
-    spent_s = 0.0
-    meeting.begin()
-    while len(took_s) < _REPEATS or spent_s < _LEAST_S or not meeting.is_over():
-        one_s = _time_once(passes, timer)
-        spent_s += sum(one_s)
-        took_s.append(one_s)
-    return PassSeconds(*(statistics.median(each) for each in zip(*took_s, strict=True)))
 
-
-def fastest_s(device: ComputeDevice, call: Callable[[], Any], *, least_s: float = 0.05) -> float:
-    """Seconds of the fastest of some calls, whose caches are warm."""
-    call()  # first use of a shape builds the kernels for it
-    timer = _Timer(device, evicts=False)
-    fastest, spent_s, repeats = float("inf"), 0.0, 0
-    while repeats < _REPEATS or spent_s < least_s:
-        _, took_s = timer.run(call)
-        fastest = min(fastest, took_s)
-        spent_s += took_s
-        repeats += 1
-    return fastest
-
-
-class _Timer:
-    """Times calls on a device."""
-
-    def __init__(self, device: ComputeDevice, *, evicts: bool = True) -> None:
-        self._device = device
-        self._evicted = torch.zeros(_EVICTED_BYTES // 4) if evicts and not device.is_cuda else None
+    def __init__(self, device: ComputeDevice, meeting: Meeting = ALONE, *, least_s: float = LEAST_S) -> None:
+        self.device = device
+        self._meeting = meeting
+        self._least_s = least_s
         self._quota = None if device.is_cuda else processor_quota()
 
-    def run(self, call: Callable[[], Any]) -> tuple[Any, float]:
+    def time(self, passes: Passes) -> PassSeconds:
+        """Time passes from the moment at which all of the meeting are ready until the last has had enough.
+
+        Whoever has had enough computes on, and all that it times counts: so every device is timed beside every other,
+        and a quick one never leaves a slow one quiet.
+        """
+        # First uses build kernels, which is no part of any pass and must not happen in the others' windows.
+        passes.backward(passes.forward())
+        if passes.recomputing is not None:
+            passes.backward(_forward_recomputing(passes, passes.recomputing))
+        evicted = None if self.device.is_cuda else torch.zeros(_EVICTED_BYTES // 4)
+        took_s: deque[tuple[float, ...]] = deque(maxlen=_MOST_KEPT)
+        self._meeting.begin()
+        began_s = time.perf_counter()
+        while len(took_s) < _REPEATS or time.perf_counter() - began_s < self._least_s or not self._meeting.is_over():
+            took_s.append(self._time_once(passes, evicted))
+        return PassSeconds(*(statistics.median(each) for each in zip(*took_s, strict=True)))
+
+    def fastest_s(self, call: Callable[[], Any], *, least_s: float = 0.05) -> float:
+        """Seconds of the fastest of some calls, whose caches are warm."""
+        call()  # first use of a shape builds the kernels for it
+        fastest_s, spent_s, repeats = float("inf"), 0.0, 0
+        while repeats < _REPEATS or spent_s < least_s:
+            _, took_s = self._run(call, None)
+            fastest_s = min(fastest_s, took_s)
+            spent_s += took_s
+            repeats += 1
+        return fastest_s
+
+    def _time_once(self, passes: Passes, evicted: Tensor | None) -> tuple[float, ...]:
+        output, forward_s = self._run(passes.forward, evicted)
+        _, backward_s = self._run(lambda: passes.backward(output), evicted)
+        if passes.recomputing is None:
+            return forward_s, backward_s
+        kept = _forward_recomputing(passes, passes.recomputing)
+        _, recomputed_s = self._run(lambda: passes.backward(kept), evicted)
+        return forward_s, backward_s, recomputed_s
+
+    def _run(self, call: Callable[[], Any], evicted: Tensor | None) -> tuple[Any, float]:
         """What a call gives, and its seconds."""
-        if self._evicted is not None:
-            self._evicted.add_(1.0)
-        self._device.wait()
+        if evicted is not None:
+            evicted.add_(1.0)
+        self.device.wait()
         started_s, used_s = time.perf_counter(), time.process_time()
         result = call()
-        self._device.wait()
+        self.device.wait()
         took_s, used_s = time.perf_counter() - started_s, time.process_time() - used_s
         # All threads' processor time at the rate that the quota gives; a quota is no limit to what is slower anyway.
         return result, took_s if self._quota is None else max(took_s, used_s / self._quota)
 
 
-def _time_once(passes: Passes, timer: _Timer) -> tuple[float, ...]:
-    output, forward_s = timer.run(passes.forward)
-    _, backward_s = timer.run(lambda: passes.backward(output))
-    if passes.recomputing is None:
-        return forward_s, backward_s
-    with passes.recomputing():
-        kept = passes.forward()
-    _, recomputed_s = timer.run(lambda: passes.backward(kept))
-    return forward_s, backward_s, recomputed_s
-
-
-def _run_recomputing(passes: Passes) -> None:
-    assert passes.recomputing is not None
-    with passes.recomputing():
-        output = passes.forward()
-    passes.backward(output)
+def _forward_recomputing(passes: Passes, recomputing: Callable[[], AbstractContextManager[None]]) -> Tensor:
+    with recomputing():
+        return passes.forward()

@@ -19,7 +19,7 @@ from edge_node.meeting import ALONE, Meeting
 from edge_node.methods.registry import METHODS
 from edge_node.methods.score_head import put_score_head
 from edge_node.objectives.sft import SftObjective
-from edge_node.pass_timing import Passes, PassSeconds, fastest_s, time_passes
+from edge_node.pass_timing import LEAST_S, Passes, PassSeconds, PassTimer
 from edge_node.stage.build import COMPUTE_DTYPES, build_stage
 from edge_node.stage.passes import StageInput
 from edge_node.stage.random_source import RandomSource
@@ -45,10 +45,12 @@ _TINY_CONFIG = {
 }
 
 
-def measure(request: ProfileRequest, device: ComputeDevice = CPU, meeting: Meeting = ALONE) -> BlockTimings:
+def measure(
+    request: ProfileRequest, device: ComputeDevice = CPU, meeting: Meeting = ALONE, *, least_s: float = LEAST_S
+) -> BlockTimings:
     """Seconds of one micro-batch through one block, the embedding and the head of the model asked about.
 
-    Blocks and head are timed while the other devices of a meeting compute.
+    Blocks and head are timed while the other devices of a meeting compute, for ``least_s`` each and three passes.
 
     Where a quota bounds this process's processor time, seconds are those that hold for long: a short burst may run at
     full speed until the quota's period is used up.
@@ -56,11 +58,11 @@ def measure(request: ProfileRequest, device: ComputeDevice = CPU, meeting: Meeti
     torch.set_num_threads(request.threads)
     full_vocabulary = int(json.loads(request.config_json)["vocab_size"])
     config = three_blocks(request.config_json, vocabulary=min(full_vocabulary, _SHORT_VOCABULARY))
-    source = RandomSource(config, device=device.torch)
+    source, timer = RandomSource(config, device=device.torch), PassTimer(device, meeting, least_s=least_s)
     # One stage after the other, so that no more than a block is held on a small device.
-    embedding_s = _measure_embedding(source, request, device)
-    block = _measure_block(source, request, device, meeting)
-    head = _measure_head(source, request, device, meeting)
+    embedding_s = _measure_embedding(source, request, timer)
+    block = _measure_block(source, request, timer)
+    head = _measure_head(source, request, timer)
     wide = full_vocabulary / config["vocab_size"] if family_of(config["model_type"]).head else 1.0
     return BlockTimings(
         forward_s=block.forward_s,
@@ -72,27 +74,25 @@ def measure(request: ProfileRequest, device: ComputeDevice = CPU, meeting: Meeti
     )
 
 
-def _measure_embedding(source: RandomSource, request: ProfileRequest, device: ComputeDevice) -> float:
-    first = _adapted_stage(source, 0, request, device)
+def _measure_embedding(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> float:
+    first = _adapted_stage(source, 0, request, timer.device)
     embedding = first.model.get_submodule(first.embedding_name)
-    ids = torch.zeros(request.micro_batch_rows, request.row_tokens, dtype=torch.int64, device=device.torch)
-    return fastest_s(device, lambda: embedding(ids))
+    ids = torch.zeros(request.micro_batch_rows, request.row_tokens, dtype=torch.int64, device=timer.device.torch)
+    return timer.fastest_s(lambda: embedding(ids))
 
 
-def _measure_block(
-    source: RandomSource, request: ProfileRequest, device: ComputeDevice, meeting: Meeting
-) -> PassSeconds:
-    middle = _adapted_stage(source, 1, request, device)
+def _measure_block(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
+    middle = _adapted_stage(source, 1, request, timer.device)
     if middle.family.halves is not None:
-        return _measure_halves(source, request, device, meeting)
+        return _measure_halves(source, request, timer)
     rows, tokens = request.micro_batch_rows, request.row_tokens
     shape = (rows, tokens, int(middle.config.hidden_size))
-    hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=device.torch)
+    hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=timer.device.torch)
     side = None
     if middle.side is not None:
-        side = torch.randn(rows, tokens, middle.side.layout.side_width, device=device.torch)
+        side = torch.randn(rows, tokens, middle.side.layout.side_width, device=timer.device.torch)
     trained = (hidden if side is None else side).requires_grad_(True)
-    position_ids = torch.arange(tokens, device=device.torch).expand(rows, tokens)
+    position_ids = torch.arange(tokens, device=timer.device.torch).expand(rows, tokens)
     inputs = StageInput(position_ids=position_ids, hidden=hidden, side=side)
     gradient = torch.ones_like(trained)
 
@@ -100,7 +100,7 @@ def _measure_block(
         (output,) = middle.run(inputs).trained.values()
         return output
 
-    return time_passes(device, _block_passes(middle, request, forward, lambda o: o.backward(gradient)), meeting)
+    return timer.time(_block_passes(middle, request, forward, lambda o: o.backward(gradient)))
 
 
 def _block_passes(
@@ -113,9 +113,7 @@ def _block_passes(
     return Passes(forward, backward, lambda: recomputing(block))
 
 
-def _measure_halves(
-    source: RandomSource, request: ProfileRequest, device: ComputeDevice, meeting: Meeting
-) -> PassSeconds:
+def _measure_halves(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
     """The mean of a block of either half: a source of a row's length, a target of as many tokens as carry loss."""
     whole = json.loads(request.config_json)
     num_encoder_blocks = family_of(whole["model_type"]).num_encoder_blocks(whole)
@@ -124,7 +122,7 @@ def _measure_halves(
     target_tokens = max(1, -(-request.label_tokens // rows))
     found: list[tuple[PassSeconds, float]] = []
     for block, num_alike in ((1, num_encoder_blocks), (2, num_blocks - num_encoder_blocks)):
-        stage = _adapted_stage(source, block, request, device)
+        stage = _adapted_stage(source, block, request, timer.device)
         inputs = _halves_input(stage, rows, (request.row_tokens, target_tokens), dtype)
         name = "source" if stage.side is None else "source side"
 
@@ -133,7 +131,7 @@ def _measure_halves(
             return output.hidden if stage.has_decoder_blocks else output.trained[name]
 
         passes = _block_passes(stage, request, run, lambda output: output.backward(torch.ones_like(output)))
-        found.append((time_passes(device, passes, meeting), num_alike / num_blocks))
+        found.append((timer.time(passes), num_alike / num_blocks))
     recomputed_s = [(half.recomputed_backward_s, share) for half, share in found]
     return PassSeconds(
         forward_s=sum(half.forward_s * share for half, share in found),
@@ -159,16 +157,14 @@ def _halves_input(stage: Stage, rows: int, num_tokens: tuple[int, int], dtype: t
     return StageInput(position_ids=positions, source=source, hidden=hidden, source_side=source_side)
 
 
-def _measure_head(
-    source: RandomSource, request: ProfileRequest, device: ComputeDevice, meeting: Meeting
-) -> PassSeconds:
-    last = _adapted_stage(source, 2, request, device)
+def _measure_head(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
+    last = _adapted_stage(source, 2, request, timer.device)
     if not last.head_name:
-        return _measure_score_head(last, request, device, meeting)
+        return _measure_score_head(last, request, timer)
     # Not the hidden size where the model projects before its head.
     width = int(last.model.get_submodule(last.head_name).in_features)  # type: ignore[arg-type]
     shape = (request.micro_batch_rows, request.row_tokens, width)
-    normed = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=device.torch).requires_grad_(True)
+    normed = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=timer.device.torch).requires_grad_(True)
     labels, objective = _label_rows(request), SftObjective()
 
     def forward() -> Tensor:
@@ -176,15 +172,17 @@ def _measure_head(
         assert scaled is not None, "at least one label is asked for"
         return scaled
 
-    return time_passes(device, Passes(forward, lambda loss: loss.backward()), meeting)
+    return timer.time(Passes(forward, lambda loss: loss.backward()))
 
 
-def _measure_score_head(last: Stage, request: ProfileRequest, device: ComputeDevice, meeting: Meeting) -> PassSeconds:
+def _measure_score_head(last: Stage, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
     """A few scores a row: what a vocabulary is to other heads costs nothing here."""
     put_score_head(last, _SCORES, seed=0)
-    first = torch.randn(request.micro_batch_rows, int(last.config.hidden_size), dtype=last.dtype, device=device.torch)
+    first = torch.randn(
+        request.micro_batch_rows, int(last.config.hidden_size), dtype=last.dtype, device=timer.device.torch
+    )
     first.requires_grad_(True)
-    return time_passes(device, Passes(lambda: last.score(first).sum(), lambda loss: loss.backward()), meeting)
+    return timer.time(Passes(lambda: last.score(first).sum(), lambda loss: loss.backward()))
 
 
 def fast_dtypes(device: ComputeDevice = CPU) -> list[str]:
@@ -193,12 +191,12 @@ def fast_dtypes(device: ComputeDevice = CPU) -> list[str]:
     Probed with a product like the backward pass's (g @ W): on CPUs without bf16 units it falls to a loop that is up to
     300 times slower than fp32, whatever the forward pass does.
     """
-    seconds = {}
+    seconds, timer = {}, PassTimer(device)
     # A card's time for less than this is that of starting a kernel.
     rows, width = (4096, 4096) if device.is_cuda else (128, 512)
     for name, dtype in COMPUTE_DTYPES.items():
         gradient, weight = (torch.randn(size, width, dtype=dtype, device=device.torch) for size in (rows, width))
-        seconds[name] = fastest_s(device, lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
+        seconds[name] = timer.fastest_s(lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
     return sorted((n for n in seconds if n == "fp32" or seconds[n] < seconds["fp32"]), key=seconds.__getitem__)
 
 
@@ -213,7 +211,7 @@ def warm_up(device: ComputeDevice = CPU) -> None:
         method=LoraConfig(rank=4),
         threads=torch.get_num_threads(),
     )
-    measure(request, device)
+    measure(request, device, least_s=0.0)
 
 
 def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:

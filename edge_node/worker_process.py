@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_node.guard import SMALLEST_MAPPING_BYTES
-from plutino.sizes import MIB
+from plutino.sizes import MIB, SMALLEST_MAPPING_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from partitioner import activations
+from partitioner import activations, heap
 from partitioner.gradient_pass import gradient_block_bytes, matrix_gradient_bytes
 from partitioner.model import ModelTable
 from partitioner.packed import WeightSizes
@@ -20,6 +20,7 @@ from partitioner.place import Ints, Place, ReplicaShare, place_of
 from partitioner.plan import MemoryItem
 from partitioner.shape import JobShape
 from plutino.errors import PlanError
+from plutino.sizes import SMALLEST_MAPPING_BYTES
 
 Bools = npt.NDArray[np.bool_]
 
@@ -37,34 +38,11 @@ _MESSAGES_PER_NEIGHBOUR = 6
 _GRADIENT_COPIES = 2
 """Of gradients that all stages add up: those of every block, and the sum that passes through."""
 
+HEAP_REUSE = "heap reuse"
+"""Name of the item that a worker has only if its malloc keeps every freed block on the heap."""
+
 _STREAM_BYTES = 8 << 20
 """gRPC's own buffers of one stream: chunks of up to 4 MiB in both directions."""
-
-_ALLOCATOR_SHARE = 0.12
-"""malloc keeps freed pieces that the next micro-batch cannot use again: at most this share of all that comes and goes
-(measured: resident set against the sum of live tensors, with and without checkpointing).
-
-It holds for glibc with a fixed mmap threshold of 256 KiB. With a threshold above the size of an activation every tensor
-comes from the heap, where glibc (2.36) cannot put an aligned block into a hole of its own size: the resident set then
-grows to twice the live tensors and stays there."""
-
-_ALLOCATOR_FLOOR_BYTES = 16 << 20
-"""Scratch space of matrix products and pieces of arenas that a worker of any size takes (benchmarks/memory.py)."""
-
-
-_HEAP_SHARE = 1.1
-"""The same with the threshold above every tensor: faster, because no page is faulted in twice, and fuller."""
-
-
-def heap_reuse(items: Sequence[MemoryItem]) -> MemoryItem:
-    """What a stage takes on top of its bill if malloc keeps every freed block on the heap."""
-    allocator = next(item.bytes for item in items if item.name == "allocator")
-    coming_and_going = (allocator - _ALLOCATOR_FLOOR_BYTES) / _ALLOCATOR_SHARE
-    return MemoryItem(
-        name="heap reuse",
-        bytes=int((_HEAP_SHARE - _ALLOCATOR_SHARE) * coming_and_going),
-        why="freed blocks stay on the heap, which saves page faults: the budget has room for it",
-    )
 
 
 def stage_memory(
@@ -121,6 +99,8 @@ class MemoryModel:
         self._shared_bytes = activations.shared_bytes(table, shape)
         self._head_bytes = activations.head_bytes(table, shape)
         self._workspace_bytes = activations.workspace_bytes(table, shape)
+        hidden_bytes = activations.micro_batch_tokens(shape) * table.hidden_size * shape.dtype_bytes
+        self._is_on_heap = not shape.is_on_cards and hidden_bytes < SMALLEST_MAPPING_BYTES
         wire_bytes = min(2, shape.dtype_bytes) if shape.codec == "bf16" else shape.dtype_bytes
         self._message_bytes = self._boundary_bytes // shape.dtype_bytes * wire_bytes
         self._generation_token_bytes = max(
@@ -165,11 +145,15 @@ class MemoryModel:
         stage_index: int,
         checkpointing: bool,
         share: ReplicaShare | None = None,
+        keeps_heap: bool = False,
     ) -> tuple[MemoryItem, ...]:
-        """See :func:`stage_memory`; items of 0 bytes are left out."""
+        """See :func:`stage_memory`; items of 0 bytes are left out.
+
+        ``keeps_heap``: malloc serves all but the largest blocks from the heap and keeps what is freed.
+        """
         self._check(start_block, end_block, num_stages, stage_index)
         place = self._place(num_stages, stage_index, share)
-        bill = self._bill(np.asarray(start_block), np.asarray(end_block), place, checkpointing)
+        bill = self._bill(np.asarray(start_block), np.asarray(end_block), place, checkpointing, keeps_heap=keeps_heap)
         whys = self._whys(start_block, end_block, place, checkpointing)
         return tuple(
             MemoryItem(name=name, bytes=int(size_bytes), why=whys[name])
@@ -187,7 +171,9 @@ class MemoryModel:
                 f"model of {self._table.num_blocks} blocks"
             )
 
-    def _bill(self, start_block: Ints, end_block: Ints, place: Place, checkpointing: bool) -> dict[str, Ints]:
+    def _bill(
+        self, start_block: Ints, end_block: Ints, place: Place, checkpointing: bool, *, keeps_heap: bool = False
+    ) -> dict[str, Ints]:
         """Name of every item -> its bytes, for all stages at once."""
         shape = self._shape
         num_trainable = self._num_trainable(start_block, end_block, place)
@@ -209,6 +195,7 @@ class MemoryModel:
         trained_bytes = TRAINED_BYTES_PER_PARAM - (_FP32_BYTES if is_own else 0)
         pruning_bytes = self._pruning_bytes(start_block, end_block, place)
         coming_and_going = np.maximum(np.maximum(passing_bytes, generation_bytes), pruning_bytes)
+        dropped_bytes = self._dropped(start_block, end_block, checkpointing)
         copied_bytes = num_trainable * (_FP32_BYTES * place.gradient_copies)
         # Before the first step what is trained has no gradient and no moments. It has no snapshot either, but workers
         # of a pipeline were measured to need most of that room.
@@ -231,8 +218,11 @@ class MemoryModel:
             **training,
             "generation": np.maximum(0, generation_bytes - passing_bytes),
             "pruning": np.maximum(0, pruning_bytes - not_yet_bytes - np.maximum(passing_bytes, generation_bytes)),
-            "allocator": _ALLOCATOR_FLOOR_BYTES + (_ALLOCATOR_SHARE * coming_and_going).astype(np.int64),
+            "allocator": heap.kept_bytes(coming_and_going, dropped_bytes, on_heap=self._is_on_heap),
         }
+        if keeps_heap:
+            kept_bytes = heap.kept_bytes(coming_and_going, dropped_bytes, on_heap=True)
+            bill[HEAP_REUSE] = kept_bytes - bill["allocator"]
         running_bytes = sum(bill.values(), np.zeros((), dtype=np.int64))
         loading_bytes = weight_bytes + packed_bytes + weights.reading_bytes()
         return bill | {"loading peak": np.maximum(0, loading_bytes - running_bytes)}
@@ -275,9 +265,19 @@ class MemoryModel:
             "generation": f"KV cache of {shape.generate_rows} rows x {shape.generate_tokens} tokens; what exceeds "
             "training's own",
             "pruning": "one micro-batch backward through the blocks, before the first step; what exceeds training's",
-            "allocator": f"freed pieces that malloc keeps: {_ALLOCATOR_SHARE:.0%} of what comes and goes",
+            "allocator": self._why_allocator(checkpointing),
+            HEAP_REUSE: "freed blocks stay on the heap, which saves page faults: the budget has room for it",
             "loading peak": "what is read and not yet converted or packed",
         }
+
+    def _why_allocator(self, checkpointing: bool) -> str:
+        if not self._is_on_heap:
+            return f"freed pieces that malloc keeps: {heap.MAPPED_SHARE:.0%} of what comes and goes"
+        again = ", recomputed blocks included" if checkpointing else ""
+        return (
+            f"freed pieces that malloc keeps: {heap.HEAP_SHARE:.0%} of what comes and goes{again}, for tensors this "
+            "small lie on the heap"
+        )
 
     def _num_trainable(self, start_block: Ints, end_block: Ints, place: Place) -> Ints:
         shape = self._shape
@@ -313,6 +313,13 @@ class MemoryModel:
             return np.asarray(0)
         recomputed_bytes = self._most_saved_bytes[start_block, end_block]
         return np.where(self._keeps_activations(start_block, end_block, place), recomputed_bytes, 0)
+
+    def _dropped(self, start_block: Ints, end_block: Ints, checkpointing: bool) -> Ints:
+        """What recomputing the blocks of one micro-batch makes, one after the other, beyond what one of them holds."""
+        if not checkpointing:
+            return np.zeros((), dtype=np.int64)
+        saved_bytes = self._sum_saved_bytes[end_block] - self._sum_saved_bytes[start_block]
+        return saved_bytes - self._most_saved_bytes[start_block, end_block]
 
     def _pruning_bytes(self, start_block: Ints, end_block: Ints, place: Place) -> Ints:
         """What one micro-batch's gradients through the blocks take, before the first step."""

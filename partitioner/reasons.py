@@ -10,9 +10,8 @@ from itertools import pairwise
 
 from partitioner.device import DeviceProfile
 from partitioner.layout import Layout, replica_shares
-from partitioner.memory import heap_reuse
 from partitioner.place import ReplicaShare
-from partitioner.plan import LinkUse, Plan, RejectedPlan, ReplicaPlan, StagePlan
+from partitioner.plan import LinkUse, MemoryItem, Plan, RejectedPlan, ReplicaPlan, StagePlan
 from partitioner.pricing import Candidate, Pricer
 from partitioner.replay import replay
 from plutino.sizes import format_size
@@ -136,19 +135,23 @@ def _stage(pricer: Pricer, best: Candidate, k: int) -> StagePlan:
 
 def _worker(pricer: Pricer, best: Candidate, k: int, replica: int, share: ReplicaShare) -> ReplicaPlan:
     device, cost = pricer.devices[best.layout[k][replica]], best.groups[k].replicas[replica]
-    items = pricer.memory.items(
-        best.cuts[k],
-        best.cuts[k + 1],
-        num_stages=len(best.layout),
-        stage_index=k,
-        checkpointing=best.checkpointing[k],
-        share=share,
-    )
-    reuse = heap_reuse(items)
-    needed_bytes = device.baseline_bytes + sum(item.bytes for item in items) + reuse.bytes
+
+    def bill(*, keeps_heap: bool) -> tuple[MemoryItem, ...]:
+        return pricer.memory.items(
+            best.cuts[k],
+            best.cuts[k + 1],
+            num_stages=len(best.layout),
+            stage_index=k,
+            checkpointing=best.checkpointing[k],
+            share=share,
+            keeps_heap=keeps_heap,
+        )
+
+    items = bill(keeps_heap=True)
+    needed_bytes = device.baseline_bytes + sum(item.bytes for item in items)
     keeps_heap = not device.is_card and needed_bytes <= device.available_bytes
-    if keeps_heap:
-        items = (*items, reuse)
+    if not keeps_heap:
+        items = bill(keeps_heap=False)
     return ReplicaPlan(
         agent_id=device.agent_id,
         device_name=device.name,

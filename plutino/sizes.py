@@ -10,6 +10,9 @@ KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
 
+SMALLEST_MAPPING_BYTES = 256 * KIB
+"""Blocks from this size on have mappings of their own in a worker that starts; smaller ones lie on its heap."""
+
 _UNITS: dict[str, int] = {
     "b": 1,
     "kib": KIB,

@@ -96,6 +96,7 @@ PART_BY_PATH = {
     "integration/test_quant": QUANTISED,
     # The planner; Ray has its marker.
     "numerics/test_planner": PLANNER_AND_RAY,
+    "numerics/test_recompute_peak": PLANNER_AND_RAY,
     "unit/partitioner/": PLANNER_AND_RAY,
     "unit/scheduling/": PLANNER_AND_RAY,
     # Encoders, parallel adapters, activation cache, data-parallel epochs.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from edge_node.compute_device import CPU
-from edge_node.meeting import ALONE, HostMeeting
-from edge_node.pass_timing import Passes, time_passes
+from edge_node.meeting import HostMeeting
+from edge_node.pass_timing import Passes, PassTimer
 
 
 def test_meeting_computes_on_after_having_had_enough_until_the_coordinator_lets_it_go_on() -> None:
@@ -18,7 +21,8 @@ def test_meeting_computes_on_after_having_had_enough_until_the_coordinator_lets_
     meeting.note(0, is_whole=True)
 
     meeting.begin()
-    assert (told, meeting.is_over(), meeting.is_over()) == ([0], False, False)
+    assert told == [0]
+    assert not meeting.is_over() and not meeting.is_over()
     assert told == [0, 1]
     meeting.note(1, is_whole=True)
 
@@ -92,20 +96,29 @@ def test_passes_are_timed_on_while_others_have_not_had_enough_and_all_of_them_co
         calls.append("forward")
         return torch.zeros(())
 
-    def num_forward(meeting: CountingMeeting) -> int:
+    def num_forward(num_looks: int) -> int:
         calls.clear()
-        time_passes(CPU, Passes(forward, lambda _: None), meeting)
+        PassTimer(CPU, CountingMeeting(num_looks), least_s=0.0).time(Passes(forward, lambda _: None))
         return len(calls)
 
-    # One pass warms up; looks are taken once the least seconds are over, and each but the last is one pass more.
-    assert num_forward(CountingMeeting(0)) > 3
-    looks = CountingMeeting(5)
-    num_forward(looks)
-    assert looks.num_looks == -1
+    # One pass warms up and three are the least; each look but the last is followed by one pass more.
+    assert [num_forward(0), num_forward(5)] == [1 + 3, 1 + 3 + 5]
 
 
-def test_recomputing_passes_are_timed_only_where_there_are_some() -> None:
+def test_passes_of_blocks_that_recompute_are_timed_where_there_are_some() -> None:
     weight = torch.ones((), requires_grad=True)
-    passes = Passes(lambda: weight * 2, lambda output: output.backward())
+    within: list[bool] = []
 
-    assert time_passes(CPU, passes, ALONE).recomputed_backward_s is None
+    @contextmanager
+    def recomputing() -> Iterator[None]:
+        within.append(True)
+        yield
+        within.append(False)
+
+    plain = Passes(lambda: weight * 2, lambda output: output.backward())
+    timer = PassTimer(CPU, least_s=0.0)
+
+    assert timer.time(plain).recomputed_backward_s is None
+    assert timer.time(replace(plain, recomputing=recomputing)).recomputed_backward_s is not None
+    # Left again before the backward pass, in which the block recomputes of itself.
+    assert within == [True, False] * (1 + 3)
