@@ -1,10 +1,15 @@
 """What malloc keeps of blocks that were freed: resident memory that no tensor accounts for.
 
-glibc (2.36) cannot put an aligned block into a hole of its own size, which a neighbour that still lives bounds. A block
-with a mapping of its own leaves none. What is recomputed comes and goes block by block, each time into new places, so
-that on the heap it takes what it would without checkpointing (measured, resident set less live tensors, 8 blocks of
-width 768, MiB: 256 tokens and mappings 16 with checkpointing; on the heap 142 with and 131 without; 64 tokens, whose
-hidden states are too small for mappings, 31 to 46 either way; benchmarks/memory.py has the large stages).
+glibc (2.36) cannot put an aligned block into a hole of its own size, which neighbours that still live bound. A block
+with a mapping of its own leaves no hole. What is recomputed comes and goes block by block, each time into new places:
+on the heap it leaves what it would without checkpointing. tests/numerics/recompute_peak.py measures it: resident set
+less live tensors of 8 blocks of width 768 and LoRA of rank 16, beyond :data:`FLOOR_BYTES`, in MiB,
+
+| tokens, how tensors lie       | kept | recomputed |
+| 64, too small for mappings    |   17 |         20 |
+| 256, mapped                   |      |          0 |
+| 256, on the heap              |  149 |        154 |
+| 512, on the heap              |      |        271 |
 """
 
 from __future__ import annotations
@@ -16,22 +21,38 @@ from partitioner.place import Ints
 MAPPED_SHARE = 0.12
 """Of all that comes and goes, where tensors have mappings of their own."""
 
-HEAP_SHARE = 1.1
-"""Of the same, and of all blocks that are recomputed, where tensors lie on the heap: faster, because no page is faulted
-in twice, and fuller."""
+SMALL_SHARE = 1.1
+"""Of what passes of micro-batches make, recomputed blocks included, where hidden states are too small for mappings:
+gradients and snapshots are of their sizes, and find places among them."""
+
+REUSE_SHARE = 1.05
+"""Of the same with gradients and snapshots, where malloc is told to serve large tensors from the heap, too."""
 
 FLOOR_BYTES = 16 << 20
 """Scratch space of matrix products and pieces of arenas that a worker of any size takes (benchmarks/memory.py)."""
 
 
-def kept_bytes(passing_bytes: Ints, recomputed_bytes: Ints, *, on_heap: bool) -> Ints:
-    """Bytes that malloc keeps at the most.
+def mapped_bytes(passing_bytes: Ints) -> Ints:
+    """What is kept of so much that comes and goes, where it has mappings."""
+    return FLOOR_BYTES + (MAPPED_SHARE * passing_bytes).astype(np.int64)
+
+
+def small_bytes(passing_bytes: Ints, recomputed_bytes: Ints) -> Ints:
+    """The same where tensors are too small for mappings.
 
     Args:
-        passing_bytes: the most that comes and goes at once.
+        passing_bytes: the most that comes and goes with micro-batches.
         recomputed_bytes: what recomputing makes and drops of one micro-batch beyond these.
-        on_heap: whether tensors lie there, or have mappings of their own.
     """
-    if on_heap:
-        return FLOOR_BYTES + (HEAP_SHARE * (passing_bytes + recomputed_bytes)).astype(np.int64)
-    return FLOOR_BYTES + (MAPPED_SHARE * passing_bytes).astype(np.int64)
+    return FLOOR_BYTES + (SMALL_SHARE * (passing_bytes + recomputed_bytes)).astype(np.int64)
+
+
+def reuse_bytes(passing_bytes: Ints, recomputed_bytes: Ints, trained_bytes: Ints) -> Ints:
+    """The same where malloc keeps every freed block on the heap.
+
+    Args:
+        passing_bytes: the most that comes and goes with micro-batches.
+        recomputed_bytes: what recomputing makes and drops of one micro-batch beyond these.
+        trained_bytes: gradients and snapshots.
+    """
+    return FLOOR_BYTES + (REUSE_SHARE * (passing_bytes + recomputed_bytes + trained_bytes)).astype(np.int64)

@@ -100,7 +100,7 @@ class MemoryModel:
         self._head_bytes = activations.head_bytes(table, shape)
         self._workspace_bytes = activations.workspace_bytes(table, shape)
         hidden_bytes = activations.micro_batch_tokens(shape) * table.hidden_size * shape.dtype_bytes
-        self._is_on_heap = not shape.is_on_cards and hidden_bytes < SMALLEST_MAPPING_BYTES
+        self._is_small = not shape.is_on_cards and hidden_bytes < SMALLEST_MAPPING_BYTES
         wire_bytes = min(2, shape.dtype_bytes) if shape.codec == "bf16" else shape.dtype_bytes
         self._message_bytes = self._boundary_bytes // shape.dtype_bytes * wire_bytes
         self._generation_token_bytes = max(
@@ -218,11 +218,14 @@ class MemoryModel:
             **training,
             "generation": np.maximum(0, generation_bytes - passing_bytes),
             "pruning": np.maximum(0, pruning_bytes - not_yet_bytes - np.maximum(passing_bytes, generation_bytes)),
-            "allocator": heap.kept_bytes(coming_and_going, dropped_bytes, on_heap=self._is_on_heap),
+            "allocator": heap.small_bytes(coming_and_going, dropped_bytes)
+            if self._is_small
+            else heap.mapped_bytes(coming_and_going),
         }
-        if keeps_heap:
-            kept_bytes = heap.kept_bytes(coming_and_going, dropped_bytes, on_heap=True)
-            bill[HEAP_REUSE] = kept_bytes - bill["allocator"]
+        if keeps_heap and not self._is_small:
+            passing_trained_bytes = num_trainable * _FP32_BYTES + copied_bytes + bill["shadow snapshot"]
+            reuse_bytes = heap.reuse_bytes(coming_and_going, dropped_bytes, passing_trained_bytes)
+            bill[HEAP_REUSE] = reuse_bytes - bill["allocator"]
         running_bytes = sum(bill.values(), np.zeros((), dtype=np.int64))
         loading_bytes = weight_bytes + packed_bytes + weights.reading_bytes()
         return bill | {"loading peak": np.maximum(0, loading_bytes - running_bytes)}
@@ -271,11 +274,11 @@ class MemoryModel:
         }
 
     def _why_allocator(self, checkpointing: bool) -> str:
-        if not self._is_on_heap:
+        if not self._is_small:
             return f"freed pieces that malloc keeps: {heap.MAPPED_SHARE:.0%} of what comes and goes"
         again = ", recomputed blocks included" if checkpointing else ""
         return (
-            f"freed pieces that malloc keeps: {heap.HEAP_SHARE:.0%} of what comes and goes{again}, for tensors this "
+            f"freed pieces that malloc keeps: {heap.SMALL_SHARE:.0%} of what comes and goes{again}, for tensors this "
             "small lie on the heap"
         )
 

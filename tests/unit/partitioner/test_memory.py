@@ -194,19 +194,20 @@ def test_memory_tensors_too_small_for_mappings_lie_on_the_heap_whether_it_is_kep
 
 MEASURED_MIB = [
     # tokens of 2 rows or of 1, rank, dtype, checkpointing, keeps heap: peak of the job's resident memory.
-    (64, 16, "fp32", True, True, 338.2),
+    (64, 16, "fp32", True, True, 340.7),
     (64, 16, "fp32", True, False, 337.7),
     (64, 16, "fp32", False, True, 359.0),
-    (64, 16, "fp32", False, False, 358.0),
+    (64, 16, "fp32", False, False, 359.3),
     (64, 64, "fp32", True, False, 520.9),
     (64, 64, "fp32", False, False, 521.2),
     (64, 4, "fp32", True, False, 301.4),
     (64, 4, "fp32", False, True, 322.8),
     (64, 16, "bf16", True, False, 210.0),
     (64, 16, "bf16", False, False, 219.6),
-    (256, 16, "fp32", True, True, 465.4),
+    (256, 16, "fp32", True, True, 492.7),
     (256, 16, "fp32", True, False, 339.3),
-    (256, 16, "fp32", False, True, 548.6),
+    (256, 16, "fp32", False, True, 582.9),
+    (512, 16, "fp32", True, True, 636.4),
 ]
 """Of a process with a worker's allocator that trained 8 blocks of width 768 for 5 steps of 4 micro-batches beside
 snapshots, as tests/numerics/recompute_peak.py does."""
