@@ -100,9 +100,15 @@ class FakeCoordinator(agents_pb2_grpc.AgentServiceServicer):
         stop = agents_pb2.StopWorker(worker=worker(stage, epoch), reason="cancelled by a person")
         self.commands.put_nowait(agents_pb2.AgentCommand(stop_worker=stop))
 
-    def profile(self, request: object, request_id: str = "p1") -> None:
-        message = agents_pb2.ProfileRequest(request_id=request_id, request_json=json.dumps(request))
+    def profile(self, request: object, request_id: str = "p1", *, only_kept: bool = False) -> None:
+        message = agents_pb2.ProfileRequest(
+            request_id=request_id, request_json=json.dumps(request), only_kept=only_kept
+        )
         self.commands.put_nowait(agents_pb2.AgentCommand(profile=message))
+
+    def let_profile_go_on(self, reached: agents_pb2.ProfileReached, *, is_whole: bool) -> None:
+        message = agents_pb2.ProfileGoOn(request_id=reached.request_id, milestone=reached.milestone, is_whole=is_whole)
+        self.commands.put_nowait(agents_pb2.AgentCommand(profile_go_on=message))
 
 
 def worker(stage: int, epoch: int = 1, job_id: str = "j1") -> agents_pb2.WorkerId:

@@ -41,10 +41,15 @@ def main() -> None:
             match json.loads(line):
                 case {"profile": {"die": True}}:
                     os.abort()
-                case {"profile": {"config_json": _}}:
+                case {"profile": {"config_json": _, **request}}:
                     print("measured", flush=True)
+                    result = {"lacked_company": False}
+                    if request.get("beside"):
+                        events.write(json.dumps({"reached": 0}) + "\n")
+                        result["lacked_company"] = not json.loads(sys.stdin.readline())["go_on"]["is_whole"]
                     timings = dict.fromkeys(("forward_s", "embedding_s", "head_forward_s", "head_backward_s"), 0.01)
-                    events.write(json.dumps({"profile": {"timings": {**timings, "backward_s": 0.02}}}) + "\n")
+                    result["timings"] = {**timings, "backward_s": 0.02}
+                    events.write(json.dumps({"profile": result}) + "\n")
                 case {"profile": request}:
                     events.write(json.dumps({"profile": {"timings": {"asked": request}}}) + "\n")
                 case {"assign": {"act": "exit", "exit_code": code}}:

@@ -179,6 +179,46 @@ def test_agent_profile_beside_a_jobs_worker_is_not_kept(tmp_path):
     run(test())
 
 
+def test_agent_that_is_asked_what_it_has_kept_measures_nothing(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        async with attached(coordinator, tmp_path):
+            for number, only_kept in enumerate((True, False, True)):
+                coordinator.profile(ASKED, f"p{number}", only_kept=only_kept)
+                await coordinator.event("profile_result", number=number)
+
+        results = [event.profile_result for event in coordinator.events if event.HasField("profile_result")]
+        assert [(bool(one.timings_json), one.is_kept) for one in results] == [
+            (False, False),
+            (True, False),
+            (True, True),
+        ]
+        assert not any(one.error for one in results)
+
+    run(test())
+
+
+def test_agent_profile_beside_others_goes_on_when_told_and_is_kept_only_if_all_were_there(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        beside = {**ASKED, "beside": [1, 2]}
+        async with attached(coordinator, tmp_path):
+            for number, is_whole in enumerate((False, True)):
+                coordinator.profile(beside, f"p{number}")
+                reached = await coordinator.event("profile_reached", number=number)
+                assert (reached.request_id, reached.milestone) == (f"p{number}", 0)
+                coordinator.let_profile_go_on(reached, is_whole=is_whole)
+                result = await coordinator.event("profile_result", number=number)
+                assert (result.is_kept, result.lacked_company) == (False, not is_whole)
+            # Kept is what was measured with all of them, and it is no answer for a device alone.
+            coordinator.profile(beside, "p2", only_kept=True)
+            coordinator.profile(ASKED, "p3", only_kept=True)
+            kept, alone = [await coordinator.event("profile_result", number=number) for number in (2, 3)]
+            assert (kept.is_kept, bool(alone.timings_json)) == (True, False)
+
+    run(test())
+
+
 def test_agent_profile_that_kills_the_spare_is_answered_with_an_error(tmp_path):
     async def test():
         coordinator = FakeCoordinator()

@@ -33,3 +33,23 @@ def test_link_of_an_agent_that_does_not_read_is_ended_and_raises_nothing() -> No
         assert waiting(pi)[-1] is None
 
     asyncio.run(test())
+
+
+def test_measurement_that_nobody_waits_for_any_more_is_let_go_on_at_once() -> None:
+    async def test() -> None:
+        pi, milestones = link(4), []
+        reached = pb.AgentEvent(profile_reached=pb.ProfileReached(request_id="7", milestone=1))
+        pi.on_milestones["7"] = lambda milestone, go_on: milestones.append((milestone, go_on))
+
+        pi.take_answer(reached, "pi")
+        assert waiting(pi) == []
+        milestones[0][1](True)
+        del pi.on_milestones["7"]
+        pi.take_answer(reached, "pi")
+
+        assert [(command.profile_go_on.milestone, command.profile_go_on.is_whole) for command in waiting(pi)] == [
+            (1, True),
+            (1, False),
+        ]
+
+    asyncio.run(test())
