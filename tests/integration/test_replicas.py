@@ -74,7 +74,7 @@ class Fleet:
 
     @staticmethod
     def _agent(coordinator: ThreadCoordinator, name: str, speed: float) -> ThreadAgent:
-        timings = TIMINGS.model_copy(update={key: value / speed for key, value in TIMINGS.model_dump().items()})
+        timings = TIMINGS.times(1 / speed)
         return ThreadAgent(coordinator.endpoints.devices_address, name, host_id=name, timings=timings)
 
     def finish(self, spec: JobSpec) -> tuple[list[float], dict[str, bytes], dict[str, Any]]:
