@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -137,6 +138,24 @@ def test_make_problem_job_whose_micro_batches_may_shrink_is_measured():
     problem(fleet, micro_batch_size=None)
 
     assert fleet.num_measured == 4
+
+
+class LossyFleet(FakeFleet):
+    """Whose devices are measured without a neighbour that was lost."""
+
+    async def profile(
+        self, agent_id: AgentId, request: ProfileRequest, on_milestone: OnMilestone | None = None
+    ) -> ProfileAnswer:
+        found = await super().profile(agent_id, request, on_milestone)
+        return replace(found, lacked_company=agent_id == "a-left")
+
+
+def test_plan_says_which_of_its_devices_was_measured_without_a_neighbour():
+    plan = problem(LossyFleet(budget_mib=4000), 4, placement={"stages": 2}).plan()
+
+    (remark,) = plan.remarks
+    assert remark.what == "left" and "the coordinator was not heard in time" in remark.why
+    assert "remarks" in explain(plan) and remark.why in " ".join(explain(plan).split())
 
 
 INT8_BESIDE = {"model": {"quantization": "int8"}, "method": {"type": "parallel_adapters", "reduction": 4}}
