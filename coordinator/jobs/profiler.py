@@ -88,6 +88,8 @@ class Profiler:
             found |= of_host
         return [found[one.agent_id] for one in asked]
 
+    # Private: who measures when.
+
     async def _measure_host(self, host_id: str, asked: Sequence[Asked]) -> Found:
         # One at a time: two jobs' measurements would slow each other, and wait for each other's devices.
         async with self._one_at_a_time.setdefault(host_id, asyncio.Lock()):
@@ -96,7 +98,8 @@ class Profiler:
             measured = [await self._first_turn(turn, found) for turn in turns]
             if len(turns) > 1:
                 for turn in measured:
-                    await self._together(turn, found, attempt=1)
+                    if all(isinstance(found[one.agent_id], Seconds) for one in turn):
+                        await self._together(turn, found, attempt=1)
             return found
 
     def _places(self, asked: Sequence[Asked]) -> list[list[Asked]]:
