@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,9 @@ from coordinator.jobs.host_meeting import PATIENCE_S, HostMeeting
 from partitioner.device import BlockTimings, ProfileRequest
 from plutino.errors import AgentError
 from plutino.types import AgentId
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,8 @@ class Profiler:
 
     async def _together(self, members: Sequence[Asked], found: Found, *, attempt: int) -> None:
         """Let devices measure at the same time; of what one has measured before, the faster counts, part by part."""
+        if members:
+            logger.info("measuring at the same time: %s", ", ".join(one.device.name for one in members))
         meeting = HostMeeting([one.agent_id for one in members])
         try:
             answers = await asyncio.gather(*(self._measure(one, meeting, found, attempt) for one in members))
@@ -171,6 +177,7 @@ class Profiler:
                     if other is not one and (isinstance(said, AgentError) or other.agent_id in meeting.late)
                 ]
                 found[one.agent_id] = Seconds(timings, _remark(lost))
+                logger.warning("%s: %s", one.device.name, _remark(lost))
             else:
                 self._known[one.key] = timings
                 found[one.agent_id] = Seconds(timings)
