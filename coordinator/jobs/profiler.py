@@ -18,7 +18,6 @@ from partitioner.device import BlockTimings, ProfileRequest
 from plutino.errors import AgentError
 from plutino.types import AgentId
 
-
 logger = logging.getLogger(__name__)
 
 
