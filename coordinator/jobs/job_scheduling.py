@@ -10,6 +10,7 @@ from coordinator.crash_points import crash_point
 from coordinator.fleet.link_map import LinkMap
 from coordinator.jobs import events
 from coordinator.jobs.context import JobContext
+from coordinator.jobs.kept_numerics import broken_by, in_words, kept_problem
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.phases import Phases, with_cached_step
 from coordinator.jobs.planning import make_numerics, make_problem, read_model
@@ -20,9 +21,10 @@ from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.scheduling.round import Verdict
 from coordinator.scheduling.scheduler import Reservation
-from plutino.errors import AgentLostError, InfeasiblePlanError, UnmeasuredError
+from plutino.errors import AgentLostError, InfeasiblePlanError, JobError, UnmeasuredError
 from plutino.events import PlanMade
 from plutino.families import family_of
+from plutino.job.numerics import NumericsRecord
 from plutino.types import AgentId, JobId
 
 _LOOK_AGAIN_S = 0.5
@@ -132,12 +134,23 @@ class Scheduling:
             ) from error
 
     def _after_loss(self, reason: str) -> str:
-        """A refusal, with what was lost before it if anything was."""
-        return reason if self.last_loss is None else f"{self.last_loss}; on what is left: {reason}"
+        """A refusal, with what was lost before it if anything was, and what a new plan may not change."""
+        reason = reason if self.last_loss is None else f"{self.last_loss}; on what is left: {reason}"
+        return reason if self._fixed_numerics is None else f"{reason}. {in_words(self._fixed_numerics)}"
 
-    async def _problem(self, prepared: PreparedData) -> PlanningProblem:
+    @property
+    def _fixed_numerics(self) -> NumericsRecord | None:
+        """What every plan must keep; None before the first, or where the job leaves its numerics free."""
         context = self._context
         is_fixed = context.record.numerics_json is not None and context.spec.placement.numerics == "fixed"
+        return context.numerics if is_fixed else None
+
+    async def _problem(self, prepared: PreparedData) -> PlanningProblem:
+        problem = await self._posed_problem(prepared)
+        return problem if self._fixed_numerics is None else kept_problem(problem, self._fixed_numerics)
+
+    async def _posed_problem(self, prepared: PreparedData) -> PlanningProblem:
+        context = self._context
         trial = context.trial if context.record.plan_epoch == 1 else None
         if trial is not None and trial.problem is not None:
             # The other trials' devices, seconds and plan: the queue looks whether they still fit.
@@ -152,7 +165,7 @@ class Scheduling:
             prepared,
             context.fleet,
             self._profiler,
-            numerics=context.numerics if is_fixed else None,
+            numerics=self._fixed_numerics,
             excluded=context.excluded_devices,
             is_started=context.record.plan_epoch > 1,
             links=self._link_map,
@@ -174,8 +187,10 @@ class Scheduling:
             raise (UnmeasuredError if unmeasured else InfeasiblePlanError)(self._after_loss(verdict.reason))
         assert verdict.plan is not None
         record = context.record
-        if record.numerics_json is not None and context.spec.placement.numerics == "fixed":
-            numerics_json = record.numerics_json
+        if (fixed := self._fixed_numerics) is not None:
+            if (broken := broken_by(verdict.plan, fixed)) is not None:
+                raise JobError(f"the new plan has {broken}, which the job's numerics record fixes; this is a fault of ours")
+            numerics_json = fixed.model_dump_json()
         else:
             numerics = make_numerics(
                 verdict.plan,
