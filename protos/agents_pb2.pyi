@@ -56,6 +56,7 @@ class AgentEvent(_message.Message):
     WORKER_EXITED_FIELD_NUMBER: _builtins.int
     PROFILE_RESULT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     DOOR_OPENED_FIELD_NUMBER: _builtins.int
     KNOCKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -69,6 +70,8 @@ class AgentEvent(_message.Message):
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
+    def leaving(self) -> Global___Leaving: ...
+    @_builtins.property
     def door_opened(self) -> Global___DoorOpened: ...
     @_builtins.property
     def knocked(self) -> Global___Knocked: ...
@@ -80,14 +83,15 @@ class AgentEvent(_message.Message):
         worker_exited: Global___WorkerExited | None = ...,
         profile_result: Global___ProfileResult | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        leaving: Global___Leaving | None = ...,
         door_opened: Global___DoorOpened | None = ...,
         knocked: Global___Knocked | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "leaving", b"leaving", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "leaving", b"leaving", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "worker_started", "worker_exited", "profile_result", "heartbeat", "door_opened", "knocked"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "worker_started", "worker_exited", "profile_result", "heartbeat", "leaving", "door_opened", "knocked"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -285,6 +289,27 @@ class WorkerExited(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerExited: _TypeAlias = WorkerExited  # noqa: Y015
+
+@_typing.final
+class Leaving(_message.Message):
+    """The agent was told to end: nothing shall wait for it. The ends of its workers follow on the same stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leaving: _TypeAlias = Leaving  # noqa: Y015
 
 @_typing.final
 class ProfileResult(_message.Message):

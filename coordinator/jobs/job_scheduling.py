@@ -17,10 +17,12 @@ from coordinator.jobs.planning import make_numerics, make_problem, read_model
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobState
+from coordinator.jobs.replanning import as_running
 from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.scheduling.round import Verdict
 from coordinator.scheduling.scheduler import Reservation
+from partitioner.device import DeviceProfile
 from plutino.errors import AgentLostError, InfeasiblePlanError, JobError, UnmeasuredError
 from plutino.events import PlanMade
 from plutino.families import family_of
@@ -84,13 +86,31 @@ class Scheduling:
             held = self._held_by_others()
             try:
                 return await self._place_on_measured(prepared)
-            except UnmeasuredError as error:
-                if not held or context.record.state is not JobState.PLANNING:
+            except InfeasiblePlanError as error:
+                if context.record.state is not JobState.PLANNING:
+                    if await self._comes_back(error):
+                        continue
+                    raise
+                if not held or not isinstance(error, UnmeasuredError):
                     raise
                 holders = ", ".join(sorted({job_id for job_id, _ in held}))
                 await context.apply(events.Queued(reason=f"waits until {holders} leaves room: {error}"))
             while self._held_by_others() == held:
                 await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _comes_back(self, refusal: InfeasiblePlanError) -> bool:
+        """Whether a device that said goodbye is in again in time, for a job that does not fit without it."""
+        fleet = self._context.fleet
+        away = fleet.returning
+        if not away:
+            return False
+        names = ", ".join(fleet.name_of(agent_id) for agent_id in away)
+        await self._context.apply(events.Queued(reason=f"waits for {names} to come back: {refusal}"))
+        while fleet.returning:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            if not {device.agent_id for device in fleet.devices}.isdisjoint(away):
+                return True
+        return False
 
     async def _wait_for_stages(self) -> None:
         """A stage is a device's: with fewer devices than ``placement.stages`` others are on their way, or missing."""
@@ -170,10 +190,26 @@ class Scheduling:
             is_started=context.record.plan_epoch > 1,
             links=self._link_map,
             together_with=() if trial is None else trial.specs,
+            known=await self._known_devices(),
         )
         if trial is not None:
             trial.problem = problem
         return problem
+
+    async def _known_devices(self) -> dict[AgentId, DeviceProfile]:
+        """What the plan before knew of its devices, at the micro-batch that its successors keep.
+
+        Measuring takes longer than everything else of a recovery, and needs memory beside the workers that run.
+        """
+        context = self._context
+        if self._fixed_numerics is None:
+            return {}
+        devices = self._replanner.known_devices()
+        if not devices:
+            before = context.record.plan_epoch - 1
+            planned = await asyncio.to_thread(context.traces.planned, context.job_id, before)
+            devices = () if planned is None else as_running(planned.problem, planned.plan).devices
+        return {AgentId(device.agent_id): device for device in devices}
 
     async def _carry_out(self, verdict: Verdict, problem: PlanningProblem, search_s: float) -> bool:
         context = self._context

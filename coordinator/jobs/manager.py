@@ -14,7 +14,7 @@ from coordinator.artifacts.shadows import ShadowStore
 from coordinator.artifacts.traces import TraceStore
 from coordinator.crash_points import crash_point
 from coordinator.fleet.link_map import LinkMap
-from coordinator.fleet.membership import Change, DeviceState
+from coordinator.fleet.membership import Change
 from coordinator.fleet.registry import FleetRegistry, WorkerExit
 from coordinator.jobs.context import JobContext, TrialTerms, state_event
 from coordinator.jobs.driver import JobDriver
@@ -255,9 +255,9 @@ class JobManager:
             driver.worker_exited(exit_)
 
     def on_fleet_change(self, change: Change) -> None:
-        """A device joined, fell silent or is gone."""
+        """A device joined, fell silent, left or is gone."""
         self.queue.kick()
-        if change.after is DeviceState.GONE:
+        if change.after.is_away:
             for driver in self._drivers.values():
                 driver.device_gone(change.agent_id, change.reason)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.membership import Device
@@ -28,9 +28,20 @@ async def measure_devices(
     spec: JobSpec,
     profiler: Profiler,
     threads: int | None,
+    *,
+    known: Mapping[AgentId, DeviceProfile] | None = None,
 ) -> Measured:
-    """All devices, measured at once but for those that share a host."""
-    return list(await asyncio.gather(*(_profile(one, config_json, shape, spec, profiler, threads) for one in devices)))
+    """All devices, measured at once but for those that share a host; not those whose seconds are ``known``."""
+    measured = known or {}
+
+    async def profile(device: Device) -> DeviceProfile | str:
+        used_threads = device.threads if threads is None else min(threads, device.threads)
+        before = measured.get(device.agent_id)
+        if before is not None and before.threads == used_threads:
+            return device_profile(device, before.timings, used_threads)
+        return await _profile(device, config_json, shape, spec, profiler, used_threads)
+
+    return list(await asyncio.gather(*(profile(device) for device in devices)))
 
 
 async def measure_products(
@@ -86,9 +97,8 @@ def with_shared_cores(devices: Sequence[Device], profiles: Sequence[DeviceProfil
 
 
 async def _profile(
-    device: Device, config_json: str, shape: JobShape, spec: JobSpec, profiler: Profiler, threads: int | None
+    device: Device, config_json: str, shape: JobShape, spec: JobSpec, profiler: Profiler, threads: int
 ) -> DeviceProfile | str:
-    used_threads = device.threads if threads is None else min(threads, device.threads)
     request = ProfileRequest(
         config_json=config_json,
         dtype=shape.dtype,
@@ -97,13 +107,13 @@ async def _profile(
         row_tokens=shape.row_tokens,
         label_tokens=shape.label_tokens,
         method=spec.method.for_profile(),
-        threads=used_threads,
+        threads=threads,
     )
     try:
         timings = await profiler.timings(device, request)
     except AgentError as error:
         return str(error)
-    return device_profile(device, timings, used_threads)
+    return device_profile(device, timings, threads)
 
 
 def device_profile(device: Device, timings: BlockTimings, threads: int) -> DeviceProfile:

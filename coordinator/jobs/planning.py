@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Device
@@ -76,6 +76,7 @@ async def make_problem(
     links: LinkMap | None = None,
     together_with: Sequence[JobSpec] = (),
     must_fit: bool = True,
+    known: Mapping[AgentId, DeviceProfile] | None = None,
 ) -> PlanningProblem:
     """Gather everything that decides a job's plan.
 
@@ -91,6 +92,7 @@ async def make_problem(
         links: the ways between devices; None assumes them.
         together_with: jobs that differ in their method alone; the plan will hold whichever of them needs most.
         must_fit: a job that cannot fit is refused before devices measure themselves.
+        known: devices whose seconds at the numerics record's micro-batch an earlier plan knew.
 
     Raises:
         InfeasiblePlanError: no device may take part, or the job does not fit those that may.
@@ -141,7 +143,7 @@ async def make_problem(
         shape, profiles, products_why = await measure_products(devices, *of_job, integers=integers)
         packing_why += f"; {products_why}"
     else:
-        profiles = await measure_devices(devices, *of_job)
+        profiles = await measure_devices(devices, *of_job, known=known)
     measured = with_shared_cores(devices, [p for p in profiles if isinstance(p, DeviceProfile)])
     if not measured:
         raise UnmeasuredError("no device could be measured: " + "; ".join(str(p) for p in profiles))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from coordinator.artifacts.traces import PlannedEpoch
-from coordinator.jobs.events import Planned
+from coordinator.fleet.membership import Device
+from coordinator.jobs.events import Planned, Queued
 from coordinator.jobs.job_scheduling import Scheduling
 from coordinator.jobs.kept_numerics import broken_by, in_words, kept_problem
 from coordinator.jobs.moving import ReadyMove, Replanner
@@ -40,6 +41,8 @@ class Fleet(FakeFleet):
 
     def __init__(self, budget_mib: int, names: tuple[str, ...] = ("left", "right")) -> None:
         super().__init__(budget_mib)
+        self._away: Device | None = None
+        self._num_asked = 0
         self.devices = [device for device in self.devices if device.name in names]
 
     async def settled(self) -> None:
@@ -47,6 +50,22 @@ class Fleet(FakeFleet):
 
     async def settled_soon(self) -> None:
         return
+
+    def name_of(self, agent_id: AgentId) -> str:
+        return agent_id.removeprefix("a-")
+
+    def come_back_when_asked_for(self, device: Device) -> None:
+        self._away = device
+
+    @property
+    def returning(self) -> tuple[AgentId, ...]:
+        """Who is asked about for the second time is back."""
+        if self._away is None:
+            return ()
+        self._num_asked += 1
+        if self._num_asked == 2:
+            self.devices.append(self._away)
+        return (self._away.agent_id,)
 
     def without(self, name: str) -> None:
         self.devices = [device for device in self.devices if device.name != name]
@@ -77,7 +96,8 @@ class Job:
         }
         self.fleet = fleet
         self.plans: list[Plan] = []
-        self.problems: list[PlanningProblem] = []
+        self.waited: list[str] = []
+        self.planned: list[PlannedEpoch] = []
         record = SimpleNamespace(state=JobState.PLANNING, plan_epoch=1, numerics_json=None, total_steps=1, reason="")
         self._context: Any = SimpleNamespace(
             job_id=JobId("j"),
@@ -87,7 +107,7 @@ class Job:
             trial=None,
             excluded_devices={},
             store=SimpleNamespace(reservations=lambda: ()),
-            traces=SimpleNamespace(put_plan=self._put_plan, planned=lambda *_: None),
+            traces=SimpleNamespace(put_plan=self._put_plan, planned=lambda *_: self.planned[-1]),
             apply=self._apply,
         )
         self.start_coordinator()
@@ -116,16 +136,19 @@ class Job:
         return self.place()
 
     def move_to(self, plan: Plan, factors: dict[str, float]) -> None:
-        problem = corrected(as_running(self.problems[0], self.plans[0]), factors)
+        problem = corrected(as_running(self.planned[0].problem, self.plans[0]), factors)
         self.replanner.move = ReadyMove(problem.model_copy(update={"known_plan": plan}), "another is faster")
 
-    async def _apply(self, event: Planned, **_: object) -> None:
+    async def _apply(self, event: Planned | Queued, **_: object) -> None:
+        if isinstance(event, Queued):
+            self.waited.append(event.reason)
+            return
         self._context.record.numerics_json = event.numerics_json
         self._context.numerics = NumericsRecord.model_validate_json(event.numerics_json)
         self.plans.append(Plan.model_validate_json(event.plan_json))
 
     def _put_plan(self, job_id: str, plan_epoch: int, planned: PlannedEpoch) -> None:
-        self.problems.append(planned.problem)
+        self.planned.append(planned)
 
 
 def lose_device(job: Job) -> None:
@@ -179,6 +202,24 @@ def test_new_plan_keeps_the_micro_batches_and_codecs_of_the_first_whatever_led_t
     assert set(again.bf16_borders) <= set(first.bf16_borders)
 
 
+@pytest.mark.parametrize(
+    ("happens", "measured"),
+    [(lose_device, []), (restart_and_lose_device, []), (join_device, ["a-third", "a-third"])],
+)
+def test_new_plan_takes_the_seconds_of_the_one_before_and_only_new_devices_measure(
+    happens: Callable[[Job], None], measured: list[str]
+) -> None:
+    job = Job(Fleet(budget_mib=4000))
+    num_before = len(job.fleet.measured)
+    happens(job)
+
+    job.place_again()
+
+    assert job.fleet.measured[num_before:] == measured
+    left, right = (as_running(planned.problem, job.plans[0]).devices[0].timings for planned in job.planned)
+    assert left == right
+
+
 def test_refusal_of_a_new_plan_says_what_the_record_fixes_and_the_way_out() -> None:
     job = Job(Fleet(budget_mib=355), training={"steps": 10, "batch_size": 64})
     rows = job.plans[0].micro_batch_rows
@@ -190,6 +231,18 @@ def test_refusal_of_a_new_plan_says_what_the_record_fixes_and_the_way_out() -> N
     text = str(refusal.value)
     assert "does not fit" in text and f"fixes micro-batches of {rows} rows, fp32, unquantised weights" in text
     assert f"training.micro_batch_size: 1 (now {rows})" in text and "one more device of" in text and "placement.numerics: free" in text
+
+
+def test_job_that_does_not_fit_waits_for_a_device_that_said_goodbye_a_moment_ago() -> None:
+    job = Job(Fleet(budget_mib=355), training={"steps": 10, "batch_size": 64})
+    right = job.fleet.devices[1]
+    lose_device(job)
+    job.fleet.come_back_when_asked_for(right)
+
+    again = job.place_again()
+
+    assert again.agent_ids == job.plans[0].agent_ids
+    assert len(job.waited) == 1 and job.waited[0].startswith("waits for right to come back: the job does not fit")
 
 
 def test_border_that_a_new_plan_has_inside_a_stage_is_still_rounded_by_the_plan_after_it() -> None:
