@@ -153,6 +153,7 @@ class Agent:
             baseline_bytes=readiness.baseline_bytes,
             versions=readiness.versions,
             dtypes=readiness.dtypes,
+            slow_dtypes=readiness.slow_dtypes,
             workers=[worker_id(ref) for ref in self._pool.running()],
             hardware=hardware_to_proto(readiness.hardware),
             wire_version=WIRE_VERSION,

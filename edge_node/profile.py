@@ -1,6 +1,6 @@
 """What this device can do, measured: seconds per block at a job's real shape, dtypes that are fast here.
 
-Weights are random, because their values do not change the time. Entry points: :func:`measure`, :func:`fast_dtypes`,
+Weights are random, because their values do not change the time. Entry points: :func:`measure`, :func:`probe_dtypes`,
 :func:`warm_up`.
 """
 
@@ -37,6 +37,8 @@ _REPEATS = 3
 _LEAST_S = 0.5
 """Each timing is repeated until it has taken this long, but at least _REPEATS times; the median counts. A step has
 hundreds of passes, slow ones among them: the fastest of a few says how short one can be, not how long they are."""
+_PROBE_TURNS = 6
+"""Of each dtype. Where bf16 is 300 times slower than fp32, one of them takes 0.15 s."""
 _EVICTED_BYTES = 32 << 20
 """Written before each timing on a processor. In a stage other blocks' weights pass through the caches between two
 passes of one block; one that is timed alone, in a loop, finds its own there and looks faster than it will be."""
@@ -171,19 +173,26 @@ def _measure_score_head(last: Stage, request: ProfileRequest, device: ComputeDev
     return _median_passes_s(device, lambda: last.score(first).sum(), lambda loss: loss.backward())
 
 
-def fast_dtypes(device: ComputeDevice = CPU) -> list[str]:
-    """Compute dtypes that this device runs well, fastest first; fp32 is always among them.
+def probe_dtypes(device: ComputeDevice = CPU) -> dict[str, float]:
+    """Seconds of a product like the backward pass's (g @ W) in each compute dtype; see :mod:`plutino.dtypes`.
 
-    Probed with a product like the backward pass's (g @ W): on CPUs without bf16 units it falls to a loop that is up to
-    300 times slower than fp32, whatever the forward pass does.
+    The dtypes take turns and the fastest turn of each counts, so that a machine that is busy meanwhile is busy for all.
     """
-    seconds = {}
     # A card's time for less than this is that of starting a kernel.
     rows, width = (4096, 4096) if device.is_cuda else (128, 512)
-    for name, dtype in COMPUTE_DTYPES.items():
-        gradient, weight = (torch.randn(size, width, dtype=dtype, device=device.torch) for size in (rows, width))
-        seconds[name] = _fastest_s(device, lambda g=gradient, w=weight: g @ w, least_s=0.01)  # type: ignore[misc]
-    return sorted((n for n in seconds if n == "fp32" or seconds[n] < seconds["fp32"]), key=seconds.__getitem__)
+    pairs = {
+        name: [torch.randn(size, width, dtype=dtype, device=device.torch) for size in (rows, width)]
+        for name, dtype in COMPUTE_DTYPES.items()
+    }
+    for gradient, weight in pairs.values():
+        torch.mm(gradient, weight)  # first use of a shape builds the kernels for it
+    seconds = dict.fromkeys(pairs, float("inf"))
+    quota = _quota(device)
+    for _ in range(_PROBE_TURNS):
+        for name, (gradient, weight) in pairs.items():
+            _, took_s = _timed(device, None, quota, lambda g=gradient, w=weight: torch.mm(g, w))  # type: ignore[misc]
+            seconds[name] = min(seconds[name], took_s)
+    return seconds
 
 
 def warm_up(device: ComputeDevice = CPU) -> None:

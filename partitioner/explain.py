@@ -28,7 +28,7 @@ def explain(plan: Plan) -> str:
     Times are of one micro-batch. A predicted peak is the worker's whole resident memory: its baseline and the job.
     """
     sections = [
-        _summary(plan) + _packing(plan),
+        _summary(plan) + (f"\n{plan.dtype_why}" if plan.dtype_why else "") + _packing(plan),
         _table(_without_shares(_worker_rows(plan)) if not plan.has_replicas else _worker_rows(plan)),
         "memory of the job, MiB\n" + _table(_memory_rows(plan.stages)),
         f"bottleneck: {plan.bottleneck}\nrelief:     {plan.relief}",

@@ -165,6 +165,8 @@ class Plan(PlanValue):
     checkpointing: bool
     """Some stage recomputes its blocks; see StagePlan.checkpointing."""
     dtype: str
+    dtype_why: str = ""
+    """Why it is the one, where that needs a word."""
     packing: Packing = PLAIN
     """How the frozen weights are held."""
     packing_why: str = ""

@@ -15,6 +15,7 @@ from partitioner.place import ReplicaShare
 from partitioner.plan import LinkUse, Plan, RejectedPlan, ReplicaPlan, StagePlan
 from partitioner.pricing import Candidate, Pricer
 from partitioner.replay import replay
+from plutino.dtypes import why_not_run
 from plutino.sizes import format_size
 
 NOTABLE_SHARE = 0.02
@@ -294,7 +295,7 @@ def _unused(
         if device.agent_id in used:
             continue
         if shape.dtype not in device.dtypes:
-            why = f"does not run {shape.dtype}, only {', '.join(device.dtypes)}"
+            why = why_not_run(shape.dtype, device.dtypes, dict(device.slow_dtypes))
         elif device.available_bytes - device.baseline_bytes < smallest_bytes:
             why = (
                 f"offers {format_size(device.available_bytes)}; a worker of one block takes "

@@ -123,6 +123,26 @@ class AgentHello(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SlowDtypesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     AGENT_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
@@ -136,6 +156,7 @@ class AgentHello(_message.Message):
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
     CACHE_ADDRESS_FIELD_NUMBER: _builtins.int
     MEASURES_LINKS_FIELD_NUMBER: _builtins.int
+    SLOW_DTYPES_FIELD_NUMBER: _builtins.int
     PROCESSORS_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     name: _builtins.str
@@ -167,6 +188,10 @@ class AgentHello(_message.Message):
     @_builtins.property
     def hardware(self) -> Global___Hardware: ...
     @_builtins.property
+    def slow_dtypes(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Dtypes that it does not offer because they took so many times the seconds of fp32."""
+
+    @_builtins.property
     def processors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What its workers compute on: numbers of cores, or a card; empty: not known, then all of its host."""
 
@@ -186,11 +211,12 @@ class AgentHello(_message.Message):
         wire_version: _builtins.int = ...,
         cache_address: _builtins.str = ...,
         measures_links: _builtins.bool = ...,
+        slow_dtypes: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         processors: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "processors", b"processors", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "processors", b"processors", "slow_dtypes", b"slow_dtypes", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -47,6 +47,8 @@ class Device:
     versions: Mapping[str, str] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ("fp32",)
     """Compute dtypes that the device runs, fastest first."""
+    slow_dtypes: Mapping[str, float] = field(default_factory=dict)
+    """Dtypes that it keeps back, with the factor over fp32's seconds."""
     hardware: Hardware = field(default_factory=Hardware)
     measures_links: bool = False
     """It takes and makes bursts."""

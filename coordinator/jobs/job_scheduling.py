@@ -225,7 +225,9 @@ class Scheduling:
         record = context.record
         if (fixed := self._fixed_numerics) is not None:
             if (broken := broken_by(verdict.plan, fixed)) is not None:
-                raise JobError(f"the new plan has {broken}, which the job's numerics record fixes; this is a fault of ours")
+                raise JobError(
+                    f"the new plan has {broken}, which the job's numerics record fixes; this is a fault of ours"
+                )
             numerics_json = fixed.model_dump_json()
         else:
             numerics = make_numerics(

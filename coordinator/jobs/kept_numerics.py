@@ -1,7 +1,7 @@
 """What a job's numerics record fixes, held against every later plan of the job: pure.
 
-Whichever way a new plan comes about (a device was lost or has joined, one became slow, the coordinator restarted, the job
-changes its phase), its problem goes through :func:`kept_problem`, and its plan past :func:`broken_by`.
+Whichever way a new plan comes about (a device was lost or has joined, one became slow, the coordinator restarted, the
+job changes its phase), its problem goes through :func:`kept_problem`, and its plan past :func:`broken_by`.
 """
 
 from __future__ import annotations

@@ -127,5 +127,6 @@ def device_profile(device: Device, timings: BlockTimings, threads: int) -> Devic
         baseline_bytes=device.baseline_bytes,
         timings=timings,
         dtypes=device.dtypes,
+        slow_dtypes=tuple(sorted(device.slow_dtypes.items())),
         is_card=device.hardware.kind == "cuda",
     )

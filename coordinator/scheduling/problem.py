@@ -38,6 +38,8 @@ class PlanningProblem(PlanValue):
     links: LinkTable
     packing_why: str = ""
     """Why the shape's packing is the one."""
+    dtype_why: str = ""
+    """Why the shape's dtype is the one, where that needs a word."""
     left_out: tuple[RejectedPlan, ...] = ()
     """Devices that may not take part, with the reason."""
     num_unmeasured: int = 0
@@ -69,6 +71,7 @@ class PlanningProblem(PlanValue):
                 "unused_devices": (*plan.unused_devices, *self.left_out),
                 "packing": self.shape.packing,
                 "packing_why": self.packing_why,
+                "dtype_why": self.dtype_why,
                 "unpacked_share": WeightSizes(self.table, self.shape).unpacked_share,
             }
         )

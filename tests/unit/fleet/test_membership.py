@@ -138,7 +138,9 @@ def test_fleet_with_lease_shorter_than_suspicion_is_refused() -> None:
 
 
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["hello", "heartbeat", "stream_lost", "leave", "tick"]), st.floats(0, 6), st.integers(0, 3)),
+    st.tuples(
+        st.sampled_from(["hello", "heartbeat", "stream_lost", "leave", "tick"]), st.floats(0, 6), st.integers(0, 3)
+    ),
     max_size=30,
 )
 

@@ -16,7 +16,7 @@ from coordinator.jobs.events import Planned, Queued
 from coordinator.jobs.job_scheduling import Scheduling
 from coordinator.jobs.kept_numerics import broken_by, in_words, kept_problem
 from coordinator.jobs.moving import ReadyMove, Replanner
-from coordinator.jobs.phases import Phases, plan_from_cache
+from coordinator.jobs.phases import Phases
 from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobState
 from coordinator.jobs.replanning import as_running, corrected
@@ -27,8 +27,7 @@ from plutino.assets import SNIPS_DIR, TINY_LLAMA_DIR
 from plutino.errors import InfeasiblePlanError
 from plutino.job.model import Packing
 from plutino.job.numerics import NumericsRecord
-from plutino.job.spec import JobSpec, parse_spec
-from plutino.sizes import MIB
+from plutino.job.spec import parse_spec
 from plutino.types import AgentId, JobId
 from tests.unit.jobs.test_planning import PREPARED, FakeFleet, record_with
 from tests.unit.jobs.test_replanning import problem_of
@@ -230,7 +229,11 @@ def test_refusal_of_a_new_plan_says_what_the_record_fixes_and_the_way_out() -> N
 
     text = str(refusal.value)
     assert "does not fit" in text and f"fixes micro-batches of {rows} rows, fp32, unquantised weights" in text
-    assert f"training.micro_batch_size: 1 (now {rows})" in text and "one more device of" in text and "placement.numerics: free" in text
+    assert (
+        f"training.micro_batch_size: 1 (now {rows})" in text
+        and "one more device of" in text
+        and "placement.numerics: free" in text
+    )
 
 
 def test_job_that_does_not_fit_waits_for_a_device_that_said_goodbye_a_moment_ago() -> None:
