@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from partitioner.values import PlanValue
 from plutino.job.model import PLAIN, Packing
 from plutino.types import SumDtype
@@ -100,14 +102,16 @@ class StagePlan(PlanValue):
 
 
 class LinkUse(PlanValue):
-    """What one link between neighbouring workers carries in a step."""
+    """What one link between two workers carries in a step."""
 
     from_device: str
     to_device: str
+    carries: Literal["hidden states", "sums of gradients"] = "hidden states"
+    """Between neighbouring stages the first, with their gradients on the way up; between replicas the second."""
     down_bytes: int
-    """Hidden states."""
+    """From the first device to the second: hidden states, or the running sum."""
     up_bytes: int
-    """Their gradients."""
+    """Back: the hidden states' gradients, or the total."""
     busy_s: float
     """Seconds that it carries messages, in the busier direction."""
     bandwidth_bytes_per_s: float = 0.0
