@@ -1,4 +1,4 @@
-"""What a plan says of its links, of what binds and of what would relieve it, held against the simulator and the search."""
+"""What a plan says of its links, of what binds and of what would relieve it, against the simulator and the search."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections import Counter
 
 import pytest
 
+from partitioner.climb import Limits
 from partitioner.device import LinkProfile, LinkTable
 from partitioner.link_uses import link_uses
 from partitioner.orders import all_layouts
 from partitioner.pricing import Pricer
-from partitioner.relief import bottleneck
+from partitioner.relief import bottleneck, reliefs
 from partitioner.search import search
 from partitioner.simulate import simulate_step
 from tests.unit.partitioner.fleet import SLOW_LAN, TIGHT, device, job, llama
@@ -68,6 +69,9 @@ def test_sum_over_replicas_that_takes_longest_is_the_bottleneck_and_16_bits_reli
 
     assert bottleneck(pricer, found).startswith("the sum of gradients over the replicas of stage 0, a + b: ")
     assert bottleneck(pricer, found).endswith("wait for it")
+    limits = Limits(max_stages=1, exact_stages=1, allow_replicas=True)
+    halved = next(relief for relief in reliefs(pricer, found, (), limits) if relief.what == "placement.sums: fp16")
+    assert halved.step_s < 0.7 * found.step_s
 
 
 FLEETS = {
