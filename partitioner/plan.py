@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from partitioner.values import PlanValue
+from plutino.job.auto_method import AutoMethod
 from plutino.job.model import PLAIN, Packing
 from plutino.types import SumDtype
 
@@ -169,6 +170,8 @@ class Plan(PlanValue):
     checkpointing: bool
     """Some stage recomputes its blocks; see StagePlan.checkpointing."""
     dtype: str
+    method_choice: AutoMethod | None = None
+    """Of a job that left its method open: what decided."""
     dtype_why: str = ""
     """Why it is the one, where that needs a word."""
     packing: Packing = PLAIN

@@ -9,13 +9,25 @@ from pydantic import ValidationError
 
 from coordinator.jobs.frozen_weights import dtype_for, packing_for
 from coordinator.jobs.job_shape import measured_rows, shape_for
+from coordinator.jobs.method_choice import (
+    PlannedOption,
+    candidates,
+    choose,
+    has_later_epochs,
+    is_open,
+    priced,
+    refused,
+    settled,
+)
 from coordinator.jobs.planning import allows_replicas, open_codecs, read_model
+from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.runner import JobRunner
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.dtype_choice import ComputeDtype
 from partitioner.fleet_file import FleetFile
+from partitioner.plan import Plan
 from partitioner.shape import JobShape
-from plutino.errors import ConfigError
+from plutino.errors import ConfigError, ModelError, PlanError
 from plutino.job.spec import JobSpec
 from plutino.yaml_text import read_yaml
 
@@ -42,14 +54,45 @@ def load_fleet(path: Path) -> FleetFile:
         raise ConfigError(f"{path}: {where}: {first['msg']}") from error
 
 
-def offline_problem(spec: JobSpec, fleet: FleetFile) -> PlanningProblem:
+def offline_plan(spec: JobSpec, fleet: FleetFile) -> tuple[PlanningProblem, Plan | str]:
+    """The job's plan on a fleet that is only described, or why there is none, and what decides it.
+
+    Raises:
+        ConfigError: a device offers less than a worker's baseline, or settings contradict each other.
+        InfeasiblePlanError: the job leaves its method open, and no method fits.
+        ModelError, DataError: the base model or the rows cannot be used.
+    """
+    prepared = JobRunner(spec, bulk_address="").prepare()
+    if not is_open(spec):
+        problem = offline_problem(spec, fleet, prepared)
+        return problem, problem.plan_or_refusal()
+    planned: list[PlannedOption] = []
+    for option in candidates(spec, has_later_epochs=has_later_epochs(spec, prepared.num_train, prepared.total_steps)):
+        if option.spec is None:
+            planned.append(refused(option, option.why_not))
+            continue
+        try:
+            problem = offline_problem(option.spec, fleet, prepared)
+            planned.append(priced(option, problem, problem.plan(), prepared.total_steps))
+        except (ConfigError, ModelError, PlanError) as error:
+            planned.append(refused(option, error))
+    _, problem, plan = settled(*choose(planned, prepared.total_steps))
+    return problem, plan
+
+
+def offline_problem(spec: JobSpec, fleet: FleetFile, prepared: PreparedData | None = None) -> PlanningProblem:
     """What decides the job's plan on a fleet that is only described.
+
+    Args:
+        spec: the job, with a method.
+        fleet: the devices.
+        prepared: the job's rows; None: they are read.
 
     Raises:
         ConfigError: a device offers less than a worker's baseline, or settings contradict each other.
         ModelError, DataError: the base model or the rows cannot be used.
     """
-    prepared = JobRunner(spec, bulk_address="").prepare()
+    prepared = prepared or JobRunner(spec, bulk_address="").prepare()
     _, table = read_model(spec)
     is_micro_batch_free = spec.training.micro_batch_size is None
 
