@@ -117,7 +117,9 @@ class JobManager:
         if idempotency_key and (known := self._store.submitted_as(idempotency_key)) is not None:
             return known
         if is_open(spec) and trial is not None:
-            raise ConfigError("method: auto chooses for one job; a sweep compares methods: --set method=lora,adapters")
+            raise ConfigError(
+                "method: auto chooses for one job; name a method in the file, and sweep: --set method=lora,adapters"
+            )
         spec = await self._with_pinned_model(spec)
         await asyncio.to_thread(read_model, spec)
         for path in (path for source in spec.data.sources for path in (source.train, source.eval)):
