@@ -1,4 +1,4 @@
-"""What every link between a plan's workers carries in a step: hidden states and their gradients, sums of replicas."""
+"""What every link between a plan's workers carries in a step: hidden states and their gradients, sums of gradients."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from itertools import pairwise
 
 from partitioner.plan import LinkUse
 from partitioner.pricing import Candidate, Pricer
+from partitioner.shared_sums import shared_sums
 from partitioner.sum_path import link_uses as sum_uses
 
 
 def link_uses(pricer: Pricer, best: Candidate) -> tuple[LinkUse, ...]:
-    """Boundaries first, from the first stage on, then the replicas of each stage."""
-    return (*_boundaries(pricer, best), *_sums(pricer, best))
+    """Boundaries first, from the first stage on, then replicas and stages that add up gradients together."""
+    sums: Counter[tuple[int, int]] = Counter()
+    for k, group in enumerate(best.layout):
+        if len(group) > 1:
+            num_bytes = pricer.sum_bytes(best.layout, k, best.cuts[k], best.cuts[k + 1])
+            uses = sum_uses(pricer.sum_owners(best.layout, k), len(group))
+            sums.update({(group[i], group[j]): count * num_bytes for (i, j), count in uses.items()})
+    for num_bytes, shared in shared_sums(pricer, best.layout):
+        sums.update({pair: count * num_bytes for pair, count in shared.items()})
+    return (*_boundaries(pricer, best), *_sums(pricer, sums))
 
 
 def _boundaries(pricer: Pricer, best: Candidate) -> Iterator[LinkUse]:
@@ -32,24 +41,12 @@ def _boundaries(pricer: Pricer, best: Candidate) -> Iterator[LinkUse]:
             )
 
 
-def _sums(pricer: Pricer, best: Candidate) -> Iterator[LinkUse]:
-    """The running sum goes from owner to owner of the micro-batches, and the total back: partitioner.sum_path."""
-    for k, group in enumerate(best.layout):
-        if len(group) == 1 or not best.groups[k].sum_s:
-            continue
-        num_bytes = pricer.sum_bytes(best.layout, k, best.cuts[k], best.cuts[k + 1])
-        uses = sum_uses(pricer.sum_owners(best.layout, k), len(group))
-        for i, j in sorted({(min(pair), max(pair)) for pair in uses}):
-            most = max(uses[i, j], uses[j, i])
-            pair = (group[i], group[j])
-            yield _use(
-                pricer,
-                pair,
-                carries="sums of gradients",
-                down_bytes=uses[i, j] * num_bytes,
-                up_bytes=uses[j, i] * num_bytes,
-                busy_s=most * num_bytes / float(pricer.bandwidth[pair]),
-            )
+def _sums(pricer: Pricer, sent_bytes: Counter[tuple[int, int]]) -> Iterator[LinkUse]:
+    """Bytes from one device to another, as one line for both ways."""
+    for pair in dict.fromkeys((min(pair), max(pair)) for pair, num_bytes in sent_bytes.items() if num_bytes):
+        down_bytes, up_bytes = sent_bytes[pair], sent_bytes[pair[::-1]]
+        busy_s = max(down_bytes, up_bytes) / float(pricer.bandwidth[pair])
+        yield _use(pricer, pair, carries="sums of gradients", down_bytes=down_bytes, up_bytes=up_bytes, busy_s=busy_s)
 
 
 def _use(pricer: Pricer, pair: tuple[int, int], **figures: object) -> LinkUse:

@@ -38,10 +38,9 @@ def bottleneck(pricer: Pricer, best: Candidate) -> str:
     summed = max(range(len(names)), key=lambda k: best.groups[k].sum_s)
     link_s, sum_s = (time.link_busy_s[link] if time.link_busy_s else 0.0), best.groups[summed].sum_s
     if sum_s > max(time.busy_s[k], link_s):
-        return (
-            f"the sum of gradients over the replicas of stage {summed}, {names[summed]}: {sum_s:.3g} s of the step's "
-            f"{best.step_s:.3g} s wait for it"
-        )
+        has_replicas = len(best.layout[summed]) > 1
+        over = f"the replicas of stage {summed}, {names[summed]}" if has_replicas else "stages that share parameters"
+        return f"the sum of gradients over {over}: {sum_s:.3g} s of the step's {best.step_s:.3g} s wait for it"
     if link_s > time.busy_s[k]:
         return (
             f"the link from {names[link]} to {names[link + 1]}: it carries messages for {link_s:.3g} s each way of "

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from partitioner.adapter import adapter_params_of
 from partitioner.climb import Limits
 from partitioner.device import LinkProfile, LinkTable
 from partitioner.link_uses import link_uses
@@ -15,6 +16,7 @@ from partitioner.pricing import Pricer
 from partitioner.relief import bottleneck, reliefs
 from partitioner.search import search
 from partitioner.simulate import simulate_step
+from plutino.job.method import FullConfig
 from tests.unit.partitioner.fleet import SLOW_LAN, TIGHT, device, job, llama
 
 DEVICES = [device("a"), device("b", speed=2), device("c", speed=0.5)]
@@ -59,6 +61,22 @@ def test_replicas_of_one_stage_have_a_link_although_no_hidden_states_travel() ->
     (use,) = plan.links
     params = sum(job(table).adapter_params)
     assert (use.carries, use.down_bytes, use.up_bytes) == ("sums of gradients", 4 * params, 4 * params)
+
+
+def test_tied_embedding_that_is_trained_goes_between_the_ends_of_the_pipeline_and_is_waited_for() -> None:
+    table, devices, links = llama(4), [device("a"), device("b")], link(1e6)
+    assert table.is_tied
+    fields = adapter_params_of(table, FullConfig()).shape_fields
+    shape = job(table, **fields)
+    pricer = Pricer(table, shape, devices, links)
+    found = pricer.candidate(((0,), (1,)), (0, 2, 4))
+
+    (use,) = [use for use in link_uses(pricer, found) if use.carries == "sums of gradients"]
+
+    assert (use.down_bytes, use.up_bytes) == (4 * table.head_params, 4 * table.head_params)
+    untied = Pricer(table, shape.model_copy(update={"tied_trainable_params": 0}), devices, links)
+    waited_s = found.step_s - untied.candidate(((0,), (1,)), (0, 2, 4)).step_s
+    assert waited_s >= use.busy_s
 
 
 def test_sum_over_replicas_that_takes_longest_is_the_bottleneck_and_16_bits_relieve_it() -> None:
