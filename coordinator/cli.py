@@ -106,10 +106,9 @@ def plan(
 
     spec = _load_spec(job_file, overrides)
     if fleet is not None:
-        from coordinator.jobs.offline_planning import load_fleet, offline_problem
+        from coordinator.jobs.offline_planning import load_fleet, offline_plan
 
-        problem = offline_problem(spec, load_fleet(fleet))
-        found = problem.plan_or_refusal()
+        problem, found = offline_plan(spec, load_fleet(fleet))
     else:
         with local_client(state_dir) as client:
             values, problem_values = client.plan_with_problem(spec, even_if_refused=bool(what_if))
@@ -145,6 +144,9 @@ def submit(
             return _watch(client, job_id, state_dir, as_json=as_json)
     if as_json:
         return print_json({"job_id": job_id})
+    if spec.auto_method is not None:
+        with local_client(state_dir) as client:
+            print(f"method: auto takes {client.job(job_id).detail['spec']['auto_method']['why']}")
     print(f"submitted {job_id}; watch it with: {_command('watch', job_id, state_dir)}")
 
 

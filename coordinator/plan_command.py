@@ -80,7 +80,9 @@ def plan_text(planned: Planned) -> str:
     """Everything, for a person."""
     parts = [explain(planned.plan), report_text(planned.figures)]
     if planned.what_ifs:
-        parts.append("what if:\n" + "".join(f"  {_what_if_line(w, planned.plan)}\n" for w in planned.what_ifs))
+        share = planned.problem.shape.cached_steps_share
+        lines = (f"  {_what_if_line(w, planned.plan, share)}\n" for w in planned.what_ifs)
+        parts.append("what if:\n" + "".join(lines))
     parts.append(gantt_text(play(planned.plan, planned.candidate), _names(planned.plan)))
     return "\n".join(parts)
 
@@ -89,7 +91,7 @@ def refused_text(refusal: str, what_ifs: Sequence[WhatIf], *, as_json: bool) -> 
     """What changes would give to a job that does not fit as things are."""
     if as_json:
         return to_json({"refusal": refusal, "what_if": _what_if_values(what_ifs)}) + "\n"
-    return "what if:\n" + "".join(f"  {_what_if_line(what_if, None)}\n" for what_if in what_ifs)
+    return "what if:\n" + "".join(f"  {_what_if_line(what_if, None, 0.0)}\n" for what_if in what_ifs)
 
 
 def plan_values(planned: Planned) -> dict[str, Any]:
@@ -126,12 +128,15 @@ def write_gantt(planned: Planned, path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file for --gantt") from error
 
 
-def _what_if_line(what_if: WhatIf, plan: Plan | None) -> str:
+def _what_if_line(what_if: WhatIf, plan: Plan | None, cached_steps_share: float) -> str:
+    """A change in words; steps from the cache count in how fast it is."""
     if what_if.plan is None:
         return f"{what_if.change}: {what_if.reason}"
     stages = ", ".join(_stage_name(stage) for stage in what_if.plan.stages)
-    gain = "it fits" if plan is None else f"{plan.step_s / what_if.plan.step_s:.2f} x as fast"
-    return f"{what_if.change}: {what_if.plan.step_s:.3g} s a step, {gain}, on {stages}"
+    step_s = what_if.plan.mean_step_s(cached_steps_share)
+    gain = "it fits" if plan is None else f"{plan.mean_step_s(cached_steps_share) / step_s:.2f} x as fast"
+    mean = " over the whole job" if cached_steps_share and plan is not None else ""
+    return f"{what_if.change}: {step_s:.3g} s a step{mean}, {gain}, on {stages}"
 
 
 def _stage_name(stage: StagePlan) -> str:

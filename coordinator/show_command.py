@@ -29,7 +29,10 @@ def show(
         return print_json(found)
     from coordinator.screens import job_detail, make_console
 
-    make_console().print(job_detail(found))
+    console = make_console()
+    console.print(job_detail(found))
+    if (choice := found.detail["spec"].get("auto_method")) is not None:
+        console.print(f"method: auto took {choice['why']}", markup=False)
 
 
 def _draw(job: str, state_dir: Path | None, gantt: str, step: int | None, *, as_json: bool) -> None:

@@ -70,6 +70,7 @@ class Agent:
         self._reachability = Reachability(self._attachment.report, config.pool.network, self._is_revoked)
         self._cache_server: CacheServer | None = None
         self._ended = asyncio.Event()
+        self._is_leaving = False
 
     async def run(self) -> None:
         """Supervise until :meth:`end` is called. However it returns, no worker is left.
@@ -99,6 +100,7 @@ class Agent:
                         finally:
                             renewing.cancel()
                 finally:
+                    self._say_goodbye()
                     await self._pool.end(f"agent {self._config.name} ends")
                     if self._cache_server is not None:
                         await asyncio.to_thread(self._cache_server.close)
@@ -110,6 +112,11 @@ class Agent:
     def end(self) -> None:
         """Ask :meth:`run` to end the workers and return."""
         self._ended.set()
+
+    def _say_goodbye(self) -> None:
+        """Before the workers end, so that nobody plans with this device, or waits for its lease."""
+        self._is_leaving = True
+        self._attachment.report(agents_pb2.AgentEvent(leaving=agents_pb2.Leaving(reason="its agent was ended")))
 
     async def _keep_renewed(self) -> None:
         if self._renewal is None:
@@ -146,6 +153,7 @@ class Agent:
             baseline_bytes=readiness.baseline_bytes,
             versions=readiness.versions,
             dtypes=readiness.dtypes,
+            slow_dtypes=readiness.slow_dtypes,
             workers=[worker_id(ref) for ref in self._pool.running()],
             hardware=hardware_to_proto(readiness.hardware),
             wire_version=WIRE_VERSION,
@@ -160,6 +168,9 @@ class Agent:
 
     async def _obey(self, command: agents_pb2.AgentCommand) -> None:
         match command.WhichOneof("command"):
+            case "start_worker" | "profile" as refused if self._is_leaving:
+                # Sent before the goodbye was read. A process that began now would outlive the pool.
+                logger.info("%s is not done: the agent ends", refused)
             case "start_worker":
                 start = command.start_worker
                 await self._pool.start(worker_ref(start.worker), start.assignment_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,16 @@ class PassTimer:
             spent_s += took_s
             repeats += 1
         return fastest_s
+
+    def fastest_in_turns(self, calls: Mapping[str, Callable[[], Any]], *, turns: int) -> dict[str, float]:
+        """Seconds of each call's fastest turn: whoever keeps the machine busy meanwhile slows all of them."""
+        for call in calls.values():
+            call()
+        seconds = dict.fromkeys(calls, float("inf"))
+        for _ in range(turns):
+            for name, call in calls.items():
+                seconds[name] = min(seconds[name], self._run(call, None)[1])
+        return seconds
 
     def _time_once(self, passes: Passes, evicted: Tensor | None) -> tuple[float, ...]:
         output, forward_s = self._run(passes.forward, evicted)

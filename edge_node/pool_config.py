@@ -41,5 +41,8 @@ class Readiness:
 
     baseline_bytes: int
     dtypes: tuple[str, ...]
+    """Offered to jobs, fastest first."""
+    slow_dtypes: dict[str, float]
+    """Kept back, with the factor over fp32's seconds."""
     versions: dict[str, str]
     hardware: Hardware

@@ -26,6 +26,7 @@ from edge_node.meeting import HostMeeting
 from edge_node.network import DeviceNetwork
 from edge_node.weights_config import WeightsConfig
 from edge_node.worker_imports import import_behind_others
+from plutino.dtypes import offered_dtypes, slow_dtypes
 from plutino.errors import AgentError, OutOfMemoryError, PlutinoError
 from plutino.job.assignment import WorkerAssignment
 from plutino.versions import installed_versions
@@ -157,19 +158,20 @@ def _prepare(threads: int, device_name: str) -> tuple[ComputeDevice, dict[str, A
 
     from edge_node import session  # what a job needs is part of the baseline, not of the job
     from edge_node.compute_device import open_device
-    from edge_node.profile import fast_dtypes, warm_up
+    from edge_node.profile import probe_dtypes, warm_up
 
     device = open_device(device_name)
     torch.set_num_threads(threads)
     logger.info("warming up for %s", session.WorkerSession.__name__)
     warm_up(device)
-    dtypes = fast_dtypes(device)
+    dtype_seconds = probe_dtypes(device)
     device.release()
     # What imports left lives as long as the process: a collection need not look at 390,000 objects for 0.2 s each time.
     gc.freeze()
     return device, {
         "baseline_bytes": device.held_bytes(),
-        "dtypes": dtypes,
+        "dtypes": offered_dtypes(dtype_seconds),
+        "slow_dtypes": slow_dtypes(dtype_seconds),
         "versions": installed_versions(),
         "hardware": device.describe(),
     }

@@ -268,13 +268,14 @@ class WorkerPool:
                     "dtypes": [*dtypes],
                     "versions": dict(versions),
                     "hardware": dict(hardware),
-                }
+                } as ready
             }:
                 self._spare_failures = 0
                 if self._readiness is None:
                     self._readiness = Readiness(
                         baseline_bytes=baseline_bytes,
                         dtypes=tuple(str(dtype) for dtype in dtypes),
+                        slow_dtypes={str(dtype): float(x) for dtype, x in ready.get("slow_dtypes", {}).items()},
                         versions={str(name): str(version) for name, version in versions.items()},
                         hardware=Hardware.from_values(hardware),
                     )

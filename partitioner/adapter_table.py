@@ -65,6 +65,7 @@ class AdapterTable(PlanValue):
             "first_trainable_params": self.first_params,
             "last_trainable_params": self.last_params,
             "stage_trainable_params": self.stage_params,
+            "tied_trainable_params": self.tied_params,
             "use_dora": self.use_dora,
             "size_setting": self.size_setting,
             "side_reduction": self.side_reduction,

@@ -131,8 +131,18 @@ def side_device(
         read_bytes_per_s: of its disk.
     """
     timings = device.timings
+    return SideDevice(
+        agent_id=device.agent_id,
+        compute_s=num_side_blocks(shape) * (1 + SIDE_FORWARD_SHARE) * timings.backward_s
+        + timings.head_forward_s
+        + timings.head_backward_s,
+        read_s=entry_bytes(table, shape, entry_token_bytes) / read_bytes_per_s,
+    )
+
+
+def entry_bytes(table: ModelTable, shape: JobShape, entry_token_bytes: int) -> int:
+    """Bytes of all entries of a micro-batch that a side network is trained from."""
     num_blocks = num_side_blocks(shape)
-    head_s = timings.head_forward_s + timings.head_backward_s
     # What stands before the lowest side block, what each side block reads, and what the final norm gives.
     num_entry_tokens = micro_batch_tokens(shape) * (num_blocks + 2)
     if table.num_encoder_blocks:
@@ -140,12 +150,7 @@ def side_device(
         num_targets = shape.micro_batch_rows * target_tokens(shape)
         num_entry_tokens = micro_batch_tokens(shape) * (num_of_encoder + 1)
         num_entry_tokens += num_targets * (num_blocks - num_of_encoder + 2)
-    entry_bytes = num_entry_tokens * entry_token_bytes
-    return SideDevice(
-        agent_id=device.agent_id,
-        compute_s=num_blocks * (1 + SIDE_FORWARD_SHARE) * timings.backward_s + head_s,
-        read_s=entry_bytes / read_bytes_per_s,
-    )
+    return num_entry_tokens * entry_token_bytes
 
 
 def num_side_blocks(shape: JobShape) -> int:

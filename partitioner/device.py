@@ -84,6 +84,9 @@ class DeviceProfile(PlanValue):
     """Resident memory of a worker before any job."""
     timings: BlockTimings
     dtypes: tuple[str, ...] = ("fp32",)
+    """Compute dtypes that it offers, fastest first."""
+    slow_dtypes: tuple[tuple[str, float], ...] = ()
+    """Dtypes that it keeps back, each with the factor over fp32's seconds."""
     is_card: bool = False
     """Its memory is a card's, which malloc has no part in."""
     remark: str = ""

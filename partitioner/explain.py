@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from partitioner.plan import Plan, RejectedPlan, StagePlan
-from plutino.sizes import MIB
+from plutino.sizes import MIB, format_size
 
 _HEADER = (
     "stage",
@@ -21,6 +21,17 @@ _HEADER = (
     "budget",
 )
 
+_CHOICE_HEADER = (
+    "method",
+    "whole task",
+    "a step",
+    "later steps",
+    "largest worker",
+    "sent a step",
+    "cache on disk",
+    "trained",
+)
+
 
 def explain(plan: Plan) -> str:
     """Stages, memory item by item, the step's seconds, what binds, what would relieve it, and what lost.
@@ -28,7 +39,8 @@ def explain(plan: Plan) -> str:
     Times are of one micro-batch. A predicted peak is the worker's whole resident memory: its baseline and the job.
     """
     sections = [
-        _summary(plan) + _packing(plan),
+        _method_choice(plan),
+        _summary(plan) + (f"\n{plan.dtype_why}" if plan.dtype_why else "") + _packing(plan),
         _table(_without_shares(_worker_rows(plan)) if not plan.has_replicas else _worker_rows(plan)),
         "memory of the job, MiB\n" + _table(_memory_rows(plan.stages)),
         f"bottleneck: {plan.bottleneck}\nrelief:     {plan.relief}",
@@ -38,6 +50,33 @@ def explain(plan: Plan) -> str:
         _reasons("remarks", plan.remarks),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _method_choice(plan: Plan) -> str:
+    """What was priced before a method was taken, where the job left it open."""
+    choice = plan.method_choice
+    if choice is None:
+        return ""
+    rows: list[tuple[str, ...]] = [_CHOICE_HEADER]
+    for one in choice.candidates:
+        if one.why_not:
+            rows.append((one.method, "-", "-", "-", "-", "-", "-", "-"))
+            continue
+        rows.append(
+            (
+                one.method,
+                f"{one.task_s:.3g} s",
+                f"{one.step_s:.3g} s",
+                f"{one.later_step_s:.3g} s",
+                format_size(one.peak_bytes),
+                format_size(one.sent_bytes),
+                format_size(one.cache_bytes),
+                str(one.trained_params),
+            )
+        )
+    refused = [f"  {one.method}: {one.why_not}" for one in choice.candidates if one.why_not]
+    table = _table(rows)
+    return "\n".join([f"method: auto takes {choice.why}", table, *(["not possible:", *refused] if refused else [])])
 
 
 def _summary(plan: Plan) -> str:

@@ -88,12 +88,23 @@ class LinkPrices(Rooms):
         """
         if len(layout[k]) == 1:
             return 0.0
-        params, beside_s = self._params_at(layout, k), self._beside_s(layout, k)
-        num_bytes = self.shape.sum_bytes * float(params[end] - params[start])
+        beside_s = self._beside_s(layout, k)
+        num_bytes = self.sum_bytes(layout, k, start, end)
         pace, way = self._factors(layout, k)
         # The topmost block's gradients come first, when its pass is over.
         meanwhile_s = float(beside_s[end - 1] - beside_s[start])
         return left_over_s(num_bytes * pace, meanwhile_s, num_bytes) + min(SUM_MESSAGE_BYTES, num_bytes) * way
+
+    def sum_bytes(self, layout: Layout, k: int, start: int, end: int) -> int:
+        """Of a stage's whole gradient on its way from one replica to another."""
+        params = self._params_at(layout, k)
+        return self.shape.sum_bytes * int(params[end] - params[start])
+
+    def sum_owners(self, layout: Layout, k: int) -> tuple[int, ...]:
+        """The replicas that the running sum of a stage comes to, by micro-batch."""
+        if self.shape.replicas_fold:
+            return tuple(range(len(layout[k])))
+        return self.owners(layout[k], is_alone=len(layout) == 1)
 
     def least_sum_s(self, layout: Layout, k: int, starts: Ints, ends: Ints) -> Floats:
         """No more than :meth:`sum_s` of stages with blocks [starts, ends), shape (N,)."""
@@ -107,10 +118,8 @@ class LinkPrices(Rooms):
 
     def _factors(self, layout: Layout, k: int) -> tuple[float, float]:
         """Of a stage with several replicas, see :func:`partitioner.sum_path.sum_factors`; latencies are left out."""
-        key = group, owners = layout[k], self.owners(layout[k], is_alone=len(layout) == 1)
+        key = group, owners = layout[k], self.sum_owners(layout, k)
         if key not in self._sum_factors:
-            if self.shape.replicas_fold:
-                owners = tuple(range(len(group)))
             self._sum_factors[key] = sum_factors(owners, (1.0 / self.bandwidth[np.ix_(group, group)]).tolist())
         return self._sum_factors[key]
 

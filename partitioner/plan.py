@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from partitioner.values import PlanValue
+from plutino.job.auto_method import AutoMethod
 from plutino.job.model import PLAIN, Packing
 from plutino.types import SumDtype
 
@@ -100,14 +103,16 @@ class StagePlan(PlanValue):
 
 
 class LinkUse(PlanValue):
-    """What one link between neighbouring workers carries in a step."""
+    """What one link between two workers carries in a step."""
 
     from_device: str
     to_device: str
+    carries: Literal["hidden states", "sums of gradients"] = "hidden states"
+    """Between neighbouring stages the first, with their gradients on the way up; between replicas the second."""
     down_bytes: int
-    """Hidden states."""
+    """From the first device to the second: hidden states, or the running sum."""
     up_bytes: int
-    """Their gradients."""
+    """Back: the hidden states' gradients, or the total."""
     busy_s: float
     """Seconds that it carries messages, in the busier direction."""
     bandwidth_bytes_per_s: float = 0.0
@@ -165,6 +170,10 @@ class Plan(PlanValue):
     checkpointing: bool
     """Some stage recomputes its blocks; see StagePlan.checkpointing."""
     dtype: str
+    method_choice: AutoMethod | None = None
+    """Of a job that left its method open: what decided."""
+    dtype_why: str = ""
+    """Why it is the one, where that needs a word."""
     packing: Packing = PLAIN
     """How the frozen weights are held."""
     packing_why: str = ""

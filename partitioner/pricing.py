@@ -19,6 +19,7 @@ from partitioner.place import Ints
 from partitioner.plan import UpperStep
 from partitioner.replay import Floats, StageGroup, StepTime, replay, replay_many
 from partitioner.shape import JobShape
+from partitioner.shared_sums import shared_sum_s
 from partitioner.side_prices import SidePrices
 
 
@@ -61,6 +62,10 @@ class Pricer(SidePrices):
 
     @cached_property
     def _options(self) -> dict[Layout, list[dict[int, StageOption | None]]]:
+        return {}
+
+    @cached_property
+    def _shared_s(self) -> dict[Layout, float]:
         return {}
 
     def of_shape(self, shape: JobShape) -> Pricer:
@@ -126,8 +131,14 @@ class Pricer(SidePrices):
             owners=self.owners(group, is_alone=len(layout) == 1),
             links=self.links_below(layout, k, is_rounded=end in self.shape.bf16_borders),
             ahead=ahead_of(layout, k, runs_ahead=self.shape.runs_ahead),
-            sum_s=self.sum_s(layout, k, start, end),
+            # Stages that share a gradient have it when the first stage's last pass is over.
+            sum_s=self.sum_s(layout, k, start, end) + (self._shared_sum_s(layout) if k == 0 else 0.0),
         )
+
+    def _shared_sum_s(self, layout: Layout) -> float:
+        if layout not in self._shared_s:
+            self._shared_s[layout] = shared_sum_s(self, layout)
+        return self._shared_s[layout]
 
     def candidate(self, layout: Layout, cuts: Cuts) -> Candidate | None:
         """A layout with its cuts, replayed; None if it does not fit."""

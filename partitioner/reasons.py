@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 
 from partitioner.device import DeviceProfile
 from partitioner.layout import Layout, replica_shares
+from partitioner.link_uses import link_uses
 from partitioner.place import ReplicaShare
-from partitioner.plan import LinkUse, MemoryItem, Plan, RejectedPlan, ReplicaPlan, StagePlan
+from partitioner.plan import MemoryItem, Plan, RejectedPlan, ReplicaPlan, StagePlan
 from partitioner.pricing import Candidate, Pricer
-from partitioner.replay import replay
+from partitioner.relief import NOTABLE_SHARE, Relief, bottleneck, in_words
+from plutino.dtypes import why_not_run
 from plutino.sizes import format_size
-
-NOTABLE_SHARE = 0.02
-"""What saves less than this share of the step is not worth a sentence, nor a lossy codec."""
 
 
 @dataclass(slots=True)
@@ -78,18 +75,16 @@ class Outcome:
         return list(self._by_variant.values())
 
 
-def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Candidate | None) -> Plan:
+def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], found: Sequence[Relief]) -> Plan:
     """The best candidate as a plan.
 
     Args:
         outcome: what the search found.
         all_devices: every device that was offered, those that the search could not use included.
-        freed: the best candidate if memory cost nothing.
+        found: what would make the step shorter.
     """
     compared, pricer = outcome.chosen()
     shape, best = pricer.shape, pricer.first_epoch(compared)
-    if freed is not None:
-        freed = pricer.first_epoch(freed)
     stages = tuple(_stage(pricer, best, k) for k in range(len(best.layout)))
     return Plan(
         stages=stages,
@@ -105,10 +100,10 @@ def make_plan(outcome: Outcome, all_devices: Sequence[DeviceProfile], freed: Can
         bound_s=outcome.bound_s if shape.cached_steps_share == 0 else None,
         cached=pricer.cached_step(best.layout, best.cuts) if shape.cached_steps_share else None,
         upper=pricer.upper_step(compared),
-        links=_link_uses(pricer, best),
+        links=link_uses(pricer, best),
         bubble_share=best.time.bubble_share,
-        bottleneck=_bottleneck(shape.num_micro_batches, stages, best),
-        relief=_relief(pricer, stages, best, freed),
+        bottleneck=bottleneck(pricer, best),
+        relief=in_words(found),
         rejected=_rejected(outcome),
         unused_devices=_unused(pricer, all_devices, stages, best),
     )
@@ -166,83 +161,6 @@ def _worker(pricer: Pricer, best: Candidate, k: int, replica: int, share: Replic
     )
 
 
-def _link_uses(pricer: Pricer, best: Candidate) -> tuple[LinkUse, ...]:
-    uses = []
-    for k, (group, below) in enumerate(pairwise(best.layout)):
-        here, there = best.groups[k], best.groups[k + 1]
-        gets_gradient = here.replicas[0].gets_gradient
-        for (i, j), count in sorted(Counter(zip(here.owners, there.owners, strict=True)).items()):
-            is_rounded = pricer.codec_at(best.cuts[k + 1]) == "bf16"
-            num_bytes = count * (pricer.rounded_bytes if is_rounded else pricer.message_bytes)
-            pair = (group[i], below[j])
-            uses.append(
-                LinkUse(
-                    from_device=pricer.devices[group[i]].name,
-                    to_device=pricer.devices[below[j]].name,
-                    down_bytes=num_bytes,
-                    up_bytes=num_bytes if gets_gradient else 0,
-                    busy_s=count * here.links[i][j][0],
-                    bandwidth_bytes_per_s=float(pricer.bandwidth[pair]),
-                    latency_s=float(pricer.latency_s[pair]),
-                    how_known=pricer.links.how_known(*(pricer.devices[i] for i in pair)),
-                )
-            )
-    return tuple(uses)
-
-
-def _bottleneck(num_micro_batches: int, stages: Sequence[StagePlan], best: Candidate) -> str:
-    busy_s, link_busy_s = best.time.busy_s, best.time.link_busy_s
-    k = max(range(len(stages)), key=lambda k: busy_s[k])
-    link = max(range(len(stages) - 1), key=lambda k: link_busy_s[k], default=0)
-    if link_busy_s and link_busy_s[link] > busy_s[k]:
-        return (
-            f"the link from {_name(stages[link])} to {_name(stages[link + 1])}: it carries messages for "
-            f"{link_busy_s[link]:.3g} s each way of the step's {best.step_s:.3g} s ({num_micro_batches} micro-batches)"
-        )
-    return f"stage {k} on {_name(stages[k])}: it computes {busy_s[k]:.3g} s of the step's {best.step_s:.3g} s"
-
-
-def _relief(pricer: Pricer, stages: Sequence[StagePlan], best: Candidate, freed: Candidate | None) -> str:
-    """What would make the step shorter, each with the seconds that a new search or replay gives."""
-    target_s = best.step_s * (1 - NOTABLE_SHARE)
-    found: list[tuple[float, str]] = []
-    if freed is not None and freed.step_s < target_s and (lacking := _memory_relief(pricer, freed)):
-        found = [(freed.step_s, f"more memory: {lacking}")]
-    free_links = [
-        replace(group, links=tuple(tuple((0.0, 0.0) for _ in row) for row in group.links)) for group in best.groups
-    ]
-    unlinked_s = replay(free_links, pricer.num_micro_batches).step_s
-    if unlinked_s < target_s:
-        is_small = pricer.shape.codec == "bf16" or pricer.shape.dtype == "bf16"
-        way = "a faster network" if is_small else "codec bf16 or a faster network"
-        found.append((unlinked_s, f"{way}: {unlinked_s:.3g} s a step if the links cost nothing"))
-    if found:
-        return "; ".join(text for _, text in sorted(found))
-    k = max(range(len(stages)), key=lambda k: best.time.busy_s[k])
-    bubble = f"; {best.time.bubble_share:.0%} of the busiest stage's time is bubble" if len(stages) > 1 else ""
-    return f"a faster device than {_name(stages[k])}, or one device more{bubble}"
-
-
-def _memory_relief(pricer: Pricer, freed: Candidate) -> str:
-    needs = []
-    for k, group in enumerate(freed.layout):
-        shares = replica_shares(freed.layout, k, freed.groups[k].owners, runs_ahead=pricer.shape.runs_ahead)
-        for share, index in zip(shares, group, strict=True):
-            device = pricer.devices[index]
-            job_bytes = pricer.memory.job_bytes(
-                freed.cuts[k],
-                freed.cuts[k + 1],
-                num_stages=len(freed.layout),
-                stage_index=k,
-                checkpointing=freed.checkpointing[k],
-                share=share,
-            )
-            lacking_bytes = device.baseline_bytes + job_bytes - device.available_bytes
-            if lacking_bytes > 0:
-                needs.append(f"{format_size(lacking_bytes)} more on {device.name}")
-    return f"{' and '.join(needs)} would give {freed.step_s:.3g} s a step" if needs else ""
-
-
 def _rejected(outcome: Outcome) -> tuple[RejectedPlan, ...]:
     best, pricer = outcome.chosen()
     all_steps = ", steps from the cache included" if pricer.shape.cached_steps_share else ""
@@ -297,7 +215,7 @@ def _unused(
         if device.agent_id in used:
             continue
         if shape.dtype not in device.dtypes:
-            why = f"does not run {shape.dtype}, only {', '.join(device.dtypes)}"
+            why = why_not_run(shape.dtype, device.dtypes, dict(device.slow_dtypes))
         elif device.available_bytes - device.baseline_bytes < smallest_bytes:
             why = (
                 f"offers {format_size(device.available_bytes)}; a worker of one block takes "
@@ -329,7 +247,3 @@ def _smallest_stage_bytes(pricer: Pricer) -> int:
 def count(number: int, noun: str) -> str:
     """A number with its noun."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _name(stage: StagePlan) -> str:
-    return " + ".join(stage.device_names)

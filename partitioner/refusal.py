@@ -14,6 +14,7 @@ from partitioner.micro_batch import candidate_rows, with_rows
 from partitioner.model import ModelTable
 from partitioner.pricing import Pricer
 from partitioner.shape import JobShape
+from plutino.dtypes import why_not_run
 from plutino.errors import InfeasiblePlanError
 from plutino.sizes import MIB, format_size
 
@@ -79,7 +80,9 @@ def _offer(device: DeviceProfile, shape: JobShape) -> str:
         f"{device.name} {format_size(device.available_bytes)} "
         f"({format_size(max(0, device.available_bytes - device.baseline_bytes))} beyond its baseline)"
     )
-    return text if shape.dtype in device.dtypes else f"{text}, but it does not run {shape.dtype}"
+    if shape.dtype in device.dtypes:
+        return text
+    return f"{text}, but it {why_not_run(shape.dtype, device.dtypes, dict(device.slow_dtypes))}"
 
 
 def _changes(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> list[str]:

@@ -166,12 +166,15 @@ def report_text(figures: PlanReport) -> str:
             f"  {use.device}: {use.margin_bytes / MIB:.0f} MiB of {use.budget_bytes / MIB:.0f} MiB ({share:.0%})"
         )
     lines.append("links, per step:" if figures.links else "links: none, one device does it all")
-    for link in figures.links:
-        lines.append(
-            f"  {link.from_device} to {link.to_device}: {link.down_bytes / MIB:.2f} MiB down, "
-            f"{link.up_bytes / MIB:.2f} MiB up, busy {link.busy_s:.3g} s each way ({format_rate(link)})"
-        )
+    lines += [_link_line(link) for link in figures.links]
     return "\n".join(lines) + "\n"
+
+
+def _link_line(link: LinkUse) -> str:
+    amounts = f"{link.down_bytes / MIB:.2f} MiB down, {link.up_bytes / MIB:.2f} MiB up"
+    what = "" if link.carries == "hidden states" else f" of {link.carries}"
+    busy = f"busy {link.busy_s:.3g} s {'each way' if link.up_bytes else 'down'}"
+    return f"  {link.from_device} to {link.to_device}: {amounts}{what}, {busy} ({format_rate(link)})"
 
 
 def format_rate(link: LinkUse) -> str:

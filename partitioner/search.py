@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from partitioner.border_codecs import least_lossy
 from partitioner.climb import Guesses, Limits, improve, polish, settle, starts
 from partitioner.device import DeviceProfile, LinkTable
-from partitioner.exact import TOLERANCE, prove
+from partitioner.exact import prove
 from partitioner.fitting import fitting_layout
 from partitioner.layout import Layout
 from partitioner.model import ModelTable
@@ -28,6 +28,7 @@ from partitioner.pricing import Candidate, Pricer
 from partitioner.question import Codec, Question, open_question
 from partitioner.reasons import Outcome, make_plan
 from partitioner.refusal import refuse
+from partitioner.relief import reliefs
 from partitioner.shape import JobShape
 from partitioner.spread import MAX_POLISHED, Fan, SearchPart, climb_parts, in_turn, is_long
 
@@ -144,7 +145,8 @@ def answer(question: Question, *, proof_work: int = MAX_PROOF_WORK, fan: Fan = i
         refuse(table, first_shape, all_devices, links)
     if question.is_codec_open:
         outcome.decide(*least_lossy(*outcome.chosen()))
-    return make_plan(outcome, all_devices, _freed(table, outcome, links, limits))
+    best, pricer = outcome.chosen()
+    return make_plan(outcome, all_devices, reliefs(pricer, best, outcome.layouts(), limits))
 
 
 def _find(
@@ -280,20 +282,3 @@ def _prove(variants: Sequence[_Variant], limits: Limits, outcome: Outcome, proof
             outcome.take(candidate, variant.pricer)
     if outcome.best is not None:
         outcome.bound_s = min(*bounds_s, outcome.best.cost_s) if bounds_s else None
-
-
-def _freed(table: ModelTable, outcome: Outcome, links: LinkTable, limits: Limits) -> Candidate | None:
-    """The best plan if memory cost nothing, and where that is notably faster."""
-    best, pricer = outcome.chosen()
-    roomy = [device.model_copy(update={"available_bytes": 1 << 62}) for device in pricer.devices]
-    freed = Pricer(table, pricer.shape, roomy, links)
-    guesses = Guesses(freed, limits)
-    guesses.add([best.layout, *outcome.layouts()])
-    improve(freed, guesses, limits, rounds=3)
-    settled = settle(freed, guesses.best(2))
-    settled += [again] if (again := freed.candidate(best.layout, best.cuts)) else []
-    found = min(settled, key=lambda candidate: candidate.cost_s, default=None)
-    if found is None:
-        return None
-    found = polish(freed, found, rounds=3)
-    return found if found.cost_s < best.cost_s * (1 - TOLERANCE) else None

@@ -37,6 +37,8 @@ class JobShape(PlanValue):
     """Trainable parameters of the last stage outside the blocks (head)."""
     stage_trainable_params: int = 0
     """Trainable parameters that every stage holds, because all blocks use them."""
+    tied_trainable_params: int = 0
+    """Of those of the first and of the last stage, what both hold: an embedding that is the head as well."""
     adapter_rank_out: tuple[int, ...] = ()
     """Per block: numbers a token that the method's own layers keep for the backward pass (LoRA: the ranks' sum)."""
     adapter_cast_params: tuple[int, ...] = ()

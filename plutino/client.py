@@ -175,7 +175,10 @@ class Client:
         request = pb.SubmitRequest(
             spec_json=spec.model_dump_json(), idempotency_key=idempotency_key or uuid.uuid4().hex
         )
-        response: pb.SubmitResponse = self._call(self._stub.Submit, request)
+        # Before its method is chosen, devices measure themselves with several.
+        is_open = spec.auto_method is not None and spec.auto_method.is_open
+        timeout_s = _PLAN_TIMEOUT_S if is_open else _CALL_TIMEOUT_S
+        response: pb.SubmitResponse = self._call(self._stub.Submit, request, timeout_s=timeout_s)
         return JobId(response.job_id)
 
     def plan(self, spec: JobSpec) -> Mapping[str, Any]:

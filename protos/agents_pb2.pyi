@@ -56,6 +56,7 @@ class AgentEvent(_message.Message):
     WORKER_EXITED_FIELD_NUMBER: _builtins.int
     PROFILE_RESULT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     DOOR_OPENED_FIELD_NUMBER: _builtins.int
     KNOCKED_FIELD_NUMBER: _builtins.int
     PROFILE_REACHED_FIELD_NUMBER: _builtins.int
@@ -70,6 +71,8 @@ class AgentEvent(_message.Message):
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
+    def leaving(self) -> Global___Leaving: ...
+    @_builtins.property
     def door_opened(self) -> Global___DoorOpened: ...
     @_builtins.property
     def knocked(self) -> Global___Knocked: ...
@@ -83,15 +86,16 @@ class AgentEvent(_message.Message):
         worker_exited: Global___WorkerExited | None = ...,
         profile_result: Global___ProfileResult | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        leaving: Global___Leaving | None = ...,
         door_opened: Global___DoorOpened | None = ...,
         knocked: Global___Knocked | None = ...,
         profile_reached: Global___ProfileReached | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_reached", b"profile_reached", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "leaving", b"leaving", "profile_reached", b"profile_reached", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "profile_reached", b"profile_reached", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["door_opened", b"door_opened", "event", b"event", "heartbeat", b"heartbeat", "hello", b"hello", "knocked", b"knocked", "leaving", b"leaving", "profile_reached", b"profile_reached", "profile_result", b"profile_result", "worker_exited", b"worker_exited", "worker_started", b"worker_started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "worker_started", "worker_exited", "profile_result", "heartbeat", "door_opened", "knocked", "profile_reached"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "worker_started", "worker_exited", "profile_result", "heartbeat", "leaving", "door_opened", "knocked", "profile_reached"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -123,6 +127,26 @@ class AgentHello(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SlowDtypesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     AGENT_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
@@ -136,6 +160,7 @@ class AgentHello(_message.Message):
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
     CACHE_ADDRESS_FIELD_NUMBER: _builtins.int
     MEASURES_LINKS_FIELD_NUMBER: _builtins.int
+    SLOW_DTYPES_FIELD_NUMBER: _builtins.int
     PROCESSORS_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     name: _builtins.str
@@ -167,6 +192,10 @@ class AgentHello(_message.Message):
     @_builtins.property
     def hardware(self) -> Global___Hardware: ...
     @_builtins.property
+    def slow_dtypes(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Dtypes that it does not offer because they took so many times the seconds of fp32."""
+
+    @_builtins.property
     def processors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What its workers compute on: numbers of cores, or a card; empty: not known, then all of its host."""
 
@@ -186,11 +215,12 @@ class AgentHello(_message.Message):
         wire_version: _builtins.int = ...,
         cache_address: _builtins.str = ...,
         measures_links: _builtins.bool = ...,
+        slow_dtypes: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         processors: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "processors", b"processors", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "processors", b"processors", "slow_dtypes", b"slow_dtypes", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -289,6 +319,27 @@ class WorkerExited(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerExited: _TypeAlias = WorkerExited  # noqa: Y015
+
+@_typing.final
+class Leaving(_message.Message):
+    """The agent was told to end: nothing shall wait for it. The ends of its workers follow on the same stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leaving: _TypeAlias = Leaving  # noqa: Y015
 
 @_typing.final
 class ProfileResult(_message.Message):

@@ -172,6 +172,7 @@ def device_of(hello: pb.AgentHello) -> Device:
         threads=hello.threads,
         versions=dict(hello.versions),
         dtypes=tuple(hello.dtypes),
+        slow_dtypes=dict(hello.slow_dtypes),
         hardware=hardware_from_proto(hello.hardware),
         measures_links=hello.measures_links,
         processors=tuple(hello.processors),

@@ -22,6 +22,13 @@ class DeviceState(str, Enum):
     """Its stream broke or it is silent; its workers may well be running, so nothing of its is given away yet."""
     GONE = "gone"
     """Its lease ran out: its workers count as lost."""
+    LEFT = "left"
+    """It said goodbye: the same, without waiting for its lease. Often it is started again in a moment."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether only a new hello brings the device back."""
+        return self in (DeviceState.GONE, DeviceState.LEFT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +47,8 @@ class Device:
     versions: Mapping[str, str] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ("fp32",)
     """Compute dtypes that the device runs, fastest first."""
+    slow_dtypes: Mapping[str, float] = field(default_factory=dict)
+    """Dtypes that it keeps back, with the factor over fp32's seconds."""
     hardware: Hardware = field(default_factory=Hardware)
     measures_links: bool = False
     """It takes and makes bursts."""
@@ -142,7 +151,7 @@ class Fleet:
         known = self.members.get(agent_id)
         # Only a new hello brings a gone device back: it must say which of its workers are still alive.
         # And a word that was still on its way when its stream broke proves nothing.
-        if known is None or stream != known.stream or not known.is_stream_up or known.state is DeviceState.GONE:
+        if known is None or stream != known.stream or not known.is_stream_up or known.state.is_away:
             return self, ()
         reason = f"{known.device.name} is heard again after {now_s - known.last_heard_s:.1f} s"
         return self._become(replace(known, state=DeviceState.ALIVE, last_heard_s=now_s, reason=""), known.state, reason)
@@ -153,12 +162,20 @@ class Fleet:
         The end of an older stream is often noticed after the device has long attached again, and means nothing.
         """
         known = self.members.get(agent_id)
-        if known is None or stream != known.stream or known.state is DeviceState.GONE:
+        if known is None or stream != known.stream or known.state.is_away:
             return self, ()
         left_s = max(0.0, known.last_heard_s + self.lease_s - now_s)
         reason = f"the control stream of {known.device.name} broke; it has {left_s:.1f} s to attach again"
         suspect = replace(known, state=DeviceState.SUSPECT, is_stream_up=False, reason=reason)
         return self._become(suspect, known.state, reason)
+
+    def leave(self, agent_id: AgentId, stream: int, now_s: float, reason: str) -> Outcome:
+        """A device says that it ends; on another stream than its present one that is a late message of the past."""
+        known = self.members.get(agent_id)
+        if known is None or stream != known.stream or known.state.is_away:
+            return self, ()
+        left = replace(known, state=DeviceState.LEFT, last_heard_s=now_s, reason=reason)
+        return self._become(left, known.state, reason)
 
     def revoke(self, agent_id: AgentId, reason: str) -> Outcome:
         """A device was shut out: it is gone at once, whatever is left of its lease."""
@@ -183,14 +200,14 @@ class Fleet:
             member.last_heard_s
             + (self.suspect_after_s if member.state is DeviceState.ALIVE else self.lease_s + member.grace_s)
             for member in self.members.values()
-            if member.state is not DeviceState.GONE
+            if not member.state.is_away
         ]
         return min(deadlines, default=None)
 
     def _judge(self, member: Member, now_s: float) -> Outcome:
         silent_s = now_s - member.last_heard_s
         name = member.device.name
-        if member.state is DeviceState.GONE:
+        if member.state.is_away:
             return self, ()
         # Compared as deadlines, like next_deadline_s computes them: a tick at the deadline must not just miss it.
         lease_s = self.lease_s + member.grace_s

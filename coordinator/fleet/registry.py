@@ -133,9 +133,19 @@ class FleetRegistry:
         return str(agent_id) if member is None else member.device.name
 
     def is_gone(self, agent_id: AgentId) -> bool:
-        """The device's lease has run out."""
+        """The device's lease has run out, or it said goodbye."""
         member = self.fleet.members.get(agent_id)
-        return member is not None and member.state is DeviceState.GONE
+        return member is not None and member.state.is_away
+
+    @property
+    def returning(self) -> tuple[AgentId, ...]:
+        """Devices that said goodbye so lately that they may be on their way back: an update starts them again."""
+        within_s = self._patience.lease_s + self._patience.return_s
+        return tuple(
+            agent_id
+            for agent_id, member in self.fleet.members.items()
+            if member.state is DeviceState.LEFT and self._clock() - member.last_heard_s < within_s
+        )
 
     async def serve(
         self, events: AsyncIterator[pb.AgentEvent], certified_id: str | None = None
@@ -208,8 +218,10 @@ class FleetRegistry:
         while True:
             await asyncio.sleep(self._patience.heartbeat_every_s / 2)
             self._step(self.fleet.tick(self._clock()))
-            for agent_id in [agent_id for agent_id in self._links if self.is_gone(agent_id)]:
-                self._links.pop(agent_id).end()
+            # One that said goodbye ends its stream itself, once its workers have ended.
+            for agent_id in [device.agent_id for device in self.fleet.in_state(DeviceState.GONE)]:
+                if (link := self._links.pop(agent_id, None)) is not None:
+                    link.end()
 
     def start_worker(self, agent_id: AgentId, ref: WorkerRef, assignment_json: str) -> bool:
         """Ask an agent to run a worker; False if it is not attached."""
@@ -335,6 +347,10 @@ class FleetRegistry:
                 )
             case "heartbeat":
                 link.note_usage(event.heartbeat)
+            case "leaving":
+                reason = f"{self.name_of(link.agent_id)} left: {event.leaving.reason[:200]}"
+                self._step(self.fleet.leave(link.agent_id, link.stream, self._clock(), reason))
+                link.give_up_answers(self.name_of(link.agent_id))
             case _:
                 link.take_answer(event, self.name_of(link.agent_id))
 

@@ -110,7 +110,7 @@ class JobDriver:
         self.interrupt(Loss((ref,), f"{_label(ref)}: {reason}", error=error))
 
     def device_gone(self, agent_id: AgentId, reason: str) -> None:
-        """A device's lease has run out."""
+        """A device's lease has run out, or it said goodbye."""
         if self.context.record.plan_json is None or self.context.record.is_terminal:
             return
         refs = tuple(ref for ref, owner in self.context.refs().items() if owner == agent_id)
@@ -170,8 +170,10 @@ class JobDriver:
                         await self.context.tell(_data_read(prepared))
                         return events.DataPrepared(total_steps=prepared.total_steps)
                 case commands.StopWorkers(before_epoch=epoch):
-                    is_moving, reason = self.context.move_times is not None, "its plan epoch is over"
-                    await stop_workers(self.context, before_epoch=epoch, reason=reason, go_on=is_moving)
+                    # A fresh process imports for 5 s and more; what an old one trained counts only under its hash.
+                    goes_on = self.context.record.state is JobState.RECOVERING
+                    reason = "its plan epoch is over"
+                    await stop_workers(self.context, before_epoch=epoch, reason=reason, go_on=goes_on)
                     self.context.end_move_part(STOP)
                 case commands.ReleaseReservation():
                     await asyncio.wrap_future(self.context.store.release(self.context.job_id))
@@ -255,7 +257,8 @@ class JobDriver:
         self._scheduling.last_loss = loss.reason
         self._replanner.stop()
         self._phases.forget()
-        num_left = sum(device.agent_id not in context.excluded_devices for device in context.fleet.devices)
+        may_carry = {*(device.agent_id for device in context.fleet.devices), *context.fleet.returning}
+        num_left = len(may_carry - context.excluded_devices.keys())
         decision = decide_recovery(
             Incident(
                 reason=loss.reason,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from coordinator.fleet.membership import Device
 from partitioner.plan import RejectedPlan
+from plutino.dtypes import why_not_run
 from plutino.hardware import FIXED_LIBRARIES
 from plutino.job.numerics import NumericsRecord
 from plutino.types import AgentId
@@ -90,7 +91,8 @@ def _unwanted(device: Device, wanted_names: Collection[str], excluded: Mapping[A
 
 def _breaks(device: Device, numerics: NumericsRecord) -> str | None:
     if numerics.dtype not in device.dtypes:
-        return f"does not compute in {numerics.dtype}, which the numerics record fixes"
+        why = why_not_run(numerics.dtype, device.dtypes, device.slow_dtypes)
+        return f"{why}; the numerics record fixes {numerics.dtype}"
     if (differs := _differing_version(device, numerics.versions)) is not None:
         return f"{differs}, which the numerics record fixes"
     if numerics.threads_per_worker is not None and device.threads < numerics.threads_per_worker:

@@ -10,19 +10,23 @@ from coordinator.crash_points import crash_point
 from coordinator.fleet.link_map import LinkMap
 from coordinator.jobs import events
 from coordinator.jobs.context import JobContext
+from coordinator.jobs.kept_numerics import broken_by, in_words, kept_problem
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.phases import Phases, with_cached_step
 from coordinator.jobs.planning import make_numerics, make_problem, read_model
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobState
+from coordinator.jobs.replanning import as_running
 from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.queue import PlanningQueue
 from coordinator.scheduling.round import Verdict
 from coordinator.scheduling.scheduler import Reservation
-from plutino.errors import AgentLostError, InfeasiblePlanError, UnmeasuredError
+from partitioner.device import DeviceProfile
+from plutino.errors import AgentLostError, InfeasiblePlanError, JobError, UnmeasuredError
 from plutino.events import PlanMade
 from plutino.families import family_of
+from plutino.job.numerics import NumericsRecord
 from plutino.types import AgentId, JobId
 
 _LOOK_AGAIN_S = 0.5
@@ -82,13 +86,31 @@ class Scheduling:
             held = self._held_by_others()
             try:
                 return await self._place_on_measured(prepared)
-            except UnmeasuredError as error:
-                if not held or context.record.state is not JobState.PLANNING:
+            except InfeasiblePlanError as error:
+                if context.record.state is not JobState.PLANNING:
+                    if await self._comes_back(error):
+                        continue
+                    raise
+                if not held or not isinstance(error, UnmeasuredError):
                     raise
                 holders = ", ".join(sorted({job_id for job_id, _ in held}))
                 await context.apply(events.Queued(reason=f"waits until {holders} leaves room: {error}"))
             while self._held_by_others() == held:
                 await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _comes_back(self, refusal: InfeasiblePlanError) -> bool:
+        """Whether a device that said goodbye is in again in time, for a job that does not fit without it."""
+        fleet = self._context.fleet
+        away = fleet.returning
+        if not away:
+            return False
+        names = ", ".join(fleet.name_of(agent_id) for agent_id in away)
+        await self._context.apply(events.Queued(reason=f"waits for {names} to come back: {refusal}"))
+        while fleet.returning:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            if not {device.agent_id for device in fleet.devices}.isdisjoint(away):
+                return True
+        return False
 
     async def _wait_for_stages(self) -> None:
         """A stage is a device's: with fewer devices than ``placement.stages`` others are on their way, or missing."""
@@ -132,12 +154,23 @@ class Scheduling:
             ) from error
 
     def _after_loss(self, reason: str) -> str:
-        """A refusal, with what was lost before it if anything was."""
-        return reason if self.last_loss is None else f"{self.last_loss}; on what is left: {reason}"
+        """A refusal, with what was lost before it if anything was, and what a new plan may not change."""
+        reason = reason if self.last_loss is None else f"{self.last_loss}; on what is left: {reason}"
+        return reason if self._fixed_numerics is None else f"{reason}. {in_words(self._fixed_numerics)}"
 
-    async def _problem(self, prepared: PreparedData) -> PlanningProblem:
+    @property
+    def _fixed_numerics(self) -> NumericsRecord | None:
+        """What every plan must keep; None before the first, or where the job leaves its numerics free."""
         context = self._context
         is_fixed = context.record.numerics_json is not None and context.spec.placement.numerics == "fixed"
+        return context.numerics if is_fixed else None
+
+    async def _problem(self, prepared: PreparedData) -> PlanningProblem:
+        problem = await self._posed_problem(prepared)
+        return problem if self._fixed_numerics is None else kept_problem(problem, self._fixed_numerics)
+
+    async def _posed_problem(self, prepared: PreparedData) -> PlanningProblem:
+        context = self._context
         trial = context.trial if context.record.plan_epoch == 1 else None
         if trial is not None and trial.problem is not None:
             # The other trials' devices, seconds and plan: the queue looks whether they still fit.
@@ -152,15 +185,31 @@ class Scheduling:
             prepared,
             context.fleet,
             self._profiler,
-            numerics=context.numerics if is_fixed else None,
+            numerics=self._fixed_numerics,
             excluded=context.excluded_devices,
             is_started=context.record.plan_epoch > 1,
             links=self._link_map,
             together_with=() if trial is None else trial.specs,
+            known=await self._known_devices(),
         )
         if trial is not None:
             trial.problem = problem
         return problem
+
+    async def _known_devices(self) -> dict[AgentId, DeviceProfile]:
+        """What the plan before knew of its devices, at the micro-batch that its successors keep.
+
+        Measuring takes longer than everything else of a recovery, and needs memory beside the workers that run.
+        """
+        context = self._context
+        if self._fixed_numerics is None:
+            return {}
+        devices = self._replanner.known_devices()
+        if not devices:
+            before = context.record.plan_epoch - 1
+            planned = await asyncio.to_thread(context.traces.planned, context.job_id, before)
+            devices = () if planned is None else as_running(planned.problem, planned.plan).devices
+        return {AgentId(device.agent_id): device for device in devices}
 
     async def _carry_out(self, verdict: Verdict, problem: PlanningProblem, search_s: float) -> bool:
         context = self._context
@@ -174,8 +223,12 @@ class Scheduling:
             raise (UnmeasuredError if unmeasured else InfeasiblePlanError)(self._after_loss(verdict.reason))
         assert verdict.plan is not None
         record = context.record
-        if record.numerics_json is not None and context.spec.placement.numerics == "fixed":
-            numerics_json = record.numerics_json
+        if (fixed := self._fixed_numerics) is not None:
+            if (broken := broken_by(verdict.plan, fixed)) is not None:
+                raise JobError(
+                    f"the new plan has {broken}, which the job's numerics record fixes; this is a fault of ours"
+                )
+            numerics_json = fixed.model_dump_json()
         else:
             numerics = make_numerics(
                 verdict.plan,

@@ -14,13 +14,14 @@ from coordinator.artifacts.shadows import ShadowStore
 from coordinator.artifacts.traces import TraceStore
 from coordinator.crash_points import crash_point
 from coordinator.fleet.link_map import LinkMap
-from coordinator.fleet.membership import Change, DeviceState
+from coordinator.fleet.membership import Change
 from coordinator.fleet.registry import FleetRegistry, WorkerExit
 from coordinator.jobs.context import JobContext, TrialTerms, state_event
 from coordinator.jobs.driver import JobDriver
 from coordinator.jobs.endpoints import Endpoints
 from coordinator.jobs.interrupts import CancelWish, Interrupt, PauseWish, ResumeWish
 from coordinator.jobs.job_ids import new_job_id
+from coordinator.jobs.method_choice import is_open
 from coordinator.jobs.planning import read_model
 from coordinator.jobs.preview import Preview
 from coordinator.jobs.profiler import Profiler
@@ -35,7 +36,8 @@ from coordinator.scheduling.queue import PlanningQueue
 from coordinator.storage.base import NumberedEvent, Store
 from coordinator.weights.hub_models import pin_model
 from partitioner.plan import Plan
-from plutino.errors import DataError, InvalidTransitionError, PlutinoError
+from plutino.errors import ConfigError, DataError, InvalidTransitionError, PlutinoError
+from plutino.events import Notice
 from plutino.job.spec import JobSpec
 from plutino.types import AgentId, JobId, WorkerRef
 from protos import workers_pb2 as pb
@@ -109,10 +111,15 @@ class JobManager:
 
         Raises:
             ModelError: the base model cannot be used.
-            ConfigError: the output folder holds something else.
+            ConfigError: the output folder holds something else, or a trial's method is open.
+            InfeasiblePlanError: its method is open, and none fits the devices that are in.
         """
         if idempotency_key and (known := self._store.submitted_as(idempotency_key)) is not None:
             return known
+        if is_open(spec) and trial is not None:
+            raise ConfigError(
+                "method: auto chooses for one job; name a method in the file, and sweep: --set method=lora,adapters"
+            )
         spec = await self._with_pinned_model(spec)
         await asyncio.to_thread(read_model, spec)
         for path in (path for source in spec.data.sources for path in (source.train, source.eval)):
@@ -120,6 +127,11 @@ class JobManager:
                 raise DataError(f"there is no file {path}; correct data.train or data.eval")
         if spec.output.dir is not None:
             check_output_dir(Path(spec.output.dir), "")
+        chosen: list[Notice] = []
+        if is_open(spec):
+            spec, _, _ = await self._preview.choose(spec)
+            assert spec.auto_method is not None, "it says what was chosen"
+            chosen.append(Notice(level="info", text=f"method: auto takes {spec.auto_method.why}"))
         record = JobRecord(
             job_id=JobId(new_job_id(spec.name)),
             name=spec.name,
@@ -127,7 +139,7 @@ class JobManager:
             submitted_at_s=time.time(),
         )
         stored = await asyncio.wrap_future(
-            self._store.submit(record, idempotency_key=idempotency_key or None, events=[state_event(record)])
+            self._store.submit(record, idempotency_key=idempotency_key or None, events=[state_event(record), *chosen])
         )
         crash_point("job_stored")
         if stored.job_id == record.job_id:
@@ -255,9 +267,9 @@ class JobManager:
             driver.worker_exited(exit_)
 
     def on_fleet_change(self, change: Change) -> None:
-        """A device joined, fell silent or is gone."""
+        """A device joined, fell silent, left or is gone."""
         self.queue.kick()
-        if change.after is DeviceState.GONE:
+        if change.after.is_away:
             for driver in self._drivers.values():
                 driver.device_gone(change.agent_id, change.reason)
 

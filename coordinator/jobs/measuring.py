@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.membership import Device
@@ -27,14 +27,24 @@ async def measure_devices(
     spec: JobSpec,
     profiler: Profiler,
     threads: int | None,
+    *,
+    known: Mapping[AgentId, DeviceProfile] | None = None,
 ) -> Measured:
-    """All devices, measured at once but for those that share cores."""
-    asked = [_asked(device, config_json, shape, spec, threads) for device in devices]
-    found = await profiler.measure(asked)
-    return [
-        str(seconds) if isinstance(seconds, AgentError) else device_profile(one.device, seconds, one.request.threads)
-        for one, seconds in zip(asked, found, strict=True)
-    ]
+    """All devices, measured at once but for those that share cores; not those whose seconds are ``known``."""
+    found: dict[AgentId, DeviceProfile | str] = {}
+    asked: list[Asked] = []
+    for device in devices:
+        used_threads = device.threads if threads is None else min(threads, device.threads)
+        before = (known or {}).get(device.agent_id)
+        if before is not None and before.threads == used_threads:
+            found[device.agent_id] = device_profile(device, Seconds(before.timings, before.remark), used_threads)
+        else:
+            asked.append(_asked(device, config_json, shape, spec, used_threads))
+    for one, took in zip(asked, await profiler.measure(asked), strict=True):
+        found[one.agent_id] = (
+            str(took) if isinstance(took, AgentError) else device_profile(one.device, took, one.request.threads)
+        )
+    return [found[device.agent_id] for device in devices]
 
 
 async def measure_products(
@@ -89,7 +99,7 @@ def with_shared_cores(devices: Sequence[Device], profiles: Sequence[DeviceProfil
     return tuple(p.model_copy(update={"cores_id": cores[AgentId(p.agent_id)]}) for p in profiles)
 
 
-def _asked(device: Device, config_json: str, shape: JobShape, spec: JobSpec, threads: int | None) -> Asked:
+def _asked(device: Device, config_json: str, shape: JobShape, spec: JobSpec, threads: int) -> Asked:
     request = ProfileRequest(
         config_json=config_json,
         dtype=shape.dtype,
@@ -98,7 +108,7 @@ def _asked(device: Device, config_json: str, shape: JobShape, spec: JobSpec, thr
         row_tokens=shape.row_tokens,
         label_tokens=shape.label_tokens,
         method=spec.method.for_profile(),
-        threads=device.threads if threads is None else min(threads, device.threads),
+        threads=threads,
         # A side network is never recomputed, and the blocks beside it keep nothing.
         recomputes=shape.checkpointing != "off" and not shape.side_reduction,
     )
@@ -117,5 +127,6 @@ def device_profile(device: Device, seconds: Seconds, threads: int) -> DeviceProf
         timings=seconds.timings,
         remark=seconds.remark,
         dtypes=device.dtypes,
+        slow_dtypes=tuple(sorted(device.slow_dtypes.items())),
         is_card=device.hardware.kind == "cuda",
     )

@@ -113,6 +113,10 @@ class Replanner:
         self._last_move_s = self._clock()
         return self.move.problem
 
+    def known_devices(self) -> tuple[DeviceProfile, ...]:
+        """Devices at the plan's micro-batch, with the seconds that its workers took lately; none before a plan."""
+        return () if self._problem is None else corrected(self._problem, self._pace.factors()).devices
+
     def note(self, workers: Sequence[WorkerStepTimes]) -> None:
         """Take in a committed step's times, and begin to look for another plan where something has changed."""
         context = self._context

@@ -200,7 +200,10 @@ class Phases:
     def take_problem(self) -> PlanningProblem | None:
         """What a job that changes its phase is planned from; None if it does not."""
         plan, self._next = self._next, None
-        return None if plan is None or self._problem is None else self._problem.model_copy(update={"known_plan": plan})
+        if plan is None or self._problem is None or self._pipeline is None:
+            return None
+        # Not as it was first posed: what the pipeline chose stays where its devices no longer hold the plan.
+        return as_running(self._problem, self._pipeline).model_copy(update={"known_plan": plan})
 
     def note(self, next_step: int, start_step: int, num_rows: int, left_out_rows: Iterable[int]) -> None:
         """A step of the pipeline was committed; learn whether all entries are where they are needed."""

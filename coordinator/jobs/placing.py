@@ -174,10 +174,10 @@ async def stop_workers(
 def _start_if_missing(
     context: JobContext, ref: WorkerRef, agent_id: AgentId, assignment: WorkerAssignment, asked: set[WorkerRef]
 ) -> None:
+    if context.fleet.is_gone(agent_id):
+        raise AgentLostError(f"{context.fleet.name_of(agent_id)} left before its stage was loaded")
     link = context.fleet.link(agent_id)
     if link is None:
-        if context.fleet.is_gone(agent_id):
-            raise AgentLostError(f"{context.fleet.name_of(agent_id)} left before its stage was loaded")
         return  # it has until the end of its lease to come back
     if ref not in link.workers and ref not in asked:
         asked.add(ref)
@@ -324,6 +324,6 @@ def present_workers(context: JobContext, refs: Iterable[WorkerRef]) -> set[Worke
     for ref in refs:
         agent_id = owners[ref]
         link = context.fleet.link(agent_id)
-        if (link is None and not context.fleet.is_gone(agent_id)) or (link is not None and ref in link.workers):
+        if not context.fleet.is_gone(agent_id) and (link is None or ref in link.workers):
             present.add(ref)
     return present

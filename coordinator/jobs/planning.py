@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 
 from coordinator.fleet.link_map import LinkMap
 from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
+from coordinator.jobs.frozen_weights import dtype_for, may_multiply_integers, packing_for
 from coordinator.jobs.job_shape import larger_shape, measured_rows, shape_for
 from coordinator.jobs.measuring import (
     device_profile,
@@ -24,17 +26,14 @@ from partitioner.device import BlockTimings, DeviceProfile, LinkTable
 from partitioner.fitting import fits
 from partitioner.micro_batch import with_rows
 from partitioner.model import ModelTable, describe_model
-from partitioner.packed import check_scheme
 from partitioner.plan import Plan, RejectedPlan
 from partitioner.question import Codec
 from partitioner.refusal import refuse
-from partitioner.scheme_choice import choose_scheme
 from partitioner.shape import JobShape
 from plutino.errors import ConfigError, InfeasiblePlanError, ModelError, UnmeasuredError
 from plutino.families import Family, family_of
 from plutino.gptq_index import gptq_format, unpacked_shapes
 from plutino.hub_id import index_folder, model_folder
-from plutino.job.model import Packing, packing_of
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
 from plutino.random_weights import read_random_weights
@@ -76,6 +75,7 @@ async def make_problem(
     links: LinkMap | None = None,
     together_with: Sequence[JobSpec] = (),
     must_fit: bool = True,
+    known: Mapping[AgentId, DeviceProfile] | None = None,
 ) -> PlanningProblem:
     """Gather everything that decides a job's plan.
 
@@ -91,6 +91,7 @@ async def make_problem(
         links: the ways between devices; None assumes them.
         together_with: jobs that differ in their method alone; the plan will hold whichever of them needs most.
         must_fit: a job that cannot fit is refused before devices measure themselves.
+        known: devices whose seconds at the numerics record's micro-batch an earlier plan knew.
 
     Raises:
         InfeasiblePlanError: no device may take part, or the job does not fit those that may.
@@ -111,14 +112,21 @@ async def make_problem(
     if not devices:
         why = found.reasons() or "no device has joined; make a token for each: plutino token create"
         raise InfeasiblePlanError(f"no device can take part: {why}")
-    dtype = numerics.dtype if numerics is not None else _dtype(spec, devices)
     rows = measured_rows(spec, numerics)
     recorded = {} if numerics is None else {"codec": numerics.codecs, "bf16_borders": numerics.bf16_borders}
     is_micro_batch_free = numerics is None and spec.training.micro_batch_size is None
-    shape = shape_for(spec, prepared, table, dtype, rows)
-    for other in together_with:
-        shape = larger_shape(shape, shape_for(other, prepared, table, dtype, rows))
     offers = [_unmeasured(device) for device in devices]
+
+    def shape_in(dtype: str) -> JobShape:
+        shapes = [shape_for(one, prepared, table, dtype, rows) for one in (spec, *together_with)]
+        return reduce(larger_shape, shapes)
+
+    dtype, dtype_why = numerics.dtype if numerics is not None else "fp32", ""
+    if numerics is None:
+        dtype, dtype_why = await asyncio.to_thread(
+            dtype_for, spec, table, shape_in, offers, is_micro_batch_free=is_micro_batch_free
+        )
+    shape = shape_in(dtype)
     packing, packing_why = packing_for(spec, table, shape, offers, numerics, is_micro_batch_free=is_micro_batch_free)
     is_on_cards = all(device.hardware.kind != "cpu" for device in devices)
     shape = shape.model_copy(update={"packing": packing, "is_on_cards": is_on_cards, **recorded})
@@ -141,7 +149,7 @@ async def make_problem(
         shape, profiles, products_why = await measure_products(devices, *of_job, integers=integers)
         packing_why += f"; {products_why}"
     else:
-        profiles = await measure_devices(devices, *of_job)
+        profiles = await measure_devices(devices, *of_job, known=known)
     measured = with_shared_cores(devices, [p for p in profiles if isinstance(p, DeviceProfile)])
     if not measured:
         raise UnmeasuredError("no device could be measured: " + "; ".join(str(p) for p in profiles))
@@ -156,6 +164,7 @@ async def make_problem(
         shape=shape,
         is_micro_batch_free=is_micro_batch_free,
         packing_why=packing_why,
+        dtype_why=dtype_why,
         label_tokens_per_row=prepared.label_tokens_per_row,
         devices=measured,
         links=LinkTable() if links is None else links.table(devices),
@@ -231,69 +240,9 @@ def make_numerics(
     )
 
 
-def _dtype(spec: JobSpec, devices: Sequence[Device]) -> str:
-    if spec.method.trains_weights and spec.model.dtype == "auto":
-        return "fp32"  # bf16 would round the first weights of a model that is stored in more
-    if spec.model.dtype != "auto":
-        return spec.model.dtype
-    # bf16 only where every device runs it faster than fp32: without bf16 units its backward is 300 times slower.
-    return "bf16" if all(device.dtypes and device.dtypes[0] == "bf16" for device in devices) else "fp32"
-
-
-def packing_for(
-    spec: JobSpec,
-    table: ModelTable,
-    shape: JobShape,
-    devices: Sequence[DeviceProfile],
-    numerics: NumericsRecord | None,
-    *,
-    is_micro_batch_free: bool,
-) -> tuple[Packing, str]:
-    """How the frozen weights will be held, and why; nothing is said of a job that wants none of it.
-
-    Raises:
-        ConfigError: the embedding or head is to be trained and packed.
-        QuantizationError: the scheme cannot hold this model's layers.
-    """
-    for setting, packed, trained in (
-        ("quantize_embedding", spec.model.quantize_embedding, shape.first_trainable_params),
-        ("quantize_head", spec.model.quantize_head, shape.last_trainable_params),
-    ):
-        if packed != "keep" and trained and spec.method.trains_outer_modules:
-            raise ConfigError(
-                f"model.{setting}: {packed} packs what method.modules_to_save trains ({trained} parameters); "
-                f"set model.{setting}: keep, or leave it out of modules_to_save"
-            )
-    if numerics is not None:
-        return numerics.packing, "" if numerics.packing.is_plain else "fixed by the numerics record"
-    wanted = spec.model.quantization
-    if wanted != "auto":
-        check_scheme(table, wanted)
-        packing = packing_of(spec.model, wanted)
-        return packing, "" if packing.is_plain else "as the job asks"
-    scheme, why = choose_scheme(
-        table,
-        shape.model_copy(update={"packing": packing_of(spec.model, "none")}),
-        devices,
-        LinkTable(),
-        is_micro_batch_free=is_micro_batch_free,
-    )
-    return packing_of(spec.model, scheme), why
-
-
 def allows_replicas(spec: JobSpec) -> bool:
     """Whether workers may share a stage: each must see all rows where its first values follow from them."""
     return spec.placement.replicas == "auto" and not spec.method.prunes_by_gradients
-
-
-def may_multiply_integers(specs: Sequence[JobSpec], packing: Packing) -> bool:
-    """Whether these jobs' blocks may do without a gradient, and hold what integers are multiplied of."""
-    return packing.scheme == "int8" and all(
-        spec.method.leaves_blocks_alone
-        and not spec.method.prunes_by_gradients
-        and spec.model.integer_products == "auto"
-        for spec in specs
-    )
 
 
 def _unmeasured(device: Device) -> DeviceProfile:

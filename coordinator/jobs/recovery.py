@@ -52,7 +52,8 @@ class Incident:
     resumes_at_step: int = 0
     """How often the job was resumed at this very step before."""
     num_devices_left: int = 1
-    """Devices that could carry a new plan. Whether one fits is for the planner to say."""
+    """Devices that could carry a new plan, those included that said goodbye a moment ago and may be on their way back.
+    Whether one fits is for the planner to say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

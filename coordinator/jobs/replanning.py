@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from coordinator.jobs.kept_numerics import with_micro_batch
 from coordinator.scheduling.problem import PlanningProblem
-from partitioner.device import DeviceProfile
-from partitioner.micro_batch import scaled_devices, with_rows
 from partitioner.plan import Plan
 from partitioner.pricing import Pricer
 from partitioner.replay import replay
@@ -96,21 +95,9 @@ def planned_compute_s(plan: Plan) -> dict[tuple[int, int], float]:
 
 def as_running(problem: PlanningProblem, plan: Plan) -> PlanningProblem:
     """The problem as it stands once a plan runs: micro-batch and codec are what they are."""
-    shape, rows = problem.shape, plan.micro_batch_rows
-    devices: Sequence[DeviceProfile] = problem.devices
-    if rows != shape.micro_batch_rows:
-        devices = scaled_devices(devices, shape.micro_batch_rows, rows)
-        shape = with_rows(shape, rows, lambda number: number * problem.label_tokens_per_row)
-    return problem.model_copy(
-        update={
-            "shape": shape.model_copy(update=codecs_of(plan, shape)),
-            "devices": tuple(devices),
-            "is_micro_batch_free": False,
-            "codecs": (),
-            "is_started": True,
-            "known_plan": None,
-        }
-    )
+    at_rows = with_micro_batch(problem, plan.micro_batch_rows)
+    shape = at_rows.shape.model_copy(update=codecs_of(plan, at_rows.shape))
+    return at_rows.model_copy(update={"shape": shape, "codecs": (), "is_started": True, "known_plan": None})
 
 
 def codecs_of(plan: Plan, shape: JobShape) -> dict[str, object]:
@@ -120,7 +107,8 @@ def codecs_of(plan: Plan, shape: JobShape) -> dict[str, object]:
     """
     if shape.side_reduction:
         return {"codec": plan.codec}
-    return {"codec": "raw", "bf16_borders": plan.bf16_borders}
+    # A plan has no boundary at some of the borders that an earlier one rounded at: they are rounded in place there.
+    return {"codec": "raw", "bf16_borders": tuple(sorted({*shape.bf16_borders, *plan.bf16_borders}))}
 
 
 def corrected(problem: PlanningProblem, factors: Mapping[str, float]) -> PlanningProblem:

@@ -17,6 +17,7 @@ from partitioner.values import PlanValue
 from plutino.errors import InfeasiblePlanError
 from plutino.families import EMBEDDING_NAMES
 from plutino.job.assignment import StageShape
+from plutino.job.auto_method import AutoMethod
 from plutino.job.spec import JobSpec
 
 REPLICAS_SHARE = 0.05
@@ -38,6 +39,8 @@ class PlanningProblem(PlanValue):
     links: LinkTable
     packing_why: str = ""
     """Why the shape's packing is the one."""
+    dtype_why: str = ""
+    """Why the shape's dtype is the one, where that needs a word."""
     left_out: tuple[RejectedPlan, ...] = ()
     """Devices that may not take part, with the reason."""
     num_unmeasured: int = 0
@@ -45,6 +48,8 @@ class PlanningProblem(PlanValue):
     is_started: bool = False
     codecs: tuple[Literal["raw", "bf16"], ...] = ()
     """Codecs that the planner may choose from, the lossless one first; empty: the shape's."""
+    method_choice: AutoMethod | None = None
+    """Of a job that left its method open: what decided."""
     num_train_rows: int = 0
     """Rows of an epoch."""
     known_plan: Plan | None = None
@@ -74,6 +79,8 @@ class PlanningProblem(PlanValue):
                 ),
                 "packing": self.shape.packing,
                 "packing_why": self.packing_why,
+                "dtype_why": self.dtype_why,
+                "method_choice": self.method_choice,
                 "unpacked_share": WeightSizes(self.table, self.shape).unpacked_share,
             }
         )

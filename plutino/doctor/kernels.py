@@ -9,6 +9,7 @@ from typing import Any
 
 from plutino.doctor.child import ChildRun, run_child
 from plutino.doctor.report import Finding, fail, ok, warn
+from plutino.dtypes import offered_dtypes
 from plutino.sizes import format_size
 
 PROBE_COMMAND = (sys.executable, "-m", "edge_node.kernel_probe")
@@ -62,11 +63,8 @@ def judge_kernels(run: ChildRun, *, extra: str = "device") -> list[Finding]:
 
 
 def fast_dtypes(results: Mapping[str, Any]) -> list[str]:
-    """Dtypes whose backward pass is not slower than fp32's, fastest first: what the agent offers to jobs."""
-    seconds = {name: float(results[name]["backward_s"]) for name in ("fp32", "bf16")}
-    return sorted(
-        (name for name in seconds if name == "fp32" or seconds[name] < seconds["fp32"]), key=seconds.__getitem__
-    )
+    """What the agent offers to jobs, by the backward pass, fastest first."""
+    return list(offered_dtypes({name: float(results[name]["backward_s"]) for name in ("fp32", "bf16")}))
 
 
 def _judge_dtype(what: str, dtype: str, result: Mapping[str, Any]) -> Finding:

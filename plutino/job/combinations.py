@@ -15,9 +15,13 @@ from plutino.job.parts import JobParts
 
 def combination_problems(spec: JobParts) -> Iterator[str]:
     """What does not go together, the most fundamental first."""
-    yield from _method_problems(spec)
+    is_open = spec.auto_method is not None and spec.auto_method.is_open
+    if not is_open:
+        yield from _method_problems(spec)
     yield from _training_problems(spec)
-    yield from _activation_cache_problems(spec)
+    if not is_open:
+        # Each method that could be taken is looked at beside the other settings before one is.
+        yield from _activation_cache_problems(spec)
     yield from _held_out_problems(spec)
     yield from _scoring_problems(spec)
     yield from _packing_problems(spec)

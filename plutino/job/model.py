@@ -27,7 +27,8 @@ class ModelConfig(SpecPart):
     """Folder with config.json, safetensors and the tokenizer; a relative path is taken from the job file's folder. Or a
     model on the hub, organisation/name[@revision], where there is no folder of that name."""
     dtype: str = Field("auto", pattern="^(auto|fp32|bf16)$")
-    """Compute dtype of the frozen layers: fp32, bf16, or auto (the fastest that every chosen device runs well)."""
+    """Compute dtype of the frozen layers: fp32, bf16, or auto (bf16 where every device runs it faster,
+    or where the job fits in nothing else)."""
     quantization: Scheme | Literal["auto"] = "none"
     """How the blocks' linear layers are held: none (in the compute dtype), int8 (8 bits), nf4 (4.13 bits, QLoRA), int4
     (groups of 128), gptq (as a GPTQ checkpoint stores them), or auto (the least lossy that fits the devices)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from plutino.job.auto_method import AutoMethod
 from plutino.job.base import SpecPart
 from plutino.job.data import DataConfig, ScoringConfig, TaskConfig
 from plutino.job.evaluation import EvaluationConfig
@@ -22,6 +23,8 @@ class JobParts(SpecPart):
     name: str = Field("job", min_length=1, max_length=80)
     model: ModelConfig
     method: MethodConfig = LoraConfig()
+    auto_method: AutoMethod | None = None
+    """Set by ``method: auto``, and filled in with what decided; None: the method was named."""
     objective: ObjectiveConfig = SftConfig()
     data: DataConfig
     scoring: ScoringConfig | None = None

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from plutino.errors import ConfigError
 from plutino.hub_id import parse_hub_id
+from plutino.job.auto_method import spelled_out
 from plutino.job.combinations import combination_problems
 from plutino.job.method import LoraConfig
 from plutino.job.objective import GrpoConfig, SftConfig
@@ -35,6 +36,7 @@ class JobSpec(JobParts):
     def _method_is_lora_and_objective_sft_by_default(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        values = spelled_out(values, LoraConfig().type)
         for part, default in (("method", LoraConfig().type), ("objective", SftConfig().type)):
             given = values.get(part)
             if isinstance(given, Mapping) and "type" not in given:

@@ -10,10 +10,11 @@ import torch
 
 from edge_node.compute_device import open_device
 from edge_node.engine.reference import InProcessPipeline
-from edge_node.profile import fast_dtypes, measure
+from edge_node.profile import measure, probe_dtypes
 from edge_node.quantize.registry import SCHEMES
 from edge_node.stage.random_source import RandomSource
 from partitioner.device import ProfileRequest
+from plutino.dtypes import offered_dtypes
 from plutino.job.assignment import StageShape
 from plutino.job.method import LoraConfig
 from plutino.job.model import Packing
@@ -103,4 +104,4 @@ def test_card_is_measured_with_a_scheme_and_prefers_bf16():
     timings = measure(request, device)
 
     assert timings.forward_s > 0 and timings.backward_s > 0
-    assert fast_dtypes(device)[0] == "bf16"
+    assert offered_dtypes(probe_dtypes(device))[0] == "bf16"

@@ -253,6 +253,11 @@ class ThreadAgent:
         """End of :meth:`stall`."""
         self._is_stalled.clear()
 
+    def leave(self) -> None:
+        """A clean stop: it says goodbye, and its workers end."""
+        self._send(agents_pb2.AgentEvent(leaving=agents_pb2.Leaving(reason="its agent was ended")))
+        self.close()
+
     def close(self) -> None:
         self._closing.set()
         for session in list(self.sessions.values()):

@@ -73,6 +73,26 @@ def test_agent_coordinator_restart_keeps_workers_and_reports_them(tmp_path):
     run(test())
 
 
+def test_agent_that_ends_says_goodbye_before_its_workers_end_and_begins_nothing_more(tmp_path):
+    async def test():
+        coordinator = FakeCoordinator()
+        async with attached(coordinator, tmp_path) as agent:
+            coordinator.start_worker()
+            started = await coordinator.event("worker_started")
+            agent.end()
+            leaving = await coordinator.event("leaving")
+            coordinator.start_worker(stage=1)
+            coordinator.profile({})
+
+        said = [event.WhichOneof("event") for event in coordinator.events]
+        assert leaving.reason == "its agent was ended"
+        assert said.index("leaving") < said.index("worker_exited")
+        assert (said.count("worker_started"), said.count("profile_result")) == (1, 0)
+        assert not psutil.pid_exists(started.pid)
+
+    run(test())
+
+
 def test_agent_exit_while_the_coordinator_is_away_is_reported_later(tmp_path):
     async def test():
         coordinator = FakeCoordinator()

@@ -17,7 +17,7 @@ import torch
 
 from edge_node.engine.reference import InProcessPipeline
 from edge_node.guard import release_free_memory, resident_bytes
-from edge_node.profile import fast_dtypes, warm_up
+from edge_node.profile import probe_dtypes, warm_up
 from edge_node.quantize.workspace import release_workspace
 from edge_node.stage.random_source import RandomSource
 from plutino.job.assignment import StageShape
@@ -51,7 +51,7 @@ def main() -> None:
     case = Case(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     warm_up()
-    fast_dtypes()
+    probe_dtypes()
     release_workspace()
     release_free_memory()
     baseline_bytes = resident_bytes()

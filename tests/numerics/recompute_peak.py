@@ -18,7 +18,7 @@ import torch
 from edge_node.compute_device import CPU
 from edge_node.engine.reference import InProcessPipeline
 from edge_node.guard import keep_heap, resident_bytes
-from edge_node.profile import fast_dtypes, warm_up
+from edge_node.profile import probe_dtypes, warm_up
 from edge_node.stage.random_source import RandomSource
 from plutino.job.assignment import StageShape
 from tests.numerics.packed_peak import forget_peak, peak_bytes
@@ -65,7 +65,7 @@ def main() -> None:
     case = Case(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     warm_up()
-    fast_dtypes()
+    probe_dtypes()
     CPU.release()
     baseline_bytes = resident_bytes()
     forget_peak()

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from edge_node.engine.neighbours import partners
 from edge_node.engine.schedule import Receive, Send, forward_actions, train_actions
-from edge_node.engine.shared_gradients import MAX_GROUP_BYTES, hops_of, plan_groups, sum_partners, turns_of
+from edge_node.engine.shared_gradients import MAX_GROUP_BYTES, Group, hops_of, plan_groups, sum_partners, turns_of
 from edge_node.methods.base import TrainableParameter
 from edge_node.transport.base import Peer
-from partitioner.sum_path import way_back
+from partitioner.shared_sums import uses_over
+from partitioner.sum_path import runs, way_back
 from plutino.job.assignment import StageShape
 from plutino.wire.messages import Bounds
 
@@ -71,6 +72,25 @@ def test_partners_are_mutual_and_hold_everybody_a_worker_ever_talks_with(numbers
             generating = {Peer(k) for k in (me.stage_index - 1, me.stage_index + 1) if 0 <= k < len(stages)}
             assert generating <= of[me]
     assert len(stages) == 1 or Peer(len(stages) - 1) in of[Peer(0)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(PIPELINES)
+def test_planner_counts_what_workers_send_of_a_parameter_that_two_stages_hold(numbers):
+    length, last = len(numbers[0][1]), len(numbers) - 1
+    stages = [
+        StageShape(start_block=k, end_block=k + 1, num_replicas=n, micro_batch_owner=tuple(table))
+        for k, (n, table) in enumerate(numbers)
+    ]
+    held_by = dict.fromkeys((0, last))
+    holders = tuple(Peer(k, r) for k in held_by for r in range(numbers[k][0]))
+    group = Group(holders, ("embedding",), ("embedding", "head"))
+    hops = hops_of(group, stages, length, are_folded=False)
+    sent = Counter([*_sent(hops), *pairwise(way_back([hop.owner for hop in hops], holders))])
+
+    stops = [[Peer(k, replica) for replica, _ in runs(numbers[k][1])] for k in (0, last)]
+
+    assert uses_over(stops, holders) == sent
 
 
 def _sent(hops):

@@ -86,6 +86,25 @@ def test_fleet_gone_device_comes_back_only_with_a_hello() -> None:
     assert state_of(gone.hello(DEVICE, 2, 11.0)[0]) is DeviceState.ALIVE
 
 
+def test_fleet_device_that_says_goodbye_has_left_at_once_and_comes_back_only_with_a_hello() -> None:
+    left, changes = joined().leave(PI, 1, 3.0, "pi-3 left: its agent was ended")
+
+    assert [(change.after, change.reason) for change in changes] == [
+        (DeviceState.LEFT, "pi-3 left: its agent was ended")
+    ]
+    assert left.heartbeat(PI, 1, 4.0) == (left, ())
+    assert left.stream_lost(PI, 1, 4.0) == (left, ())
+    assert left.tick(100.0) == (left, ()) and left.next_deadline_s() is None
+    assert state_of(left.hello(DEVICE, 2, 11.0)[0]) is DeviceState.ALIVE
+
+
+def test_fleet_goodbye_of_an_old_stream_means_nothing() -> None:
+    fleet, _ = joined().hello(DEVICE, 2, 1.0)
+
+    assert fleet.leave(PI, 1, 2.0, "late") == (fleet, ())
+    assert EMPTY.leave(PI, 1, 2.0, "unknown") == (EMPTY, ())
+
+
 def test_fleet_device_expected_back_after_a_restart_is_gone_when_lease_and_grace_are_over() -> None:
     expected, changes = EMPTY.expect(PI, "pi-3", 0.0, grace_s=5.0)
     gone, ended = expected.tick(15.0)
@@ -119,7 +138,9 @@ def test_fleet_with_lease_shorter_than_suspicion_is_refused() -> None:
 
 
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["hello", "heartbeat", "stream_lost", "tick"]), st.floats(0, 6), st.integers(0, 3)),
+    st.tuples(
+        st.sampled_from(["hello", "heartbeat", "stream_lost", "leave", "tick"]), st.floats(0, 6), st.integers(0, 3)
+    ),
     max_size=30,
 )
 
@@ -135,7 +156,8 @@ def test_fleet_after_any_events_ticks_to_gone_exactly_at_its_deadlines(events: l
         elif kind == "tick":
             fleet, _ = fleet.tick(now_s)
         else:
-            fleet, _ = getattr(fleet, kind)(PI, newest - back, now_s)
+            why = ("ended",) if kind == "leave" else ()
+            fleet, _ = getattr(fleet, kind)(PI, newest - back, now_s, *why)
 
     num_ticks = 0
     while (deadline_s := fleet.next_deadline_s()) is not None:
@@ -144,4 +166,4 @@ def test_fleet_after_any_events_ticks_to_gone_exactly_at_its_deadlines(events: l
         assert changes
 
     assert num_ticks <= 2
-    assert all(member.state is DeviceState.GONE for member in fleet.members.values())
+    assert all(member.state.is_away for member in fleet.members.values())

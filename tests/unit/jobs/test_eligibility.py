@@ -48,7 +48,7 @@ def names(found: Eligible) -> list[str]:
 
 
 CANNOT_HONOUR = [
-    ({"dtypes": ("fp32",)}, "does not compute in bf16, which the numerics record fixes"),
+    ({"dtypes": ("fp32",)}, "does not run bf16, only fp32; the numerics record fixes bf16"),
     ({"versions": {**VERSIONS, "torch": "2.6.0"}}, "has torch 2.6.0 instead of 2.13.0"),
     ({"versions": {"torch": "2.13.0", "transformers": "5.23.0"}}, "has peft not installed instead of 0.21.0"),
     ({"threads": 2}, "has 2 threads, the numerics record fixes 4"),

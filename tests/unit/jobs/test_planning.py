@@ -254,6 +254,56 @@ def test_first_plan_chooses_micro_batch_and_codec_and_a_plan_under_a_record_neit
     assert (later.is_micro_batch_free, later.codecs, later.shape.micro_batch_rows) == (False, (), 2)
 
 
+def dtype_fleet(budget_mib: int, **changes: object) -> FakeFleet:
+    fleet = FakeFleet(budget_mib)
+    fleet.devices = [replace(device, **changes) for device in fleet.devices]  # type: ignore[arg-type]
+    return fleet
+
+
+AUTO_DTYPE = {"model": {"dtype": "auto"}}
+
+
+@pytest.mark.parametrize(
+    ("budget_mib", "dtypes", "dtype"),
+    [
+        (4000, ("fp32", "bf16"), "fp32"),
+        (340, ("fp32", "bf16"), "bf16"),
+        (4000, ("bf16", "fp32"), "bf16"),
+    ],
+    ids=["roomy", "tight", "fast"],
+)
+def test_slow_bf16_is_taken_where_memory_needs_it_and_priced_at_what_devices_measure_in_it(budget_mib, dtypes, dtype):
+    fleet = dtype_fleet(budget_mib, dtypes=dtypes)
+    asked = []
+    measure = fleet.profile
+
+    async def profile(agent_id: AgentId, request: ProfileRequest) -> ProfileAnswer:
+        asked.append(request.dtype)
+        return await measure(agent_id, request)
+
+    fleet.profile = profile
+    found = problem(fleet, None, **AUTO_DTYPE)
+
+    assert (found.shape.dtype, set(asked)) == (dtype, {dtype})
+    because = "bf16, because the job does not fit in fp32; fp32 is faster on left, right"
+    assert (because in explain(found.plan())) == (budget_mib == 340)
+
+
+def test_dtype_that_a_device_keeps_back_is_told_with_the_factor():
+    fleet = FakeFleet(budget_mib=4000)
+    slow, fine = fleet.devices
+    fleet.devices = [
+        replace(slow, dtypes=("fp32",), slow_dtypes={"bf16": 37.21}),
+        replace(fine, dtypes=("fp32", "bf16")),
+    ]
+
+    plan = problem(fleet, 4, model={"dtype": "bf16"}).plan()
+
+    (unused,) = plan.unused_devices
+    why = "does not run bf16, only fp32: its bf16 takes 37.2 times fp32's seconds, and at most 4 are offered"
+    assert (unused.what, unused.why) == ("left", why)
+
+
 @pytest.mark.parametrize(("codecs", "borders"), [("raw", (3,)), ("bf16", ()), ("raw", ())])
 def test_later_plans_keep_the_codecs_of_the_numerics_record(codecs, borders):
     record = record_with(codecs=codecs, bf16_borders=borders)
