@@ -27,6 +27,7 @@ from partitioner.shape import JobShape
 from partitioner.token_bytes import attention_token_bytes, keeps_scores, mlp_token_bytes, norm_token_bytes
 from plutino.families import ATTENTION_OUTPUT, Family, family_of
 from plutino.family import ENCODER_OUTPUT
+from plutino.sizes import SMALLEST_MAPPING_BYTES
 
 _FP32_BYTES = 4
 
@@ -297,6 +298,12 @@ def workspace_bytes(table: ModelTable, shape: JobShape) -> int:
 def micro_batch_tokens(shape: JobShape) -> int:
     """Tokens of the largest micro-batch, padding included."""
     return shape.micro_batch_rows * shape.row_tokens
+
+
+def has_small_tensors(table: ModelTable, shape: JobShape) -> bool:
+    """Whether a micro-batch's hidden states are too small for mappings of their own; see :mod:`partitioner.heap`."""
+    hidden_bytes = micro_batch_tokens(shape) * table.hidden_size * shape.dtype_bytes
+    return not shape.is_on_cards and hidden_bytes < SMALLEST_MAPPING_BYTES
 
 
 def adapted_linears(table: ModelTable, shape: JobShape, block: int) -> tuple[LinearShape, ...]:

@@ -1,9 +1,10 @@
 """Whether any plan keeps every device within its budget, seconds apart.
 
-Entry point: :func:`fits`. With one device a stage, the furthest block that some devices can reach from the first one on
-is all that matters of how they are arranged, because a stage that starts later never reaches less far. So a dynamic
-program over sets of devices is exact. Where there are too many sets, blocks of one size make it an assignment problem:
-devices to places in the pipeline, such that the blocks that fit add up to the most (Kuhn 1955; Munkres 1957).
+Entry points: :func:`fits`, :func:`fits_with_any_rows`. With one device a stage, the furthest block that some devices
+can reach from the first one on is all that matters of how they are arranged, because a stage that starts later never
+reaches less far. So a dynamic program over sets of devices is exact. Where there are too many sets, blocks of one size
+make it an assignment problem: devices to places in the pipeline, such that the blocks that fit add up to the most (Kuhn
+1955; Munkres 1957).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Layout
+from partitioner.micro_batch import lightest_shapes
 from partitioner.model import ModelTable
 from partitioner.place import Ints, Place
 from partitioner.pricing import Pricer
@@ -42,6 +44,13 @@ def fits(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], l
         links: not needed for the answer.
     """
     return fitting_layout(table, shape, devices, links) is not None
+
+
+def fits_with_any_rows(
+    table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable | None = None
+) -> bool:
+    """Whether the job fits with any micro-batch that divides its batch; arguments as for :func:`fits`."""
+    return any(fits(table, lightest, devices, links) for lightest in lightest_shapes(table, shape))
 
 
 def fitting_layout(

@@ -20,7 +20,6 @@ from partitioner.place import Ints, Place, ReplicaShare, place_of
 from partitioner.plan import MemoryItem
 from partitioner.shape import JobShape
 from plutino.errors import PlanError
-from plutino.sizes import SMALLEST_MAPPING_BYTES
 
 Bools = npt.NDArray[np.bool_]
 
@@ -99,8 +98,7 @@ class MemoryModel:
         self._shared_bytes = activations.shared_bytes(table, shape)
         self._head_bytes = activations.head_bytes(table, shape)
         self._workspace_bytes = activations.workspace_bytes(table, shape)
-        hidden_bytes = activations.micro_batch_tokens(shape) * table.hidden_size * shape.dtype_bytes
-        self._is_small = not shape.is_on_cards and hidden_bytes < SMALLEST_MAPPING_BYTES
+        self._is_small = activations.has_small_tensors(table, shape)
         wire_bytes = min(2, shape.dtype_bytes) if shape.codec == "bf16" else shape.dtype_bytes
         self._message_bytes = self._boundary_bytes // shape.dtype_bytes * wire_bytes
         self._generation_token_bytes = max(

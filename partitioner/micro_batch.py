@@ -1,13 +1,15 @@
 """How a job's shape and a device's seconds change with the number of rows in a micro-batch.
 
-Entry points: :func:`candidate_rows`, :func:`with_rows`, :func:`scaled_devices`.
+Entry points: :func:`candidate_rows`, :func:`lightest_shapes`, :func:`with_rows`, :func:`scaled_devices`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from partitioner.activations import has_small_tensors
 from partitioner.device import BlockTimings, DeviceProfile
+from partitioner.model import ModelTable
 from partitioner.shape import JobShape
 
 _BLOCK_FORWARD_OVERHEAD_S = 2.0e-3
@@ -40,6 +42,16 @@ def with_rows(shape: JobShape, rows: int, label_tokens_of: Callable[[int], int] 
         num_old = -(-rows // shape.micro_batch_rows)
         label_tokens = min(shape.label_tokens * num_old, rows * shape.row_tokens)
     return shape.model_copy(update={"micro_batch_rows": rows, "label_tokens": label_tokens})
+
+
+def lightest_shapes(table: ModelTable, shape: JobShape) -> tuple[JobShape, ...]:
+    """The job with micro-batches of which one holds the fewest bytes: a job that fits with any fits with one of these.
+
+    Bytes grow with the rows but for one step down, where hidden states come to have mappings of their own.
+    """
+    fewest_first = [with_rows(shape, rows) for rows in candidate_rows(shape.batch_rows, shape.rows_per_sample)[::-1]]
+    mapped = next((one for one in fewest_first if not has_small_tensors(table, one)), fewest_first[0])
+    return (fewest_first[0],) if mapped is fewest_first[0] else (fewest_first[0], mapped)
 
 
 def scaled_devices(devices: Sequence[DeviceProfile], measured_rows: int, rows: int) -> list[DeviceProfile]:

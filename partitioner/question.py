@@ -12,7 +12,7 @@ from typing import Literal
 
 from partitioner.climb import Limits
 from partitioner.device import DeviceProfile, LinkTable
-from partitioner.micro_batch import candidate_rows, scaled_devices, with_rows
+from partitioner.micro_batch import candidate_rows, lightest_shapes, scaled_devices, with_rows
 from partitioner.model import ModelTable
 from partitioner.pricing import Pricer
 from partitioner.shape import JobShape
@@ -38,6 +38,13 @@ class Question:
     def is_codec_open(self) -> bool:
         """Whether boundaries may carry what is exact, and something else too."""
         return {"raw", "bf16"} <= {shape.codec for shape, _ in self.inputs}
+
+    @property
+    def lightest_shapes(self) -> tuple[JobShape, ...]:
+        """If none of these fits, nothing does."""
+        last, _ = self.inputs[-1]
+        is_open = len({shape.micro_batch_rows for shape, _ in self.inputs}) > 1
+        return lightest_shapes(self.table, last) if is_open else (last,)
 
     @property
     def limits(self) -> Limits:

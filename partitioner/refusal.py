@@ -10,7 +10,7 @@ from typing import Literal, NoReturn
 
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.fitting import fits, sampled_counts, smallest_even_room
-from partitioner.micro_batch import candidate_rows, with_rows
+from partitioner.micro_batch import candidate_rows, lightest_shapes, with_rows
 from partitioner.model import ModelTable
 from partitioner.pricing import Pricer
 from partitioner.shape import JobShape
@@ -28,22 +28,32 @@ _DEVICE_STEP_BYTES = 32 * MIB
 """Sizes of one more device are proposed in steps of so much."""
 
 
-def refuse(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile], links: LinkTable) -> NoReturn:
+def refuse(
+    table: ModelTable, shapes: Sequence[JobShape], devices: Sequence[DeviceProfile], links: LinkTable
+) -> NoReturn:
     """Explain that nothing fits.
+
+    Args:
+        table: the model.
+        shapes: the job with each micro-batch that could have fitted; told of is the one that needs least.
+        devices: devices that may be used.
+        links: links between them.
 
     Raises:
         InfeasiblePlanError: always; what the job needs, what each device offers, and what would make it fit.
     """
     if not devices:
         raise InfeasiblePlanError("no device is in; start an agent (plutino-node run) on each device")
-    largest = min(len(devices), table.num_blocks)
+    (shape, *_), largest = shapes, min(len(devices), table.num_blocks)
     if shape.exact_stages is not None and shape.exact_stages > largest:
         raise InfeasiblePlanError(
             f"the job asks for exactly {shape.exact_stages} stages, but {len(devices)} devices and {table.num_blocks} "
             f"blocks make at most {largest}; lower placement.stages or leave it out"
         )
     usable = [device for device in devices if shape.dtype in device.dtypes]
-    need = _need(table, shape, (usable or devices)[0], max(1, len(usable)))
+    like, num_devices = (usable or devices)[0], max(1, len(usable))
+    shape = min(shapes, key=lambda one: _least_room(table, one, like, num_devices))
+    need = _need(table, shape, like, num_devices)
     offers = "; ".join(_offer(device, shape) for device in devices[:_MAX_OFFERS])
     if len(devices) > _MAX_OFFERS:
         rest_bytes = sum(device.available_bytes for device in devices[_MAX_OFFERS:])
@@ -57,11 +67,15 @@ def refuse(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile],
     raise InfeasiblePlanError(f"the job does not fit. It needs {need}. Offered: {offers}. Way out: {way_out}")
 
 
-def _need(table: ModelTable, shape: JobShape, device: DeviceProfile, num_devices: int) -> str:
-    largest = min(num_devices, table.num_blocks)
+def _least_room(table: ModelTable, shape: JobShape, device: DeviceProfile, num_devices: int) -> tuple[int, int]:
+    """Least job bytes that each of so many devices must offer, and the number of stages at which it is least."""
     pricer = Pricer(table, shape, [device], LinkTable())
-    counts = [shape.exact_stages] if shape.exact_stages else sampled_counts(largest)
-    needed_bytes, num_stages = min((smallest_even_room(pricer, count), count) for count in counts)
+    counts = [shape.exact_stages] if shape.exact_stages else sampled_counts(min(num_devices, table.num_blocks))
+    return min((smallest_even_room(pricer, count), count) for count in counts)
+
+
+def _need(table: ModelTable, shape: JobShape, device: DeviceProfile, num_devices: int) -> str:
+    needed_bytes, num_stages = _least_room(table, shape, device, num_devices)
     how = {
         "on": "with checkpointing",
         "off": "without checkpointing",
@@ -93,7 +107,7 @@ def _changes(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfile
 
     changes = [
         _checkpointing_change(shape, try_shape),
-        _rows_change(shape, try_shape),
+        _rows_change(table, shape, try_shape),
         _tokens_change(shape, try_shape),
         _dtype_change(shape, try_shape),
         _rank_change(shape, try_shape),
@@ -108,11 +122,12 @@ def _checkpointing_change(shape: JobShape, try_shape: Callable[[JobShape], bool]
     return "training.checkpointing: on"
 
 
-def _rows_change(shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str | None:
+def _rows_change(table: ModelTable, shape: JobShape, try_shape: Callable[[JobShape], bool]) -> str | None:
     smaller = [
         rows for rows in candidate_rows(shape.batch_rows, shape.rows_per_sample) if rows < shape.micro_batch_rows
     ]
-    rows = next((rows for rows in smaller if try_shape(with_rows(shape, rows))), None)
+    lightest = [one.micro_batch_rows for one in lightest_shapes(table, shape)]
+    rows = next((rows for rows in (*smaller, *lightest) if try_shape(with_rows(shape, rows))), None)
     return None if rows is None else f"training.micro_batch_size: {rows} (now {shape.micro_batch_rows})"
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from partitioner.device import DeviceProfile, LinkTable
-from partitioner.fitting import fits
-from partitioner.micro_batch import with_rows
+from partitioner.fitting import fits, fits_with_any_rows
 from partitioner.model import ModelTable
 from partitioner.packed import check_scheme
 from partitioner.shape import JobShape
@@ -36,11 +35,11 @@ def choose_scheme(
         shape: the job; its packing's scheme is the one that is replaced.
         devices: devices that may be used; of their timings nothing is used.
         links: links between them.
-        is_micro_batch_free: the planner may make micro-batches smaller.
+        is_micro_batch_free: the planner chooses the micro-batch.
     """
     if table.gptq is not None:
         return "gptq", "the checkpoint is a GPTQ one"
-    smallest = with_rows(shape, shape.rows_per_sample) if is_micro_batch_free else shape
+    fits_so = fits_with_any_rows if is_micro_batch_free else fits
     lost: list[str] = []
     smallest_scheme: Scheme = "none"
     for scheme in LEAST_LOSSY_FIRST:
@@ -51,7 +50,7 @@ def choose_scheme(
             continue
         smallest_scheme = scheme if scheme != "int4" else smallest_scheme
         packing = shape.packing.model_copy(update={"scheme": scheme})
-        if fits(table, smallest.model_copy(update={"packing": packing}), devices, links):
+        if fits_so(table, shape.model_copy(update={"packing": packing}), devices, links):
             return scheme, f"the least lossy that fits: {'; '.join(lost)}" if lost else "it fits without any"
         lost.append(f"{scheme} does not fit the devices")
     return smallest_scheme, f"nothing fits: {'; '.join(lost)}"

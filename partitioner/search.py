@@ -115,7 +115,7 @@ def choose_micro_batch(
         fan: likewise.
 
     Raises:
-        InfeasiblePlanError: no micro-batch fits; the message is that of the smallest.
+        InfeasiblePlanError: no micro-batch fits; the message is that of the one that needs the fewest bytes.
     """
     question = open_question(
         table,
@@ -140,9 +140,9 @@ def answer(question: Question, *, proof_work: int = MAX_PROOF_WORK, fan: Fan = i
         _Variant(shape, tuple(pricer.devices), pricer, Guesses(pricer, limits)) for shape, pricer in question.priced()
     ]
     outcome = _find(question, variants, limits, proof_work, fan)
-    first_shape, all_devices = question.inputs[-1]
+    _, all_devices = question.inputs[-1]
     if outcome is None:
-        refuse(table, first_shape, all_devices, links)
+        refuse(table, question.lightest_shapes, all_devices, links)
     if question.is_codec_open:
         outcome.decide(*least_lossy(*outcome.chosen()))
     best, pricer = outcome.chosen()

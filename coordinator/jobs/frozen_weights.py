@@ -8,8 +8,7 @@ from typing import Literal
 
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.dtype_choice import ComputeDtype, choose_dtype
-from partitioner.fitting import fits
-from partitioner.micro_batch import with_rows
+from partitioner.fitting import fits, fits_with_any_rows
 from partitioner.model import ModelTable
 from partitioner.packed import check_scheme
 from partitioner.scheme_choice import choose_scheme
@@ -35,7 +34,7 @@ def dtype_for(
         table: the model.
         shape_in: the job's shape in a dtype.
         devices: devices that may be used; of their timings nothing is used.
-        is_micro_batch_free: the planner may make micro-batches smaller.
+        is_micro_batch_free: the planner chooses the micro-batch.
     """
     if spec.model.dtype != "auto":
         return "fp32" if spec.model.dtype == "fp32" else "bf16", ""
@@ -44,8 +43,8 @@ def dtype_for(
         model = spec.model.model_copy(update={"quantization": scheme})
         asked, shape = spec.model_copy(update={"model": model}), shape_in(dtype)
         packing, _ = packing_for(asked, table, shape, devices, None, is_micro_batch_free=is_micro_batch_free)
-        smallest = with_rows(shape, shape.rows_per_sample) if is_micro_batch_free else shape
-        return fits(table, smallest.model_copy(update={"packing": packing}), devices)
+        fits_so = fits_with_any_rows if is_micro_batch_free else fits
+        return fits_so(table, shape.model_copy(update={"packing": packing}), devices)
 
     # bf16 loses less than any scheme.
     wanted = spec.model.quantization

@@ -23,8 +23,8 @@ from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler, Seconds
 from coordinator.scheduling.problem import PlanningProblem
 from partitioner.device import BlockTimings, DeviceProfile, LinkTable
-from partitioner.fitting import fits
-from partitioner.micro_batch import with_rows
+from partitioner.fitting import fits, fits_with_any_rows
+from partitioner.micro_batch import lightest_shapes
 from partitioner.model import ModelTable, describe_model
 from partitioner.plan import Plan, RejectedPlan
 from partitioner.question import Codec
@@ -193,13 +193,13 @@ def _refuse_what_cannot_fit(
     table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micro_batch_free: bool
 ) -> None:
     if not _fits(table, shape, devices, is_micro_batch_free):
-        smallest = with_rows(shape, shape.rows_per_sample) if is_micro_batch_free else shape
-        refuse(table, smallest, [_unmeasured(device) for device in devices], LinkTable())
+        shapes = lightest_shapes(table, shape) if is_micro_batch_free else (shape,)
+        refuse(table, shapes, [_unmeasured(device) for device in devices], LinkTable())
 
 
 def _fits(table: ModelTable, shape: JobShape, devices: Sequence[Device], is_micro_batch_free: bool) -> bool:
-    smallest = with_rows(shape, shape.rows_per_sample) if is_micro_batch_free else shape
-    return fits(table, smallest, [_unmeasured(device) for device in devices])
+    fits_so = fits_with_any_rows if is_micro_batch_free else fits
+    return fits_so(table, shape, [_unmeasured(device) for device in devices])
 
 
 def make_numerics(

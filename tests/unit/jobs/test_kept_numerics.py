@@ -220,7 +220,7 @@ def test_new_plan_takes_the_seconds_of_the_one_before_and_only_new_devices_measu
 
 
 def test_refusal_of_a_new_plan_says_what_the_record_fixes_and_the_way_out() -> None:
-    job = Job(Fleet(budget_mib=362), training={"steps": 10, "batch_size": 64})
+    job = Job(Fleet(budget_mib=368), training={"steps": 10, "batch_size": 64})
     rows = job.plans[0].micro_batch_rows
     lose_device(job)
 
@@ -230,14 +230,14 @@ def test_refusal_of_a_new_plan_says_what_the_record_fixes_and_the_way_out() -> N
     text = str(refusal.value)
     assert "does not fit" in text and f"fixes micro-batches of {rows} rows, fp32, unquantised weights" in text
     assert (
-        f"training.micro_batch_size: 1 (now {rows})" in text
+        f"training.micro_batch_size: {rows // 2} (now {rows})" in text
         and "one more device of" in text
         and "placement.numerics: free" in text
     )
 
 
 def test_job_that_does_not_fit_waits_for_a_device_that_said_goodbye_a_moment_ago() -> None:
-    job = Job(Fleet(budget_mib=362), training={"steps": 10, "batch_size": 64})
+    job = Job(Fleet(budget_mib=368), training={"steps": 10, "batch_size": 64})
     right = job.fleet.devices[1]
     lose_device(job)
     job.fleet.come_back_when_asked_for(right)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from partitioner.activations import block_kinds, block_token_bytes, saved_block_bytes
 from partitioner.memory import MemoryModel, stage_memory
+from partitioner.micro_batch import candidate_rows, lightest_shapes, with_rows
 from partitioner.model import describe_model
 from partitioner.place import micro_batches_in_flight
 from plutino.errors import PlanError
@@ -271,3 +272,19 @@ def test_memory_blocks_of_one_kind_keep_the_same(method, dtype):
         assert block_token_bytes(table, shape, block, 8) == block_token_bytes(table, shape, kind, 8)
         assert shape.adapter_params[block] == shape.adapter_params[kind]
     assert len(set(kinds)) < NUM_BLOCKS
+
+
+@pytest.mark.parametrize("batch_rows", [12, 16])
+@pytest.mark.parametrize("row_tokens", [16, 48, 96, 300])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_no_micro_batch_holds_less_than_the_lightest(batch_rows, row_tokens, checkpointing):
+    table = llama(4)
+    shape = job(table, row_tokens=row_tokens, label_tokens=1, batch_rows=batch_rows, micro_batch_rows=batch_rows)
+    lightest = lightest_shapes(table, shape)
+
+    def least(shapes):
+        return min(total(table, one, checkpointing=checkpointing) for one in shapes)
+
+    assert least(lightest) == least(with_rows(shape, rows) for rows in candidate_rows(batch_rows))
+    is_mapped_from_some_rows_on = 1024 // batch_rows < row_tokens < 1024
+    assert len(lightest) == 1 + is_mapped_from_some_rows_on
