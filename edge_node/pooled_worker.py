@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edge_node.guard import read_usage
 from edge_node.supervision import Exiting, refusal
 from edge_node.worker_process import WorkerProcess
 from plutino.errors import AgentError, ConfigError
@@ -53,8 +54,8 @@ class PooledWorker:
 
     @property
     def is_ending(self) -> bool:
-        """It was told to end, or will be killed for what it holds."""
-        return self.stop_reason is not None or self.over_budget is not None
+        """It was told to end, will be killed for what it holds, or is gone and the pool will hear of it."""
+        return self.stop_reason is not None or self.over_budget is not None or read_usage(self.process.pid) is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
