@@ -46,6 +46,10 @@ TINY = Workload(
 _NUM_SPARE_STEPS = 4
 """Steps beyond those that are looked at: the job is cancelled before it would export what nobody wants."""
 _BUDGET_BYTES = 3 * GIB
+_SPARE_PROCESSORS = 0.3
+"""For the coordinator and whoever measures, where agents are bounded by quotas instead of cores."""
+_WEIGHT = 64
+"""Agents get their quotas before anything else computes, so that their seconds follow from these alone."""
 
 
 def agent_name(run: Run, index: int) -> str:
@@ -113,7 +117,12 @@ def measure(
         OSError: a quota was asked for and cannot be set here.
     """
     threads = {agent_name(run, index): count for index, count in enumerate(run.threads)}
-    pins, shares_cores = one_after_other(threads, cores)
+    if len(run.quotas) == len(threads):
+        # Nobody's quota is another's, wherever both compute.
+        pins = {name: set(cores) for name in threads}
+        shares_cores = sum(run.quotas) > len(cores) - _SPARE_PROCESSORS
+    else:
+        pins, shares_cores = one_after_other(threads, cores)
     folder = scratch / run.label
     written = write_drawn_base(run.workload, folder, num_steps=num_steps + _NUM_SPARE_STEPS)
     values = job_values(
@@ -124,8 +133,8 @@ def measure(
         budgets = (_budget_for(run.job_share, stack, values, folder, sorted(cores)[:1]),) * len(threads)
     with ExitStack() as ending:
         quotas = {
-            name: ending.enter_context(ProcessorQuota(cores_allowed))
-            for name, cores_allowed in zip(threads, run.quotas, strict=False)
+            name: ending.enter_context(ProcessorQuota(allowed, weight=_WEIGHT, period_us=run.quota_period_us))
+            for name, allowed in zip(threads, run.quotas, strict=False)
         }
         ending.callback(stack.stop_agents)
         stack.start_agents(

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_PERIOD_US = 100_000
+PERIOD_US = 100_000
+"""What containers are given."""
 _REMOVE_WITHIN_S = 5.0
 
 
@@ -33,14 +34,16 @@ class ProcessorQuota:
         cores: processor seconds that its processes may use in a second, all together.
         weight: times the share of another process that they get where processors are short. With a high one they get
             their quota whatever else runs, so that their seconds follow from it alone.
+        period_us: in which the quota may be used up at once. The shorter, the more like a slower processor.
         cgroups: where the cgroups are.
     """
 
-    def __init__(self, cores: float, *, weight: int = 1, cgroups: Path = _CGROUPS) -> None:
+    def __init__(self, cores: float, *, weight: int = 1, period_us: int = PERIOD_US, cgroups: Path = _CGROUPS) -> None:
         self._is_v2 = (cgroups / "cgroup.controllers").is_file()
         self._folder = (cgroups if self._is_v2 else cgroups / "cpu") / f"plutino-{secrets.token_hex(4)}"
         self._cores = cores
         self._weight = weight
+        self._period_us = period_us
 
     def __enter__(self) -> ProcessorQuota:
         """Make it.
@@ -62,11 +65,11 @@ class ProcessorQuota:
 
     def set(self, cores: float) -> None:
         """Allow so many processors from now on."""
-        quota = str(int(cores * _PERIOD_US))
+        quota = str(int(cores * self._period_us))
         if self._is_v2:
-            (self._folder / "cpu.max").write_text(f"{quota} {_PERIOD_US}")
+            (self._folder / "cpu.max").write_text(f"{quota} {self._period_us}")
         else:
-            (self._folder / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+            (self._folder / "cpu.cfs_period_us").write_text(str(self._period_us))
             (self._folder / "cpu.cfs_quota_us").write_text(quota)
 
     def take(self, pids: Collection[int]) -> None:

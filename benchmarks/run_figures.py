@@ -10,6 +10,7 @@ from typing import Literal
 from benchmarks.goals import Goal
 from benchmarks.model_folder import DtypeName
 from benchmarks.peers.workload import Workload
+from benchmarks.processor_quota import PERIOD_US
 from partitioner.plan import Plan
 from plutino.events import StepCommitted
 from plutino.sizes import MIB
@@ -33,6 +34,8 @@ class Run:
     """Of each agent; empty: 3 GiB each."""
     quotas: tuple[float, ...] = ()
     """Processors that each agent may use at the most; empty: all that it is pinned to."""
+    quota_period_us: int = PERIOD_US
+    """In which an agent may use up its quota at once."""
     job_share: float | None = None
     """Instead of budgets: what a worker holds before any job, and this share of what the job would take alone."""
     num_stages: int | None = None

@@ -5,6 +5,9 @@ Agents are processes with processors of their own (:mod:`benchmarks.agent_runs`)
 - equal agents, 1, 2, 4 and 8: tokens/s beside those of one;
 - agents of 4, 2 and 1 threads: together beside the sum of each alone.
 
+Where there are fewer processors than agents, ``--quota 0.2`` gives each agent a fifth of one, times its speed, in
+periods so short that it looks like a slower processor: fleets of slow devices, with all that messages cost them.
+
 Beside each figure stands the bubble's share as planned: of M micro-batches a pipeline of S stages loses (S - 1) of
 M + S - 1, so that 8 stages with 64 cannot give more than 0.915 of four times what 2 give, with 128 no more than 0.956.
 All runs of a part are repeated in the other order (``--turns``), and how far a run's turns are apart is its A/A.
@@ -58,15 +61,36 @@ EQUAL = replace(UNEQUAL, seq_len_tokens=64, batch_size=128, num_micro_batches=12
 
 FULL = {"equal": EQUAL, "unequal": UNEQUAL}
 
+_NARROW = {"hidden_dim": 384, "intermediate_dim": 1056, "num_heads": 6}
+SLOW = {
+    "equal": replace(EQUAL, **_NARROW),
+    "unequal": replace(UNEQUAL, **_NARROW, seq_len_tokens=64),
+}
+"""For agents that have a share of a processor each."""
+_QUOTA_PERIOD_US = 10_000
 
-def runs_of(part: str, workload: Workload, *, most_agents: int) -> list[Run]:
-    """The runs of a part; those that take longest come last, because time may be up before."""
+
+def runs_of(part: str, workload: Workload, *, most_agents: int, quota: float | None = None) -> list[Run]:
+    """The runs of a part; those that take longest come last, because time may be up before.
+
+    Args:
+        part: one of :data:`PARTS`.
+        workload: what is trained.
+        most_agents: of a run.
+        quota: processors of the slowest agent; None: threads are what agents differ in.
+    """
+
+    def run(name: str, speeds: tuple[int, ...]) -> Run:
+        if quota is None:
+            return Run(name=name, threads=speeds, workload=workload)
+        quotas = tuple(quota * speed for speed in speeds)
+        threads = (1,) * len(speeds)
+        return Run(name=name, threads=threads, workload=workload, quotas=quotas, quota_period_us=_QUOTA_PERIOD_US)
+
     if part == "equal":
-        counts = [count for count in (8, 4, 2, 1) if count <= most_agents]
-        return [Run(name=f"equal {count}", threads=(1,) * count, workload=workload) for count in counts]
+        return [run(f"equal {count}", (1,) * count) for count in (8, 4, 2, 1) if count <= most_agents]
     fast = _UNEQUAL if most_agents > 2 else (2, 1)
-    together = Run(name=f"unequal {':'.join(map(str, fast))}", threads=fast, workload=workload)
-    return [together, *(Run(name=f"alone {threads}", threads=(threads,), workload=workload) for threads in fast)]
+    return [run(f"unequal {':'.join(map(str, fast))}", fast), *(run(f"alone {speed}", (speed,)) for speed in fast)]
 
 
 def in_turns(runs: Sequence[Run], num_turns: int) -> list[Run]:
@@ -90,7 +114,7 @@ def goals_of(found: Mapping[str, Figures]) -> list[Goal]:
         efficiency = alone["equal 8"].tokens_per_s / (4 * alone["equal 2"].tokens_per_s)
         goals.append(Goal(name="8 equal agents beside 4 x those of 2", measured=efficiency, at_least=LEAST_EQUAL))
     for name, figures in alone.items():
-        parts = [alone.get(f"alone {threads}") for threads in figures.run.threads]
+        parts = [alone.get(f"alone {speed}") for speed in name.removeprefix("unequal ").split(":")]
         if name.startswith("unequal") and all(parts):
             together = figures.tokens_per_s / sum(part.tokens_per_s for part in parts if part)
             goals.append(Goal(name=f"{name} beside the sum", measured=together, at_least=LEAST_UNEQUAL))
@@ -111,8 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
         return run_cuda(out, quick=options.quick, num_steps=options.steps, minutes=options.minutes)
     out = options.out or RESULTS_DIR / ("scaling_quick.json" if options.quick else "scaling.json")
     if options.at_once:
+        if options.quota is not None:
+            raise SystemExit("--at-once gives parts processors of their own; agents with a --quota share them")
         return _at_once(options, out)
-    workloads = dict.fromkeys(PARTS, TINY) if options.quick else FULL
+    workloads = dict.fromkeys(PARTS, TINY) if options.quick else FULL if options.quota is None else SLOW
     if options.rows is not None:
         rows = {"batch_size": options.rows, "num_micro_batches": options.rows}
         workloads = {part: replace(workload, **rows) for part, workload in workloads.items()}
@@ -124,7 +150,12 @@ def main(arguments: list[str] | None = None) -> int:
         found[name] = found[name].with_turn(figures) if name in found else figures
         _write(out, machine, workloads, found, {})
 
-    once = [run for part in options.parts for run in runs_of(part, workloads[part], most_agents=options.agents)]
+    once = [
+        run
+        for part in options.parts
+        for run in runs_of(part, workloads[part], most_agents=options.agents, quota=options.quota)
+        if not options.only or run.name in options.only
+    ]
     runs = in_turns(once, options.turns)
     cores = sorted(os.sched_getaffinity(0))
     failed = measure_all(runs, cores, num_steps=options.steps, minutes=options.minutes, on_figures=note)
@@ -208,6 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--agents", type=int, default=8, help="most agents of a run")
     parser.add_argument("--steps", type=int, default=7, help="steps of each run, the first of which is left out")
     parser.add_argument("--minutes", type=float, default=60.0, help="nothing is begun or waited for after these")
+    parser.add_argument("--quota", type=float, help="processors of the slowest agent, instead of cores of their own")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs, by name")
     parser.add_argument("--rows", type=int, help="rows of a step, one a micro-batch; by default 128 or 64")
     parser.add_argument("--turns", type=int, default=2, help="how often every run is begun")
     parser.add_argument("--cuda", action="store_true", help="instead: two cards beside torch pipelining over NCCL")

@@ -20,7 +20,7 @@ from edge_node.guard import limit_thread_stacks, read_usage
 from edge_node.joining import Renewal
 from edge_node.pool_config import PoolConfig
 from edge_node.pool_reports import worker_id, worker_ref
-from edge_node.processors import processors_of
+from edge_node.processors import processor_quota, processors_of
 from edge_node.reachability import Reachability
 from edge_node.state_dir import StateDir, host_id
 from edge_node.worker_pool import WorkerPool
@@ -158,6 +158,7 @@ class Agent:
             hardware=hardware_to_proto(readiness.hardware),
             wire_version=WIRE_VERSION,
             processors=processors_of(self._config.pool.device),
+            processor_quota=processor_quota() or 0.0,
             cache_address="" if self._cache_server is None else self._cache_server.address,
             measures_links=True,
         )

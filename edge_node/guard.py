@@ -12,6 +12,8 @@ import gc
 import logging
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -106,6 +108,18 @@ def keep_heap(*, is_kept: bool = True) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 * MIB if is_kept else SMALLEST_MAPPING_BYTES)
         mallopt(_M_TRIM_THRESHOLD, 512 * MIB if is_kept else 128 * KIB)
+
+
+@contextmanager
+def heap_kept() -> Iterator[None]:
+    """Keep the heap within, and no longer afterwards."""
+    keep_heap()
+    try:
+        yield
+    finally:
+        keep_heap(is_kept=False)
+        # While there is room in it, malloc maps nothing.
+        release_free_memory()
 
 
 def release_free_memory() -> None:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from edge_node.compute_device import CPU, ComputeDevice
+from edge_node.guard import heap_kept
 from edge_node.meeting import ALONE, Meeting
 from edge_node.methods.registry import METHODS
 from edge_node.methods.score_head import put_score_head
 from edge_node.objectives.sft import SftObjective
 from edge_node.pass_timing import LEAST_S, Passes, PassSeconds, PassTimer
+from edge_node.stage.architecture import parse_config
 from edge_node.stage.build import COMPUTE_DTYPES, build_stage
 from edge_node.stage.passes import StageInput
 from edge_node.stage.random_source import RandomSource
@@ -30,6 +32,7 @@ from partitioner.device import BlockTimings, ProfileRequest
 from plutino.data.batches import MicroBatchRows
 from plutino.families import family_of
 from plutino.job.method import LoraConfig
+from plutino.sizes import SMALLEST_MAPPING_BYTES
 
 _SHORT_VOCABULARY = 8192
 """Rows of the head that are measured; its time grows linearly with them."""
@@ -53,7 +56,8 @@ def measure(
 ) -> BlockTimings:
     """Seconds of one micro-batch through one block, the embedding and the head of the model asked about.
 
-    Blocks and head are timed while the other devices of a meeting compute, for ``least_s`` each and three passes.
+    Blocks and head are timed while the other devices of a meeting compute, for ``least_s`` each and three passes;
+    blocks on a processor twice, as malloc keeps what is freed and as it gives it back.
 
     Where a quota bounds this process's processor time, seconds are those that hold for long: a short burst may run at
     full speed until the quota's period is used up.
@@ -63,18 +67,30 @@ def measure(
     config = three_blocks(request.config_json, vocabulary=min(full_vocabulary, _SHORT_VOCABULARY))
     source, timer = RandomSource(config, device=device.torch), PassTimer(device, meeting, least_s=least_s)
     # One stage after the other, so that no more than a block is held on a small device.
-    embedding_s = _measure_embedding(source, request, timer)
-    block = _measure_block(source, request, timer)
-    head = _measure_head(source, request, timer)
+    with heap_kept():
+        embedding_s = _measure_embedding(source, request, timer)
+        block = _measure_block(source, request, timer)
+        head = _measure_head(source, request, timer)
+    mapped = _measure_block(source, request, timer) if _has_mappings(config, request, device) else None
     wide = full_vocabulary / config["vocab_size"] if family_of(config["model_type"]).head else 1.0
     return BlockTimings(
         forward_s=block.forward_s,
         backward_s=block.backward_s,
         recomputed_backward_s=block.recomputed_backward_s,
+        mapped_forward_s=None if mapped is None else mapped.forward_s,
+        mapped_backward_s=None if mapped is None else mapped.backward_s,
+        mapped_recomputed_backward_s=None if mapped is None else mapped.recomputed_backward_s,
         embedding_s=embedding_s,
         head_forward_s=head.forward_s * wide,
         head_backward_s=head.backward_s * wide,
     )
+
+
+def _has_mappings(config: dict[str, Any], request: ProfileRequest, device: ComputeDevice) -> bool:
+    """Whether hidden states are large enough for mappings of their own, which a budget without room does not keep."""
+    hidden_size = int(parse_config(config).hidden_size)
+    num_elements = request.micro_batch_rows * request.row_tokens * hidden_size
+    return not device.is_cuda and num_elements * COMPUTE_DTYPES[request.dtype].itemsize >= SMALLEST_MAPPING_BYTES
 
 
 def _measure_embedding(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> float:

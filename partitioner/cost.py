@@ -55,6 +55,7 @@ def stage_cost(
     end_block: int,
     checkpointing: bool,
     link: LinkProfile | None,
+    keeps_heap: bool = True,
 ) -> StageCost:
     """Seconds of blocks ``[start_block, end_block)`` on a device, frozen ones over as many steps as they run in.
 
@@ -69,8 +70,9 @@ def stage_cost(
         end_block: one past the last block; the model's last block has final norm, head and loss with it.
         checkpointing: blocks are recomputed in the backward pass.
         link: the link to the next stage; None on the last stage.
+        keeps_heap: malloc keeps what is freed.
     """
-    timings = device.timings
+    timings = device.timings if keeps_heap else device.timings.mapped
     num_trained = end_block - max(start_block, min(shape.first_trainable_block, end_block))
     has_head_backward = end_block == table.num_blocks and (num_trained > 0 or shape.last_trainable_params > 0)
     num_frozen = end_block - start_block - num_trained

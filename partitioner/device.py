@@ -46,6 +46,11 @@ class BlockTimings(PlanValue):
     head_backward_s: float
     recomputed_backward_s: float | None = None
     """One block, backward, its recomputation included; None: nobody asked for it."""
+    mapped_forward_s: float | None = None
+    """One block, forward, where malloc gives back what is freed, for which a budget may have no room
+    (:mod:`partitioner.heap`): its pages are faulted in anew. None: it takes no longer."""
+    mapped_backward_s: float | None = None
+    mapped_recomputed_backward_s: float | None = None
 
     @property
     def recompute_s(self) -> float:
@@ -59,6 +64,16 @@ class BlockTimings(PlanValue):
     def known_s(self) -> dict[str, float]:
         """What was measured, by the fields' names."""
         return self.model_dump(exclude_none=True)
+
+    @property
+    def mapped(self) -> BlockTimings:
+        """As in a worker whose malloc gives back what is freed."""
+        found = {
+            name: seconds
+            for name in ("forward_s", "backward_s", "recomputed_backward_s")
+            if (seconds := getattr(self, f"mapped_{name}")) is not None
+        }
+        return self.model_copy(update=found)
 
     def times(self, factor: float) -> BlockTimings:
         """As on a device that takes so many times as long."""

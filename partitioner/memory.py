@@ -120,7 +120,9 @@ class MemoryModel:
         self._check(start_block, end_block, num_stages, stage_index)
         return int(self.bytes_of(np.asarray(start_block), np.asarray(end_block), place, checkpointing=checkpointing))
 
-    def bytes_of(self, start_block: Ints, end_block: Ints, place: Place, *, checkpointing: bool) -> Ints:
+    def bytes_of(
+        self, start_block: Ints, end_block: Ints, place: Place, *, checkpointing: bool, keeps_heap: bool = False
+    ) -> Ints:
         """Job bytes of many stages at once; the arrays are broadcast against each other.
 
         Args:
@@ -128,9 +130,10 @@ class MemoryModel:
             end_block: one past the last blocks, each larger than its start.
             place: where in the pipeline the stages stand.
             checkpointing: whether blocks are recomputed.
+            keeps_heap: as for :meth:`items`.
         """
         total = np.zeros((), dtype=np.int64)
-        for size_bytes in self._bill(start_block, end_block, place, checkpointing).values():
+        for size_bytes in self._bill(start_block, end_block, place, checkpointing, keeps_heap=keeps_heap).values():
             total = total + size_bytes
         return total
 

@@ -18,6 +18,12 @@ _BLOCK_BACKWARD_OVERHEAD_S = 1.8e-3
 Python forward and by the autograd engine backward. Measured on a 4-token micro-batch with hidden size 64, where there
 is next to nothing to compute. Without this share many small micro-batches would always look best."""
 
+_OVERHEADS_S = {
+    "forward_s": _BLOCK_FORWARD_OVERHEAD_S,
+    "backward_s": _BLOCK_BACKWARD_OVERHEAD_S,
+    "recomputed_backward_s": _BLOCK_FORWARD_OVERHEAD_S + _BLOCK_BACKWARD_OVERHEAD_S,
+}
+
 _MAX_OVERHEAD_SHARE = 0.5
 """A faster host has less overhead than the one it was measured on; never more than this share of its own timing."""
 
@@ -67,16 +73,10 @@ def _scaled(timings: BlockTimings, factor: float) -> BlockTimings:
         fixed_s = min(overhead_s, _MAX_OVERHEAD_SHARE * seconds)
         return fixed_s + (seconds - fixed_s) * factor
 
-    recomputed_s, recomputed_overhead_s = (
-        timings.recomputed_backward_s,
-        _BLOCK_FORWARD_OVERHEAD_S + _BLOCK_BACKWARD_OVERHEAD_S,
-    )
+    # Embedding and head are a handful of operators each: their overhead is lost in that of the blocks.
     return BlockTimings(
-        forward_s=scale(timings.forward_s, _BLOCK_FORWARD_OVERHEAD_S),
-        backward_s=scale(timings.backward_s, _BLOCK_BACKWARD_OVERHEAD_S),
-        recomputed_backward_s=None if recomputed_s is None else scale(recomputed_s, recomputed_overhead_s),
-        # A handful of operators each: their overhead is lost in that of the blocks.
-        embedding_s=timings.embedding_s * factor,
-        head_forward_s=timings.head_forward_s * factor,
-        head_backward_s=timings.head_backward_s * factor,
+        **{
+            name: scale(seconds, _OVERHEADS_S.get(name.removeprefix("mapped_"), 0.0))
+            for name, seconds in timings.known_s.items()
+        }
     )

@@ -57,7 +57,7 @@ class Pricer(SidePrices):
     """Bytes and seconds of stages of one job on one fleet; made as :class:`partitioner.rooms.Rooms` says."""
 
     @cached_property
-    def _costs(self) -> dict[tuple[int, int, int, bool], StageCost]:
+    def _costs(self) -> dict[tuple[int, int, int, bool, bool], StageCost]:
         return {}
 
     @cached_property
@@ -100,9 +100,9 @@ class Pricer(SidePrices):
             found.append(option)
         return found
 
-    def cost(self, device: int, start: int, end: int, *, checkpointing: bool) -> StageCost:
-        """Seconds of a stage on one device, its links apart."""
-        key = (device, start, end, checkpointing)
+    def cost(self, device: int, start: int, end: int, *, checkpointing: bool, keeps_heap: bool = True) -> StageCost:
+        """Seconds of a stage on one device, its links apart; at least those where malloc may keep what is freed."""
+        key = (device, start, end, checkpointing, keeps_heap)
         if key not in self._costs:
             is_last = end == self.table.num_blocks
             num_trained = end - max(start, min(self.shape.first_trainable_block, end))
@@ -114,6 +114,7 @@ class Pricer(SidePrices):
                 end_block=end,
                 checkpointing=checkpointing,
                 link=None,
+                keeps_heap=keeps_heap,
             )
             self._costs[key] = StageCost(
                 found.forward_s,
@@ -127,7 +128,17 @@ class Pricer(SidePrices):
         """One stage of a layout with its seconds."""
         group = layout[k]
         return StageGroup(
-            replicas=tuple(self.cost(device, start, end, checkpointing=checkpointing) for device in group),
+            replicas=tuple(
+                self.cost(
+                    device,
+                    start,
+                    end,
+                    checkpointing=checkpointing,
+                    keeps_heap=self.devices[device].timings.mapped_forward_s is None
+                    or self.keeps_heap(layout, k, replica, start, end, checkpointing=checkpointing),
+                )
+                for replica, device in enumerate(group)
+            ),
             owners=self.owners(group, is_alone=len(layout) == 1),
             links=self.links_below(layout, k, is_rounded=end in self.shape.bf16_borders),
             ahead=ahead_of(layout, k, runs_ahead=self.shape.runs_ahead),

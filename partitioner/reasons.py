@@ -10,7 +10,7 @@ from partitioner.device import DeviceProfile
 from partitioner.layout import Layout, replica_shares
 from partitioner.link_uses import link_uses
 from partitioner.place import ReplicaShare
-from partitioner.plan import MemoryItem, Plan, RejectedPlan, ReplicaPlan, StagePlan
+from partitioner.plan import Plan, RejectedPlan, ReplicaPlan, StagePlan
 from partitioner.pricing import Candidate, Pricer
 from partitioner.relief import NOTABLE_SHARE, Relief, bottleneck, in_words
 from plutino.dtypes import why_not_run
@@ -130,23 +130,18 @@ def _stage(pricer: Pricer, best: Candidate, k: int) -> StagePlan:
 
 def _worker(pricer: Pricer, best: Candidate, k: int, replica: int, share: ReplicaShare) -> ReplicaPlan:
     device, cost = pricer.devices[best.layout[k][replica]], best.groups[k].replicas[replica]
-
-    def bill(*, keeps_heap: bool) -> tuple[MemoryItem, ...]:
-        return pricer.memory.items(
-            best.cuts[k],
-            best.cuts[k + 1],
-            num_stages=len(best.layout),
-            stage_index=k,
-            checkpointing=best.checkpointing[k],
-            share=share,
-            keeps_heap=keeps_heap,
-        )
-
-    items = bill(keeps_heap=True)
-    needed_bytes = device.baseline_bytes + sum(item.bytes for item in items)
-    keeps_heap = not device.is_card and needed_bytes <= device.available_bytes
-    if not keeps_heap:
-        items = bill(keeps_heap=False)
+    keeps_heap = pricer.keeps_heap(
+        best.layout, k, replica, best.cuts[k], best.cuts[k + 1], checkpointing=best.checkpointing[k]
+    )
+    items = pricer.memory.items(
+        best.cuts[k],
+        best.cuts[k + 1],
+        num_stages=len(best.layout),
+        stage_index=k,
+        checkpointing=best.checkpointing[k],
+        share=share,
+        keeps_heap=keeps_heap,
+    )
     return ReplicaPlan(
         agent_id=device.agent_id,
         device_name=device.name,

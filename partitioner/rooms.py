@@ -126,6 +126,16 @@ class Rooms:
                 return choice
         return None
 
+    def keeps_heap(self, layout: Layout, k: int, replica: int, start: int, end: int, *, checkpointing: bool) -> bool:
+        """Whether that worker's budget has room for all that malloc keeps if it gives nothing back."""
+        if self.devices[layout[k][replica]].is_card:
+            return False
+        stage, blocks = self.places(layout)[k], (np.asarray(start), np.asarray(end))
+        needed_bytes = self.memory.bytes_of(
+            *blocks, stage.places[replica], checkpointing=checkpointing, keeps_heap=True
+        )
+        return int(needed_bytes) <= stage.room_bytes[replica]
+
     def furthest_end(self, stage: StagePlaces, start: int) -> int:
         """The largest end for which blocks [start, end) fit; ``start`` if not one block does."""
         best = start

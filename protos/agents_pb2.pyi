@@ -162,6 +162,7 @@ class AgentHello(_message.Message):
     MEASURES_LINKS_FIELD_NUMBER: _builtins.int
     SLOW_DTYPES_FIELD_NUMBER: _builtins.int
     PROCESSORS_FIELD_NUMBER: _builtins.int
+    PROCESSOR_QUOTA_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     name: _builtins.str
     host_id: _builtins.str
@@ -177,6 +178,8 @@ class AgentHello(_message.Message):
     """Where other devices of its jobs reach its weights cache, host:port; empty: not at all."""
     measures_links: _builtins.bool
     """It takes and makes bursts, so that links to it can be measured."""
+    processor_quota: _builtins.float
+    """How many of them its cgroup allows it at once; 0: nothing bounds it."""
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of python, torch, transformers, peft, grpcio, protobuf and plutino."""
@@ -217,10 +220,11 @@ class AgentHello(_message.Message):
         measures_links: _builtins.bool = ...,
         slow_dtypes: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         processors: _abc.Iterable[_builtins.str] | None = ...,
+        processor_quota: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hardware", b"hardware"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "processors", b"processors", "slow_dtypes", b"slow_dtypes", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "baseline_bytes", b"baseline_bytes", "cache_address", b"cache_address", "dtypes", b"dtypes", "hardware", b"hardware", "host_id", b"host_id", "measures_links", b"measures_links", "memory_budget_bytes", b"memory_budget_bytes", "name", b"name", "processor_quota", b"processor_quota", "processors", b"processors", "slow_dtypes", b"slow_dtypes", "threads", b"threads", "versions", b"versions", "wire_version", b"wire_version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,6 +53,8 @@ def main() -> int:
     # Libraries print to standard output; only the report may stand there.
     report_fd = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    if len(sys.argv) > 1:
+        import_ahead(Path(sys.argv[1]))
     request = VerifyRequest.model_validate_json(sys.stdin.read())
     # Unhandled, it ends the process, inside a long call into a library too.
     signal.alarm(request.time_limit_s)
@@ -63,6 +65,11 @@ def main() -> int:
     with os.fdopen(report_fd, "w", encoding="utf-8") as stdout:
         stdout.write(report.model_dump_json())
     return 0
+
+
+def import_ahead(base_dir: Path) -> None:
+    """Import a base model's family, which transformers does when one of its models is first made."""
+    _without_weights(base_dir, None)
 
 
 def verify_adapter(request: VerifyRequest) -> VerifyReport:
@@ -95,10 +102,7 @@ def check_tensors(base_dir: Path, adapter_dir: Path, probe: Probe | None = None)
     Raises:
         ExportError: they differ.
     """
-    base_class, settings = _base_class(base_dir, probe)
-    config = AutoConfig.from_pretrained(base_dir, local_files_only=True, **settings)
-    with torch.device("meta"):
-        base = base_class.from_config(config, dtype=torch.float32)
+    base = _without_weights(base_dir, probe)
     if _is_model(adapter_dir):
         stored = read_safetensors_headers(adapter_dir)
         found = {name: (entry.shape, entry.dtype) for name, entry in stored.items()}
@@ -220,6 +224,13 @@ def _require_count(probe: Probe) -> None:
             f"the probe has {num_counted:g} {probe.counted} but the pipeline counted {probe.num_counted:g}; "
             "nothing was published: the loss sums cannot be compared, please report this"
         )
+
+
+def _without_weights(base_dir: Path, probe: Probe | None) -> Any:
+    base_class, settings = _base_class(base_dir, probe)
+    config = AutoConfig.from_pretrained(base_dir, local_files_only=True, **settings)
+    with torch.device("meta"):
+        return base_class.from_config(config, dtype=torch.float32)
 
 
 def _base_class(base_dir: Path, probe: Probe | None) -> tuple[Any, dict[str, int]]:

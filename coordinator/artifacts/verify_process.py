@@ -119,8 +119,9 @@ class VerifyReport(_Value):
 class VerifyProcess:
     """A process for one verification, which may be started before there is anything to verify.
 
-    Importing what it needs takes longer than most verifications: started ahead, it has that behind it and waits on its
-    standard input. If whoever started it dies, that ends, and so does the process. Use it as a context manager.
+    Importing what it needs takes longer than most verifications: started ahead, it has that behind it, the base model's
+    family included, and waits on its standard input. If whoever started it dies, that ends, and so does the process.
+    Use it as a context manager.
     """
 
     def __init__(self) -> None:
@@ -132,11 +133,11 @@ class VerifyProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def begin(self) -> None:
-        """Start the process, if it was not started yet."""
+    def begin(self, base_dir: Path | None = None) -> None:
+        """Start the process, if it was not started yet, for adapters of that base."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", MODULE],
+                [sys.executable, "-m", MODULE, *([] if base_dir is None else [str(base_dir)])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

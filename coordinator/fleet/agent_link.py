@@ -176,4 +176,5 @@ def device_of(hello: pb.AgentHello) -> Device:
         hardware=hardware_from_proto(hello.hardware),
         measures_links=hello.measures_links,
         processors=tuple(hello.processors),
+        processor_quota=hello.processor_quota or None,
     )

@@ -1,7 +1,8 @@
 """Which devices of one host compute on the same cores: pure.
 
 Two devices on the same cores are no faster than one, so a stage's replicas must not be such devices. Devices of one
-host whose threads together fit its cores, or that are pinned to different ones, do not get into each other's way.
+host whose threads (or quotas, as of containers) together fit its cores, or that are pinned to different ones, do not
+get into each other's way.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ def shared_cores(devices: Sequence[Device], threads: Mapping[AgentId, int]) -> d
     for together in _overlapping(devices):
         processors = {processor for device in together for processor in device.processors}
         are_known = all(device.processors for device in together)
-        is_room = sum(threads[device.agent_id] for device in together) <= len(processors)
+        is_room = sum(_taken(device, threads[device.agent_id]) for device in together) <= len(processors)
         has_own = len(together) == 1 or (are_known and is_room and together[0].hardware.kind == "cpu")
         name = "" if has_own else f"{together[0].host_id} {min(device.agent_id for device in together)}"
         found |= {device.agent_id: name for device in together}
     return found
+
+
+def _taken(device: Device, threads: int) -> float:
+    """Processors that a device keeps busy."""
+    return threads if device.processor_quota is None else min(threads, device.processor_quota)
 
 
 def _overlapping(devices: Sequence[Device]) -> list[list[Device]]:

@@ -54,6 +54,8 @@ class Device:
     """It takes and makes bursts."""
     processors: tuple[str, ...] = ()
     """What its workers compute on: numbers of cores, or a card; empty: not known."""
+    processor_quota: float | None = None
+    """How many of them its cgroup allows it at once; None: nothing bounds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,11 +16,13 @@ import grpc
 from coordinator.artifacts.parts import AssembleRequest
 from coordinator.artifacts.publish import PublishRequest
 from coordinator.artifacts.verify_process import VerifyProcess
+from coordinator.jobs.near_end import NearEnd
 from coordinator.jobs.rollouts import Rollouts
 from coordinator.jobs.runner import JobRunner, Verify, rows_from_json
 from plutino.data.batches import MicroBatchRows, StepBatch
 from plutino.data.tokenisation import Spread
 from plutino.errors import PlutinoError
+from plutino.hub_id import model_folder
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
 from plutino.wire.channel import Lane, sync_channel
@@ -42,7 +44,7 @@ def run_job_runner(
 ) -> None:
     """Serve one job until the coordinator ends the stream or goes away.
 
-    ``verify`` stands in the place of a process of its own, which is begun with the last step's rows. ``spread`` makes,
+    ``verify`` stands in the place of a process of its own, which is begun when the last step is near. ``spread`` makes,
     of a model folder, what tokenises large files elsewhere; None: nothing does.
 
     Raises:
@@ -84,15 +86,16 @@ class _Answers:
         verify: Verify,
         credentials: Credentials | None,
         spread: Callable[[Path], Spread] | None,
-        on_last_step: Callable[[], None] | None,
+        begin_verifying: Callable[[Path], None] | None,
     ) -> None:
-        self._on_last_step = on_last_step
-        self._last_step: int | None = None
+        self._begin_verifying = begin_verifying
+        self._near_end: NearEnd | None = None
         self._spread = spread
         self._bulk_address = bulk_address
         self._credentials = credentials
         self._verify = verify
         self._runner: JobRunner | None = None
+        self._base_dir: Path | None = None
 
     def answer(self, command: pb.RunnerCommand) -> Iterator[pb.RunnerEvent]:
         try:
@@ -110,14 +113,15 @@ class _Answers:
             spec = JobSpec.model_validate_json(command.prepare.spec_json)
             self._runner = JobRunner(spec, self._bulk_address, self._verify, self._credentials, self._spread)
             prepared = self._runner.prepare()
-            self._last_step = prepared.total_steps - 1
+            self._base_dir = model_folder(spec.model.path)
+            self._near_end = NearEnd(prepared.total_steps - 1)
             yield pb.RunnerEvent(prepared=pb.Prepared(json=prepared.model_dump_json()))
             return
-        assert self._runner is not None, "the coordinator prepares a runner before it asks"
+        assert self._runner and self._near_end and self._base_dir, "the coordinator prepares a runner before it asks"
         if kind == "get_train_batch":
             ask = command.get_train_batch
-            if ask.step == self._last_step and self._on_last_step is not None:
-                self._on_last_step()
+            if self._begin_verifying is not None and self._near_end.is_reached(ask.step):
+                self._begin_verifying(self._base_dir)
             yield from _batch_parts(self._runner.train_batch(ask.step, ask.micro_batch_size))
         elif kind == "get_eval_batch":
             rows = command.get_eval_batch

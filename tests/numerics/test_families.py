@@ -26,6 +26,7 @@ from partitioner.shape import JobShape
 from plutino.errors import ConfigError, ModelError
 from plutino.families import FAMILIES, family_of
 from plutino.job.method import LoraConfig
+from plutino.sizes import SMALLEST_MAPPING_BYTES
 from tests.numerics.chain import CUTS, Batch, build_chain, frozen_chain, make_batch, run_chain
 from tests.numerics.pipelines import assert_same_tensors, make_batches, make_spec, pipeline_of, stages_of, train
 from tests.numerics.tiny_families import (
@@ -323,6 +324,26 @@ def test_device_measures_a_block_of_the_family(folders, name):
     timings = measure(request)
     assert timings.forward_s > 0 and timings.head_forward_s > 0
     assert timings.recomputed_backward_s is not None and timings.recomputed_backward_s > 0
+    assert timings.mapped == timings, "nothing this small has a mapping of its own"
+
+
+def test_device_measures_blocks_of_large_tensors_with_and_without_a_kept_heap(folders):
+    config = json.loads((folders["phi3"] / "config.json").read_text())
+    tokens = SMALLEST_MAPPING_BYTES // (4 * config["hidden_size"])
+    request = ProfileRequest(
+        config_json=json.dumps(config),
+        dtype="fp32",
+        micro_batch_rows=8,
+        row_tokens=tokens // 8,
+        label_tokens=1,
+        method=LoraConfig(rank=2),
+        threads=1,
+        recomputes=True,
+    )
+    timings = measure(request, least_s=0.0)
+    assert timings.mapped_forward_s and timings.mapped_backward_s and timings.mapped_recomputed_backward_s
+    assert timings.mapped.recomputed_backward_s == timings.mapped_recomputed_backward_s
+    assert timings.mapped.head_forward_s == timings.head_forward_s
 
 
 @torch.no_grad()

@@ -48,6 +48,14 @@ def test_runs_of_all_parts_have_names_of_their_own():
     assert len({run.name for run in runs}) == len(runs) == 8
 
 
+def test_agents_of_a_share_of_a_processor_differ_by_it():
+    together, *alone = runs_of("unequal", TINY, most_agents=8, quota=0.2)
+
+    assert together.threads == (1, 1, 1) and together.quotas == pytest.approx((0.8, 0.4, 0.2))
+    assert [run.name for run in alone] == ["alone 4", "alone 2", "alone 1"]
+    assert [run.quotas for run in alone] == pytest.approx([(0.8,), (0.4,), (0.2,)])
+
+
 def test_turns_reverse_the_order_and_have_agents_of_their_own():
     runs = in_turns(runs_of("equal", TINY, most_agents=2), 2)
 

@@ -6,7 +6,7 @@ from plutino.hardware import Hardware
 from plutino.types import AgentId
 
 
-def device(name: str, host: str = "h", cores: str = "0123", kind: str = "cpu") -> Device:
+def device(name: str, host: str = "h", cores: str = "0123", kind: str = "cpu", quota: float | None = None) -> Device:
     return Device(
         agent_id=AgentId(name),
         name=name,
@@ -16,6 +16,7 @@ def device(name: str, host: str = "h", cores: str = "0123", kind: str = "cpu") -
         threads=1,
         hardware=Hardware(kind=kind),
         processors=tuple(cores),
+        processor_quota=quota,
     )
 
 
@@ -30,6 +31,12 @@ def test_cores_are_shared_by_devices_whose_threads_are_more_than_their_cores() -
 
 def test_cores_suffice_for_devices_whose_threads_fit_them() -> None:
     assert shared(device("a"), device("b")) == ["", ""]
+
+
+def test_cores_suffice_for_devices_whose_quotas_fit_them() -> None:
+    assert shared(*(device(name, cores="01", quota=0.5) for name in "abcd"), threads=1) == [""] * 4
+    assert shared(*(device(name, cores="01", quota=0.5) for name in "abcde"), threads=1) == ["h a"] * 5
+    assert shared(device("a", cores="01", quota=9.0), device("b", cores="01"), threads=1) == ["", ""]
 
 
 def test_cores_of_devices_pinned_apart_are_their_own() -> None:

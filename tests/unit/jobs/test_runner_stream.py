@@ -10,7 +10,7 @@ from plutino.job.spec import parse_spec
 from protos import runners_pb2 as pb
 
 
-def test_verification_begins_with_the_last_steps_rows_and_not_before(tmp_path: Path) -> None:
+def test_verification_begins_when_the_last_step_is_near_and_knows_the_base(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "\n".join(json.dumps({"prompt": f"{i}?", "completion": "x"}) for i in range(6))
     )
@@ -19,9 +19,9 @@ def test_verification_begins_with_the_last_steps_rows_and_not_before(tmp_path: P
         "data": {"train": str(tmp_path / "rows.jsonl")},
         "training": {"epochs": 1, "batch_size": 2},
     }
-    begun: list[int] = []
+    begun: list[tuple[int, Path]] = []
     asked: list[int] = []
-    server = _Answers("nowhere", lambda _: VerifyReport(), None, None, lambda: begun.append(asked[-1]))
+    server = _Answers("nowhere", lambda _: VerifyReport(), None, None, lambda base: begun.append((asked[-1], base)))
     spec_json = parse_spec(values, base_dir=tmp_path).model_dump_json()
 
     (prepared,) = server.answer(pb.RunnerCommand(prepare=pb.Prepare(spec_json=spec_json)))
@@ -31,4 +31,4 @@ def test_verification_begins_with_the_last_steps_rows_and_not_before(tmp_path: P
         assert len(parts) == 2
 
     assert json.loads(prepared.prepared.json)["total_steps"] == 3
-    assert begun == [2]
+    assert begun == [(1, TINY_LLAMA_DIR), (2, TINY_LLAMA_DIR)]

@@ -323,3 +323,32 @@ def test_search_only_a_device_with_malloc_keeps_its_heap():
 
     assert on_cpu.keeps_heap and not on_card.keeps_heap
     assert "heap reuse" not in {item.name for item in on_card.memory}
+
+
+def test_search_prices_blocks_as_malloc_will_serve_them_in_the_budget():
+    table = llama(4)
+    shape = job(table, row_tokens=512, batch_rows=8, micro_batch_rows=8)
+    kept = device("d", available_mib=4000)
+    mapped_s = {"mapped_forward_s": 0.013, "mapped_backward_s": 0.029}
+    roomy = kept.model_copy(update={"timings": kept.timings.model_copy(update=mapped_s)})
+    (in_room,) = search(table, shape, [roomy]).stages
+    least_bytes = next(item.bytes for item in in_room.memory if item.name == "heap reuse")
+    tight = roomy.model_copy(update={"available_bytes": in_room.peak_bytes - least_bytes})
+
+    (in_little,) = search(table, shape, [tight]).stages
+
+    assert in_room.keeps_heap and not in_little.keeps_heap
+    assert not in_little.checkpointing
+    (as_kept,) = search(table, shape, [kept]).stages
+    assert (in_room.forward_s, in_room.backward_s) == (as_kept.forward_s, as_kept.backward_s)
+    assert in_little.forward_s == pytest.approx(in_room.forward_s + 4 * 0.003)
+    assert in_little.backward_s == pytest.approx(in_room.backward_s + 4 * 0.007)
+
+
+def test_small_tensors_take_the_same_seconds_in_every_budget():
+    table = llama(4)
+    shape = job(table)
+    one = device("d")
+    slow = one.model_copy(update={"timings": one.timings.model_copy(update={"mapped_forward_s": 1.0})})
+
+    assert search(table, shape, [slow]).step_s == search(table, shape, [one]).step_s
