@@ -53,7 +53,7 @@ def test_agents_of_a_share_of_a_processor_differ_by_it():
 
     assert together.threads == (1, 1, 1) and together.quotas == pytest.approx((0.8, 0.4, 0.2))
     assert [run.name for run in alone] == ["alone 4", "alone 2", "alone 1"]
-    assert [run.quotas for run in alone] == pytest.approx([(0.8,), (0.4,), (0.2,)])
+    assert [quota for run in alone for quota in run.quotas] == pytest.approx([0.8, 0.4, 0.2])
 
 
 def test_turns_reverse_the_order_and_have_agents_of_their_own():
