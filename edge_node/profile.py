@@ -57,7 +57,7 @@ def measure(
     """Seconds of one micro-batch through one block, the embedding and the head of the model asked about.
 
     Blocks and head are timed while the other devices of a meeting compute, for ``least_s`` each and three passes;
-    blocks on a processor twice, as malloc keeps what is freed and as it gives it back.
+    blocks once more as malloc gives back what is freed, if that is asked for and makes a difference.
 
     Where a quota bounds this process's processor time, seconds are those that hold for long: a short burst may run at
     full speed until the quota's period is used up.
@@ -71,7 +71,8 @@ def measure(
         embedding_s = _measure_embedding(source, request, timer)
         block = _measure_block(source, request, timer)
         head = _measure_head(source, request, timer)
-    mapped = _measure_block(source, request, timer) if _has_mappings(config, request, device) else None
+    is_mapped = request.is_tight and _has_mappings(config, request, device)
+    mapped = _measure_block(source, request, timer) if is_mapped else None
     wide = full_vocabulary / config["vocab_size"] if family_of(config["model_type"]).head else 1.0
     return BlockTimings(
         forward_s=block.forward_s,

@@ -8,10 +8,15 @@ from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.membership import Device
 from coordinator.jobs.profiler import Asked, Profiler, Seconds
 from partitioner.device import DeviceProfile, ProfileRequest
+from partitioner.memory import MemoryModel
+from partitioner.model import ModelTable
 from partitioner.shape import JobShape
 from plutino.errors import AgentError
 from plutino.job.spec import JobSpec
 from plutino.types import AgentId
+
+_ROOMY = 2
+"""Times what the job takes alone at the rows that are measured: the plan may choose more of them."""
 
 LEAST_GAIN = 1.05
 """Integer products round every token's activations; they must raise the fleet's forward rate by this to be worth it."""
@@ -22,7 +27,7 @@ Measured = list[DeviceProfile | str]
 
 async def measure_devices(
     devices: Sequence[Device],
-    config_json: str,
+    model: tuple[str, ModelTable],
     shape: JobShape,
     spec: JobSpec,
     profiler: Profiler,
@@ -39,7 +44,7 @@ async def measure_devices(
         if before is not None and before.threads == used_threads:
             found[device.agent_id] = device_profile(device, Seconds(before.timings, before.remark), used_threads)
         else:
-            asked.append(_asked(device, config_json, shape, spec, used_threads))
+            asked.append(_asked(device, model, shape, spec, used_threads))
     for one, took in zip(asked, await profiler.measure(asked), strict=True):
         found[one.agent_id] = (
             str(took) if isinstance(took, AgentError) else device_profile(one.device, took, one.request.threads)
@@ -49,7 +54,7 @@ async def measure_devices(
 
 async def measure_products(
     devices: Sequence[Device],
-    config_json: str,
+    model: tuple[str, ModelTable],
     shape: JobShape,
     spec: JobSpec,
     profiler: Profiler,
@@ -62,8 +67,8 @@ async def measure_products(
     Returns:
         The faster shape, the devices measured in it, and why it is the one.
     """
-    dequantised = await measure_devices(devices, config_json, shape, spec, profiler, threads)
-    integer = await measure_devices(devices, config_json, integers, spec, profiler, threads)
+    dequantised = await measure_devices(devices, model, shape, spec, profiler, threads)
+    integer = await measure_devices(devices, model, integers, spec, profiler, threads)
     is_faster, why = faster_products(dequantised, integer)
     return (integers, integer, why) if is_faster else (shape, dequantised, why)
 
@@ -99,7 +104,9 @@ def with_shared_cores(devices: Sequence[Device], profiles: Sequence[DeviceProfil
     return tuple(p.model_copy(update={"cores_id": cores[AgentId(p.agent_id)]}) for p in profiles)
 
 
-def _asked(device: Device, config_json: str, shape: JobShape, spec: JobSpec, threads: int) -> Asked:
+def _asked(device: Device, model: tuple[str, ModelTable], shape: JobShape, spec: JobSpec, threads: int) -> Asked:
+    config_json, table = model
+    room_bytes = device.memory_budget_bytes - device.baseline_bytes
     request = ProfileRequest(
         config_json=config_json,
         dtype=shape.dtype,
@@ -110,9 +117,18 @@ def _asked(device: Device, config_json: str, shape: JobShape, spec: JobSpec, thr
         method=spec.method.for_profile(),
         threads=threads,
         # A side network is never recomputed, and the blocks beside it keep nothing.
+        is_tight=room_bytes < _ROOMY * _whole_bytes(table, shape),
         recomputes=shape.checkpointing != "off" and not shape.side_reduction,
     )
     return Asked(device, request)
+
+
+def _whole_bytes(table: ModelTable, shape: JobShape) -> int:
+    """What one worker would hold that had the job alone and kept its heap."""
+    items = MemoryModel(table, shape).items(
+        0, table.num_blocks, num_stages=1, stage_index=0, checkpointing=False, keeps_heap=True
+    )
+    return sum(item.bytes for item in items)
 
 
 def device_profile(device: Device, seconds: Seconds, threads: int) -> DeviceProfile:

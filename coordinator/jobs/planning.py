@@ -139,7 +139,7 @@ async def make_problem(
         # Before the devices measure themselves, which bursts would disturb.
         await links.known_among(device.agent_id for device in devices)
     threads = spec.placement.threads if numerics is None else numerics.threads_per_worker
-    of_job = config_json, shape, spec, profiler, threads
+    of_job = (config_json, table), shape, spec, profiler, threads
     integers = shape.model_copy(update={"packing": packing.model_copy(update={"products": "integer"})})
     if (
         numerics is None
@@ -257,6 +257,6 @@ async def profiles_of(
     """Devices that joined a running job's fleet, measured; those that cannot be measured are left out."""
     if not devices:
         return []
-    config_json, _ = await asyncio.to_thread(read_model, spec)
-    found = await measure_devices(devices, config_json, shape, spec, profiler, numerics.threads_per_worker)
+    model = await asyncio.to_thread(read_model, spec)
+    found = await measure_devices(devices, model, shape, spec, profiler, numerics.threads_per_worker)
     return list(with_shared_cores(devices, [p for p in found if isinstance(p, DeviceProfile)]))

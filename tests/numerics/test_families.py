@@ -339,6 +339,7 @@ def test_device_measures_blocks_of_large_tensors_with_and_without_a_kept_heap(fo
         method=LoraConfig(rank=2),
         threads=1,
         recomputes=True,
+        is_tight=True,
     )
     timings = measure(request, least_s=0.0)
     assert timings.mapped_forward_s and timings.mapped_backward_s and timings.mapped_recomputed_backward_s

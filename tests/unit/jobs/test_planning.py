@@ -150,6 +150,23 @@ class LossyFleet(FakeFleet):
         return replace(found, lacked_company=agent_id == "a-left")
 
 
+def test_only_a_device_without_much_room_is_measured_without_a_kept_heap():
+    fleet = FakeFleet(budget_mib=4000)
+    small, large = fleet.devices
+    fleet.devices = [replace(small, memory_budget_bytes=400 * MIB), large]
+    asked = {}
+    measure = fleet.profile
+
+    async def profile(agent_id: AgentId, request: ProfileRequest, on_milestone: OnMilestone) -> ProfileAnswer:
+        asked[agent_id] = request.is_tight
+        return await measure(agent_id, request, on_milestone)
+
+    fleet.profile = profile
+    problem(fleet, 4)
+
+    assert asked == {small.agent_id: True, large.agent_id: False}
+
+
 def test_plan_says_which_of_its_devices_was_measured_without_a_neighbour():
     plan = problem(LossyFleet(budget_mib=4000), 4, placement={"stages": 2}).plan()
 
