@@ -68,6 +68,9 @@ SLOW = {
 }
 """For agents that have a share of a processor each."""
 _QUOTA_PERIOD_US = 10_000
+_TOGETHER_SHARE = 0.7
+"""Of the job's bytes each agent has room for so much: for its stage, and not for a spare worker beside it, whose imports
+would take half of so small a quota for a minute."""
 
 
 def runs_of(part: str, workload: Workload, *, most_agents: int, quota: float | None = None) -> list[Run]:
@@ -84,8 +87,14 @@ def runs_of(part: str, workload: Workload, *, most_agents: int, quota: float | N
         if quota is None:
             return Run(name=name, threads=speeds, workload=workload)
         quotas = tuple(quota * speed for speed in speeds)
-        threads = (1,) * len(speeds)
-        return Run(name=name, threads=threads, workload=workload, quotas=quotas, quota_period_us=_QUOTA_PERIOD_US)
+        return Run(
+            name=name,
+            threads=(1,) * len(speeds),
+            workload=workload,
+            quotas=quotas,
+            quota_period_us=_QUOTA_PERIOD_US,
+            job_share=_TOGETHER_SHARE if len(speeds) > 1 else 1.0,
+        )
 
     if part == "equal":
         return [run(f"equal {count}", (1,) * count) for count in (8, 4, 2, 1) if count <= most_agents]
