@@ -69,7 +69,7 @@ SLOW = {
 """For agents that have a share of a processor each."""
 _QUOTA_PERIOD_US = 10_000
 _TOGETHER_SHARE = 0.7
-"""Of the job's bytes each agent has room for so much: for its stage, and not for a spare worker beside it, whose imports
+"""Of the job's bytes each agent has room for so much: for its stage, and for no spare worker beside it, whose imports
 would take half of so small a quota for a minute."""
 
 
