@@ -68,8 +68,9 @@ SLOW = {
 }
 """For agents that have a share of a processor each."""
 _QUOTA_PERIOD_US = 10_000
+_ALONE_SHARE = 1.1
 _TOGETHER_SHARE = 0.7
-"""Of the job's bytes each agent has room for so much: for its stage, and for no spare worker beside it, whose imports
+"""Of the job's bytes an agent has room for so much: for its stage, and for no spare worker beside it, whose imports
 would take half of so small a quota for a minute."""
 
 
@@ -93,7 +94,7 @@ def runs_of(part: str, workload: Workload, *, most_agents: int, quota: float | N
             workload=workload,
             quotas=quotas,
             quota_period_us=_QUOTA_PERIOD_US,
-            job_share=_TOGETHER_SHARE if len(speeds) > 1 else 1.0,
+            job_share=_TOGETHER_SHARE if len(speeds) > 1 else _ALONE_SHARE,
         )
 
     if part == "equal":
