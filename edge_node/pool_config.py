@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from edge_node.network import DeviceNetwork
 from edge_node.weights_config import WeightsConfig
@@ -46,3 +47,27 @@ class Readiness:
     """Kept back, with the factor over fp32's seconds."""
     versions: dict[str, str]
     hardware: Hardware
+
+    @classmethod
+    def from_values(cls, told: Mapping[str, Any]) -> Readiness:
+        """Of the worker's words.
+
+        Raises:
+            ValueError: they are others than this version's.
+        """
+        match told:
+            case {
+                "baseline_bytes": int(baseline_bytes),
+                "dtypes": [*dtypes],
+                "versions": dict(versions),
+                "hardware": dict(hardware),
+            }:
+                return cls(
+                    baseline_bytes=baseline_bytes,
+                    dtypes=tuple(str(dtype) for dtype in dtypes),
+                    slow_dtypes={str(dtype): float(factor) for dtype, factor in told.get("slow_dtypes", {}).items()},
+                    versions={str(name): str(version) for name, version in versions.items()},
+                    hardware=Hardware.from_values(hardware),
+                )
+            case _:
+                raise ValueError(f"a worker says of itself {str(told)[:200]}, which this version does not understand")

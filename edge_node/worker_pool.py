@@ -39,7 +39,6 @@ from edge_node.supervision import (
 )
 from edge_node.worker_process import Event, WorkerProcess
 from plutino.errors import AgentError, ConfigError
-from plutino.hardware import Hardware
 from plutino.sizes import format_size
 from plutino.types import WorkerRef
 from protos import agents_pb2
@@ -262,23 +261,9 @@ class WorkerPool:
 
     def _on_event(self, worker: PooledWorker, event: Event) -> None:
         match event:
-            case {
-                "ready": {
-                    "baseline_bytes": int(baseline_bytes),
-                    "dtypes": [*dtypes],
-                    "versions": dict(versions),
-                    "hardware": dict(hardware),
-                } as ready
-            }:
+            case {"ready": dict(told)}:
                 self._spare_failures = 0
-                if self._readiness is None:
-                    self._readiness = Readiness(
-                        baseline_bytes=baseline_bytes,
-                        dtypes=tuple(str(dtype) for dtype in dtypes),
-                        slow_dtypes={str(dtype): float(x) for dtype, x in ready.get("slow_dtypes", {}).items()},
-                        versions={str(name): str(version) for name, version in versions.items()},
-                        hardware=Hardware.from_values(hardware),
-                    )
+                self._readiness = self._readiness or Readiness.from_values(told)
                 self._changed.set()
             case {"reached": int(milestone)} if worker.profiles:
                 self._reports.profile_reached(worker.profiles[0].request_id, milestone)
