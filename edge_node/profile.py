@@ -71,8 +71,9 @@ def measure(
         embedding_s = _measure_embedding(source, request, timer)
         block = _measure_block(source, request, timer)
         head = _measure_head(source, request, timer)
-    is_mapped = request.is_tight and _has_mappings(config, request, device)
-    mapped = _measure_block(source, request, timer) if is_mapped else None
+    again = _measure_block(source, request, timer) if request.is_tight and _has_mappings(config, request) else None
+    # A card has no such heap: it keeps the processors of its host company.
+    mapped = None if device.is_cuda else again
     wide = full_vocabulary / config["vocab_size"] if family_of(config["model_type"]).head else 1.0
     return BlockTimings(
         forward_s=block.forward_s,
@@ -87,11 +88,11 @@ def measure(
     )
 
 
-def _has_mappings(config: dict[str, Any], request: ProfileRequest, device: ComputeDevice) -> bool:
+def _has_mappings(config: dict[str, Any], request: ProfileRequest) -> bool:
     """Whether hidden states are large enough for mappings of their own, which a budget without room does not keep."""
     hidden_size = int(parse_config(config).hidden_size)
     num_elements = request.micro_batch_rows * request.row_tokens * hidden_size
-    return not device.is_cuda and num_elements * COMPUTE_DTYPES[request.dtype].itemsize >= SMALLEST_MAPPING_BYTES
+    return num_elements * COMPUTE_DTYPES[request.dtype].itemsize >= SMALLEST_MAPPING_BYTES
 
 
 def _measure_embedding(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> float:

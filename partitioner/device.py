@@ -26,7 +26,8 @@ class ProfileRequest(PlanValue):
     recomputes: bool = False
     """The plan may let blocks recompute, so that their backward pass is measured that way as well."""
     is_tight: bool = False
-    """Its budget may have no room for a heap that malloc keeps, so that blocks are measured without one as well."""
+    """Its budget, or that of a device that measures beside it, may have no room for a heap that malloc keeps, so that
+    blocks are measured without one as well."""
     beside: tuple[int, ...] = ()
     """Threads of each of the other devices of the host that measure the same meanwhile; empty: it measures alone."""
     attempt: int = 0

@@ -38,13 +38,16 @@ async def measure_devices(
     """All devices, measured at once but for those that share cores; not those whose seconds are ``known``."""
     found: dict[AgentId, DeviceProfile | str] = {}
     asked: list[Asked] = []
+    _, table = model
+    tight_hosts = _tight_hosts(devices, _whole_bytes(table, shape))
     for device in devices:
         used_threads = device.threads if threads is None else min(threads, device.threads)
         before = (known or {}).get(device.agent_id)
         if before is not None and before.threads == used_threads:
             found[device.agent_id] = device_profile(device, Seconds(before.timings, before.remark), used_threads)
         else:
-            asked.append(_asked(device, model, shape, spec, used_threads))
+            is_tight = device.host_id in tight_hosts
+            asked.append(_asked(device, model, shape, spec, used_threads, is_tight=is_tight))
     for one, took in zip(asked, await profiler.measure(asked), strict=True):
         found[one.agent_id] = (
             str(took) if isinstance(took, AgentError) else device_profile(one.device, took, one.request.threads)
@@ -104,9 +107,19 @@ def with_shared_cores(devices: Sequence[Device], profiles: Sequence[DeviceProfil
     return tuple(p.model_copy(update={"cores_id": cores[AgentId(p.agent_id)]}) for p in profiles)
 
 
-def _asked(device: Device, model: tuple[str, ModelTable], shape: JobShape, spec: JobSpec, threads: int) -> Asked:
-    config_json, table = model
-    room_bytes = device.memory_budget_bytes - device.baseline_bytes
+def _tight_hosts(devices: Sequence[Device], whole_bytes: int) -> set[str]:
+    """Hosts with a device that may have no room for a kept heap; those that measure together measure alike."""
+    return {
+        device.host_id
+        for device in devices
+        if device.memory_budget_bytes - device.baseline_bytes < _ROOMY * whole_bytes
+    }
+
+
+def _asked(
+    device: Device, model: tuple[str, ModelTable], shape: JobShape, spec: JobSpec, threads: int, *, is_tight: bool
+) -> Asked:
+    config_json, _ = model
     request = ProfileRequest(
         config_json=config_json,
         dtype=shape.dtype,
@@ -117,7 +130,7 @@ def _asked(device: Device, model: tuple[str, ModelTable], shape: JobShape, spec:
         method=spec.method.for_profile(),
         threads=threads,
         # A side network is never recomputed, and the blocks beside it keep nothing.
-        is_tight=room_bytes < _ROOMY * _whole_bytes(table, shape),
+        is_tight=is_tight,
         recomputes=shape.checkpointing != "off" and not shape.side_reduction,
     )
     return Asked(device, request)

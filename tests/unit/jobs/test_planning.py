@@ -150,10 +150,11 @@ class LossyFleet(FakeFleet):
         return replace(found, lacked_company=agent_id == "a-left")
 
 
-def test_only_a_device_without_much_room_is_measured_without_a_kept_heap():
+@pytest.mark.parametrize("other_host", ["one", "two"])
+def test_hosts_of_a_device_without_much_room_are_measured_without_a_kept_heap_as_well(other_host):
     fleet = FakeFleet(budget_mib=4000)
     small, large = fleet.devices
-    fleet.devices = [replace(small, memory_budget_bytes=400 * MIB), large]
+    fleet.devices = [replace(small, memory_budget_bytes=400 * MIB), replace(large, host_id=other_host)]
     asked = {}
     measure = fleet.profile
 
@@ -164,7 +165,7 @@ def test_only_a_device_without_much_room_is_measured_without_a_kept_heap():
     fleet.profile = profile
     problem(fleet, 4)
 
-    assert asked == {small.agent_id: True, large.agent_id: False}
+    assert asked == {small.agent_id: True, large.agent_id: other_host == small.host_id}
 
 
 def test_plan_says_which_of_its_devices_was_measured_without_a_neighbour():
