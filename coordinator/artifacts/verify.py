@@ -20,7 +20,13 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from coordinator.artifacts.probe_loss import loss_sum_of, padded
 from coordinator.artifacts.verify_process import Check, Probe, VerifyReport, VerifyRequest
@@ -68,8 +74,13 @@ def main() -> int:
 
 
 def import_ahead(base_dir: Path) -> None:
-    """Import a base model's family, which transformers does when one of its models is first made."""
-    _without_weights(base_dir, None)
+    """Import a base model's family, which transformers does when one of its models is first made.
+
+    Of whatever class: what the adapter is for is known with the request, and not every family has a model for it.
+    """
+    config = AutoConfig.from_pretrained(base_dir, local_files_only=True)
+    with torch.device("meta"):
+        AutoModel.from_config(config, dtype=torch.float32)
 
 
 def verify_adapter(request: VerifyRequest) -> VerifyReport:
@@ -102,7 +113,10 @@ def check_tensors(base_dir: Path, adapter_dir: Path, probe: Probe | None = None)
     Raises:
         ExportError: they differ.
     """
-    base = _without_weights(base_dir, probe)
+    base_class, settings = _base_class(base_dir, probe)
+    config = AutoConfig.from_pretrained(base_dir, local_files_only=True, **settings)
+    with torch.device("meta"):
+        base = base_class.from_config(config, dtype=torch.float32)
     if _is_model(adapter_dir):
         stored = read_safetensors_headers(adapter_dir)
         found = {name: (entry.shape, entry.dtype) for name, entry in stored.items()}
@@ -224,13 +238,6 @@ def _require_count(probe: Probe) -> None:
             f"the probe has {num_counted:g} {probe.counted} but the pipeline counted {probe.num_counted:g}; "
             "nothing was published: the loss sums cannot be compared, please report this"
         )
-
-
-def _without_weights(base_dir: Path, probe: Probe | None) -> Any:
-    base_class, settings = _base_class(base_dir, probe)
-    config = AutoConfig.from_pretrained(base_dir, local_files_only=True, **settings)
-    with torch.device("meta"):
-        return base_class.from_config(config, dtype=torch.float32)
 
 
 def _base_class(base_dir: Path, probe: Probe | None) -> tuple[Any, dict[str, int]]:

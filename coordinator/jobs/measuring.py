@@ -129,8 +129,8 @@ def _asked(
         label_tokens=shape.label_tokens,
         method=spec.method.for_profile(),
         threads=threads,
-        # A side network is never recomputed, and the blocks beside it keep nothing.
         is_tight=is_tight,
+        # A side network is never recomputed, and the blocks beside it keep nothing.
         recomputes=shape.checkpointing != "off" and not shape.side_reduction,
     )
     return Asked(device, request)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from coordinator.artifacts.verify import import_ahead
 from coordinator.artifacts.verify_process import Probe, ProbeRows
 from edge_node import profile
 from edge_node.engine.freezing import block_of_use
@@ -315,6 +316,13 @@ def test_bill_of_all_weights_has_no_weight_twice(folders):
 )
 def test_blocks_of_both_halves_are_unfrozen_in_their_order(name, role, block):
     assert block_of_use(name, role, family_of("t5"), 2) == block
+
+
+def test_verification_imports_ahead_a_family_that_has_no_causal_model(folders):
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folders["t5"]))
+
+    import_ahead(folders["t5"])
 
 
 @pytest.mark.parametrize("method", [FULL, pytest.param(HOULSBY, marks=pytest.mark.slow)])

@@ -69,18 +69,20 @@ def test_run_of_a_process_that_ended_itself_at_its_time_limit_tells_the_limit(
 def test_process_begun_ahead_answers_once_and_the_next_question_takes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stand-in says its process id as soon as it runs, and again in its report."""
+    """The stand-in says its process id and its base as soon as it runs, and its process id again in its report."""
     report = '{"checks": [["process", "%s"]]}'
-    (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/begun\ncat >/dev/null\nprintf '{report}' $$\n")
+    (tmp_path / "python").write_text(
+        f"#!/bin/sh\necho $$ $3 >> {tmp_path}/begun\ncat >/dev/null\nprintf '{report}' $$\n"
+    )
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
 
     with VerifyProcess() as process:
-        process.begin()
-        process.begin()
+        process.begin(Path("base"))
+        process.begin(Path("another"))
         answers = [process(REQUEST).checks[0][1] for _ in range(2)]
 
-    assert (tmp_path / "begun").read_text().split() == answers
+    assert (tmp_path / "begun").read_text().splitlines() == [f"{answers[0]} base", answers[1]]
     assert answers[0] != answers[1]
 
 
