@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from partitioner.product_code import UNTOUCHED_CODE_BYTES
 from plutino.errors import OutOfMemoryError
 from plutino.sizes import KIB, MIB, SMALLEST_MAPPING_BYTES, format_size
 
@@ -83,7 +84,8 @@ def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int) -> in
     """RLIMIT_DATA under which resident memory can grow from ``rss_bytes`` to ``budget_bytes`` and not further.
 
     The limit counts writable private mappings, touched or not, so it is set relative to what is mapped already:
-    what the imports mapped and never touched is no part of the budget.
+    what the imports mapped and never touched is no part of the budget, nor is what stacks and generated code map and
+    hardly touch.
 
     Raises:
         OutOfMemoryError: the budget is spent already.
@@ -93,7 +95,7 @@ def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int) -> in
             f"the worker holds {format_size(rss_bytes)} before any job, its memory budget is "
             f"{format_size(budget_bytes)}; give the device more memory"
         )
-    return data_bytes + (budget_bytes - rss_bytes) + STACK_SLACK_BYTES
+    return data_bytes + (budget_bytes - rss_bytes) + STACK_SLACK_BYTES + UNTOUCHED_CODE_BYTES
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

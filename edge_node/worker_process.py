@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from partitioner.product_code import product_code_environment
 from plutino.sizes import MIB, SMALLEST_MAPPING_BYTES
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def worker_environment(
     """Environment of a worker, added to the agent's own.
 
     These are read once, when a program or a library starts, so they cannot be set in the worker. Few arenas, because
-    each keeps free memory for itself and the budget counts all of it.
+    each keeps free memory for itself and the budget counts all of it; few kept products for the same reason.
     """
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -49,6 +50,7 @@ def worker_environment(
         "HF_HUB_OFFLINE": "1",
         "GLIBC_TUNABLES": glibc_tunables,
         "MALLOC_ARENA_MAX": str(malloc_arena_max),
+        **product_code_environment(),
         # What a worker wrote before it was killed must be in its log, and so must where it crashed.
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",

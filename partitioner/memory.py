@@ -18,6 +18,7 @@ from partitioner.model import ModelTable
 from partitioner.packed import WeightSizes
 from partitioner.place import Ints, Place, ReplicaShare, place_of
 from partitioner.plan import MemoryItem
+from partitioner.product_code import KEPT_PRODUCTS, product_code_bytes
 from partitioner.shape import JobShape
 from plutino.errors import PlanError
 
@@ -217,6 +218,7 @@ class MemoryModel:
             ),
             "shadow snapshot": num_trainable * ((not shape.is_on_cards) * SHADOW_BYTES_PER_PARAM),
             **training,
+            "product code": np.asarray(product_code_bytes(shape)),
             "generation": np.maximum(0, generation_bytes - passing_bytes),
             "pruning": np.maximum(0, pruning_bytes - not_yet_bytes - np.maximum(passing_bytes, generation_bytes)),
             "allocator": heap.small_bytes(coming_and_going, dropped_bytes)
@@ -266,6 +268,7 @@ class MemoryModel:
             "logits and loss": f"{shape.label_tokens} label tokens x {table.vocab_size} words, in fp32, and the final "
             "norm; what exceeds the temporaries of a block, which come after",
             "workspace": "largest temporaries of one block",
+            "product code": f"what the library keeps of the last {KEPT_PRODUCTS} shapes of products in bf16",
             "generation": f"KV cache of {shape.generate_rows} rows x {shape.generate_tokens} tokens; what exceeds "
             "training's own",
             "pruning": "one micro-batch backward through the blocks, before the first step; what exceeds training's",
