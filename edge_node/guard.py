@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from partitioner.product_code import UNTOUCHED_CODE_BYTES
 from plutino.errors import OutOfMemoryError
 from plutino.sizes import KIB, MIB, SMALLEST_MAPPING_BYTES, format_size
 
@@ -80,12 +79,17 @@ def peak_resident_bytes() -> int:
     return usage.peak_rss_bytes
 
 
-def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int) -> int:
+def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int, untouched_bytes: int = 0) -> int:
     """RLIMIT_DATA under which resident memory can grow from ``rss_bytes`` to ``budget_bytes`` and not further.
 
     The limit counts writable private mappings, touched or not, so it is set relative to what is mapped already:
-    what the imports mapped and never touched is no part of the budget, nor is what stacks and generated code map and
-    hardly touch.
+    what the imports mapped and never touched is no part of the budget, nor is what stacks map and hardly touch.
+
+    Args:
+        budget_bytes: of resident memory.
+        rss_bytes: what is resident now.
+        data_bytes: what the limit counts now.
+        untouched_bytes: what will be mapped besides, and never touched.
 
     Raises:
         OutOfMemoryError: the budget is spent already.
@@ -95,7 +99,7 @@ def data_segment_limit(budget_bytes: int, rss_bytes: int, data_bytes: int) -> in
             f"the worker holds {format_size(rss_bytes)} before any job, its memory budget is "
             f"{format_size(budget_bytes)}; give the device more memory"
         )
-    return data_bytes + (budget_bytes - rss_bytes) + STACK_SLACK_BYTES + UNTOUCHED_CODE_BYTES
+    return data_bytes + (budget_bytes - rss_bytes) + STACK_SLACK_BYTES + untouched_bytes
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -135,18 +139,19 @@ def release_free_memory() -> None:
         trim(0)
 
 
-def limit_data_segment(budget_bytes: int, rss_bytes: int) -> int | None:
+def limit_data_segment(budget_bytes: int, rss_bytes: int, untouched_bytes: int = 0) -> int | None:
     """Bound the calling process's memory; returns the limit in bytes.
 
     Returns None where the kernel does not tell the size of a data segment (anything but Linux): there only the
-    agent's watch over resident memory holds the budget.
+    agent's watch over resident memory holds the budget. Arguments are those of :func:`data_segment_limit`.
 
     Raises:
         OutOfMemoryError: the budget is spent already.
     """
     if not _proc_is_mounted():
         return None
-    limit_bytes = data_segment_limit(budget_bytes, rss_bytes, _read_status(Path("/proc/self/status"))["VmData"])
+    data_bytes = _read_status(Path("/proc/self/status"))["VmData"]
+    limit_bytes = data_segment_limit(budget_bytes, rss_bytes, data_bytes, untouched_bytes)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         limit_bytes = min(limit_bytes, hard)

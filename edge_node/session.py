@@ -15,6 +15,7 @@ from edge_node.activation_cache.stage_cache import StageCache
 from edge_node.compute_device import CPU, ComputeDevice
 from edge_node.control import ControlStream
 from edge_node.engine.executor import StageExecutor
+from edge_node.failed_allocation import as_plutino_error
 from edge_node.going_on import KeptState
 from edge_node.inbox import CommandTask, Inbox, UnitTask
 from edge_node.loading import (
@@ -35,7 +36,6 @@ from edge_node.transport.peer import PeerTransport
 from edge_node.unit_bounds import UnitBounds
 from edge_node.weights_config import WeightsConfig
 from edge_node.worker_reports import (
-    as_plutino_error,
     generated_rows,
     part_verified,
     stage_loaded,
@@ -138,7 +138,7 @@ class WorkerSession:
         except Exception as error:
             if self._end_reason is not None and not self._is_loaded:
                 return self._end_reason  # what was stopped half-way is no failure
-            failure = as_plutino_error(error, self._assignment)
+            failure = as_plutino_error(error, self._assignment, self._device)
             self._send(pb.WorkerEvent(failed=pb.WorkerFailed(error=type(failure).__name__, reason=str(failure))))
             raise failure from error
         finally:

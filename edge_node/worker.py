@@ -211,11 +211,16 @@ def _run_job(
     from edge_node.going_on import MOST_LEFT_BYTES, WAITS_S, left_after_release
     from edge_node.guard import reset_peak
     from edge_node.session import WorkerSession
+    from partitioner.product_code import untouched_code_bytes
 
     torch.set_num_threads(assignment.threads)
     reset_peak()
     try:
-        device.hold_to(assignment.memory_budget_bytes, keeps_heap=assignment.keeps_heap)
+        device.hold_to(
+            assignment.memory_budget_bytes,
+            keeps_heap=assignment.keeps_heap,
+            untouched_bytes=untouched_code_bytes(assignment.numerics.dtype),
+        )
         # The session alone holds what was kept, and lets go of it once it is loaded.
         session = WorkerSession(assignment, network, weights, device, *kept.take(assignment))
         reason = session.run()

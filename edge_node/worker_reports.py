@@ -1,4 +1,4 @@
-"""What a worker says of its work: a step's vote with its times, generated rows, why it failed."""
+"""What a worker says of its work: a step's vote with its times, generated rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from edge_node.activation_cache.stage_cache import CacheCounts, StageCache
@@ -22,8 +21,6 @@ from edge_node.stage.stage import Stage
 from edge_node.stage.verify import part_difference
 from edge_node.transport.peer import PeerTransport
 from partitioner.trace import SpanKind
-from plutino.errors import OutOfMemoryError
-from plutino.job.assignment import WorkerAssignment
 from protos import workers_pb2 as pb
 
 _KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
@@ -158,18 +155,3 @@ def generated_rows(executor: StageExecutor, task: UnitTask, *, seed: int) -> lis
         for samples, rows in zip(task.sample_indices, groups, strict=False)
         for sample, tokens in zip(samples, rows, strict=True)
     ]
-
-
-def as_plutino_error(error: Exception, assignment: WorkerAssignment) -> Exception:
-    """Name what torch only describes: it reports a failed allocation as a RuntimeError."""
-    is_allocation = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("not enough memory" in str(error).lower() or isinstance(error, torch.cuda.OutOfMemoryError))
-    )
-    if not is_allocation:
-        return error
-    return OutOfMemoryError(
-        f"stage {assignment.stage_index} could not allocate memory inside its budget of "
-        f"{assignment.memory_budget_bytes / 2**20:.0f} MiB ({error}); give the device more (--memory), or lower "
-        "micro_batch_size"
-    )

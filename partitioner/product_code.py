@@ -26,14 +26,12 @@ _KEPT_DESCRIPTORS = 4
 """torch keeps a description of each product beside oneDNN's, in every thread; finding one that it did not keep takes
 3 us, because oneDNN has it. None at all is no valid number."""
 
-_RESIDENT_BYTES = 672 * KIB
-"""Of one kept product: constants, code, and what malloc cannot use between them."""
+_RESIDENT_BYTES = 448 * KIB
+"""Of one kept product, constants and code. What is left of making it lies in the floor that any worker is billed
+(:data:`partitioner.heap.FLOOR_BYTES`)."""
 
 _UNTOUCHED_BYTES = 1280 * KIB
-"""Of one kept product: mapped for code that turned out shorter."""
-
-UNTOUCHED_CODE_BYTES = KEPT_PRODUCTS * _UNTOUCHED_BYTES
-"""Of all of them; a data segment's limit counts it, resident memory does not."""
+"""Of one kept product: mapped for code that turned out shorter. A data segment's limit counts it."""
 
 
 def product_code_environment() -> Mapping[str, str]:
@@ -44,3 +42,8 @@ def product_code_environment() -> Mapping[str, str]:
 def product_code_bytes(shape: JobShape) -> int:
     """Resident bytes of a worker's kept products: none in fp32, whose products are another library's, or on cards."""
     return KEPT_PRODUCTS * _RESIDENT_BYTES if shape.dtype == "bf16" and not shape.is_on_cards else 0
+
+
+def untouched_code_bytes(dtype: str) -> int:
+    """What a worker maps for them in that compute dtype and never touches."""
+    return KEPT_PRODUCTS * _UNTOUCHED_BYTES if dtype == "bf16" else 0

@@ -50,12 +50,13 @@ class Case:
     keeps_heap: bool
     rank: int = 16
     dtype: Literal["fp32", "bf16"] = "fp32"
+    num_lengths: int = 1
+    """Micro-batches are of so many lengths, one after the other, ``tokens`` the longest of them."""
 
     def batches(self) -> list[list[Any]]:
-        return [
-            [make_rows(step * MICRO_BATCHES + m, self.rows, num_tokens=self.tokens) for m in range(MICRO_BATCHES)]
-            for step in range(STEPS)
-        ]
+        numbers = range(STEPS * MICRO_BATCHES)
+        all_rows = [make_rows(n, self.rows, num_tokens=self.tokens - n % self.num_lengths) for n in numbers]
+        return [all_rows[first : first + MICRO_BATCHES] for first in range(0, len(all_rows), MICRO_BATCHES)]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

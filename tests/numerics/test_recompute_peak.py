@@ -25,6 +25,9 @@ CASES = {
     "small tensors kept": Case(rows=1, tokens=64, checkpointing=False, keeps_heap=False),
     "recomputed on the heap": Case(rows=2, tokens=128, checkpointing=True, keeps_heap=True),
     "recomputed and mapped": Case(rows=2, tokens=128, checkpointing=True, keeps_heap=False),
+    "small tensors of many lengths in bf16": Case(
+        rows=1, tokens=64, checkpointing=False, keeps_heap=False, dtype="bf16", num_lengths=20
+    ),
 }
 
 

@@ -203,15 +203,15 @@ MEASURED_MIB = [
     (64, 64, "fp32", False, False, 521.2),
     (64, 4, "fp32", True, False, 301.4),
     (64, 4, "fp32", False, True, 322.8),
-    (64, 16, "bf16", True, False, 210.0),
-    (64, 16, "bf16", False, False, 219.6),
+    (64, 16, "bf16", True, False, 222.0),
+    (64, 16, "bf16", False, False, 233.2),
     (256, 16, "fp32", True, True, 492.7),
     (256, 16, "fp32", True, False, 339.3),
     (256, 16, "fp32", False, True, 582.9),
     (512, 16, "fp32", True, True, 636.4),
 ]
 """Of a process with a worker's allocator that trained 8 blocks of width 768 for 5 steps of 4 micro-batches beside
-snapshots, as tests/numerics/recompute_peak.py does."""
+snapshots, as tests/numerics/recompute_peak.py does; in bf16 with micro-batches of 20 lengths."""
 
 
 @pytest.mark.parametrize("case", MEASURED_MIB, ids=str)
