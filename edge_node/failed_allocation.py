@@ -23,7 +23,7 @@ _ONEDNN_SAYS = ("could not create a primitive", "could not create a memory", "co
 
 
 def as_plutino_error(error: Exception, assignment: WorkerAssignment, device: ComputeDevice) -> Exception:
-    """An :class:`OutOfMemoryError` with the numbers and the way out where the error is a failed allocation, else itself.
+    """The error itself, or an :class:`OutOfMemoryError` with numbers and ways out where it is a failed allocation.
 
     Args:
         error: what ended a worker's work.

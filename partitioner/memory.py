@@ -218,7 +218,7 @@ class MemoryModel:
             ),
             "shadow snapshot": num_trainable * ((not shape.is_on_cards) * SHADOW_BYTES_PER_PARAM),
             **training,
-            "product code": np.asarray(product_code_bytes(shape)),
+            "product code": np.asarray(product_code_bytes(shape.dtype, is_on_cards=shape.is_on_cards)),
             "generation": np.maximum(0, generation_bytes - passing_bytes),
             "pruning": np.maximum(0, pruning_bytes - not_yet_bytes - np.maximum(passing_bytes, generation_bytes)),
             "allocator": heap.small_bytes(coming_and_going, dropped_bytes)
@@ -227,6 +227,8 @@ class MemoryModel:
         }
         if keeps_heap and not self._is_small:
             passing_trained_bytes = num_trainable * _FP32_BYTES + copied_bytes + bill["shadow snapshot"]
+            # Kept products come and go as lengths do, and what lies between them on the heap stays.
+            passing_trained_bytes = passing_trained_bytes + bill["product code"]
             reuse_bytes = heap.reuse_bytes(coming_and_going, dropped_bytes, passing_trained_bytes)
             bill[HEAP_REUSE] = reuse_bytes - bill["allocator"]
         running_bytes = sum(bill.values(), np.zeros((), dtype=np.int64))

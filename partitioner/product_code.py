@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from partitioner.shape import JobShape
 from plutino.sizes import KIB
 
 KEPT_PRODUCTS = 64
@@ -26,7 +25,7 @@ _KEPT_DESCRIPTORS = 4
 """torch keeps a description of each product beside oneDNN's, in every thread; finding one that it did not keep takes
 3 us, because oneDNN has it. None at all is no valid number."""
 
-_RESIDENT_BYTES = 448 * KIB
+_RESIDENT_BYTES = 480 * KIB
 """Of one kept product, constants and code. What is left of making it lies in the floor that any worker is billed
 (:data:`partitioner.heap.FLOOR_BYTES`)."""
 
@@ -39,9 +38,9 @@ def product_code_environment() -> Mapping[str, str]:
     return {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_PRODUCTS), "LRU_CACHE_CAPACITY": str(_KEPT_DESCRIPTORS)}
 
 
-def product_code_bytes(shape: JobShape) -> int:
+def product_code_bytes(dtype: str, *, is_on_cards: bool) -> int:
     """Resident bytes of a worker's kept products: none in fp32, whose products are another library's, or on cards."""
-    return KEPT_PRODUCTS * _RESIDENT_BYTES if shape.dtype == "bf16" and not shape.is_on_cards else 0
+    return KEPT_PRODUCTS * _RESIDENT_BYTES if dtype == "bf16" and not is_on_cards else 0
 
 
 def untouched_code_bytes(dtype: str) -> int:

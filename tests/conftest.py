@@ -96,6 +96,7 @@ PART_BY_PATH = {
     "integration/test_quant": QUANTISED,
     # The planner; Ray has its marker.
     "numerics/test_planner": PLANNER_AND_RAY,
+    "numerics/test_product_growth": PLANNER_AND_RAY,
     "numerics/test_recompute_peak": PLANNER_AND_RAY,
     "unit/partitioner/": PLANNER_AND_RAY,
     "unit/scheduling/": PLANNER_AND_RAY,
@@ -119,6 +120,7 @@ PART_BY_PATH = {
     "unit/jobs/test_replanning": PLANNER_AND_RAY,
     "unit/jobs/test_tracing": PLANNER_AND_RAY,
     "unit/edge/test_card_memory": PLANNER_AND_RAY,
+    "unit/edge/test_failed_allocation": PLANNER_AND_RAY,
     "unit/edge/test_meeting": PLANNER_AND_RAY,
     "unit/edge/test_profile_book": PLANNER_AND_RAY,
     "unit/jobs/test_profiler": PLANNER_AND_RAY,

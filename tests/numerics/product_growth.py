@@ -17,7 +17,7 @@ from torch import Tensor
 
 WIDTH, INNER, RANK, HEADS = 128, 256, 8, 2
 PRODUCTS = 14
-"""Of each length, attention's own included (counted by ONEDNN_VERBOSE=profile_create); a few more or less do no harm."""
+"""Of each length, with attention's own, as ONEDNN_VERBOSE=profile_create counts them."""
 
 
 def main() -> None:

@@ -16,14 +16,10 @@ from edge_node.profile import probe_dtypes
 from edge_node.worker_process import worker_environment
 from partitioner.heap import FLOOR_BYTES
 from partitioner.product_code import KEPT_PRODUCTS, product_code_bytes, product_code_environment, untouched_code_bytes
-from partitioner.shape import JobShape
 from plutino.dtypes import offered_dtypes
 from tests.numerics.product_growth import PRODUCTS
 
 NUM_LENGTHS = 40
-SHAPE = JobShape(
-    dtype="bf16", batch_rows=1, micro_batch_rows=1, row_tokens=NUM_LENGTHS, label_tokens=1, adapter_params=(1,)
-)
 
 
 def grown(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -43,7 +39,7 @@ def test_products_of_many_lengths_stay_within_their_bill_and_keep_their_bits() -
     bounded = grown(environment)
     unbounded = grown({k: v for k, v in environment.items() if k not in product_code_environment()})
 
-    resident_bytes = product_code_bytes(SHAPE) + FLOOR_BYTES
+    resident_bytes = product_code_bytes("bf16", is_on_cards=False) + FLOOR_BYTES
     assert bounded["VmRSS"] <= resident_bytes
     assert bounded["VmData"] <= resident_bytes + untouched_code_bytes("bf16")
     # So many products were met that the bound is what held them.

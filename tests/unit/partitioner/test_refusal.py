@@ -60,7 +60,7 @@ def test_refusal_names_checkpointing_where_the_job_turned_it_off():
 
 
 def test_refusal_names_bf16_where_halved_weights_fit():
-    table = llama(4, vocab_size=120_000)
+    table = llama(4, vocab_size=400_000)
     tight = tight_device(table, job(table, dtype="bf16"), checkpointing=True)
 
     assert "model.dtype: bf16" in refusal(table, job(table), [tight])
