@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -176,10 +177,8 @@ def sum_partners(
         longest = 2 * math.lcm(*(max(1, len(table)) for table in tables))
         for num_micro_batches in range(1, longest + 1):
             hops = hops_of(group, stages, num_micro_batches, are_folded=are_folded)
-            within = [(hop.owner, after.owner) for hop, after in pairwise(hops) if not hop.ends_role]
-            ends = [hop.owner for hop in hops if hop.ends_role]
-            back = way_back([hop.owner for hop in hops], holders)
-            found.update(*(pair for pair in (*within, *pairwise(ends), *pairwise(back)) if me in pair))
+            uses = _link_uses(hops, way_back([hop.owner for hop in hops], holders))
+            found.update(*(pair for pair in uses if me in pair))
     return frozenset(found - {me})
 
 
@@ -196,7 +195,7 @@ class _Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Turn:
-    """One thing to do. Times are counted so that what is received was sent one earlier, and nothing waits longer.
+    """One thing to do. Times are counted so that what is received was sent before.
 
     A worker takes its turns in order: the earliest of all that are left can always be taken, so nobody waits for each
     other in a circle, and a link never holds more than a few messages.
@@ -210,22 +209,39 @@ class _Turn:
 
 
 def turns_of(hops: Sequence[Hop], back: Sequence[Peer], num_groups: int, me: Peer) -> list[_Turn]:
-    """All that one worker does for groups that take the same way, one group behind the other."""
+    """All that one worker does for groups that take the same way, one group behind the other.
+
+    A group begins when the one before has left the link that carries the most messages of one group: what begins sooner
+    would fill that link, until two workers wait for room on the links to each other. From a hop to the next it is two
+    times, one while a message is on its way and one while it is taken and added to. With one of them a worker waits for
+    totals that are on their way, and a link of 1 Gbit/s rests for a third of the time; where a link carries more than
+    two messages of a group it is busy as it is.
+    """
     turns: list[_Turn] = []
+    apart = max(_link_uses(hops, back).values(), default=1)
+    on_the_way = 2 if apart <= 2 else 1
     ends = [place for place, hop in enumerate(hops) if hop.ends_role]
     for group in range(num_groups):
-        turns += [_Turn(group + h, group, _Kind.ADD, h) for h, hop in enumerate(hops) if hop.owner == me]
+        start = apart * group
+        turns += [_Turn(start + on_the_way * h, group, _Kind.ADD, h) for h, hop in enumerate(hops) if hop.owner == me]
         turns += [
-            _Turn(group + next_end - 1, group, _Kind.HAND_ON, end)
+            _Turn(start + on_the_way * next_end - 1, group, _Kind.HAND_ON, end)
             for end, next_end in pairwise(ends)
             if hops[end].owner == me
         ]
         turns += [
-            _Turn(group + len(hops) - 1 + step, group, _Kind.SPREAD, step)
+            _Turn(start + on_the_way * (len(hops) - 1 + step), group, _Kind.SPREAD, step)
             for step, peer in enumerate(back)
             if peer == me
         ]
     return sorted(turns)
+
+
+def _link_uses(hops: Sequence[Hop], back: Sequence[Peer]) -> Counter[tuple[Peer, Peer]]:
+    """How many messages of one group go from one worker to another."""
+    within = [(hop.owner, after.owner) for hop, after in pairwise(hops) if not hop.ends_role]
+    ends = [hop.owner for hop in hops if hop.ends_role]
+    return Counter(pair for pair in (*within, *pairwise(ends), *pairwise(back)) if pair[0] != pair[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
