@@ -192,6 +192,7 @@ class Bench:
             batch_size=options.batch_size,
             micro_batch_size=options.micro_batch_size,
             codec=options.codec,
+            device=options.device,
             timeout_s=left_s,
         )
         order_path = scratch / f"{turn.slug}.json"
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--agents", type=int, default=4)
     parser.add_argument("--cores-per-agent", type=int, default=3)
     parser.add_argument("--memory", default="8GiB", help="of each agent")
+    parser.add_argument("--device", default="cpu", help="where agents compute: cpu, or cuda with --agents 1")
     parser.add_argument("--rate", default="1Gbit")
     parser.add_argument("--latency-ms", type=float, default=0.3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processors to use")

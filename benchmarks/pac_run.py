@@ -56,6 +56,8 @@ class Order:
     batch_size: int
     micro_batch_size: int | None
     codec: str
+    device: str
+    """Where agents, and the Trainer, compute."""
     timeout_s: float
 
     def to_json(self) -> str:
@@ -127,7 +129,7 @@ def _job(order: Order, work: Path) -> RunFigures:
         num_stages = len(groups)
         notes.append(f"PAC's planner: {'-'.join(map(str, groups))} devices a stage")
     spec = parse_spec(values(num_stages), base_dir=work)
-    with LocalFleet(fleet, state_dir, cores=order.cores) as bed, pinned(bed.own_cores):
+    with LocalFleet(fleet, state_dir, cores=order.cores, device=order.device) as bed, pinned(bed.own_cores):
         notes += [*bed.notes, f"links as measured, Mbit/s and ms: {_links(bed)}"]
         started_s = time.monotonic()
         watch = JobWatch(bed.stack.client, bed.stack.client.submit(spec))
@@ -200,6 +202,7 @@ def _trainer(order: Order, work: Path) -> RunFigures:
         "method": dict(order.who().method),
         "epochs": order.epochs,
         "batch_size": order.batch_size,
+        "use_cpu": order.device == "cpu",
     }
     return train_apart(values, work, cores=cores, threads=order.cores_per_agent, timeout_s=order.timeout_s)
 

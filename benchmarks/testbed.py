@@ -123,10 +123,13 @@ class LocalFleet:
         cores: processors for all of it; with 9 or more the coordinator gets two that no agent has, and the links'
             emulator those two and whatever the agents leave.
         has_links: False leaves the links as quick as loopback is.
+        device: where the agents' workers compute.
     """
 
-    def __init__(self, fleet: FleetFile, state_dir: Path, *, cores: Sequence[int], has_links: bool = True) -> None:
-        self._fleet, self._state_dir = fleet, state_dir
+    def __init__(
+        self, fleet: FleetFile, state_dir: Path, *, cores: Sequence[int], has_links: bool = True, device: str = "cpu"
+    ) -> None:
+        self._fleet, self._state_dir, self._device = fleet, state_dir, device
         self.own_cores, available = apart(cores)
         refusal = quota_refusal()
         self.agents, self.notes = agent_processes(fleet, has_quotas=refusal is None)
@@ -161,6 +164,7 @@ class LocalFleet:
                 ending.enter_context(self.stack)
             self.stack.start_agents(
                 {agent.name: agent.budget_bytes for agent in self.agents},
+                device=self._device,
                 threads={agent.name: agent.threads for agent in self.agents},
                 cores=self.cores,
                 quotas=quotas,

@@ -104,7 +104,7 @@ def main() -> None:
             per_device_train_batch_size=order["batch_size"],
             num_train_epochs=order["epochs"],
             learning_rate=3e-4,
-            use_cpu=True,
+            use_cpu=order["use_cpu"],
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,

@@ -177,6 +177,7 @@ def test_an_order_survives_its_file_and_knows_its_fleet():
         batch_size=8,
         micro_batch_size=None,
         codec="int4",
+        device="cpu",
         timeout_s=1.0,
     )
 
