@@ -19,7 +19,7 @@ from benchmarks.cores import apart, one_after_other, pinned
 from benchmarks.job_watch import JobWatch
 from benchmarks.model_folder import job_values, write_drawn_base
 from benchmarks.peers.workload import Workload
-from benchmarks.processor_quota import ProcessorQuota
+from benchmarks.processor_quota import FIRST_WEIGHT, SPARE_PROCESSORS, ProcessorQuota
 from benchmarks.run_figures import Figures, Run, figures_of, scaling_table
 from benchmarks.stack import PlutinoStack
 from partitioner.explain import explain
@@ -46,10 +46,6 @@ TINY = Workload(
 _NUM_SPARE_STEPS = 4
 """Steps beyond those that are looked at: the job is cancelled before it would export what nobody wants."""
 _BUDGET_BYTES = 3 * GIB
-_SPARE_PROCESSORS = 0.3
-"""For the coordinator and whoever measures, where agents are bounded by quotas instead of cores."""
-_WEIGHT = 64
-"""Agents get their quotas before anything else computes, so that their seconds follow from these alone."""
 
 
 def agent_name(run: Run, index: int) -> str:
@@ -120,7 +116,7 @@ def measure(
     if len(run.quotas) == len(threads):
         # Nobody's quota is another's, wherever both compute.
         pins = {name: set(cores) for name in threads}
-        shares_cores = sum(run.quotas) > len(cores) - _SPARE_PROCESSORS
+        shares_cores = sum(run.quotas) > len(cores) - SPARE_PROCESSORS
     else:
         pins, shares_cores = one_after_other(threads, cores)
     folder = scratch / run.label
@@ -133,7 +129,7 @@ def measure(
         budgets = (_budget_for(run.job_share, stack, values, folder, sorted(cores)[:1]),) * len(threads)
     with ExitStack() as ending:
         quotas = {
-            name: ending.enter_context(ProcessorQuota(allowed, weight=_WEIGHT, period_us=run.quota_period_us))
+            name: ending.enter_context(ProcessorQuota(allowed, weight=FIRST_WEIGHT, period_us=run.quota_period_us))
             for name, allowed in zip(threads, run.quotas, strict=False)
         }
         ending.callback(stack.stop_agents)

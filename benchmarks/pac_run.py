@@ -59,6 +59,8 @@ class Order:
     device: str
     """Where agents, and the Trainer, compute."""
     timeout_s: float
+    quota: float | None = None
+    """Processors of an agent of one core, where agents share them."""
 
     def to_json(self) -> str:
         """For the process's file."""
@@ -129,7 +131,10 @@ def _job(order: Order, work: Path) -> RunFigures:
         num_stages = len(groups)
         notes.append(f"PAC's planner: {'-'.join(map(str, groups))} devices a stage")
     spec = parse_spec(values(num_stages), base_dir=work)
-    with LocalFleet(fleet, state_dir, cores=order.cores, device=order.device) as bed, pinned(bed.own_cores):
+    with (
+        LocalFleet(fleet, state_dir, cores=order.cores, device=order.device, quota=order.quota) as bed,
+        pinned(bed.own_cores),
+    ):
         notes += [*bed.notes, f"links as measured, Mbit/s and ms: {_links(bed)}"]
         started_s = time.monotonic()
         watch = JobWatch(bed.stack.client, bed.stack.client.submit(spec))
@@ -192,6 +197,10 @@ def pac_groups(values: dict[str, Any], fleet: FleetFile, base_dir: Path) -> list
 
 
 def _trainer(order: Order, work: Path) -> RunFigures:
+    if order.quota is not None:
+        raise SystemExit(
+            "transformers' Trainer has processors of its own, and is not compared with agents that share them"
+        )
     _, available = apart(order.cores)
     cores = available[: order.cores_per_agent]
     values = {

@@ -15,6 +15,12 @@ from types import TracebackType
 _CGROUPS = Path("/sys/fs/cgroup")
 PERIOD_US = 100_000
 """What containers are given."""
+FINE_PERIOD_US = 10_000
+"""For agents that stand for slow devices."""
+FIRST_WEIGHT = 64
+"""For those who are to get their quota before anything else computes, so that their seconds follow from it alone."""
+SPARE_PROCESSORS = 0.3
+"""For the coordinator and whoever measures, where agents are bounded by quotas instead of cores."""
 _REMOVE_WITHIN_S = 5.0
 
 

@@ -36,6 +36,7 @@ from benchmarks.cores import physical_first
 from benchmarks.goals import Goal, goal_table
 from benchmarks.measure import RESULTS_DIR, machine_facts, write_results
 from benchmarks.peers.workload import Workload
+from benchmarks.processor_quota import FINE_PERIOD_US
 from benchmarks.run_figures import Figures, Run, prediction_goals, scaling_table
 
 LEAST_EQUAL = 0.92
@@ -67,7 +68,6 @@ SLOW = {
     "unequal": replace(UNEQUAL, **_NARROW, seq_len_tokens=64),
 }
 """For agents that have a share of a processor each."""
-_QUOTA_PERIOD_US = 10_000
 _ALONE_SHARE = 1.1
 _TOGETHER_SHARE = 0.7
 """Of the job's bytes an agent has room for so much: for its stage, and for no spare worker beside it, whose imports
@@ -93,7 +93,7 @@ def runs_of(part: str, workload: Workload, *, most_agents: int, quota: float | N
             threads=(1,) * len(speeds),
             workload=workload,
             quotas=quotas,
-            quota_period_us=_QUOTA_PERIOD_US,
+            quota_period_us=FINE_PERIOD_US,
             job_share=_TOGETHER_SHARE if len(speeds) > 1 else _ALONE_SHARE,
         )
 

@@ -19,7 +19,14 @@ from pathlib import Path
 from types import TracebackType
 
 from benchmarks.cores import apart, one_after_other, pinned, unused
-from benchmarks.processor_quota import ProcessorQuota, quota_refusal
+from benchmarks.processor_quota import (
+    FINE_PERIOD_US,
+    FIRST_WEIGHT,
+    PERIOD_US,
+    SPARE_PROCESSORS,
+    ProcessorQuota,
+    quota_refusal,
+)
 from benchmarks.relay import USE_SUFFIX, Host, RelayPlan, way_name
 from benchmarks.relay_carrier import Way
 from benchmarks.relay_use import RelayUse, read_use, use_note
@@ -49,13 +56,22 @@ class AgentProcess:
     """Processors that it may use at the most, on those that it is pinned to; None: all of these."""
 
 
-def agent_processes(fleet: FleetFile, *, has_quotas: bool) -> tuple[list[AgentProcess], list[str]]:
+def agent_processes(
+    fleet: FleetFile, *, has_quotas: bool, quota: float | None = None
+) -> tuple[list[AgentProcess], list[str]]:
     """The agents that stand for a fleet's devices, and in what they differ from them.
 
     Args:
         fleet: the devices.
         has_quotas: whether processor time can be bounded here.
+        quota: processors of the slowest device, where all share processors: devices have one thread and differ in
+            their quotas alone; None: they have processors of their own.
+
+    Raises:
+        ConfigError: a quota is asked for, and devices have no speed, or none can be set here.
     """
+    if quota is not None:
+        return _with_quotas(fleet, quota, has_quotas=has_quotas), []
     speeds = [None if device.flops is None else device.flops / device.threads for device in fleet.devices]
     fastest = max((speed for speed in speeds if speed is not None), default=None)
     found: list[AgentProcess] = []
@@ -78,6 +94,19 @@ def agent_processes(fleet: FleetFile, *, has_quotas: bool) -> tuple[list[AgentPr
             for name in device.names
         ]
     return found, notes
+
+
+def _with_quotas(fleet: FleetFile, quota: float, *, has_quotas: bool) -> list[AgentProcess]:
+    speeds = [device.flops for device in fleet.devices if device.flops is not None]
+    if not has_quotas or len(speeds) < len(fleet.devices):
+        raise ConfigError("devices that share processors need a cgroup for each, which root can make, and their flops")
+    return [
+        AgentProcess(
+            name=name, budget_bytes=parse_size(device.memory), threads=1, quota_cores=quota * speed / min(speeds)
+        )
+        for device, speed in zip(fleet.devices, speeds, strict=True)
+        for name in device.names
+    ]
 
 
 def relay_plan(fleet: FleetFile, state_dir: Path, number: int) -> RelayPlan:
@@ -124,17 +153,33 @@ class LocalFleet:
             emulator those two and whatever the agents leave.
         has_links: False leaves the links as quick as loopback is.
         device: where the agents' workers compute.
+        quota: processors of the slowest device, see :func:`agent_processes`.
     """
 
     def __init__(
-        self, fleet: FleetFile, state_dir: Path, *, cores: Sequence[int], has_links: bool = True, device: str = "cpu"
+        self,
+        fleet: FleetFile,
+        state_dir: Path,
+        *,
+        cores: Sequence[int],
+        has_links: bool = True,
+        device: str = "cpu",
+        quota: float | None = None,
     ) -> None:
         self._fleet, self._state_dir, self._device = fleet, state_dir, device
         self.own_cores, available = apart(cores)
         refusal = quota_refusal()
-        self.agents, self.notes = agent_processes(fleet, has_quotas=refusal is None)
+        self.agents, self.notes = agent_processes(fleet, has_quotas=refusal is None, quota=quota)
         threads = {agent.name: agent.threads for agent in self.agents}
         self.cores, self.shares_cores = one_after_other(threads, available)
+        self._quota_weight, self._quota_period_us = 1, PERIOD_US
+        if quota is not None:
+            # Nobody's quota is another's, wherever both compute.
+            self.cores = {name: set(available) for name in threads}
+            taken = sum(agent.quota_cores or 0.0 for agent in self.agents)
+            self.shares_cores = taken > len(available) - SPARE_PROCESSORS
+            self.notes.append(f"agents have {taken:.2g} processors in all, by quotas of {FINE_PERIOD_US / 1e3:g} ms")
+            self._quota_weight, self._quota_period_us = FIRST_WEIGHT, FINE_PERIOD_US
         self.relay_cores = sorted({*self.own_cores, *unused(self.cores, available)})
         self._relay_use: tuple[float, list[RelayUse]] | None = None
         unable = listing_refusal() if has_links else None
@@ -154,7 +199,9 @@ class LocalFleet:
         """
         with ExitStack() as ending:
             quotas = {
-                agent.name: ending.enter_context(ProcessorQuota(agent.quota_cores))
+                agent.name: ending.enter_context(
+                    ProcessorQuota(agent.quota_cores, weight=self._quota_weight, period_us=self._quota_period_us)
+                )
                 for agent in self.agents
                 if agent.quota_cores is not None
             }

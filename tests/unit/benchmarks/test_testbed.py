@@ -13,6 +13,7 @@ from benchmarks.relay_carrier import Way
 from benchmarks.tcp_sockets import CONNECTED, LISTENING, TcpSockets, listing_refusal
 from benchmarks.testbed import agent_processes, relay_plan
 from partitioner.fleet_file import FleetFile
+from plutino.errors import ConfigError
 from plutino.sizes import GIB
 
 WAIT_S = 20.0
@@ -48,6 +49,19 @@ def test_slower_devices_get_fewer_processors_where_no_quota_can_be_set_and_what_
     assert [agent.threads for agent in agents] == [4, 1, 1]
     assert notes == []
     assert odd_notes == ["slow has 1 processors in place of 0.2: no quota can be set"]
+
+
+def test_devices_that_share_processors_differ_in_their_quotas_alone():
+    agents, notes = agent_processes(UNEQUAL, has_quotas=True, quota=0.2)
+
+    assert [(a.name, a.threads, a.quota_cores) for a in agents] == [
+        ("desktop", 1, 0.8),
+        ("board-1", 1, 0.2),
+        ("board-2", 1, 0.2),
+    ]
+    assert notes == []
+    with pytest.raises(ConfigError, match="root"):
+        agent_processes(UNEQUAL, has_quotas=False, quota=0.2)
 
 
 def slow(flops: str):
