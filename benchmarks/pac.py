@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--codec", default="int4")
     parser.add_argument("--agents", type=int, default=4)
     parser.add_argument("--cores-per-agent", type=int, default=3)
-    parser.add_argument("--quota", type=float, help="processors of an agent's core, where there are too few")
+    parser.add_argument("--quota", type=float, help="of a processor for each core of an agent, where there are too few")
     parser.add_argument("--memory", default="8GiB", help="of each agent")
     parser.add_argument("--device", default="cpu", help="where agents compute: cpu, or cuda with --agents 1")
     parser.add_argument("--rate", default="1Gbit")

@@ -60,7 +60,7 @@ class Order:
     """Where agents, and the Trainer, compute."""
     timeout_s: float
     quota: float | None = None
-    """Processors of an agent of one core, where agents share them."""
+    """Of a processor for each core of an agent, where agents share them."""
 
     def to_json(self) -> str:
         """For the process's file."""

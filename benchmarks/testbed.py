@@ -64,14 +64,14 @@ def agent_processes(
     Args:
         fleet: the devices.
         has_quotas: whether processor time can be bounded here.
-        quota: processors of the slowest device, where all share processors: devices have one thread and differ in
-            their quotas alone; None: they have processors of their own.
+        quota: of a processor for each thread of the fastest device, where all share processors: then every device
+            computes with one thread; None: they have processors of their own.
 
     Raises:
-        ConfigError: a quota is asked for, and devices have no speed, or none can be set here.
+        ConfigError: a quota is asked for, and none can be set here.
     """
-    if quota is not None:
-        return _with_quotas(fleet, quota, has_quotas=has_quotas), []
+    if quota is not None and not has_quotas:
+        raise ConfigError("devices that share processors need a cgroup for each, which root can make")
     speeds = [None if device.flops is None else device.flops / device.threads for device in fleet.devices]
     fastest = max((speed for speed in speeds if speed is not None), default=None)
     found: list[AgentProcess] = []
@@ -80,33 +80,22 @@ def agent_processes(
         notes.append("devices without flops run as fast as their processors do")
     for device, speed in zip(fleet.devices, speeds, strict=True):
         share = 1.0 if speed is None or fastest is None else speed / fastest
-        threads, quota = device.threads, None
-        if share < _FAST and has_quotas:
-            quota = share * device.threads
-            threads = max(1, math.ceil(quota))
+        threads, cores = device.threads, None
+        if quota is not None:
+            threads, cores = 1, quota * share * device.threads
+        elif share < _FAST and has_quotas:
+            cores = share * device.threads
+            threads = max(1, math.ceil(cores))
         elif share < _FAST:
             threads = max(1, round(share * device.threads))
             if not math.isclose(threads, share * device.threads, rel_tol=0.1):
                 wanted = share * device.threads
                 notes.append(f"{device.name} has {threads} processors in place of {wanted:.2g}: no quota can be set")
         found += [
-            AgentProcess(name=name, budget_bytes=parse_size(device.memory), threads=threads, quota_cores=quota)
+            AgentProcess(name=name, budget_bytes=parse_size(device.memory), threads=threads, quota_cores=cores)
             for name in device.names
         ]
     return found, notes
-
-
-def _with_quotas(fleet: FleetFile, quota: float, *, has_quotas: bool) -> list[AgentProcess]:
-    speeds = [device.flops for device in fleet.devices if device.flops is not None]
-    if not has_quotas or len(speeds) < len(fleet.devices):
-        raise ConfigError("devices that share processors need a cgroup for each, which root can make, and their flops")
-    return [
-        AgentProcess(
-            name=name, budget_bytes=parse_size(device.memory), threads=1, quota_cores=quota * speed / min(speeds)
-        )
-        for device, speed in zip(fleet.devices, speeds, strict=True)
-        for name in device.names
-    ]
 
 
 def relay_plan(fleet: FleetFile, state_dir: Path, number: int) -> RelayPlan:
@@ -153,7 +142,7 @@ class LocalFleet:
             emulator those two and whatever the agents leave.
         has_links: False leaves the links as quick as loopback is.
         device: where the agents' workers compute.
-        quota: processors of the slowest device, see :func:`agent_processes`.
+        quota: of a processor for each thread, see :func:`agent_processes`.
     """
 
     def __init__(
