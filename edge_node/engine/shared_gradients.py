@@ -12,26 +12,26 @@ Where sums travel in 16 bits they are rounded (:mod:`edge_node.engine.sum_roundi
 micro-batch's gradient to the sum of its role, its first one included, and of a role's sum to the total. That too
 depends on what is added alone.
 
-:func:`plan_groups` says what travels together and :func:`hops_of` on which way; :class:`Reduction` does it. The upper
-blocks' gradients come first, so theirs are the first groups: where the holders are replicas of one stage, the sums of
-those travel while the blocks below still run backward (:class:`edge_node.engine.step_gradients.StepGradients`).
+:func:`plan_groups` says what travels together, :func:`hops_of` on which way, :mod:`edge_node.engine.sum_turns` who does
+what when; :class:`Reduction` does it. The upper blocks' gradients come first, so theirs are the first groups: where the
+holders are replicas of one stage, the sums of those travel while the blocks below still run backward
+(:class:`edge_node.engine.step_gradients.StepGradients`).
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from edge_node.engine.running_sum import RunningSum, travelling_bytes
 from edge_node.engine.sum_rounding import round_sums
+from edge_node.engine.sum_turns import Hop, TurnKind, link_uses, turns_of
 from edge_node.engine.taken_gradients import FOLDED, Contributions, TakenGradients
 from edge_node.methods.base import Role, TrainableParameter
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport
@@ -139,18 +139,6 @@ def fold(contributions: Contributions, roles: Sequence[Role], *, is_rounded: boo
     return total
 
 
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """One stop of a sum."""
-
-    owner: Peer
-    role: Role
-    micro_batches: tuple[int, ...]
-    """What the owner adds here; :data:`FOLDED`: what it has added up itself."""
-    ends_role: bool
-    """The role's sum is whole here, and is added to those of the roles before."""
-
-
 def hops_of(group: Group, stages: Sequence[StageShape], num_micro_batches: int, *, are_folded: bool) -> tuple[Hop, ...]:
     """Where the sum of a group's gradients goes, in this order."""
     hops: list[Hop] = []
@@ -177,71 +165,9 @@ def sum_partners(
         longest = 2 * math.lcm(*(max(1, len(table)) for table in tables))
         for num_micro_batches in range(1, longest + 1):
             hops = hops_of(group, stages, num_micro_batches, are_folded=are_folded)
-            uses = _link_uses(hops, way_back([hop.owner for hop in hops], holders))
+            uses = link_uses(hops, way_back([hop.owner for hop in hops], holders))
             found.update(*(pair for pair in uses if me in pair))
     return frozenset(found - {me})
-
-
-class _Kind(IntEnum):
-    """What a worker does with one group at one time, in the order in which it does what is due together."""
-
-    ADD = 0
-    """Take the sum so far, add its own, hand it on."""
-    HAND_ON = 1
-    """Give the total of some roles to the owner who ends the next one."""
-    SPREAD = 2
-    """Take the whole total and hand it on."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Turn:
-    """One thing to do. Times are counted so that what is received was sent before.
-
-    A worker takes its turns in order: the earliest of all that are left can always be taken, so nobody waits for each
-    other in a circle, and a link never holds more than a few messages.
-    """
-
-    time: int
-    group: int
-    kind: _Kind
-    place: int
-    """Which hop, or how far on the way back."""
-
-
-def turns_of(hops: Sequence[Hop], back: Sequence[Peer], num_groups: int, me: Peer) -> list[_Turn]:
-    """All that one worker does for groups that take the same way, one group behind the other.
-
-    A group begins when the one before has left the link that carries the most messages of one group: what begins sooner
-    would fill that link, until two workers wait for room on the links to each other. From a hop to the next it is two
-    times, one while a message is on its way and one while it is taken and added to. With one of them a worker waits for
-    totals that are on their way, and a link of 1 Gbit/s rests for a third of the time; where a link carries more than
-    two messages of a group it is busy as it is.
-    """
-    turns: list[_Turn] = []
-    apart = max(_link_uses(hops, back).values(), default=1)
-    on_the_way = 2 if apart <= 2 else 1
-    ends = [place for place, hop in enumerate(hops) if hop.ends_role]
-    for group in range(num_groups):
-        start = apart * group
-        turns += [_Turn(start + on_the_way * h, group, _Kind.ADD, h) for h, hop in enumerate(hops) if hop.owner == me]
-        turns += [
-            _Turn(start + on_the_way * next_end - 1, group, _Kind.HAND_ON, end)
-            for end, next_end in pairwise(ends)
-            if hops[end].owner == me
-        ]
-        turns += [
-            _Turn(start + on_the_way * (len(hops) - 1 + step), group, _Kind.SPREAD, step)
-            for step, peer in enumerate(back)
-            if peer == me
-        ]
-    return sorted(turns)
-
-
-def _link_uses(hops: Sequence[Hop], back: Sequence[Peer]) -> Counter[tuple[Peer, Peer]]:
-    """How many messages of one group go from one worker to another."""
-    within = [(hop.owner, after.owner) for hop, after in pairwise(hops) if not hop.ends_role]
-    ends = [hop.owner for hop in hops if hop.ends_role]
-    return Counter(pair for pair in (*within, *pairwise(ends), *pairwise(back)) if pair[0] != pair[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,11 +228,11 @@ class _Sums:
         found: dict[str, Tensor] = {}
         for turn in turns_of(self._hops, self._back, len(self._groups), self._asked.me):
             match turn.kind:
-                case _Kind.ADD:
+                case TurnKind.ADD:
                     self._add_own(turn.group, turn.place)
-                case _Kind.HAND_ON:
+                case TurnKind.HAND_ON:
                     self._hand_on(turn.group, turn.place)
-                case _Kind.SPREAD:
+                case TurnKind.SPREAD:
                     found |= self._spread(turn.group, turn.place)
         return found
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from edge_node.engine.neighbours import partners
 from edge_node.engine.schedule import Receive, Send, forward_actions, train_actions
-from edge_node.engine.shared_gradients import MAX_GROUP_BYTES, Group, hops_of, plan_groups, sum_partners, turns_of
+from edge_node.engine.shared_gradients import MAX_GROUP_BYTES, Group, hops_of, plan_groups, sum_partners
+from edge_node.engine.sum_turns import turns_of
 from edge_node.methods.base import TrainableParameter
 from edge_node.transport.base import Peer
 from edge_node.transport.in_process import QUEUE_MESSAGES
