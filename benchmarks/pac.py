@@ -67,8 +67,10 @@ class Turn:
         return "-".join(filter(None, words.split("-")))
 
 
-def refusal(turn: Turn) -> str | None:
-    """Why this contender cannot be a job; None: it can."""
+def refusal(turn: Turn, *, has_quota: bool = False) -> str | None:
+    """Why this contender cannot be a job, or not beside agents that share processors; None: it can."""
+    if turn.contender.kind == "trainer" and has_quota:
+        return "it has processors of its own, where agents share them"
     if turn.contender.kind == "trainer":
         return None if turn.contender.method["type"] in ("lora", "full") else "peft has no such method"
     here = Path("/nowhere")
@@ -110,7 +112,7 @@ class Bench:
         """Run what has no figures yet; 0 if nothing failed."""
         waiting: queue.SimpleQueue[Turn] = queue.SimpleQueue()
         for turn in self._turns:
-            if (why := refusal(turn)) is not None:
+            if (why := refusal(turn, has_quota=self._options.quota is not None)) is not None:
                 self._failed.setdefault(turn.group, {})[turn.contender.name] = f"refused: {why}"
             elif not self._figures_path(turn).is_file():
                 waiting.put(turn)
@@ -308,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cores-per-agent", type=int, default=3)
     parser.add_argument("--quota", type=float, help="of a processor for each core of an agent, where there are too few")
     parser.add_argument("--memory", default="8GiB", help="of each agent")
-    parser.add_argument("--device", default="cpu", help="where agents compute: cpu, or cuda with --agents 1")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one agent, on the card")
     parser.add_argument("--rate", default="1Gbit")
     parser.add_argument("--latency-ms", type=float, default=0.3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processors to use")
@@ -316,6 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, help="where models are written; by default the temporary folder")
     parser.add_argument("--quick", action="store_true", help="tiny models, few rows: see it run, quote nothing")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and (options.agents > 1 or options.scaling or options.quota is not None):
+        parser.error("--device cuda takes --agents 1, and neither --scaling nor --quota")
     if options.quick:
         options.shapes, options.samples, options.batch_size = "quick-decoder", 16, 8
         options.agents, options.cores_per_agent, options.memory = 2, 1, "2GiB"

@@ -59,7 +59,7 @@ class Order:
     device: str
     """Where agents, and the Trainer, compute."""
     timeout_s: float
-    quota: float | None = None
+    quota: float | None
     """Of a processor for each core of an agent, where agents share them."""
 
     def to_json(self) -> str:
@@ -87,7 +87,7 @@ class Order:
         contender = self.who()
         threads = contender.threads or (self.cores_per_agent,) * self.num_agents
         devices = [
-            {"name": f"agent{i}", "memory": self.memory, "flops": 5e10 * count, "threads": count}
+            {"name": f"agent{i}", "memory": self.memory, "flops": 5e10 * count * (self.quota or 1.0), "threads": count}
             for i, count in enumerate(threads)
         ]
         values = {"devices": devices, "rate": contender.rate or self.rate, "latency_ms": self.latency_ms}
@@ -197,10 +197,6 @@ def pac_groups(values: dict[str, Any], fleet: FleetFile, base_dir: Path) -> list
 
 
 def _trainer(order: Order, work: Path) -> RunFigures:
-    if order.quota is not None:
-        raise SystemExit(
-            "transformers' Trainer has processors of its own, and is not compared with agents that share them"
-        )
     _, available = apart(order.cores)
     cores = available[: order.cores_per_agent]
     values = {

@@ -68,10 +68,16 @@ def agent_processes(
             computes with one thread; None: they have processors of their own.
 
     Raises:
-        ConfigError: a quota is asked for, and none can be set here.
+        ConfigError: a quota is asked for, and none can be set here, or it is more than one thread can use.
     """
     if quota is not None and not has_quotas:
         raise ConfigError("devices that share processors need a cgroup for each, which root can make")
+    most_threads = max(device.threads for device in fleet.devices)
+    if quota is not None and not 0 < quota * most_threads <= 1:
+        raise ConfigError(
+            f"a quota of {quota:g} of a processor for each of {most_threads} threads: a device that shares processors "
+            f"computes with one thread; take more than 0 and at most {1 / most_threads:.3g}"
+        )
     speeds = [None if device.flops is None else device.flops / device.threads for device in fleet.devices]
     fastest = max((speed for speed in speeds if speed is not None), default=None)
     found: list[AgentProcess] = []

@@ -7,6 +7,7 @@ be created when the memory for a product's code is refused.
 from __future__ import annotations
 
 import errno
+import re
 
 import torch
 
@@ -15,11 +16,11 @@ from plutino.errors import OutOfMemoryError
 from plutino.job.assignment import WorkerAssignment
 from plutino.sizes import format_size
 
-_TORCH_SAYS = ("can't allocate memory", "not enough memory")
-"""On Linux; on Windows."""
+_TORCH_SAYS = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc")
+"""Of tensors on Linux and on Windows; of what its own code allocates."""
 
-_ONEDNN_SAYS = ("could not create a primitive", "could not create a memory", "could not execute a primitive")
-"""Before a primitive, its descriptor, or memory for it."""
+_ONEDNN_SAYS = re.compile(r"could not (create a primitive|create a memory|execute a primitive)(?! descriptor)")
+"""Of a product that it knows how to compute; a descriptor that it could not create is one that it does not."""
 
 
 def as_plutino_error(error: Exception, assignment: WorkerAssignment, device: ComputeDevice) -> Exception:
@@ -54,5 +55,5 @@ def _is_failed_allocation(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, _TORCH_SAYS)
 
 
-def _says(error: Exception, words: tuple[str, ...]) -> bool:
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+def _says(error: Exception, words: re.Pattern[str]) -> bool:
+    return isinstance(error, RuntimeError) and words.search(str(error)) is not None

@@ -26,7 +26,8 @@ SMALL_SHARE = 1.1
 gradients and snapshots are of their sizes, and find places among them."""
 
 REUSE_SHARE = 1.05
-"""Of the same with gradients and snapshots, where malloc is told to serve large tensors from the heap, too."""
+"""Of the same with gradients, snapshots and kept products, where malloc is told to serve large tensors from the heap,
+too. Without the products a worker of many lengths in bf16 held 8 MiB more than its bill (docs/log.md, 2026-11-23)."""
 
 FLOOR_BYTES = 16 << 20
 """Scratch space of matrix products and pieces of arenas that a worker of any size takes (benchmarks/memory.py)."""
@@ -47,12 +48,12 @@ def small_bytes(passing_bytes: Ints, recomputed_bytes: Ints) -> Ints:
     return FLOOR_BYTES + (SMALL_SHARE * (passing_bytes + recomputed_bytes)).astype(np.int64)
 
 
-def reuse_bytes(passing_bytes: Ints, recomputed_bytes: Ints, trained_bytes: Ints) -> Ints:
+def reuse_bytes(passing_bytes: Ints, recomputed_bytes: Ints, other_bytes: Ints) -> Ints:
     """The same where malloc keeps every freed block on the heap.
 
     Args:
         passing_bytes: the most that comes and goes with micro-batches.
         recomputed_bytes: what recomputing makes and drops of one micro-batch beyond these.
-        trained_bytes: gradients and snapshots.
+        other_bytes: gradients, snapshots, and what a library keeps of products and replaces.
     """
-    return FLOOR_BYTES + (REUSE_SHARE * (passing_bytes + recomputed_bytes + trained_bytes)).astype(np.int64)
+    return FLOOR_BYTES + (REUSE_SHARE * (passing_bytes + recomputed_bytes + other_bytes)).astype(np.int64)

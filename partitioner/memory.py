@@ -226,10 +226,10 @@ class MemoryModel:
             else heap.mapped_bytes(coming_and_going),
         }
         if keeps_heap and not self._is_small:
-            passing_trained_bytes = num_trainable * _FP32_BYTES + copied_bytes + bill["shadow snapshot"]
+            other_bytes = num_trainable * _FP32_BYTES + copied_bytes + bill["shadow snapshot"]
             # Kept products come and go as lengths do, and what lies between them on the heap stays.
-            passing_trained_bytes = passing_trained_bytes + bill["product code"]
-            reuse_bytes = heap.reuse_bytes(coming_and_going, dropped_bytes, passing_trained_bytes)
+            other_bytes = other_bytes + bill["product code"]
+            reuse_bytes = heap.reuse_bytes(coming_and_going, dropped_bytes, other_bytes)
             bill[HEAP_REUSE] = reuse_bytes - bill["allocator"]
         running_bytes = sum(bill.values(), np.zeros((), dtype=np.int64))
         loading_bytes = weight_bytes + packed_bytes + weights.reading_bytes()

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from edge_node.engine.running_sum import RunningSum, travelling_bytes
 from edge_node.engine.sum_rounding import round_sums
-from edge_node.engine.sum_turns import Hop, TurnKind, link_uses, turns_of
+from edge_node.engine.sum_turns import Hop, TurnKind, messages_per_link, turns_of
 from edge_node.engine.taken_gradients import FOLDED, Contributions, TakenGradients
 from edge_node.methods.base import Role, TrainableParameter
 from edge_node.transport.base import MessageKey, MessageKind, Peer, Transport
@@ -165,7 +165,7 @@ def sum_partners(
         longest = 2 * math.lcm(*(max(1, len(table)) for table in tables))
         for num_micro_batches in range(1, longest + 1):
             hops = hops_of(group, stages, num_micro_batches, are_folded=are_folded)
-            uses = link_uses(hops, way_back([hop.owner for hop in hops], holders))
+            uses = messages_per_link(hops, way_back([hop.owner for hop in hops], holders))
             found.update(*(pair for pair in uses if me in pair))
     return frozenset(found - {me})
 

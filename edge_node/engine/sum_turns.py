@@ -44,8 +44,8 @@ class TurnKind(IntEnum):
 class Turn:
     """One thing to do. Times are counted so that what is received was sent before.
 
-    A worker takes its turns in order: the earliest of all that are left can always be taken, so nobody waits for each
-    other in a circle, and a link never holds more than a few messages.
+    A worker takes its turns in order: the earliest of all that are left can always be taken, given room on the links,
+    which :func:`turns_of` leaves by starting groups apart.
     """
 
     time: int
@@ -58,14 +58,16 @@ class Turn:
 def turns_of(hops: Sequence[Hop], back: Sequence[Peer], num_groups: int, me: Peer) -> list[Turn]:
     """All that one worker does for groups that take the same way, one group behind the other.
 
-    A group begins when the one before has left the link that carries the most messages of one group: what begins sooner
-    would fill that link, until two workers wait for room on the links to each other. From a hop to the next it is two
-    times, one while a message is on its way and one while it is taken and added to. With one of them a worker waits for
-    totals that are on their way, and a link of 1 Gbit/s rests for a third of the time; where a link carries more than
-    two messages of a group it is busy as it is.
+    A group begins when the one before has left the link that carries the most messages of one group. Groups that began
+    sooner would fill the links between two workers, and each of them would wait for room on the other's.
+
+    A hop takes two times, one while a message is on its way and one while it is taken and added to. With one time a
+    worker would wait for totals that are on their way, and a link of 1 Gbit/s would rest for a third of the time. Where
+    a link carries more than two messages of a group it is busy anyway, and with two times a hop could be filled (both in
+    docs/log.md, 2026-11-23, "Sums that waited for each other").
     """
     turns: list[Turn] = []
-    apart = max(link_uses(hops, back).values(), default=1)
+    apart = max(messages_per_link(hops, back).values(), default=1)
     on_the_way = 2 if apart <= 2 else 1
     ends = [place for place, hop in enumerate(hops) if hop.ends_role]
     for group in range(num_groups):
@@ -84,7 +86,7 @@ def turns_of(hops: Sequence[Hop], back: Sequence[Peer], num_groups: int, me: Pee
     return sorted(turns)
 
 
-def link_uses(hops: Sequence[Hop], back: Sequence[Peer]) -> Counter[tuple[Peer, Peer]]:
+def messages_per_link(hops: Sequence[Hop], back: Sequence[Peer]) -> Counter[tuple[Peer, Peer]]:
     """How many messages of one group go from one worker to another."""
     within = [(hop.owner, after.owner) for hop, after in pairwise(hops) if not hop.ends_role]
     ends = [hop.owner for hop in hops if hop.ends_role]

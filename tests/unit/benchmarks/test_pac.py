@@ -179,6 +179,7 @@ def test_an_order_survives_its_file_and_knows_its_fleet():
         codec="int4",
         device="cpu",
         timeout_s=1.0,
+        quota=0.2,
     )
 
     assert Order.from_json(order.to_json()) == order

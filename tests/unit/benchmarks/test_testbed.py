@@ -62,6 +62,8 @@ def test_devices_that_share_processors_differ_in_their_quotas_alone():
     assert notes == []
     with pytest.raises(ConfigError, match="root"):
         agent_processes(UNEQUAL, has_quotas=False, quota=0.2)
+    with pytest.raises(ConfigError, match=r"0\.5 of a processor for each of 4 threads.*at most 0\.25"):
+        agent_processes(UNEQUAL, has_quotas=True, quota=0.5)
 
 
 def slow(flops: str):

@@ -49,6 +49,7 @@ def refused_by_torch() -> Exception:
     "error",
     [
         refused_by_torch(),
+        RuntimeError("std::bad_alloc"),
         ONEDNN,
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory"),
@@ -91,6 +92,14 @@ def test_failed_allocation_of_single_rows_names_their_length_instead() -> None:
     assert "lower data.max_tokens" in str(told) and "micro_batch_size" not in str(told)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.ENOENT, "gone"), OutOfMemoryError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes differ"),
+        RuntimeError("could not create a primitive descriptor for the inner product forward propagation primitive"),
+        OSError(errno.ENOENT, "gone"),
+        OutOfMemoryError("x"),
+    ],
+)
 def test_failure_that_is_no_allocation_stays_what_it_is(error: Exception) -> None:
     assert as_plutino_error(error, assignment(), CPU) is error
