@@ -63,8 +63,8 @@ def turns_of(hops: Sequence[Hop], back: Sequence[Peer], num_groups: int, me: Pee
 
     A hop takes two times, one while a message is on its way and one while it is taken and added to. With one time a
     worker would wait for totals that are on their way, and a link of 1 Gbit/s would rest for a third of the time. Where
-    a link carries more than two messages of a group it is busy anyway, and with two times a hop could be filled (both in
-    docs/log.md, 2026-11-23, "Sums that waited for each other").
+    a link carries more than two messages of a group it is busy anyway, and with two times a hop could be filled (both
+    in docs/log.md, 2026-11-23, "Sums that waited for each other").
     """
     turns: list[Turn] = []
     apart = max(messages_per_link(hops, back).values(), default=1)
