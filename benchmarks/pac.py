@@ -208,11 +208,12 @@ class Bench:
             try:
                 status = child.wait(left_s)
             except subprocess.TimeoutExpired:
-                status = _ended(child)
+                _end(child)
+                return f"ended after {left_s:.0f} s, because the {self._options.minutes:g} minutes were over"
         if status == 0:
             return None
         tail = log_path.read_bytes()[-_LOG_TAIL:].decode(errors="replace").strip()
-        return f"ended with {status} after the time or an error: {tail}"
+        return f"ended with {status}: {tail}"
 
     def _written(self, shape: Shape, scratch: Path) -> tuple[Path, Path]:
         with self._lock:
@@ -267,7 +268,10 @@ class Bench:
                 "failed": self._failed.get(group, {}),
                 "goals": [goal.to_dict() for goal in self._goals(group, runs)],
             }
-        settings = {name: str(value) for name, value in vars(options).items()}
+        # Where folders lie on this machine is nobody's affair.
+        settings = {
+            name: value.name if isinstance(value, Path) else str(value) for name, value in vars(options).items()
+        }
         write_results(
             self._out / "pac.json",
             {"machine": self._machine, "settings": settings, "lanes": self._lanes, "groups": groups},
@@ -282,14 +286,14 @@ class Bench:
         print(f"all figures: {self._out / 'pac.json'}")
 
 
-def _ended(child: subprocess.Popen[bytes]) -> int:
+def _end(child: subprocess.Popen[bytes]) -> None:
     """A run that took too long ends its own processes when it is asked to."""
     child.send_signal(signal.SIGTERM)
     try:
-        return child.wait(_END_S)
+        child.wait(_END_S)
     except subprocess.TimeoutExpired:
         child.kill()
-        return child.wait()
+        child.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,8 +23,7 @@ class Hop:
     owner: Peer
     role: Role
     micro_batches: tuple[int, ...]
-    """What the owner adds here; :data:`edge_node.engine.taken_gradients.FOLDED`: what it has added up
-    itself."""
+    """What the owner adds here; :data:`edge_node.engine.taken_gradients.FOLDED`: what it has added up itself."""
     ends_role: bool
     """The role's sum is whole here, and is added to those of the roles before."""
 

@@ -278,6 +278,8 @@ def dtype_fleet(budget_mib: int, **changes: object) -> FakeFleet:
     return fleet
 
 
+TIGHT_MIB = 486
+"""Room for the job in bf16 and not in fp32."""
 AUTO_DTYPE = {"model": {"dtype": "auto"}}
 
 
@@ -285,7 +287,7 @@ AUTO_DTYPE = {"model": {"dtype": "auto"}}
     ("budget_mib", "dtypes", "dtype"),
     [
         (4000, ("fp32", "bf16"), "fp32"),
-        (486, ("fp32", "bf16"), "bf16"),
+        (TIGHT_MIB, ("fp32", "bf16"), "bf16"),
         (4000, ("bf16", "fp32"), "bf16"),
     ],
     ids=["roomy", "tight", "fast"],
@@ -304,7 +306,7 @@ def test_slow_bf16_is_taken_where_memory_needs_it_and_priced_at_what_devices_mea
 
     assert (found.shape.dtype, set(asked)) == (dtype, {dtype})
     because = "bf16, because the job does not fit in fp32; fp32 is faster on left, right"
-    assert (because in explain(found.plan())) == (budget_mib == 486)
+    assert (because in explain(found.plan())) == (budget_mib == TIGHT_MIB)
 
 
 def test_dtype_that_a_device_keeps_back_is_told_with_the_factor():
