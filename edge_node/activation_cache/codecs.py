@@ -58,8 +58,8 @@ def check_codec(codec: str) -> None:
 
 
 def encode(codec: StateCodec, states_TD: Tensor) -> Tensor:
-    """Bytes of hidden states: contiguous uint8 [T, bytes a token] on the CPU."""
-    states_TD = states_TD.detach().cpu()
+    """Bytes of hidden states: contiguous uint8 [T, bytes a token], on the states' device."""
+    states_TD = states_TD.detach()
     match codec:
         case "raw":
             return states_TD.contiguous().view(torch.uint8).view(len(states_TD), -1)
@@ -74,7 +74,7 @@ def encode(codec: StateCodec, states_TD: Tensor) -> Tensor:
 
 
 def decode(codec: StateCodec, data: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Hidden states [T, width] in ``dtype`` from what :func:`encode` gave."""
+    """Hidden states [T, width] in ``dtype`` from what :func:`encode` gave, on the device of these bytes."""
     num_tokens = len(data)
     match codec:
         case "raw":
@@ -91,20 +91,21 @@ def decode(codec: StateCodec, data: Tensor, width: int, dtype: torch.dtype) -> T
 def _encode_int4(states_TD: Tensor) -> Tensor:
     num_tokens, width = states_TD.shape
     padded_T2B = functional.pad(states_TD, (0, -width % INT4_UNIT)).view(num_tokens, 2, -1)
-    num_bytes = padded_T2B.shape[2]
-    data_TB = torch.empty(num_tokens, num_bytes, dtype=torch.uint8)
+    num_bytes, device = padded_T2B.shape[2], states_TD.device
+    scales = _scales_of_codes(device)
+    data_TB = torch.empty(num_tokens, num_bytes, dtype=torch.uint8, device=device)
     codes: list[Tensor] = []
     for start, end, num_groups in _spans(num_bytes):
         span_T2GP = padded_T2B[:, :, start:end].unflatten(2, (num_groups, -1))
         # The smallest scale with which nothing is cut off by more than half a step.
         largest_TG = span_T2GP.abs().amax(dim=3).amax(dim=1)
-        codes_TG = torch.bucketize(largest_TG / _LARGEST_IN_STEPS, SCALES).clamp_(max=255)
+        codes_TG = torch.bucketize(largest_TG / _LARGEST_IN_STEPS, scales).clamp_(max=255)
         codes.append(codes_TG.to(torch.uint8))
-        scales_TG = SCALES[codes_TG]
+        scales_TG = scales[codes_TG]
         digits_T2GP = (span_T2GP / scales_TG[:, None, :, None]).round_().clamp_(-_LARGEST, _LARGEST)
         if num_bytes >= INT4_GROUP_BYTES:
             thin_TGb = span_T2GP[:, 0, :, :_NUM_SCALE_BITS] / (2 * _THIN_STEP * scales_TG[:, :, None])
-            bits_TGb = (codes_TG[:, :, None] >> torch.arange(_NUM_SCALE_BITS)) & 1
+            bits_TGb = (codes_TG[:, :, None] >> torch.arange(_NUM_SCALE_BITS, device=device)) & 1
             # Even digits: the lowest bit of the nibble is free.
             digits_T2GP[:, 0, :, :_NUM_SCALE_BITS] = thin_TGb.round_().clamp_(-3, 3).mul_(2).add_(bits_TGb)
         # Signed bytes: torch makes them of floats four times as fast.
@@ -118,8 +119,9 @@ def _decode_int4(data: Tensor, width: int) -> Tensor:
     num_bytes = -(-width // INT4_UNIT) * INT4_UNIT // 2
     has_own_scale = num_bytes < INT4_GROUP_BYTES
     data_TB = data[:, 1:] if has_own_scale else data
-    numbers_T2B = torch.empty(num_tokens, 2, num_bytes)
-    numbers_T2B[:, 0] = data_TB & _low_mask(num_bytes)
+    scales = _scales_of_codes(data.device)
+    numbers_T2B = torch.empty(num_tokens, 2, num_bytes, device=data.device)
+    numbers_T2B[:, 0] = data_TB & _low_mask(num_bytes, data.device)
     numbers_T2B[:, 1] = data_TB >> 4
     numbers_T2B.sub_(_ZERO)
     for start, end, num_groups in _spans(num_bytes):
@@ -130,18 +132,23 @@ def _decode_int4(data: Tensor, width: int) -> Tensor:
             bits_TGb = data_TB[:, start:end].unflatten(1, (num_groups, -1))[:, :, :_NUM_SCALE_BITS].contiguous()
             codes_TG = (((bits_TGb.view(torch.int64).squeeze(2) & _LOWEST_BITS) * _GATHER) >> 56) & 255
             numbers_T2GP[:, 0, :, :_NUM_SCALE_BITS] *= _THIN_STEP
-        numbers_T2GP.mul_(SCALES[codes_TG][:, None, :, None])
+        numbers_T2GP.mul_(scales[codes_TG][:, None, :, None])
     return numbers_T2B.view(num_tokens, -1)[:, :width]
 
 
 @functools.lru_cache(maxsize=8)
-def _low_mask(num_bytes: int) -> Tensor:
+def _scales_of_codes(device: torch.device) -> Tensor:
+    return SCALES.to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _low_mask(num_bytes: int, device: torch.device) -> Tensor:
     """What of each byte is its low number: uint8 [B]."""
     mask_B = torch.full((num_bytes,), 15, dtype=torch.uint8)
     if num_bytes >= INT4_GROUP_BYTES:
         for start, end, num_groups in _spans(num_bytes):
             mask_B[start:end].view(num_groups, -1)[:, :_NUM_SCALE_BITS] = 14
-    return mask_B
+    return mask_B.to(device)
 
 
 def _spans(num_bytes: int) -> list[tuple[int, int, int]]:

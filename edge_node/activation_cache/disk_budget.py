@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -57,29 +57,35 @@ class DiskBudget:
         finally:
             os.close(descriptor)
 
-    def make_room(self, num_bytes: int, own: Path) -> bool:
-        """Whether so many bytes may be written now, which count from then on; call it under :meth:`locked`.
+    def make_room(self, sizes_bytes: Sequence[int], own: Path) -> list[bool]:
+        """Which of some things may be written now, each whole; they count from then on.
+
+        Call it under :meth:`locked`, and write them before the lock is let go of: what is not there yet is forgotten
+        when all files are counted anew.
 
         Args:
-            num_bytes: of the entry and its record.
+            sizes_bytes: of entries with their records.
             own: the namespace's folder; others, if nobody uses them, go where they must, the oldest first.
 
         Raises:
             OSError: the disk.
         """
-        used_bytes = self._read_count()
-        if used_bytes + num_bytes > self._budget_bytes:
-            if used_bytes == self._refused_at_bytes and self._num_refusals % _REFUSALS_BETWEEN_COUNTS:
-                self._num_refusals += 1
-                return False
+        used_bytes, num_bytes = self._read_count(), sum(sizes_bytes)
+        if used_bytes + num_bytes > self._budget_bytes and self._looks_again(used_bytes):
             used_bytes = _size_bytes(self._root)
             used_bytes -= self._evict(used_bytes + num_bytes - self._budget_bytes, own)
-        is_room = used_bytes + num_bytes <= self._budget_bytes
-        if not is_room:
+        is_room: list[bool] = []
+        for size_bytes in sizes_bytes:
+            is_room.append(used_bytes + size_bytes <= self._budget_bytes)
+            used_bytes += size_bytes if is_room[-1] else 0
+        if not all(is_room):
             self._num_refusals = self._num_refusals + 1 if used_bytes == self._refused_at_bytes else 1
             self._refused_at_bytes = used_bytes
-        self._write_count(used_bytes + (num_bytes if is_room else 0))
+        self._write_count(used_bytes)
         return is_room
+
+    def _looks_again(self, used_bytes: int) -> bool:
+        return used_bytes != self._refused_at_bytes or self._num_refusals % _REFUSALS_BETWEEN_COUNTS == 0
 
     def _evict(self, num_bytes: int, own: Path) -> int:
         """Remove namespaces that nobody uses until so many bytes are free; gives how many were."""

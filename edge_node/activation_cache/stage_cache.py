@@ -7,7 +7,7 @@ without padding and come back with zeros there: nothing that is not padding depe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,8 @@ from edge_node.activation_cache.places import (
     state_names_below,
     state_names_between,
 )
-from edge_node.activation_cache.store import ActivationStore, StateFile
+from edge_node.activation_cache.row_tokens import RowTokens
+from edge_node.activation_cache.store import ActivationStore, StateFile, entry_bytes
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ActivationCacheError
@@ -30,6 +31,9 @@ from plutino.side_network import BackboneStates
 from plutino.state_codecs import StateCodec, token_bytes
 
 KEY_BYTES = 16
+_CARD_NUMBERS_AT_ONCE = 1 << 22
+"""Of all states that are coded at once on a card, where starting a kernel takes longer than what it does for one state;
+what coding holds meanwhile is four times their 16 MiB. A processor codes state after state, near its caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,32 +112,44 @@ class StageCache:
             ActivationCacheError: one is not here or damaged.
         """
         states = BackboneStates()
-        for name in self.names:
-            padded = self._padded(self._files[name], name, self._own_rows(rows, name), are_checked=are_checked)
-            put_state(states, self._stage.side, name, padded)
+        for group, tokens in self._groups(rows):
+            data = self._read_group(group, tokens, _each(rows.keys), are_checked=are_checked)
+            packed = decode(self.codec, data.to(self._stage.device), self._width(group[0]), self._stage.dtype)
+            for name, padded in zip(group, tokens.pad(packed), strict=True):
+                put_state(states, self._stage.side, name, padded)
         self.counts.rows_read += len(rows.keys) if self.names else 0
         return states
 
+    @torch.no_grad()
     def write(self, rows: CacheKeys, states: BackboneStates) -> None:
-        """Keep the states of one micro-batch, row by row, as far as the budget goes; what is here stays."""
+        """Keep the states of one micro-batch, each row's all or none, as far as the budget goes; what is here stays."""
         if self._store is None:
             self.counts.rows_left_out += len(rows.keys) if self.names else 0
+            return
         if not self._files:
             return
-        by_name = {name: get_state(states, self._stage.side, name) for name in self.names}
-        rows_by_name = {name: self._own_rows(rows, name) for name in self.names}
-        for index, key in enumerate(_each(rows.keys)):
-            is_whole = True
-            for name, file in self._files.items():
-                if is_whole and not file.holds(key):
-                    own = rows_by_name[name]
-                    length = own.padded_tokens if self._keeps_padding else int(own.lengths[index])
-                    data = encode(self.codec, by_name[name][index, :length])
-                    is_whole = file.write(key, data.reshape(-1).numpy())
-            if is_whole:
-                self.counts.rows_written += 1
-            else:
-                self.counts.rows_left_out += 1
+        keys = _each(rows.keys)
+        missing = {name: [i for i, key in enumerate(keys) if not file.holds(key)] for name, file in self._files.items()}
+        sizes_bytes = [0] * len(keys)
+        groups = list(self._groups(rows))
+        for group, tokens in groups:
+            for name in group:
+                for i in missing[name]:
+                    sizes_bytes[i] += entry_bytes(tokens.lengths[i] * self._token_bytes(name))
+        with self._store.writing(self._namespace, sizes_bytes) as is_room:
+            is_whole = list(is_room)
+            for group, tokens in groups:
+                wanted = {name: [i for i in missing[name] if is_whole[i]] for name in group}
+                if not any(wanted.values()):
+                    continue
+                packed = tokens.pack([get_state(states, self._stage.side, name) for name in group])
+                data = encode(self.codec, packed).cpu().unflatten(0, (len(group), -1))
+                for name, of_name in zip(group, data, strict=True):
+                    of_row = [part.flatten().numpy() for part in of_name.split(tokens.lengths)]
+                    if not self._files[name].append([(keys[i], of_row[i]) for i in wanted[name]]):
+                        is_whole = [whole and i not in wanted[name] for i, whole in enumerate(is_whole)]
+        self.counts.rows_written += sum(is_whole)
+        self.counts.rows_left_out += len(is_whole) - sum(is_whole)
 
     def entries(self, name: str, keys: Tensor) -> list[Tensor] | None:
         """The bytes of rows as they lie on the disk, uint8 each; None: one of them is not here or damaged."""
@@ -173,34 +189,48 @@ class StageCache:
         for file in (*self._files.values(), *self._further.values()):
             file.close()
 
-    def _padded(self, file: StateFile, name: str, rows: CacheKeys, *, are_checked: bool) -> Tensor:
-        width = self._width(name)
-        row_bytes = token_bytes(self.codec, width, self._stage.dtype.itemsize)
-        found: list[Tensor] = []
-        for index, key in enumerate(_each(rows.keys)):
-            data = file.read(key, is_checked=are_checked)
-            if data is None:
-                raise ActivationCacheError(
-                    f"row {index} of a micro-batch is not in the activation cache, or its {name} is damaged, and this "
-                    "worker has no blocks to compute it; the job goes back to the pipeline"
-                )
-            found.append(torch.from_numpy(data).view(-1, row_bytes))
-        # All rows at once: tokens of one row are too few for what an operation costs before it begins.
-        states = decode(self.codec, torch.cat(found), width, self._stage.dtype)
-        padded = torch.zeros(len(found), rows.padded_tokens, width, dtype=self._stage.dtype)
-        for row, of_row in zip(padded, states.split([len(tokens) for tokens in found]), strict=True):
-            row[: len(of_row)] = of_row
-        return padded.to(self._stage.device)
+    def _groups(self, rows: CacheKeys) -> Iterator[tuple[list[str], RowTokens]]:
+        """The states, those together that are coded at once, each with its tokens of the rows."""
+        tokens: dict[bool, RowTokens] = {}
+        alike: dict[tuple[bool, int], list[str]] = {}
+        for name in self.names:
+            of_target = is_of_target(name, self._stage.num_encoder_blocks)
+            if of_target not in tokens:
+                own = rows.of_target() if of_target else rows
+                lengths = [own.padded_tokens] * len(own.keys) if self._keeps_padding else own.lengths.tolist()
+                tokens[of_target] = RowTokens(lengths, own.padded_tokens, self._stage.device)
+            alike.setdefault((of_target, self._width(name)), []).append(name)
+        for (of_target, width), names in alike.items():
+            of_one = max(1, tokens[of_target].num_tokens * width)
+            at_once = max(1, _CARD_NUMBERS_AT_ONCE // of_one) if self._stage.device.type == "cuda" else 1
+            for start in range(0, len(names), at_once):
+                yield names[start : start + at_once], tokens[of_target]
+
+    def _read_group(
+        self, group: Sequence[str], tokens: RowTokens, keys: Sequence[bytes], *, are_checked: bool
+    ) -> Tensor:
+        """Bytes of all tokens of some states as they lie on the disk: uint8 [N * V, bytes a token]."""
+        data = np.empty((len(group) * tokens.num_tokens, self._token_bytes(group[0])), np.uint8)
+        start = 0
+        for name in group:
+            for i, (key, length) in enumerate(zip(keys, tokens.lengths, strict=True)):
+                entry = data[start : start + length].reshape(-1)
+                if not self._files[name].read_into(entry, key, is_checked=are_checked):
+                    raise ActivationCacheError(
+                        f"row {i} of a micro-batch is not in the activation cache, or its {name} is damaged, and this "
+                        "worker has no blocks to compute it; the job goes back to the pipeline"
+                    )
+                start += length
+        return torch.from_numpy(data)
+
+    def _token_bytes(self, name: str) -> int:
+        return token_bytes(self.codec, self._width(name), self._stage.dtype.itemsize)
 
     def _width(self, name: str) -> int:
         side = self._stage.side
         if side is None:
             return int(self._stage.config.hidden_size)
         return side.layout.out_width if name == "final" else side.layout.width
-
-    def _own_rows(self, rows: CacheKeys, name: str) -> CacheKeys:
-        """The micro-batch with the tokens that a state has."""
-        return rows.of_target() if is_of_target(name, self._stage.num_encoder_blocks) else rows
 
 
 def state_names(stage: Stage) -> tuple[str, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
-from edge_node.activation_cache.store import ActivationStore
+from edge_node.activation_cache.store import ActivationStore, entry_bytes
 
 KEYS = [bytes([number]) * 16 for number in range(8)]
 
@@ -81,6 +84,67 @@ def test_full_budget_refuses_entries_and_is_never_exceeded(tmp_path):
     assert written == [True] * 4 + [False] * 4
     assert used_bytes(tmp_path) <= 4500
     file.close()
+
+
+def test_room_is_made_for_whole_things_of_which_smaller_ones_may_still_fit(tmp_path):
+    store = ActivationStore(tmp_path, 4500)
+    file = store.open("space", "h1")
+    one = entry_bytes(1000)
+
+    with store.writing("space", [one, one]) as is_room:
+        assert is_room == [True, True]
+        assert file.append([(key, entry(7)) for key in KEYS[:2]])
+    with store.writing("space", [3 * one, one, one, one]) as is_room:
+        assert is_room == [False, True, True, False]
+        assert file.append([(key, entry(7)) for key in KEYS[2:4]])
+
+    assert [file.holds(key) for key in KEYS] == [True] * 4 + [False] * 4
+    assert used_bytes(tmp_path) <= 4500
+    file.close()
+
+
+def test_many_entries_in_one_go_are_all_there_and_those_that_were_there_stay(tmp_path):
+    store = ActivationStore(tmp_path, 8 << 20)
+    file, other = store.open("space", "h1"), store.open("space", "h1")
+    keys = [number.to_bytes(16, "big") for number in range(1500)]
+    assert other.write(keys[3], entry(9, 70))
+
+    with store.writing("space", [entry_bytes(70)] * len(keys)) as is_room:
+        assert all(is_room)
+        assert file.append([(key, entry(number % 7, 70)) for number, key in enumerate(keys)])
+
+    assert np.array_equal(file.read(keys[3]), entry(9, 70))
+    assert all(np.array_equal(other.read(key), entry(number % 7, 70)) for number, key in enumerate(keys) if number != 3)
+    assert len(file) == len(other) == len(keys)
+    file.close()
+    other.close()
+
+
+def test_disk_that_refuses_a_part_leaves_what_was_there_and_is_not_asked_again(tmp_path, monkeypatch, caplog):
+    store = ActivationStore(tmp_path, 1 << 20)
+    file = store.open("space", "h1")
+    assert file.append([(KEYS[0], entry(1))])
+    write, sizes = os.writev, []
+
+    def nearly_full(descriptor, pieces):
+        """Take half of what comes, and nothing after that."""
+        if sizes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sizes.append(write(descriptor, [b"".join(pieces)[:500]]))
+        return sizes[0]
+
+    monkeypatch.setattr(os, "writev", nearly_full)
+    assert not file.append([(KEYS[1], entry(2))])
+    monkeypatch.undo()
+
+    assert "No space left on device" in caplog.text
+    assert not file.append([(KEYS[2], entry(3))])
+    again = store.open("space", "h1")
+    assert [again.holds(key) for key in KEYS[:3]] == [True, False, False]
+    assert again.write(KEYS[1], entry(4))
+    assert np.array_equal(again.read(KEYS[1]), entry(4))
+    file.close()
+    again.close()
 
 
 def test_namespaces_of_other_jobs_make_room_unless_they_are_in_use(tmp_path):
