@@ -162,11 +162,17 @@ def test_second_job_with_other_cuts_finds_what_the_first_one_left(model_dirs, ro
 def test_what_has_no_room_is_counted_and_computed_again_in_every_epoch(model_dirs, root):
     spec = make_spec(model_dirs["llama"]).model_copy(update={"method": SIDE})
 
-    found = epochs(spec, 2, root(), budget_bytes=16_000)
+    folder = root()
+    found = epochs(spec, 2, folder, budget_bytes=16_000)
 
     assert_as_uncached(found, model_dirs["llama"])
     # A whole job's worth of states does not fit, some of it does.
     assert any(cache.counts.rows_left_out for cache in found[3])
+    # Of a row that lacks a state the others would be of no use.
+    kept = {path.stem: path.read_bytes() for path in folder.glob("tiny/*.index")}
+    keys = {state: {index[at : at + 16] for at in range(0, len(index), 32)} for state, index in kept.items()}
+    for cache in found[3]:
+        assert len({frozenset(keys[name]) for name in cache.names}) == 1
     assert any(cache.counts.rows_written for cache in found[3])
     assert all(sum(runs.values()) > 0 for runs in found[2][1:])
 
