@@ -8,6 +8,7 @@ when it ends, and an out-of-memory kill hits it and nothing else. Torch-free. En
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -29,6 +30,9 @@ Check = tuple[str, str]
 MODULE = "coordinator.artifacts.verify"
 
 _STDERR_TAIL_CHARS = 2000
+
+_BY_ROW = ("lengths", "labels", "pair_ids", "second_starts", "reference_logps")
+_BY_TOKEN = ("input_ids", "label_mask")
 
 
 class _Value(BaseModel):
@@ -55,6 +59,25 @@ class ProbeRows(_Value):
     """[num_rows], tokens before the second of two texts; empty: nobody tells them apart."""
     reference_logps: tuple[float, ...] = ()
     """[num_rows], as the data set gave them; empty: it did not."""
+
+    @property
+    def first(self) -> ProbeRows:
+        """The first row that has a label token, or the first one; of pairs the whole pair."""
+        ends = list(itertools.accumulate(self.lengths))
+        spans = [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+        one = next((row for row, span in enumerate(spans) if any(self.label_mask[span])), 0)
+        kept = [
+            row
+            for row in range(len(spans))
+            if row == one or (self.pair_ids and self.pair_ids[row] == self.pair_ids[one])
+        ]
+        values: dict[str, tuple[float, ...]] = {
+            name: tuple(getattr(self, name)[row] for row in kept) for name in _BY_ROW if getattr(self, name)
+        }
+        values |= {
+            name: tuple(value for row in kept for value in getattr(self, name)[spans[row]]) for name in _BY_TOKEN
+        }
+        return self.model_copy(update=values)
 
     @classmethod
     def of(cls, rows: MicroBatchRows) -> ProbeRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,23 @@ def test_check_reload_refuses_a_probe_with_another_number_of_labels(stock_dir: P
 
     with pytest.raises(ExportError, match="has 11 label tokens but the pipeline counted 12"):
         verify.check_reload(MODEL_DIR, stock_dir, miscounted)
+
+
+def test_check_reload_tells_the_first_rows_loss_with_and_without_the_adapter(
+    stock_model: Any, stock_dir: Path, probe: Probe
+) -> None:
+    def loss_of_first() -> float:
+        with torch.no_grad():
+            logits = stock_model(input_ids=torch.tensor([ROWS[0]])).logits[0, NUM_PROMPT_TOKENS - 1 : -1]
+        return float(functional.cross_entropy(logits, torch.tensor(ROWS[0][NUM_PROMPT_TOKENS:]), reduction="sum"))
+
+    _, outcome = verify.check_reload(MODEL_DIR, stock_dir, probe)
+
+    told = re.search(r"of the first row (\S+), without the adapter (\S+) ", outcome)
+    assert told is not None, outcome
+    assert float(told[1]) == pytest.approx(loss_of_first(), rel=1e-4)
+    with stock_model.disable_adapter():
+        assert float(told[2]) == pytest.approx(loss_of_first(), rel=1e-4)
 
 
 def test_check_reload_in_bf16_is_within_its_tolerance(stock_dir: Path, probe: Probe) -> None:

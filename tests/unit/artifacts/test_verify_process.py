@@ -112,3 +112,25 @@ def test_probe_rows_of_a_micro_batch_round_trip_as_json() -> None:
 
     assert Probe.model_validate_json(probe.model_dump_json()) == probe
     assert probe.micro_batches[0].input_ids == (5, 6, 7)
+
+
+PAIRS = ProbeRows(
+    lengths=(2, 3, 1, 2),
+    input_ids=(1, 2, 3, 4, 5, 6, 7, 8),
+    label_mask=(0, 0, 0, 1, 1, 0, 0, 1),
+    padded_tokens=3,
+    labels=(0.5, 1.5, 2.5, 3.5),
+)
+
+
+def test_first_probe_row_is_the_first_with_a_label_token() -> None:
+    first = PAIRS.first
+
+    assert (first.lengths, first.input_ids, first.label_mask, first.labels) == ((3,), (3, 4, 5), (0, 1, 1), (1.5,))
+    assert PAIRS.model_copy(update={"label_mask": (0,) * 8}).first.input_ids == (1, 2)
+
+
+def test_first_probe_row_of_pairs_is_a_pair() -> None:
+    first = PAIRS.model_copy(update={"pair_ids": (4, 6, 4, 6)}).first
+
+    assert (first.lengths, first.input_ids, first.pair_ids) == ((3, 2), (3, 4, 5, 7, 8), (6, 6))
