@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,8 @@ from plutino.sizes import SMALLEST_MAPPING_BYTES
 _SHORT_VOCABULARY = 8192
 """Rows of the head that are measured; its time grows linearly with them."""
 _SCORES = 8
+_MIDDLE_OF_HALVES = (1, 3)
+"""Blocks of :func:`few_blocks`, one of the encoder and one of the decoder."""
 _PROBE_TURNS = 6
 """Of each dtype. Where bf16 is 300 times slower than fp32, one of them takes 0.15 s."""
 _TINY_CONFIG = {
@@ -64,27 +67,25 @@ def measure(
     """
     torch.set_num_threads(request.threads)
     full_vocabulary = int(json.loads(request.config_json)["vocab_size"])
-    config = three_blocks(request.config_json, vocabulary=min(full_vocabulary, _SHORT_VOCABULARY))
+    config = few_blocks(request.config_json, vocabulary=min(full_vocabulary, _SHORT_VOCABULARY))
     source, timer = RandomSource(config, device=device.torch), PassTimer(device, meeting, least_s=least_s)
     # One stage after the other, so that no more than a block is held on a small device.
     with heap_kept():
         embedding_s = _measure_embedding(source, request, timer)
-        block = _measure_block(source, request, timer)
-        head = _measure_head(source, request, timer)
-    again = _measure_block(source, request, timer) if request.is_tight and _has_mappings(config, request) else None
-    # A card has no such heap: it keeps the processors of its host company.
-    mapped = None if device.is_cuda else again
+        seconds = _measure_blocks(source, request, timer)
+        head = _measure_head(source, config, request, timer)
+    if request.is_tight and _has_mappings(config, request):
+        again = _measure_blocks(source, request, timer)
+        # A card has no such heap: it keeps the processors of its host company.
+        seconds |= {} if device.is_cuda else {f"mapped_{name}": s for name, s in again.items()}
     wide = full_vocabulary / config["vocab_size"] if family_of(config["model_type"]).head else 1.0
-    return BlockTimings(
-        forward_s=block.forward_s,
-        backward_s=block.backward_s,
-        recomputed_backward_s=block.recomputed_backward_s,
-        mapped_forward_s=None if mapped is None else mapped.forward_s,
-        mapped_backward_s=None if mapped is None else mapped.backward_s,
-        mapped_recomputed_backward_s=None if mapped is None else mapped.recomputed_backward_s,
-        embedding_s=embedding_s,
-        head_forward_s=head.forward_s * wide,
-        head_backward_s=head.backward_s * wide,
+    return BlockTimings.model_validate(
+        {
+            **seconds,
+            "embedding_s": embedding_s,
+            "head_forward_s": head.forward_s * wide,
+            "head_backward_s": head.backward_s * wide,
+        }
     )
 
 
@@ -102,10 +103,16 @@ def _measure_embedding(source: RandomSource, request: ProfileRequest, timer: Pas
     return timer.fastest_s(lambda: embedding(ids))
 
 
+def _measure_blocks(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> dict[str, float | None]:
+    """A block, and of an encoder-decoder one of either half, by the names of :class:`BlockTimings`."""
+    if family_of(json.loads(request.config_json)["model_type"]).halves is None:
+        return asdict(_measure_block(source, request, timer))
+    of_encoder, of_decoder = (_measure_half(source, request, timer, block) for block in _MIDDLE_OF_HALVES)
+    return asdict(of_encoder) | {f"decoder_{name}": seconds for name, seconds in asdict(of_decoder).items()}
+
+
 def _measure_block(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
     middle = _adapted_stage(source, 1, request, timer.device)
-    if middle.family.halves is not None:
-        return _measure_halves(source, request, timer)
     rows, tokens = request.micro_batch_rows, request.row_tokens
     shape = (rows, tokens, int(middle.config.hidden_size))
     hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=timer.device.torch)
@@ -134,33 +141,19 @@ def _block_passes(
     return Passes(forward, backward, lambda: recomputing(block))
 
 
-def _measure_halves(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
-    """The mean of a block of either half: a source of a row's length, a target of as many tokens as carry loss."""
-    whole = json.loads(request.config_json)
-    num_encoder_blocks = family_of(whole["model_type"]).num_encoder_blocks(whole)
-    num_blocks = family_of(whole["model_type"]).num_blocks(whole)
-    dtype, rows = COMPUTE_DTYPES[request.dtype], request.micro_batch_rows
-    target_tokens = max(1, -(-request.label_tokens // rows))
-    found: list[tuple[PassSeconds, float]] = []
-    for block, num_alike in ((1, num_encoder_blocks), (2, num_blocks - num_encoder_blocks)):
-        stage = _adapted_stage(source, block, request, timer.device)
-        inputs = _halves_input(stage, rows, (request.row_tokens, target_tokens), dtype)
-        name = "source" if stage.side is None else "source side"
+def _measure_half(source: RandomSource, request: ProfileRequest, timer: PassTimer, block: int) -> PassSeconds:
+    """A block beside a source of the longest one's length and a target of as many tokens as carry loss in a row."""
+    stage, rows = _adapted_stage(source, block, request, timer.device), request.micro_batch_rows
+    num_tokens = request.source_tokens or request.row_tokens, max(1, -(-request.label_tokens // rows))
+    inputs = _halves_input(stage, rows, num_tokens, COMPUTE_DTYPES[request.dtype])
+    of_encoder, of_decoder = ("source", "hidden") if stage.side is None else ("source side", "side")
+    name = of_decoder if stage.has_decoder_blocks else of_encoder
 
-        def run(stage: Stage = stage, inputs: StageInput = inputs, name: str = name) -> Tensor:
-            output = stage.run(inputs)
-            return output.hidden if stage.has_decoder_blocks else output.trained[name]
+    def forward() -> Tensor:
+        return stage.run(inputs).trained[name]
 
-        passes = _block_passes(stage, request, run, lambda output: output.backward(torch.ones_like(output)))
-        found.append((timer.time(passes), num_alike / num_blocks))
-    recomputed_s = [(half.recomputed_backward_s, share) for half, share in found]
-    return PassSeconds(
-        forward_s=sum(half.forward_s * share for half, share in found),
-        backward_s=sum(half.backward_s * share for half, share in found),
-        recomputed_backward_s=None
-        if any(seconds is None for seconds, _ in recomputed_s)
-        else sum(seconds * share for seconds, share in recomputed_s if seconds is not None),
-    )
+    passes = _block_passes(stage, request, forward, lambda output: output.backward(torch.ones_like(output)))
+    return timer.time(passes)
 
 
 def _halves_input(stage: Stage, rows: int, num_tokens: tuple[int, int], dtype: torch.dtype) -> StageInput:
@@ -171,15 +164,21 @@ def _halves_input(stage: Stage, rows: int, num_tokens: tuple[int, int], dtype: t
 
     width, side = int(stage.config.hidden_size), stage.side
     source, hidden = (stream(tokens, width, dtype, is_trained=side is None) for tokens in num_tokens)
-    source_side = None
-    if side is not None and side.reads_source:
-        source_side = stream(num_tokens[0], side.layout.side_width, torch.float32, is_trained=True)
+    source_side = target_side = None
+    if side is not None:
+        source_side, target_side = (
+            stream(tokens, side.layout.side_width, torch.float32, is_trained=True) if is_read else None
+            for tokens, is_read in zip(num_tokens, (side.reads_source, side.reads_side), strict=True)
+        )
     positions = torch.arange(num_tokens[0], device=stage.device).expand(rows, num_tokens[0])
-    return StageInput(position_ids=positions, source=source, hidden=hidden, source_side=source_side)
+    return StageInput(position_ids=positions, source=source, hidden=hidden, source_side=source_side, side=target_side)
 
 
-def _measure_head(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
-    last = _adapted_stage(source, 2, request, timer.device)
+def _measure_head(
+    source: RandomSource, config: dict[str, Any], request: ProfileRequest, timer: PassTimer
+) -> PassSeconds:
+    last_block = family_of(config["model_type"]).num_blocks(config) - 1
+    last = _adapted_stage(source, last_block, request, timer.device)
     if not last.head_name:
         return _measure_score_head(last, request, timer)
     # Not the hidden size where the model projects before its head.
@@ -235,15 +234,17 @@ def warm_up(device: ComputeDevice = CPU) -> None:
     measure(request, device, least_s=0.0)
 
 
-def three_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
-    """The model's configuration with three blocks (a first, a middle and a last stage) and a short vocabulary."""
+def few_blocks(config_json: str, *, vocabulary: int) -> dict[str, Any]:
+    """The model's configuration with three blocks (a first, a middle and a last stage) and a short vocabulary.
+
+    An encoder-decoder's has two blocks and three, such that :data:`_MIDDLE_OF_HALVES` are inside.
+    """
     config: dict[str, Any] = json.loads(config_json)
     family = family_of(config.get("model_type"))
     if family.halves is not None:
-        # Two of the encoder, so that the second is neither first nor last, and the decoder's with the head.
-        config |= dict.fromkeys(family.config_keys["blocks"], 2) | dict.fromkeys(
-            family.config_keys["decoder_blocks"], 1
-        )
+        # The encoder's second block has no embedding with it, the decoder's second neither an entry nor the head.
+        config |= dict.fromkeys(family.config_keys["blocks"], 2)
+        config |= dict.fromkeys(family.config_keys["decoder_blocks"], 3)
     for key in ("num_hidden_layers", "n_layer"):
         if key in config:
             config[key] = 3

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from partitioner.block_seconds import blocks_s
 from partitioner.layout import Group, Layout, ahead_of
 from partitioner.place import Place
 from partitioner.pricing import Pricer
@@ -201,14 +202,13 @@ class Bounds:
         """Forward and backward seconds for all (start, end) on a device."""
         key = (device, choice)
         if key not in self._seconds:
-            timings, shape = self._pricer.devices[device].timings, self._pricer.shape
-            starts, ends = self._starts, self._ends
-            is_first, is_last = starts == 0, ends == self._pricer.table.num_blocks
+            pricer, starts, ends = self._pricer, self._starts, self._ends
+            timings, shape = pricer.devices[device].timings, pricer.shape
+            is_first, is_last = starts == 0, ends == pricer.table.num_blocks
             num_trained = ends - np.maximum(starts, np.minimum(shape.first_trainable_block, ends))
-            num_run = num_trained + shape.frozen_share * (ends - starts - num_trained)
-            forward_s = num_run * timings.forward_s + is_first * shape.frozen_share * timings.embedding_s
+            forward_s, backward_s = blocks_s(pricer.table, shape, timings, starts, ends, checkpointing=choice)
+            forward_s = forward_s + is_first * shape.frozen_share * timings.embedding_s
             forward_s = forward_s + is_last * timings.head_forward_s
-            backward_s = num_trained * (timings.backward_s + (timings.recompute_s if choice else 0.0))
             goes_back = is_last & ((num_trained > 0) | (shape.last_trainable_params > 0))
             self._seconds[key] = forward_s, backward_s + goes_back * timings.head_backward_s
         return self._seconds[key]

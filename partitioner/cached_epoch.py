@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partitioner.activations import micro_batch_tokens, target_tokens
+from partitioner.block_seconds import halves_of
 from partitioner.cost import SIDE_FORWARD_SHARE, SUM_MESSAGE_BYTES
 from partitioner.device import DeviceProfile
 from partitioner.layout import owners_of
@@ -131,11 +132,13 @@ def side_device(
         read_bytes_per_s: of its disk.
     """
     timings = device.timings
+    side_s = sum(
+        num_side_blocks(shape, first, last) * (1 + SIDE_FORWARD_SHARE) * block.backward_s
+        for first, last, block in halves_of(table, timings)
+    )
     return SideDevice(
         agent_id=device.agent_id,
-        compute_s=num_side_blocks(shape) * (1 + SIDE_FORWARD_SHARE) * timings.backward_s
-        + timings.head_forward_s
-        + timings.head_backward_s,
+        compute_s=side_s + timings.head_forward_s + timings.head_backward_s,
         read_s=entry_bytes(table, shape, entry_token_bytes) / read_bytes_per_s,
     )
 
@@ -146,16 +149,16 @@ def entry_bytes(table: ModelTable, shape: JobShape, entry_token_bytes: int) -> i
     # What stands before the lowest side block, what each side block reads, and what the final norm gives.
     num_entry_tokens = micro_batch_tokens(shape) * (num_blocks + 2)
     if table.num_encoder_blocks:
-        num_of_encoder = sum(params > 0 for params in shape.adapter_params[: table.num_encoder_blocks])
+        num_of_encoder = num_side_blocks(shape, 0, table.num_encoder_blocks)
         num_targets = shape.micro_batch_rows * target_tokens(shape)
         num_entry_tokens = micro_batch_tokens(shape) * (num_of_encoder + 1)
         num_entry_tokens += num_targets * (num_blocks - num_of_encoder + 2)
     return num_entry_tokens * entry_token_bytes
 
 
-def num_side_blocks(shape: JobShape) -> int:
-    """Blocks of the side network."""
-    return sum(params > 0 for params in shape.adapter_params)
+def num_side_blocks(shape: JobShape, start: int = 0, end: int | None = None) -> int:
+    """Blocks of the side network, or those of them that stand beside blocks ``[start, end)``."""
+    return sum(params > 0 for params in shape.adapter_params[start:end])
 
 
 def num_side_params(shape: JobShape) -> int:

@@ -12,8 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from partitioner.activations import micro_batch_tokens, target_tokens
+from partitioner.block_seconds import Floats, by_block
 from partitioner.cached_epoch import SideDevice
+from partitioner.device import BlockTimings
 from partitioner.layout import Cuts, Layout
 from partitioner.model import ModelTable
 from partitioner.plan import CachedStep
@@ -67,24 +71,44 @@ def staged_step(stages: Sequence[SideStage]) -> CachedStep:
     )
 
 
+def side_work(table: ModelTable, shape: JobShape, timings: BlockTimings) -> Floats:
+    """What every block's side block computes on a device, [num_blocks], in side blocks of a decoder; 0: it has none."""
+    decoder_s = timings.decoder_block.backward_s
+    ratio = timings.block.backward_s / decoder_s if decoder_s else 1.0
+    return _has_side(shape) * by_block(table, ratio, 1.0)
+
+
+def side_entries(table: ModelTable, shape: JobShape) -> Floats:
+    """Tokens of a micro-batch that every block's side block reads an entry of, [num_blocks]."""
+    num_targets = shape.micro_batch_rows * max(1, target_tokens(shape))
+    return _has_side(shape) * by_block(table, micro_batch_tokens(shape), num_targets)
+
+
+def _has_side(shape: JobShape) -> Floats:
+    """1 for every block with a side block beside it, else 0."""
+    return (np.array(shape.adapter_params) > 0).astype(float)
+
+
 def part_of(
-    whole: SideDevice, table: ModelTable, shape: JobShape, start: int, end: int, *, head_s: float
+    whole: SideDevice, table: ModelTable, shape: JobShape, timings: BlockTimings, start: int, end: int
 ) -> SideDevice:
     """The seconds of some blocks' part of a micro-batch, from those of the whole side network on the same device.
 
     Args:
         whole: all of it, with the head.
         table: the model.
-        shape: the job.
+        shape: the job, with a side network.
+        timings: the device's.
         start: first block.
         end: one past the last block.
-        head_s: of head and loss, forward and backward.
     """
-    is_last = end == table.num_blocks
-    all_blocks = max(1, sum(params > 0 for params in shape.adapter_params))
-    share = sum(params > 0 for params in shape.adapter_params[start:end]) / all_blocks
-    compute_s = share * (whole.compute_s - head_s) + (head_s if is_last else 0.0)
-    return SideDevice(agent_id=whole.agent_id, compute_s=compute_s, read_s=share * whole.read_s)
+    computed, read = (
+        float(of_blocks[start:end].sum() / of_blocks.sum())
+        for of_blocks in (side_work(table, shape, timings), side_entries(table, shape))
+    )
+    head_s = timings.head_forward_s + timings.head_backward_s
+    compute_s = computed * (whole.compute_s - head_s) + (head_s if end == table.num_blocks else 0.0)
+    return SideDevice(agent_id=whole.agent_id, compute_s=compute_s, read_s=read * whole.read_s)
 
 
 def side_message_bytes(table: ModelTable, shape: JobShape) -> int:
@@ -95,18 +119,20 @@ def side_message_bytes(table: ModelTable, shape: JobShape) -> int:
     return num_tokens * _FP32_BYTES * (table.hidden_size // shape.side_reduction)
 
 
-def cuts_by_speed(layout: Layout, speeds: Sequence[float], num_blocks: int) -> Cuts:
+def cuts_by_speed(layout: Layout, speeds: Sequence[float], work: Sequence[float]) -> Cuts:
     """Block borders in proportion to what the devices of each stage do in a second, at least a block a stage.
 
     Args:
         layout: devices of the stages.
         speeds: of every device.
-        num_blocks: of the model, at least as many as stages.
+        work: of every block, at least as many as stages; only its proportions count.
     """
+    num_blocks, below = len(work), np.concatenate([[0.0], np.cumsum(work)])
     of_stage = [sum(speeds[device] for device in group) for group in layout]
     total, passed, borders = sum(of_stage), 0.0, [0]
     for k, speed in enumerate(of_stage, start=1):
         passed += speed
         left = len(layout) - k
-        borders.append(min(num_blocks - left, max(borders[-1] + 1, round(num_blocks * passed / total))))
+        wanted = round(float(np.interp(below[-1] * passed / total, below, range(num_blocks + 1))))
+        borders.append(min(num_blocks - left, max(borders[-1] + 1, wanted)))
     return tuple(borders)

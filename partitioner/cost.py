@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from partitioner.activations import boundary_bytes
+from partitioner.block_seconds import blocks_s
 from partitioner.device import DeviceProfile, LinkProfile
 from partitioner.model import ModelTable
 from partitioner.shape import JobShape
@@ -75,9 +76,7 @@ def stage_cost(
     timings = device.timings if keeps_heap else device.timings.mapped
     num_trained = end_block - max(start_block, min(shape.first_trainable_block, end_block))
     has_head_backward = end_block == table.num_blocks and (num_trained > 0 or shape.last_trainable_params > 0)
-    num_frozen = end_block - start_block - num_trained
-    forward_s = (num_trained + shape.frozen_share * num_frozen) * timings.forward_s
-    backward_s = num_trained * (timings.backward_s + (timings.recompute_s if checkpointing else 0.0))
+    forward_s, backward_s = blocks_s(table, shape, timings, start_block, end_block, checkpointing=checkpointing)
     if start_block == 0:
         forward_s += shape.frozen_share * timings.embedding_s
     if end_block == table.num_blocks:

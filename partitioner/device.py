@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+from pydantic import model_validator
 
 from partitioner.values import PlanValue
 from plutino.job.method import MethodConfig
@@ -19,6 +22,8 @@ class ProfileRequest(PlanValue):
     """How the job's frozen weights are held: unpacking them takes time too."""
     micro_batch_rows: int
     row_tokens: int
+    source_tokens: int = 0
+    """Of an encoder-decoder's longest source; 0: of a whole row's length."""
     label_tokens: int
     method: MethodConfig
     """As its ``for_profile`` gives it."""
@@ -36,8 +41,27 @@ class ProfileRequest(PlanValue):
     """An answer that the device has kept does not do: it measures."""
 
 
+class BlockSeconds(NamedTuple):
+    """Seconds of one block for one micro-batch."""
+
+    forward_s: float
+    backward_s: float
+    """Without recomputation."""
+    recompute_s: float
+    """What recomputing adds to the backward pass."""
+
+    @property
+    def both_ways_s(self) -> float:
+        """Forward and backward, nothing recomputed."""
+        return self.forward_s + self.backward_s
+
+
 class BlockTimings(PlanValue):
-    """Measured seconds for one micro-batch."""
+    """Measured seconds for one micro-batch.
+
+    A block of an encoder-decoder's decoder has seconds of its own, because a target is shorter than its source; those
+    without ``decoder`` in their names are its encoder's then, and every block's of any other model.
+    """
 
     forward_s: float
     """One block, forward, with its adapters."""
@@ -49,19 +73,36 @@ class BlockTimings(PlanValue):
     head_backward_s: float
     recomputed_backward_s: float | None = None
     """One block, backward, its recomputation included; None: nobody asked for it."""
+    decoder_forward_s: float | None = None
+    """One block of a decoder that has an encoder; None: it is priced as any other block."""
+    decoder_backward_s: float | None = None
+    decoder_recomputed_backward_s: float | None = None
     mapped_forward_s: float | None = None
     """One block, forward, where malloc gives back what is freed, for which a budget may have no room
     (:mod:`partitioner.heap`): its pages are faulted in anew. None: it takes no longer."""
     mapped_backward_s: float | None = None
     mapped_recomputed_backward_s: float | None = None
+    mapped_decoder_forward_s: float | None = None
+    mapped_decoder_backward_s: float | None = None
+    mapped_decoder_recomputed_backward_s: float | None = None
+
+    @model_validator(mode="after")
+    def _has_whole_halves(self) -> BlockTimings:
+        if (self.decoder_forward_s is None) != (self.decoder_backward_s is None):
+            raise ValueError("give both decoder_forward_s and decoder_backward_s, or neither")
+        return self
 
     @property
-    def recompute_s(self) -> float:
-        """What recomputing adds to the backward pass of a block: where it was not measured, a forward pass."""
-        if self.recomputed_backward_s is None:
-            return self.forward_s
-        # Passes that are measured apart may come out the other way round where both are short.
-        return max(0.0, self.recomputed_backward_s - self.backward_s)
+    def block(self) -> BlockSeconds:
+        """One block; of an encoder-decoder one of the encoder."""
+        return _block_seconds(self.forward_s, self.backward_s, self.recomputed_backward_s)
+
+    @property
+    def decoder_block(self) -> BlockSeconds:
+        """One block of a decoder; where no encoder's was measured beside it, any block."""
+        if self.decoder_forward_s is None or self.decoder_backward_s is None:
+            return self.block
+        return _block_seconds(self.decoder_forward_s, self.decoder_backward_s, self.decoder_recomputed_backward_s)
 
     @property
     def known_s(self) -> dict[str, float]:
@@ -71,11 +112,8 @@ class BlockTimings(PlanValue):
     @property
     def mapped(self) -> BlockTimings:
         """As in a worker whose malloc gives back what is freed."""
-        found = {
-            name: seconds
-            for name in ("forward_s", "backward_s", "recomputed_backward_s")
-            if (seconds := getattr(self, f"mapped_{name}")) is not None
-        }
+        prefix = "mapped_"
+        found = {name.removeprefix(prefix): s for name, s in self.known_s.items() if name.startswith(prefix)}
         return self.model_copy(update=found)
 
     def times(self, factor: float) -> BlockTimings:
@@ -86,6 +124,13 @@ class BlockTimings(PlanValue):
         """The faster of two measurements, part by part: what disturbs one makes it slower, never faster."""
         one, two = self.known_s, other.known_s
         return BlockTimings(**{name: min(one.get(name, s), two.get(name, s)) for name, s in (one | two).items()})
+
+
+def _block_seconds(forward_s: float, backward_s: float, recomputed_backward_s: float | None) -> BlockSeconds:
+    """Where recomputing was not measured it takes a forward pass."""
+    # Passes that are measured apart may come out the other way round where both are short.
+    recompute_s = forward_s if recomputed_backward_s is None else max(0.0, recomputed_backward_s - backward_s)
+    return BlockSeconds(forward_s, backward_s, recompute_s)
 
 
 class DeviceProfile(PlanValue):

@@ -1,10 +1,11 @@
 """Quick guesses for many layouts at once: where to cut, and how long a step would take.
 
 Entry point: :class:`Estimator`. The search of a large fleet looks at thousands of layouts; only the best guesses are
-cut and replayed exactly. A guess treats a stage's seconds as linear in its blocks and its memory as a largest number of
-blocks for its place in the pipeline. For each of several paces (seconds of the slowest stage for one micro-batch) the
-blocks go to the fastest devices first, up to what pace and memory allow; the pace with the shortest step wins. Seconds
-of a step come from the terms of :mod:`partitioner.bounds`.
+cut and replayed exactly. A guess treats a stage's seconds as linear in its blocks (in their work, where an
+encoder-decoder's halves differ) and its memory as a largest number of blocks for its place in the pipeline. For each of
+several paces (seconds of the slowest stage for one micro-batch) the blocks go to the fastest devices first, up to what
+pace and memory allow; the pace with the shortest step wins. Seconds of a step come from the terms of
+:mod:`partitioner.bounds`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from partitioner.block_seconds import by_block, mean_block
 from partitioner.layout import Cuts, Group, Layout
 from partitioner.place import Ints, Place
 from partitioner.pricing import Pricer
@@ -80,6 +82,15 @@ class Estimator:
         self._trained_share = 1.0 - pricer.shape.first_trainable_block / pricer.table.num_blocks
         self._run_share = self._trained_share + pricer.shape.frozen_share * (1.0 - self._trained_share)
         """Mean share of the steps in which a block runs."""
+        self._work_below = self._work_of_halves() if pricer.table.num_encoder_blocks else None
+        """[num_blocks + 1], work of the blocks below each border, in mean blocks; None: every block is one."""
+
+    def _work_of_halves(self) -> Floats:
+        """As a mean over the devices."""
+        table, timings = self._pricer.table, [device.timings for device in self._pricer.devices]
+        seconds = [by_block(table, one.block.both_ways_s, one.decoder_block.both_ways_s) for one in timings]
+        work = np.mean([of_device / of_device.mean() for of_device in seconds], axis=0)
+        return np.concatenate([[0.0], np.cumsum(work)]).astype(np.float32)
 
     def _caps_of_devices(self) -> Ints:
         """[device, micro-batches in flight, is first + 2 * is last, checkpointing] -> blocks that fit."""
@@ -111,15 +122,16 @@ class Estimator:
         busiest = max(range(len(group)), key=lambda r: counts[r] * pricer.block_s[group[r]])
         share = counts[busiest] / m
         own = timings[busiest]
+        block = mean_block(pricer.table, own)
         mean_s = sum(n * pricer.block_s[d] for n, d in zip(counts, group, strict=True)) / m
         layout: Layout = (group, group) if len(group) > 1 else ((group),)
         blocks = np.arange(pricer.table.num_blocks)
         sum_s = float(pricer.least_sum_s(layout, 0, blocks, blocks + 1).mean()) if len(group) > 1 else 0.0
         self._numbers.append(
             _GroupNumbers(
-                forward_s=share * own.forward_s,
-                backward_s=share * own.backward_s,
-                recompute_s=share * own.recompute_s,
+                forward_s=share * block.forward_s,
+                backward_s=share * block.backward_s,
+                recompute_s=share * block.recompute_s,
                 embedding_s=share * own.embedding_s,
                 head_forward_s=share * own.head_forward_s,
                 head_backward_s=share * own.head_backward_s,
@@ -203,6 +215,8 @@ class Estimator:
         cuts = np.zeros((*counts.shape[:2], width + 1), dtype=np.float32)
         np.cumsum(counts, axis=2, out=cuts[:, :, 1:])
         np.minimum(cuts, num_blocks, out=cuts)
+        if self._work_below is not None:
+            cuts = self._at_work(cuts, self._work_below, num_stages, np.where(is_stage, caps.max(axis=2), np.inf))
         step_s = self._step_s(order, num_stages, a, cuts, caps, window, is_stage, is_first, is_last)
         # The last pace is infinite: what memory alone allows.
         held = most[:, -1]
@@ -217,6 +231,31 @@ class Estimator:
         slow = np.minimum(np.floor(spare_s / slow_block_s[:, None, :]), caps[:, None, :, 1])
         # One block is the least that a stage can have, however slow it makes the step.
         found: Floats = np.maximum(np.maximum(quick, slow), np.minimum(1, caps.max(axis=2)[:, None, :]))
+        return found
+
+    @staticmethod
+    def _at_work(cuts: Floats, work_below: Floats, num_stages: Ints, most: Floats) -> Floats:
+        """Borders that deal out the work that the wanted ones deal out in blocks; the wanted ones where one lacks room.
+
+        Args:
+            cuts: (N, paces, stages + 1), wanted as if every block were a mean one.
+            work_below: of the blocks below each border.
+            num_stages: (N).
+            most: blocks that fit each stage, (N, stages).
+        """
+        num_blocks = len(work_below) - 1
+        borders = np.rint(np.interp(cuts, work_below, np.arange(num_blocks + 1)))
+        # At least a block a stage.
+        places = np.minimum(np.arange(cuts.shape[2]), num_stages[:, None])[:, None, :]
+        spare = np.minimum(np.maximum.accumulate(borders - places, axis=2), (num_blocks - num_stages)[:, None, None])
+        borders = (spare + places).astype(np.float32)
+        fits = np.all(np.diff(borders, axis=2) <= most[:, None, :], axis=2, keepdims=True)
+        found: Floats = np.where(fits, borders, cuts)
+        return found
+
+    def _work(self, cuts: Floats | Ints) -> Floats:
+        """Mean blocks that the stages between borders compute."""
+        found: Floats = np.diff(cuts if self._work_below is None else self._work_below[cuts.astype(np.int64)], axis=2)
         return found
 
     @staticmethod
@@ -246,12 +285,12 @@ class Estimator:
         pricer, m = self._pricer, self._pricer.num_micro_batches
         first_trained = pricer.shape.first_trainable_block
         counts = np.diff(cuts, axis=2)
-        trained = np.diff(np.maximum(cuts, first_trained), axis=2)
+        work, trained = self._work(cuts), self._work(np.maximum(cuts, first_trained))
         recomputes = counts > caps[:, None, :, 0]
         a = {name: values[:, None, :] for name, values in a.items()}
         first, last, stage = is_first[None, None, :], is_last[:, None, :], is_stage[:, None, :]
         frozen_share = pricer.shape.frozen_share
-        num_run = trained + frozen_share * (counts - trained)
+        num_run = trained + frozen_share * (work - trained)
         f = num_run * a["forward_s"] + first * frozen_share * a["embedding_s"] + last * a["head_forward_s"]
         b = trained * (a["backward_s"] + recomputes * a["recompute_s"])
         has_back = (trained > 0) | (last & (pricer.shape.last_trainable_params > 0))

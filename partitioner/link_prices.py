@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from partitioner.block_seconds import by_block
 from partitioner.cost import SIDE_FORWARD_SHARE, SUM_MESSAGE_BYTES, message_bytes
 from partitioner.device import LinkProfile
 from partitioner.layout import Group, Layout
@@ -141,11 +142,14 @@ class LinkPrices(Rooms):
     def _beside_of(self, device: int) -> Floats:
         """Prefix sums of one device's backward passes, and of frozen passes beside a side network: [2, blocks + 1]."""
         timings = self.devices[device].timings
-        blocks = np.arange(self.table.num_blocks)
-        backward_s = np.where(blocks >= self.shape.first_trainable_block, timings.backward_s, 0.0)
-        # What a block's forward pass takes beyond the side network's, whose backward pass is all that is measured.
-        frozen_s = max(0.0, timings.forward_s - SIDE_FORWARD_SHARE * timings.backward_s)
-        ahead_s = np.full(len(blocks), frozen_s if self.shape.side_reduction else 0.0)
+        halves = timings.block, timings.decoder_block
+        trains = np.arange(self.table.num_blocks) >= self.shape.first_trainable_block
+        backward_s = np.where(trains, by_block(self.table, *(block.backward_s for block in halves)), 0.0)
+        ahead_s = np.zeros(self.table.num_blocks)
+        if self.shape.side_reduction:
+            # What a block's forward pass takes beyond the side network's, whose backward pass is all that is measured.
+            frozen_s = (max(0.0, block.forward_s - SIDE_FORWARD_SHARE * block.backward_s) for block in halves)
+            ahead_s = by_block(self.table, *frozen_s)
         # The sums of cards follow their passes.
         is_beside = not self.devices[device].is_card
         found: Floats = is_beside * np.concatenate([np.zeros((2, 1)), np.cumsum([backward_s, ahead_s], axis=1)], axis=1)

@@ -76,7 +76,7 @@ def _scaled(timings: BlockTimings, factor: float) -> BlockTimings:
     # Embedding and head are a handful of operators each: their overhead is lost in that of the blocks.
     return BlockTimings(
         **{
-            name: scale(seconds, _OVERHEADS_S.get(name.removeprefix("mapped_"), 0.0))
+            name: scale(seconds, _OVERHEADS_S.get(name.removeprefix("mapped_").removeprefix("decoder_"), 0.0))
             for name, seconds in timings.known_s.items()
         }
     )

@@ -45,7 +45,8 @@ def fastest_first(group: Sequence[int], devices: Sequence[DeviceProfile]) -> Gro
     def rank(i: int) -> tuple[float, int, int]:
         device = devices[i]
         return (
-            device.timings.forward_s + device.timings.backward_s,
+            # A block of either half: of a model without halves twice the same, which changes no order.
+            device.timings.block.both_ways_s + device.timings.decoder_block.both_ways_s,
             device.baseline_bytes - device.available_bytes,
             i,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+from partitioner.block_seconds import mean_block
 from partitioner.climb import Limits
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.micro_batch import candidate_rows, lightest_shapes, scaled_devices, with_rows
@@ -96,7 +97,7 @@ def considered(table: ModelTable, shape: JobShape, devices: Sequence[DeviceProfi
     if len(devices) <= _MAX_CONSIDERED:
         return list(devices)
     by_room = sorted(range(len(devices)), key=lambda i: (devices[i].baseline_bytes - devices[i].available_bytes, i))
-    by_speed = sorted(range(len(devices)), key=lambda i: (devices[i].timings.forward_s, i))
+    by_speed = sorted(range(len(devices)), key=lambda i: (mean_block(table, devices[i].timings).forward_s, i))
     weight_bytes = sum(table.block_params) * shape.dtype_bytes
     needed, room_bytes = 0, 0
     for i in by_room:

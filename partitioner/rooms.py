@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from partitioner.block_seconds import mean_block
 from partitioner.device import DeviceProfile, LinkTable
 from partitioner.layout import Cuts, Group, Layout, owners_of, replica_shares
 from partitioner.memory import MemoryModel
@@ -52,7 +53,7 @@ class Rooms:
         self.choices = checkpointing_choices(shape)
         self.memory = MemoryModel(table, shape)
         self.room_bytes = tuple(device.available_bytes - device.baseline_bytes for device in devices)
-        self.block_s = tuple(device.timings.forward_s + device.timings.backward_s for device in devices)
+        self.block_s = tuple(mean_block(table, device.timings).both_ways_s for device in devices)
         self._rows: dict[tuple[Place, bool, int], Ints] = {}
         self._columns: dict[tuple[Place, bool, int], Ints] = {}
         self._owners: dict[Group, tuple[int, ...]] = {}

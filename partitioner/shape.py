@@ -26,7 +26,9 @@ class JobShape(PlanValue):
     rows_per_sample: int = 1
     """Rows that stay in one micro-batch: 2 for preference pairs."""
     row_tokens: int
-    """Padded length of the longest row."""
+    """Padded length of the longest row; of an encoder-decoder's row source and target together."""
+    source_tokens: int = 0
+    """Tokens of an encoder-decoder's longest source; 0: as long as the longest row."""
     label_tokens: int
     """Largest number of label tokens in one micro-batch: the head computes logits for these only."""
     adapter_params: tuple[int, ...]

@@ -18,7 +18,7 @@ from partitioner.cached_epoch import (
     side_device,
     side_worker_bytes,
 )
-from partitioner.cached_stages import SideStage, cuts_by_speed, part_of, side_message_bytes, staged_step
+from partitioner.cached_stages import SideStage, cuts_by_speed, part_of, side_message_bytes, side_work, staged_step
 from partitioner.layout import Cuts, Group, Layout
 from partitioner.link_prices import LinkPrices
 from partitioner.plan import CachedStep
@@ -86,9 +86,15 @@ class SidePrices(LinkPrices):
         key = layout, cuts
         if key not in self._staged:
             speeds = [1.0 / max(device.micro_batch_s, 1e-12) for device in self._side_devices]
-            borders = cuts or cuts_by_speed(layout, speeds, self.table.num_blocks)
+            borders = cuts or cuts_by_speed(layout, speeds, self._mean_side_work)
             self._staged[key] = staged_step([self._side_stage(layout, k, borders) for k in range(len(layout))])
         return self._staged[key]
+
+    @cached_property
+    def _mean_side_work(self) -> list[float]:
+        """What the side block of every block computes, as a mean over the devices."""
+        found = np.mean([side_work(self.table, self.shape, device.timings) for device in self.devices], axis=0)
+        return [float(work) for work in found]
 
     def _side_stage(self, layout: Layout, k: int, cuts: Cuts) -> SideStage:
         group, (start, end) = layout[k], cuts[k : k + 2]
@@ -106,10 +112,7 @@ class SidePrices(LinkPrices):
         key = device, start, end
         if key not in self._side_parts:
             timings = self.devices[device].timings
-            head_s = timings.head_forward_s + timings.head_backward_s
-            self._side_parts[key] = part_of(
-                self._side_devices[device], self.table, self.shape, start, end, head_s=head_s
-            )
+            self._side_parts[key] = part_of(self._side_devices[device], self.table, self.shape, timings, start, end)
         return self._side_parts[key]
 
     @cached_property

@@ -97,6 +97,11 @@ class JobRows:
         return max(own, self._train_prompt_tokens + sampled) if sampled else own
 
     @functools.cached_property
+    def source_tokens(self) -> int:
+        """Tokens of the longest part of a row that carries no loss, which is what an encoder-decoder reads."""
+        return max(one.most_unlabelled for one in self.sets)
+
+    @functools.cached_property
     def label_tokens_per_row(self) -> int:
         """Most label tokens in one sequence, as a mean over both of a pair."""
         return max(

@@ -54,6 +54,7 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         rows_per_sample=per_sample,
         micro_batch_rows=rows,
         row_tokens=prepared.row_tokens + spec.method.prompt_tokens,
+        source_tokens=prepared.source_tokens if table.num_encoder_blocks else 0,
         label_tokens=rows * prepared.label_tokens_per_row,
         **fields,
         has_dropout=spec.method.has_dropout,

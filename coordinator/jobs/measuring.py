@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from coordinator.fleet.cores import shared_cores
 from coordinator.fleet.membership import Device
 from coordinator.jobs.profiler import Asked, Profiler, Seconds
+from partitioner.block_seconds import mean_block
 from partitioner.device import DeviceProfile, ProfileRequest
 from partitioner.memory import MemoryModel
 from partitioner.model import ModelTable
@@ -72,11 +73,11 @@ async def measure_products(
     """
     dequantised = await measure_devices(devices, model, shape, spec, profiler, threads)
     integer = await measure_devices(devices, model, integers, spec, profiler, threads)
-    is_faster, why = faster_products(dequantised, integer)
+    is_faster, why = faster_products(model[1], dequantised, integer)
     return (integers, integer, why) if is_faster else (shape, dequantised, why)
 
 
-def faster_products(dequantised: Measured, integer: Measured) -> tuple[bool, str]:
+def faster_products(table: ModelTable, dequantised: Measured, integer: Measured) -> tuple[bool, str]:
     """Whether int8 layers shall multiply integers on these devices, and why.
 
     Blocks are dealt out by speed, so that what counts is the sum of the devices' rates.
@@ -85,7 +86,8 @@ def faster_products(dequantised: Measured, integer: Measured) -> tuple[bool, str
     if lost:
         return False, f"integer products are left alone: {lost[0]}"
     rates = [
-        sum(1 / one.timings.forward_s for one in found if not isinstance(one, str)) for found in (dequantised, integer)
+        sum(1 / mean_block(table, one.timings).forward_s for one in found if not isinstance(one, str))
+        for found in (dequantised, integer)
     ]
     if not rates[0]:
         return False, "nothing was measured"
@@ -126,6 +128,7 @@ def _asked(
         packing=shape.packing,
         micro_batch_rows=shape.micro_batch_rows,
         row_tokens=shape.row_tokens,
+        source_tokens=shape.source_tokens,
         label_tokens=shape.label_tokens,
         method=spec.method.for_profile(),
         threads=threads,

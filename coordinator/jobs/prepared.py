@@ -46,6 +46,8 @@ class PreparedData(BaseModel):
     total_steps: int
     row_tokens: int
     """Tokens of the longest training or held-out row."""
+    source_tokens: int = 0
+    """Tokens of the longest part of a row that carries no loss; 0: not known."""
     label_tokens_per_row: int
     """Most label tokens in one sequence, as a mean over both of a pair."""
     prompt_tokens: int

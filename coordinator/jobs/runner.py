@@ -81,6 +81,7 @@ class JobRunner:
             num_truncated=sum(one.num_truncated for one in sets),
             total_steps=self._total_steps(num_train),
             row_tokens=self._rows.row_tokens,
+            source_tokens=self._rows.source_tokens,
             label_tokens_per_row=self._rows.label_tokens_per_row,
             prompt_tokens=self._rows.prompt_tokens,
             num_general=0 if self._rows.general is None else len(self._rows.general.samples),

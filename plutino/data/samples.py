@@ -136,6 +136,12 @@ class Samples:
         return sum(int(self.mask(first + s)[1:].sum()) for s in range(self.sequences_per_sample))
 
     @property
+    def most_unlabelled(self) -> int:
+        """Most tokens of a sequence that carry no loss, its first included: an encoder-decoder's longest source."""
+        counts = np.add.reduceat(1 - self.label_mask, self.starts[:-1], dtype=np.int64)
+        return int(counts.max())
+
+    @property
     def most_labels(self) -> int:
         """No sample has more label tokens; sequences' first tokens are taken to be none."""
         counts = np.add.reduceat(self.label_mask, self.starts[:: self.sequences_per_sample][:-1], dtype=np.int64)

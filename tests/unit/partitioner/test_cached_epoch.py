@@ -154,7 +154,7 @@ def test_slow_link_is_the_pace_of_a_step_in_stages():
 def test_blocks_are_dealt_out_by_speed_and_no_stage_goes_without(speeds, num_blocks):
     layout = tuple((i,) for i in range(len(speeds)))
 
-    cuts = cuts_by_speed(layout, speeds, num_blocks)
+    cuts = cuts_by_speed(layout, speeds, [1.0] * num_blocks)
 
     assert (cuts[0], cuts[-1]) == (0, num_blocks)
     assert all(start < end for start, end in pairwise(cuts))

@@ -91,7 +91,7 @@ def test_timings_with_and_without_recomputation_compare_and_scale_part_by_part()
     assert known.times(2.0).recomputed_backward_s == pytest.approx(0.072)
     assert plain.times(2.0).recomputed_backward_s is None
     # Of short passes the recomputed one may come out as the shorter; recomputing never saves time.
-    assert plain.model_copy(update={"recomputed_backward_s": 0.001}).recompute_s == 0.0
+    assert plain.model_copy(update={"recomputed_backward_s": 0.001}).block.recompute_s == 0.0
 
 
 def test_stage_cost_blocks_below_the_lowest_adapter_have_no_backward():
