@@ -83,9 +83,10 @@ def _num_below(block: Block, first: int, last: int) -> Block:
     return (block > first) * (block - first) - (block > last) * (block - last)
 
 
-def by_block(table: ModelTable, of_encoder: float, of_decoder: float) -> Floats:
-    """One value for every block, [num_blocks]; a model without an encoder has a decoder's alone."""
-    found: Floats = np.where(np.arange(table.num_blocks) < table.num_encoder_blocks, of_encoder, of_decoder)
+def by_block(table: ModelTable, of_block: float, of_decoder: float) -> Floats:
+    """One value for every block, [num_blocks]: the second for those of a decoder that has an encoder."""
+    first_of_decoder = table.num_encoder_blocks or table.num_blocks
+    found: Floats = np.where(np.arange(table.num_blocks) < first_of_decoder, of_block, of_decoder)
     return found
 
 

@@ -72,15 +72,15 @@ def staged_step(stages: Sequence[SideStage]) -> CachedStep:
 
 
 def side_work(table: ModelTable, shape: JobShape, timings: BlockTimings) -> Floats:
-    """What every block's side block computes on a device, [num_blocks], in side blocks of a decoder; 0: it has none."""
-    decoder_s = timings.decoder_block.backward_s
-    ratio = timings.block.backward_s / decoder_s if decoder_s else 1.0
-    return _has_side(shape) * by_block(table, ratio, 1.0)
+    """What every block's side block computes on a device, [num_blocks], in those of the first half; 0: it has none."""
+    block_s = timings.block.backward_s
+    ratio = timings.decoder_block.backward_s / block_s if block_s else 1.0
+    return _has_side(shape) * by_block(table, 1.0, ratio)
 
 
 def side_entries(table: ModelTable, shape: JobShape) -> Floats:
     """Tokens of a micro-batch that every block's side block reads an entry of, [num_blocks]."""
-    num_targets = shape.micro_batch_rows * max(1, target_tokens(shape))
+    num_targets = shape.micro_batch_rows * target_tokens(shape)
     return _has_side(shape) * by_block(table, micro_batch_tokens(shape), num_targets)
 
 

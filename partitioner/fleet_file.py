@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from partitioner.activations import micro_batch_tokens
+from partitioner.block_operations import block_operations, decoder_block_operations
 from partitioner.device import BlockTimings, DeviceProfile, LinkProfile, LinkTable, MeasuredLink
 from partitioner.model import ModelTable
 from partitioner.shape import JobShape
@@ -38,6 +38,9 @@ class FleetDevice(PlanValue):
     block_forward_s: float | None = Field(None, gt=0)
     """Measured seconds of one block's forward pass for one micro-batch, instead of ``flops``."""
     block_backward_s: float | None = Field(None, gt=0)
+    decoder_block_forward_s: float | None = Field(None, gt=0)
+    """Of a block of an encoder-decoder's decoder; the others are of its encoder's then. None: it takes as long."""
+    decoder_block_backward_s: float | None = Field(None, gt=0)
     baseline: str = "350MiB"
     """What a worker takes before any job."""
     threads: int = Field(4, ge=1)
@@ -56,6 +59,12 @@ class FleetDevice(PlanValue):
     def _has_speed(self) -> FleetDevice:
         if (self.flops is None) == (self.block_forward_s is None):
             raise ValueError(f"{self.name}: give flops or block_forward_s, one of the two")
+        if self.decoder_block_forward_s is not None and self.block_forward_s is None:
+            raise ValueError(
+                f"{self.name}: decoder_block_forward_s goes with block_forward_s, which an encoder's block took"
+            )
+        if self.decoder_block_backward_s is not None and self.decoder_block_forward_s is None:
+            raise ValueError(f"{self.name}: decoder_block_backward_s goes with decoder_block_forward_s; give both")
         return self
 
     @property
@@ -212,19 +221,11 @@ def _profile(device: FleetDevice, name: str, table: ModelTable, shape: JobShape)
 
 
 def _timings(device: FleetDevice, table: ModelTable, shape: JobShape) -> BlockTimings:
-    # Two operations a parameter and token; attention's own products grow with the row's square.
-    tokens = micro_batch_tokens(shape)
-    block_params = sum(table.block_params) / table.num_blocks
-    attention = 4 * tokens * shape.row_tokens * table.num_heads * table.head_dim
-    operations = 2 * tokens * block_params + attention
+    operations = block_operations(table, shape)
     head_operations = 2 * shape.label_tokens * table.head_params
-    forward_s = device.block_forward_s or operations / (device.flops or 1.0)
-    backward_s = device.block_backward_s or _BACKWARD_SHARE * forward_s
-    if shape.side_reduction and device.block_forward_s is None:
-        # Blocks run forward alone. A side block's products with the full width fall with its reduction, the others
-        # faster; its pass back takes twice its pass forward.
-        side_s = forward_s / shape.side_reduction
-        forward_s, backward_s = forward_s + side_s, 2 * side_s
+    forward_s, backward_s = _block_seconds(
+        operations, shape, device.flops, device.block_forward_s, device.block_backward_s
+    )
     head_s = forward_s * head_operations / operations
     values: dict[str, Any] = {
         "forward_s": forward_s,
@@ -233,4 +234,28 @@ def _timings(device: FleetDevice, table: ModelTable, shape: JobShape) -> BlockTi
         "head_forward_s": head_s,
         "head_backward_s": head_s,
     }
+    # Where somebody gives one block's seconds, without a decoder's, they are those of all blocks.
+    if table.num_encoder_blocks and (device.flops or device.decoder_block_forward_s):
+        values["decoder_forward_s"], values["decoder_backward_s"] = _block_seconds(
+            decoder_block_operations(table, shape),
+            shape,
+            device.flops,
+            device.decoder_block_forward_s,
+            device.decoder_block_backward_s,
+        )
     return BlockTimings(**values)
+
+
+def _block_seconds(
+    operations: float, shape: JobShape, flops: float | None, forward_s: float | None, backward_s: float | None
+) -> tuple[float, float]:
+    """A block's passes as they were given, and what was not from its operations."""
+    if forward_s is not None:
+        return forward_s, backward_s or _BACKWARD_SHARE * forward_s
+    forward_s = operations / (flops or 1.0)
+    if not shape.side_reduction:
+        return forward_s, backward_s or _BACKWARD_SHARE * forward_s
+    # Blocks run forward alone. A side block's products with the full width fall with its reduction, the others faster;
+    # its pass back takes twice its pass forward.
+    side_s = forward_s / shape.side_reduction
+    return forward_s + side_s, 2 * side_s

@@ -117,6 +117,7 @@ PART_BY_PATH = {
     "integration/test_replicas": PLANNER_AND_RAY,
     "integration/test_step_traces": PLANNER_AND_RAY,
     "unit/jobs/test_kept_numerics": PLANNER_AND_RAY,
+    "unit/jobs/test_measuring": PLANNER_AND_RAY,
     "unit/jobs/test_replanning": PLANNER_AND_RAY,
     "unit/jobs/test_tracing": PLANNER_AND_RAY,
     "unit/edge/test_card_memory": PLANNER_AND_RAY,

@@ -138,7 +138,7 @@ class Samples:
     @property
     def most_unlabelled(self) -> int:
         """Most tokens of a sequence that carry no loss, its first included: an encoder-decoder's longest source."""
-        counts = np.add.reduceat(1 - self.label_mask, self.starts[:-1], dtype=np.int64)
+        counts = np.diff(self.starts) - np.add.reduceat(self.label_mask, self.starts[:-1], dtype=np.int64)
         return int(counts.max())
 
     @property

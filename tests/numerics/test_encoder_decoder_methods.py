@@ -18,6 +18,7 @@ from coordinator.artifacts.verify_process import Probe, ProbeRows
 from edge_node import profile
 from edge_node.engine.freezing import block_of_use
 from edge_node.engine.generate import GenerateOptions
+from edge_node.stage.stage import Stage
 from edge_node.stage.verify import part_difference
 from edge_node.transport.base import Peer
 from partitioner.adapter import adapter_params_of
@@ -25,7 +26,7 @@ from partitioner.device import ProfileRequest
 from partitioner.memory import stage_memory
 from partitioner.shape import JobShape
 from plutino.families import family_of
-from plutino.job.method import AdaptersConfig, FullConfig, LoraConfig
+from plutino.job.method import AdaptersConfig, FullConfig, LoraConfig, ParallelAdaptersConfig
 from plutino.job.method_part import Unfreezing
 from plutino.job.objective import Seq2SeqConfig
 from plutino.load_adapter import load_adapter
@@ -341,19 +342,43 @@ def test_top_down_unfreezing_leaves_lower_blocks_alone_in_every_partition(folder
     assert not any("encoder.block." in name or "decoder.block.0.layer.2" in name for name in moved_names)
 
 
-@pytest.mark.parametrize("method", [FULL, pytest.param(HOULSBY, marks=pytest.mark.slow)])
-def test_a_block_of_either_half_is_measured(method):
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("t5", FULL),
+        ("t5", ParallelAdaptersConfig(reduction=2)),
+        pytest.param("bart", ParallelAdaptersConfig(reduction=2), marks=pytest.mark.slow),
+        pytest.param("bart", HOULSBY, marks=pytest.mark.slow),
+    ],
+)
+def test_a_block_of_either_half_is_measured_beside_texts_of_their_own_lengths(name, method, monkeypatch):
+    monkeypatch.setattr(profile, "SMALLEST_MAPPING_BYTES", 1)
     request = ProfileRequest(
-        config_json=json.dumps(make_config("t5").to_dict()),
+        config_json=json.dumps(make_config(name).to_dict()),
         dtype="fp32",
-        micro_batch_rows=1,
-        row_tokens=4,
-        label_tokens=1,
+        micro_batch_rows=2,
+        row_tokens=9,
+        source_tokens=7,
+        label_tokens=6,
         method=method.for_profile(),
         threads=1,
         recomputes=True,
+        is_tight=True,
     )
+    seen, run = set(), Stage.run
+
+    def watched(stage, inputs):
+        seen.add((stage.has_decoder_blocks, stage.is_last, inputs.source.shape[:2], inputs.hidden.shape[:2]))
+        return run(stage, inputs)
+
+    monkeypatch.setattr(Stage, "run", watched)
     timings = profile.measure(request, least_s=0.0)
 
-    assert timings.forward_s > 0 and timings.backward_s > 0 and timings.head_backward_s > 0
-    assert timings.recomputed_backward_s is not None and timings.recomputed_backward_s > 0
+    assert seen == {(False, False, (2, 7), (2, 3)), (True, False, (2, 7), (2, 3))}
+    known_s = timings.known_s
+    passes = ["forward_s", "backward_s"]
+    # Nothing of a side network is recomputed.
+    passes += [] if isinstance(method, ParallelAdaptersConfig) else ["recomputed_backward_s"]
+    names = {f"{mapped}{half}{each}" for mapped in ("", "mapped_") for half in ("", "decoder_") for each in passes}
+    assert set(known_s) == names | {"embedding_s", "head_forward_s", "head_backward_s"}
+    assert all(seconds > 0 for seconds in known_s.values())

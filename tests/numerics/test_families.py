@@ -324,6 +324,7 @@ def test_device_measures_a_block_of_the_family(folders, name):
     timings = measure(request)
     assert timings.forward_s > 0 and timings.head_forward_s > 0
     assert timings.recomputed_backward_s is not None and timings.recomputed_backward_s > 0
+    assert timings.decoder_forward_s is None, "it has no halves"
     assert timings.mapped == timings, "nothing this small has a mapping of its own"
 
 

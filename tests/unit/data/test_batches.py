@@ -34,6 +34,13 @@ def samples_of(*lengths: int, num_labels: int = 1) -> Samples:
     )
 
 
+def test_longest_source_is_what_a_sequence_has_without_loss_and_may_be_in_a_shorter_row() -> None:
+    rows = samples_of(5, 9, 8)
+    rows.label_mask[5:12] = 1
+
+    assert (int(rows.lengths.max()), rows.most_unlabelled, rows.most_labels) == (9, 7, 8)
+
+
 def test_sample_order_is_the_one_written_down_for_ever() -> None:
     """A job resumed with a newer plutino, Python or numpy must go on in the same order."""
     assert sample_order(10, seed=0, epoch=0).tolist() == [4, 1, 8, 3, 6, 5, 7, 2, 0, 9]

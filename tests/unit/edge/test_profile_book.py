@@ -6,6 +6,8 @@ import pytest
 
 from edge_node.processors import processor_quota
 from edge_node.profile_book import ProfileBook
+from partitioner.device import ProfileRequest
+from plutino.job.method import LoraConfig
 
 REQUEST = {"config_json": "{}", "threads": 2, "attempt": 0, "is_fresh": False}
 FAST, SLOW = {"forward_s": 1.0, "backward_s": 3.0}, {"forward_s": 2.0, "backward_s": 2.0}
@@ -23,6 +25,27 @@ def test_book_another_machine_or_shape_has_no_answer(tmp_path: Path) -> None:
 
     assert book.find({**REQUEST, "threads": 1}) is None
     assert ProfileBook(tmp_path / "p.json", {"cores": ["0", "1"]}).find(REQUEST) is None
+
+
+def test_book_has_no_answer_of_a_time_when_both_halves_of_a_model_were_one_mean(tmp_path: Path) -> None:
+    """The fields of a request are its key, and a source's length is one since a decoder's block has its own seconds."""
+    asked = ProfileRequest(
+        config_json="{}",
+        dtype="fp32",
+        micro_batch_rows=2,
+        row_tokens=73,
+        source_tokens=70,
+        label_tokens=8,
+        method=LoraConfig(),
+        threads=1,
+    ).model_dump(mode="json")
+    book = ProfileBook(tmp_path / "p.json", {})
+    book.keep({name: value for name, value in asked.items() if name != "source_tokens"}, FAST)
+    assert book.find(asked) is None
+
+    halves = {**FAST, "decoder_forward_s": 0.1, "decoder_backward_s": 0.2}
+    book.keep(asked, halves)
+    assert ProfileBook(tmp_path / "p.json", {}).find(asked) == halves
 
 
 def test_book_later_turn_keeps_the_faster_seconds_and_a_first_one_replaces(tmp_path: Path) -> None:
