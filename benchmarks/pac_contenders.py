@@ -1,9 +1,9 @@
 """Who is measured beside whom: job specs of one runtime, in the order in which they are run.
 
 PAC as published stands for what its paper says (arXiv:2408.10746): fp32, reduction 8, its planner's number of stages, a
-group's micro-batches in equal shares, a cache of raw hidden states. What differs: which blocks a stage gets is our
-planner's choice (equal devices: the same), and entries go to the device that trains from them while the first epoch
-runs, where PAC moves them behind it.
+group's micro-batches of equal rows and in equal shares, a cache of raw hidden states. What differs: which blocks a
+stage gets is our planner's choice (equal devices: the same), and entries go to the device that trains from them while
+the first epoch runs, where PAC moves them behind it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from benchmarks.pac_shapes import Shape
 
 OURS = "ours"
 UNCACHED = "ours, no cache"
+EQUAL_ROWS = "ours, micro-batches of equal rows"
+"""As everybody cuts them, where ours have like numbers of tokens if devices share a stage."""
 OWN_DTYPE = "ours, dtype as the devices like it"
 """bf16 where all of them are quicker with it, as a job gets it that names none; all others are in fp32."""
 FP16_SUMS = "ours, sums in fp16"
@@ -80,10 +82,19 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
     top = {**methods["lora"], "blocks": f"last {max(1, shape.num_blocks // 4)}"}
     return [
         Contender(name=OURS, kind="ours", method=side, cache=codec),
-        Contender(name=PAC, kind="variant", method=side, cache="raw", cached_epochs="data-parallel", stages="pac"),
+        Contender(
+            name=PAC,
+            kind="variant",
+            method=side,
+            cache="raw",
+            cached_epochs="data-parallel",
+            stages="pac",
+            training={"micro_batch_cut": "rows"},
+        ),
         _data_parallel("lora", methods),
         _pipeline("lora", methods, num_agents),
         Contender(name=UNCACHED, kind="variant", method=side),
+        Contender(name=EQUAL_ROWS, kind="variant", method=side, cache=codec, training={"micro_batch_cut": "rows"}),
         Contender(name=FP16_SUMS, kind="variant", method=side, cache=codec, sums="fp16"),
         Contender(name=ALONE, kind="one device", method=side, stages=1, uses_one_device=True),
         _pipeline("full", methods, num_agents),

@@ -172,7 +172,9 @@ def open_activations(
         return None
     namespace = namespace_of(
         assignment.base_hash,
-        assignment.numerics.model_dump_json(exclude={"micro_batch_size", "threads_per_worker", "arithmetic"}),
+        assignment.numerics.model_dump_json(
+            exclude={"micro_batch_size", "micro_batch_cut", "threads_per_worker", "arithmetic"}
+        ),
         assignment.threads,
         device.torch,
         codec,

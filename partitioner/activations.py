@@ -256,10 +256,11 @@ def head_bytes(table: ModelTable, shape: JobShape) -> int:
         # The side state's norm and its part of the hidden states, before and after they are added.
         side_width = table.hidden_size // shape.side_reduction
         norm_bytes += micro_batch_tokens(shape) * _FP32_BYTES * (4 * side_width + 2 * table.hidden_size)
-    logit_bytes = shape.label_tokens * table.vocab_size * 3 * _FP32_BYTES
+    num_labels = shape.most_label_tokens
+    logit_bytes = num_labels * table.vocab_size * 3 * _FP32_BYTES
     if family_of(table.family).has_soft_caps:
-        logit_bytes += shape.label_tokens * table.vocab_size * shape.dtype_bytes
-    return norm_bytes + logit_bytes + shape.label_tokens * table.hidden_size * (_FP32_BYTES + shape.dtype_bytes)
+        logit_bytes += num_labels * table.vocab_size * shape.dtype_bytes
+    return norm_bytes + logit_bytes + num_labels * table.hidden_size * (_FP32_BYTES + shape.dtype_bytes)
 
 
 def workspace_bytes(table: ModelTable, shape: JobShape) -> int:

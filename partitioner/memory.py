@@ -267,8 +267,8 @@ class MemoryModel:
             "streams' buffers",
             "shadow snapshot": "a copy of value and moments, being sent",
             "activations": rows,
-            "logits and loss": f"{shape.label_tokens} label tokens x {table.vocab_size} words, in fp32, and the final "
-            "norm; what exceeds the temporaries of a block, which come after",
+            "logits and loss": f"{shape.most_label_tokens} label tokens x {table.vocab_size} words, in fp32, and the "
+            "final norm; what exceeds the temporaries of a block, which come after",
             "workspace": "largest temporaries of one block",
             "product code": f"what the library keeps of the last {KEPT_PRODUCTS} shapes of products in bf16",
             "generation": f"KV cache of {shape.generate_rows} rows x {shape.generate_tokens} tokens; what exceeds "

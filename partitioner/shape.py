@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from partitioner.values import PlanValue
+from plutino.data.cutting import spare_labels
 from plutino.job.model import PLAIN, Packing
 from plutino.types import SumDtype
 
@@ -31,6 +32,8 @@ class JobShape(PlanValue):
     """Tokens of an encoder-decoder's longest source; 0: as long as the longest row."""
     label_tokens: int
     """Largest number of label tokens in one micro-batch: the head computes logits for these only."""
+    may_cut_by_tokens: bool = False
+    """Micro-batches may have more rows than ``micro_batch_rows``, shorter ones; see :mod:`plutino.data.cutting`."""
     adapter_params: tuple[int, ...]
     """Trainable parameters in each block."""
     first_trainable_params: int = 0
@@ -98,6 +101,11 @@ class JobShape(PlanValue):
     def sum_bytes(self) -> int:
         """Bytes of one number of a gradient on its way to a sum; the scales of parameters are left out."""
         return 4 if self.sums == "fp32" else 2
+
+    @property
+    def most_label_tokens(self) -> int:
+        """Label tokens of a micro-batch, however it is cut."""
+        return self.label_tokens + (spare_labels(self.label_tokens) if self.may_cut_by_tokens else 0)
 
     @property
     def num_micro_batches(self) -> int:

@@ -12,6 +12,9 @@ AgentId = NewType("AgentId", str)
 SumDtype = Literal["fp32", "fp16"]
 """How gradients that several workers add up are held and travel."""
 
+MicroBatchCut = Literal["rows", "tokens"]
+"""What a step's micro-batches have alike; see :mod:`plutino.data.cutting`."""
+
 
 class UnitKind(IntEnum):
     """What a pipeline is running: one optimiser step, one evaluation batch or one generation batch."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import workers_pb2 as protos_dot_workers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/runners.proto\x12\nplutino.v1\x1a\x14protos/workers.proto\"\xff\x02\n\x0bRunnerEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x05hello\x18\x02 \x01(\x0b\x32\x17.plutino.v1.RunnerHelloH\x00\x12(\n\x08prepared\x18\x03 \x01(\x0b\x32\x14.plutino.v1.PreparedH\x00\x12+\n\nbatch_part\x18\x04 \x01(\x0b\x32\x15.plutino.v1.BatchPartH\x00\x12$\n\x06scored\x18\x05 \x01(\x0b\x32\x12.plutino.v1.ScoredH\x00\x12*\n\tassembled\x18\x06 \x01(\x0b\x32\x15.plutino.v1.AssembledH\x00\x12*\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x18.plutino.v1.RunnerFailedH\x00\x12*\n\tpublished\x18\x08 \x01(\x0b\x32\x15.plutino.v1.PublishedH\x00\x12(\n\x08rewarded\x18\t \x01(\x0b\x32\x14.plutino.v1.RewardedH\x00\x42\x07\n\x05\x65vent\"2\n\x0bRunnerHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"\x18\n\x08Prepared\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x9c\x01\n\tBatchPart\x12\x19\n\x11num_micro_batches\x18\x01 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x02 \x01(\r\x12\x13\n\x0bloss_weight\x18\x03 \x01(\x01\x12$\n\x04rows\x18\x04 \x01(\x0b\x32\x16.plutino.v1.MicroBatch\x12\x16\n\x0esample_indices\x18\x05 \x03(\x04\x12\x0c\n\x04last\x18\x06 \x01(\x08\"\x16\n\x06Scored\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x19\n\tAssembled\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x19\n\tPublished\x12\x0c\n\x04json\x18\x01 \x01(\t\"-\n\x0cRunnerFailed\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xaf\x04\n\rRunnerCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x07prepare\x18\x02 \x01(\x0b\x32\x13.plutino.v1.PrepareH\x00\x12\x34\n\x0fget_train_batch\x18\x03 \x01(\x0b\x32\x19.plutino.v1.GetTrainBatchH\x00\x12\x32\n\x0eget_eval_batch\x18\x04 \x01(\x0b\x32\x18.plutino.v1.GetEvalBatchH\x00\x12-\n\x0bget_prompts\x18\x05 \x01(\x0b\x32\x16.plutino.v1.GetPromptsH\x00\x12\"\n\x05score\x18\x06 \x01(\x0b\x32\x11.plutino.v1.ScoreH\x00\x12(\n\x08\x61ssemble\x18\x07 \x01(\x0b\x32\x14.plutino.v1.AssembleH\x00\x12*\n\x06\x66inish\x18\x08 \x01(\x0b\x32\x18.plutino.v1.RunnerFinishH\x00\x12&\n\x07publish\x18\t \x01(\x0b\x32\x13.plutino.v1.PublishH\x00\x12<\n\x13get_rollout_prompts\x18\n \x01(\x0b\x32\x1d.plutino.v1.GetRolloutPromptsH\x00\x12$\n\x06reward\x18\x0b \x01(\x0b\x32\x12.plutino.v1.RewardH\x00\x12\x38\n\x11get_rollout_batch\x18\x0c \x01(\x0b\x32\x1b.plutino.v1.GetRolloutBatchH\x00\x42\t\n\x07\x63ommand\"\x1c\n\x07Prepare\x12\x11\n\tspec_json\x18\x01 \x01(\t\"7\n\rGetTrainBatch\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x18\n\x10micro_batch_size\x18\x02 \x01(\r\"\x87\x01\n\x0cGetEvalBatch\x12\x11\n\tstart_row\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x18\n\x10micro_batch_size\x18\x03 \x01(\r\x12\x15\n\rfrom_training\x18\x04 \x01(\x08\x12\x0f\n\x07general\x18\x05 \x01(\x08\x12\x10\n\x08\x62y_token\x18\x06 \x01(\x08\"j\n\nGetPrompts\x12\x11\n\tstart_row\x18\x01 \x01(\r\x12\x12\n\nnum_groups\x18\x02 \x01(\r\x12\x12\n\ngroup_rows\x18\x03 \x01(\r\x12\x10\n\x08\x66\x65w_shot\x18\x04 \x01(\x08\x12\x0f\n\x07\x65nd_row\x18\x05 \x01(\r\"\x8a\x01\n\x05Score\x12\x11\n\trows_json\x18\x01 \x01(\t\x12\x39\n\x0cperplexities\x18\x02 \x03(\x0b\x32#.plutino.v1.Score.PerplexitiesEntry\x1a\x33\n\x11PerplexitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\" \n\x08\x41ssemble\x12\x14\n\x0crequest_json\x18\x01 \x01(\t\"\x1f\n\x07Publish\x12\x14\n\x0crequest_json\x18\x01 \x01(\t\"!\n\x11GetRolloutPrompts\x12\x0c\n\x04step\x18\x01 \x01(\r\"\x1f\n\x06Reward\x12\x15\n\rrollouts_json\x18\x01 \x01(\t\"\x18\n\x08Rewarded\x12\x0c\n\x04json\x18\x01 \x01(\t\"B\n\x0fGetRolloutBatch\x12\x15\n\rrollouts_json\x18\x01 \x01(\t\x12\x18\n\x10micro_batch_size\x18\x02 \x01(\r\"\x0e\n\x0cRunnerFinish2N\n\rRunnerService\x12=\n\x03Run\x12\x17.plutino.v1.RunnerEvent\x1a\x19.plutino.v1.RunnerCommand(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/runners.proto\x12\nplutino.v1\x1a\x14protos/workers.proto\"\xff\x02\n\x0bRunnerEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x05hello\x18\x02 \x01(\x0b\x32\x17.plutino.v1.RunnerHelloH\x00\x12(\n\x08prepared\x18\x03 \x01(\x0b\x32\x14.plutino.v1.PreparedH\x00\x12+\n\nbatch_part\x18\x04 \x01(\x0b\x32\x15.plutino.v1.BatchPartH\x00\x12$\n\x06scored\x18\x05 \x01(\x0b\x32\x12.plutino.v1.ScoredH\x00\x12*\n\tassembled\x18\x06 \x01(\x0b\x32\x15.plutino.v1.AssembledH\x00\x12*\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x18.plutino.v1.RunnerFailedH\x00\x12*\n\tpublished\x18\x08 \x01(\x0b\x32\x15.plutino.v1.PublishedH\x00\x12(\n\x08rewarded\x18\t \x01(\x0b\x32\x14.plutino.v1.RewardedH\x00\x42\x07\n\x05\x65vent\"2\n\x0bRunnerHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"\x18\n\x08Prepared\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x9c\x01\n\tBatchPart\x12\x19\n\x11num_micro_batches\x18\x01 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x02 \x01(\r\x12\x13\n\x0bloss_weight\x18\x03 \x01(\x01\x12$\n\x04rows\x18\x04 \x01(\x0b\x32\x16.plutino.v1.MicroBatch\x12\x16\n\x0esample_indices\x18\x05 \x03(\x04\x12\x0c\n\x04last\x18\x06 \x01(\x08\"\x16\n\x06Scored\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x19\n\tAssembled\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x19\n\tPublished\x12\x0c\n\x04json\x18\x01 \x01(\t\"-\n\x0cRunnerFailed\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xaf\x04\n\rRunnerCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x07prepare\x18\x02 \x01(\x0b\x32\x13.plutino.v1.PrepareH\x00\x12\x34\n\x0fget_train_batch\x18\x03 \x01(\x0b\x32\x19.plutino.v1.GetTrainBatchH\x00\x12\x32\n\x0eget_eval_batch\x18\x04 \x01(\x0b\x32\x18.plutino.v1.GetEvalBatchH\x00\x12-\n\x0bget_prompts\x18\x05 \x01(\x0b\x32\x16.plutino.v1.GetPromptsH\x00\x12\"\n\x05score\x18\x06 \x01(\x0b\x32\x11.plutino.v1.ScoreH\x00\x12(\n\x08\x61ssemble\x18\x07 \x01(\x0b\x32\x14.plutino.v1.AssembleH\x00\x12*\n\x06\x66inish\x18\x08 \x01(\x0b\x32\x18.plutino.v1.RunnerFinishH\x00\x12&\n\x07publish\x18\t \x01(\x0b\x32\x13.plutino.v1.PublishH\x00\x12<\n\x13get_rollout_prompts\x18\n \x01(\x0b\x32\x1d.plutino.v1.GetRolloutPromptsH\x00\x12$\n\x06reward\x18\x0b \x01(\x0b\x32\x12.plutino.v1.RewardH\x00\x12\x38\n\x11get_rollout_batch\x18\x0c \x01(\x0b\x32\x1b.plutino.v1.GetRolloutBatchH\x00\x42\t\n\x07\x63ommand\"\x1c\n\x07Prepare\x12\x11\n\tspec_json\x18\x01 \x01(\t\"P\n\rGetTrainBatch\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x18\n\x10micro_batch_size\x18\x02 \x01(\r\x12\x17\n\x0fmicro_batch_cut\x18\x03 \x01(\t\"\x87\x01\n\x0cGetEvalBatch\x12\x11\n\tstart_row\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x18\n\x10micro_batch_size\x18\x03 \x01(\r\x12\x15\n\rfrom_training\x18\x04 \x01(\x08\x12\x0f\n\x07general\x18\x05 \x01(\x08\x12\x10\n\x08\x62y_token\x18\x06 \x01(\x08\"j\n\nGetPrompts\x12\x11\n\tstart_row\x18\x01 \x01(\r\x12\x12\n\nnum_groups\x18\x02 \x01(\r\x12\x12\n\ngroup_rows\x18\x03 \x01(\r\x12\x10\n\x08\x66\x65w_shot\x18\x04 \x01(\x08\x12\x0f\n\x07\x65nd_row\x18\x05 \x01(\r\"\x8a\x01\n\x05Score\x12\x11\n\trows_json\x18\x01 \x01(\t\x12\x39\n\x0cperplexities\x18\x02 \x03(\x0b\x32#.plutino.v1.Score.PerplexitiesEntry\x1a\x33\n\x11PerplexitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\" \n\x08\x41ssemble\x12\x14\n\x0crequest_json\x18\x01 \x01(\t\"\x1f\n\x07Publish\x12\x14\n\x0crequest_json\x18\x01 \x01(\t\"!\n\x11GetRolloutPrompts\x12\x0c\n\x04step\x18\x01 \x01(\r\"\x1f\n\x06Reward\x12\x15\n\rrollouts_json\x18\x01 \x01(\t\"\x18\n\x08Rewarded\x12\x0c\n\x04json\x18\x01 \x01(\t\"B\n\x0fGetRolloutBatch\x12\x15\n\rrollouts_json\x18\x01 \x01(\t\x12\x18\n\x10micro_batch_size\x18\x02 \x01(\r\"\x0e\n\x0cRunnerFinish2N\n\rRunnerService\x12=\n\x03Run\x12\x17.plutino.v1.RunnerEvent\x1a\x19.plutino.v1.RunnerCommand(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,29 +55,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREPARE']._serialized_start=1368
   _globals['_PREPARE']._serialized_end=1396
   _globals['_GETTRAINBATCH']._serialized_start=1398
-  _globals['_GETTRAINBATCH']._serialized_end=1453
-  _globals['_GETEVALBATCH']._serialized_start=1456
-  _globals['_GETEVALBATCH']._serialized_end=1591
-  _globals['_GETPROMPTS']._serialized_start=1593
-  _globals['_GETPROMPTS']._serialized_end=1699
-  _globals['_SCORE']._serialized_start=1702
-  _globals['_SCORE']._serialized_end=1840
-  _globals['_SCORE_PERPLEXITIESENTRY']._serialized_start=1789
-  _globals['_SCORE_PERPLEXITIESENTRY']._serialized_end=1840
-  _globals['_ASSEMBLE']._serialized_start=1842
-  _globals['_ASSEMBLE']._serialized_end=1874
-  _globals['_PUBLISH']._serialized_start=1876
-  _globals['_PUBLISH']._serialized_end=1907
-  _globals['_GETROLLOUTPROMPTS']._serialized_start=1909
-  _globals['_GETROLLOUTPROMPTS']._serialized_end=1942
-  _globals['_REWARD']._serialized_start=1944
-  _globals['_REWARD']._serialized_end=1975
-  _globals['_REWARDED']._serialized_start=1977
-  _globals['_REWARDED']._serialized_end=2001
-  _globals['_GETROLLOUTBATCH']._serialized_start=2003
-  _globals['_GETROLLOUTBATCH']._serialized_end=2069
-  _globals['_RUNNERFINISH']._serialized_start=2071
-  _globals['_RUNNERFINISH']._serialized_end=2085
-  _globals['_RUNNERSERVICE']._serialized_start=2087
-  _globals['_RUNNERSERVICE']._serialized_end=2165
+  _globals['_GETTRAINBATCH']._serialized_end=1478
+  _globals['_GETEVALBATCH']._serialized_start=1481
+  _globals['_GETEVALBATCH']._serialized_end=1616
+  _globals['_GETPROMPTS']._serialized_start=1618
+  _globals['_GETPROMPTS']._serialized_end=1724
+  _globals['_SCORE']._serialized_start=1727
+  _globals['_SCORE']._serialized_end=1865
+  _globals['_SCORE_PERPLEXITIESENTRY']._serialized_start=1814
+  _globals['_SCORE_PERPLEXITIESENTRY']._serialized_end=1865
+  _globals['_ASSEMBLE']._serialized_start=1867
+  _globals['_ASSEMBLE']._serialized_end=1899
+  _globals['_PUBLISH']._serialized_start=1901
+  _globals['_PUBLISH']._serialized_end=1932
+  _globals['_GETROLLOUTPROMPTS']._serialized_start=1934
+  _globals['_GETROLLOUTPROMPTS']._serialized_end=1967
+  _globals['_REWARD']._serialized_start=1969
+  _globals['_REWARD']._serialized_end=2000
+  _globals['_REWARDED']._serialized_start=2002
+  _globals['_REWARDED']._serialized_end=2026
+  _globals['_GETROLLOUTBATCH']._serialized_start=2028
+  _globals['_GETROLLOUTBATCH']._serialized_end=2094
+  _globals['_RUNNERFINISH']._serialized_start=2096
+  _globals['_RUNNERFINISH']._serialized_end=2110
+  _globals['_RUNNERSERVICE']._serialized_start=2112
+  _globals['_RUNNERSERVICE']._serialized_end=2190
 # @@protoc_insertion_point(module_scope)

@@ -330,17 +330,21 @@ class GetTrainBatch(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_CUT_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     micro_batch_size: _builtins.int
+    micro_batch_cut: _builtins.str
+    """rows or tokens: plutino.types.MicroBatchCut."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         micro_batch_size: _builtins.int = ...,
+        micro_batch_cut: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["micro_batch_size", b"micro_batch_size", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["micro_batch_cut", b"micro_batch_cut", "micro_batch_size", b"micro_batch_size", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

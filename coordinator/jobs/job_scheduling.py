@@ -13,7 +13,7 @@ from coordinator.jobs.context import JobContext
 from coordinator.jobs.kept_numerics import broken_by, in_words, kept_problem
 from coordinator.jobs.moving import Replanner
 from coordinator.jobs.phases import Phases, with_cached_step
-from coordinator.jobs.planning import make_numerics, make_problem, read_model
+from coordinator.jobs.planning import make_numerics, make_problem, micro_batch_cut_of, read_model
 from coordinator.jobs.prepared import PreparedData
 from coordinator.jobs.profiler import Profiler
 from coordinator.jobs.record import JobState
@@ -237,6 +237,7 @@ class Scheduling:
                 is_beside=problem.shape.side_reduction > 0,
                 replicas_fold=problem.shape.replicas_fold,
                 sums=problem.shape.sums,
+                micro_batch_cut=micro_batch_cut_of(verdict.plan, context.spec.training),
             )
             numerics_json = numerics.model_dump_json()
         plan = verdict.plan.model_copy(update={"cached": None})

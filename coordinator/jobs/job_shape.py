@@ -56,6 +56,7 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         row_tokens=prepared.row_tokens + spec.method.prompt_tokens,
         source_tokens=prepared.source_tokens if table.num_encoder_blocks else 0,
         label_tokens=rows * prepared.label_tokens_per_row,
+        may_cut_by_tokens=_may_cut_by_tokens(spec),
         **fields,
         has_dropout=spec.method.has_dropout,
         checkpointing=spec.training.checkpointing,
@@ -72,6 +73,12 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         sums=spec.placement.sums,
         **_cached_fields(spec, prepared, table, 4 if dtype == "fp32" else 2),
     )
+
+
+def _may_cut_by_tokens(spec: JobSpec) -> bool:
+    """Whether a plan may cut its micro-batches by tokens; which one it does is known with its stages."""
+    cut, size = spec.training.micro_batch_cut, spec.training.micro_batch_size
+    return cut == "tokens" or (cut == "auto" and size is None)
 
 
 def _cached_fields(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype_bytes: int) -> dict[str, Any]:

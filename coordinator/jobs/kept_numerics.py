@@ -59,7 +59,8 @@ def broken_by(plan: Plan, numerics: NumericsRecord) -> str | None:
 def in_words(numerics: NumericsRecord) -> str:
     """A sentence on what a later plan cannot change, and what a person can do where nothing fits under it."""
     held = "unquantised weights" if numerics.packing.is_plain else f"{numerics.packing.scheme} weights"
-    fixed = [f"micro-batches of {count(numerics.micro_batch_size, 'row')}", numerics.dtype, held]
+    by_tokens = " on the mean with like numbers of tokens" if numerics.micro_batch_cut == "tokens" else ""
+    fixed = [f"micro-batches of {count(numerics.micro_batch_size, 'row')}{by_tokens}", numerics.dtype, held]
     fixed.append(f"{numerics.codecs} boundaries")
     if numerics.bf16_borders:
         fixed.append(f"bf16 at the borders of blocks {', '.join(str(border) for border in numerics.bf16_borders)}")

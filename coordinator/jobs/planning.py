@@ -36,9 +36,10 @@ from plutino.gptq_index import gptq_format, unpacked_shapes
 from plutino.hub_id import index_folder, model_folder
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
+from plutino.job.training import TrainingConfig
 from plutino.random_weights import read_random_weights
 from plutino.safetensors_index import read_safetensors_headers
-from plutino.types import AgentId, JobId, SumDtype
+from plutino.types import AgentId, JobId, MicroBatchCut, SumDtype
 
 
 def read_model(spec: JobSpec) -> tuple[str, ModelTable]:
@@ -210,6 +211,7 @@ def make_numerics(
     is_beside: bool = False,
     replicas_fold: bool = False,
     sums: SumDtype = "fp32",
+    micro_batch_cut: MicroBatchCut = "rows",
 ) -> NumericsRecord:
     """The record that fixes the job's bits, from its first plan.
 
@@ -221,6 +223,7 @@ def make_numerics(
             that of every boundary, wherever stages end.
         replicas_fold: the plan was made for replicas that hand over sums.
         sums: how sums of gradients travel.
+        micro_batch_cut: what :func:`micro_batch_cut_of` says.
     """
     chosen = {device.agent_id: device for device in devices}
     members = [chosen[AgentId(agent_id)] for agent_id in plan.agent_ids]
@@ -230,6 +233,7 @@ def make_numerics(
         packing=plan.packing,
         attention=family.attention,
         micro_batch_size=plan.micro_batch_rows,
+        micro_batch_cut=micro_batch_cut,
         threads_per_worker=threads.pop() if len(threads) == 1 else None,
         codecs=plan.codec if is_beside else "raw",
         bf16_borders=() if is_beside else plan.bf16_borders,
@@ -238,6 +242,17 @@ def make_numerics(
         versions=agreed_versions(members),
         arithmetic=shared_arithmetic(members),
     )
+
+
+def micro_batch_cut_of(plan: Plan, training: TrainingConfig) -> MicroBatchCut:
+    """What micro-batches have alike in a job's first plan, unless the job says it.
+
+    Where the job names their size they are what they would be on any fleet, so that its bits are.
+    """
+    if training.micro_batch_cut != "auto":
+        return training.micro_batch_cut
+    is_data_parallel = len(plan.stages) == 1 and plan.has_replicas
+    return "tokens" if is_data_parallel and training.micro_batch_size is None else "rows"
 
 
 def allows_replicas(spec: JobSpec) -> bool:

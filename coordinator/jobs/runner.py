@@ -42,6 +42,7 @@ from plutino.job.objective import GrpoConfig
 from plutino.job.objective_part import GENERATED_METRICS, MetricName
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
+from plutino.types import MicroBatchCut
 from plutino.wire.bulk import BulkClient
 
 _SHOWN_SAMPLES = 5
@@ -102,15 +103,15 @@ class JobRunner:
             return num_batches * objective.updates
         return num_batches
 
-    def train_batch(self, step: int, micro_batch_size: int) -> StepBatch:
-        """Rows of a training step; a micro-batch has at most so many sequences."""
+    def train_batch(self, step: int, micro_batch_size: int, cut: MicroBatchCut = "rows") -> StepBatch:
+        """Rows of a training step, in micro-batches of so many sequences, or as many of like tokens."""
         training = self._spec.training
         num_samples = self._samples_of(micro_batch_size)
         if training.activation_cache != "off":
-            first_epoch = self._first_epoch(num_samples)
+            first_epoch = self._first_epoch(num_samples, cut)
             rows = repeated_micro_batches(first_epoch, step, training.batch_size, num_samples, training.seed)
             return gather_step(self._rows.train, rows)
-        return cut_micro_batches(self._rows.train, self._batch_indices(step), num_samples)
+        return cut_micro_batches(self._rows.train, self._batch_indices(step), num_samples, cut=cut)
 
     def _batch_indices(self, batch: int) -> tuple[int, ...]:
         training = self._spec.training
@@ -169,9 +170,9 @@ class JobRunner:
         return objective
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - a runner lives as long as its process
-    def _first_epoch(self, micro_batch_size: int) -> tuple[tuple[int, ...], ...]:
+    def _first_epoch(self, micro_batch_size: int, cut: MicroBatchCut) -> tuple[tuple[int, ...], ...]:
         training = self._spec.training
-        return first_epoch_micro_batches(self._rows.train, training.batch_size, micro_batch_size, training.seed)
+        return first_epoch_micro_batches(self._rows.train, training.batch_size, micro_batch_size, training.seed, cut)
 
     def eval_batch(
         self,

@@ -25,6 +25,7 @@ from plutino.errors import PlutinoError
 from plutino.hub_id import model_folder
 from plutino.job.spec import JobSpec
 from plutino.security.tls import Credentials
+from plutino.types import MicroBatchCut
 from plutino.wire.channel import Lane, sync_channel
 from plutino.wire.convert import micro_batch_to_proto
 from protos import runners_pb2 as pb
@@ -122,7 +123,8 @@ class _Answers:
             ask = command.get_train_batch
             if self._begin_verifying is not None and self._near_end.is_reached(ask.step):
                 self._begin_verifying(self._base_dir)
-            yield from _batch_parts(self._runner.train_batch(ask.step, ask.micro_batch_size))
+            cut: MicroBatchCut = "tokens" if ask.micro_batch_cut == "tokens" else "rows"
+            yield from _batch_parts(self._runner.train_batch(ask.step, ask.micro_batch_size, cut))
         elif kind == "get_eval_batch":
             rows = command.get_eval_batch
             yield from _batch_parts(

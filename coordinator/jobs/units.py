@@ -60,7 +60,10 @@ class Batch:
 
 async def train_batch(context: JobContext, step: int) -> Batch:
     """The rows of a training step."""
-    ask = runner_pb.GetTrainBatch(step=step, micro_batch_size=context.numerics.micro_batch_size)
+    numerics = context.numerics
+    ask = runner_pb.GetTrainBatch(
+        step=step, micro_batch_size=numerics.micro_batch_size, micro_batch_cut=numerics.micro_batch_cut
+    )
     return await ask_batch(context, runner_pb.RunnerCommand(get_train_batch=ask))
 
 

@@ -17,10 +17,12 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from plutino.data.cutting import CutRow, cut_by_rows, cut_by_tokens
 from plutino.data.readers import name_lines
 from plutino.data.samples import Batchable, TokenRow
 from plutino.errors import DataError, NumericsError
 from plutino.job.objective_part import LENGTH_DISCOUNTS, Counted
+from plutino.types import MicroBatchCut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,14 +107,14 @@ def batch_indices(step: int, batch_size: int, num_samples: int, seed: int) -> tu
 
 
 def first_epoch_micro_batches(
-    samples: Batchable, batch_size: int, micro_batch_size: int, seed: int
+    samples: Batchable, batch_size: int, micro_batch_size: int, seed: int, cut: MicroBatchCut = "rows"
 ) -> tuple[tuple[int, ...], ...]:
     """Rows of every micro-batch of the first epoch, step by step, for jobs whose later epochs repeat them."""
     num_steps = steps_per_epoch(len(samples), batch_size)
     return tuple(
         rows
         for step in range(num_steps)
-        for rows in _by_length(samples, batch_indices(step, batch_size, len(samples), seed), micro_batch_size)
+        for rows in _cut(samples, batch_indices(step, batch_size, len(samples), seed), micro_batch_size, cut)
     )
 
 
@@ -145,24 +147,28 @@ def sequential_indices(batch: int, batch_size: int, num_samples: int) -> tuple[i
 
 
 def cut_micro_batches(
-    samples: Batchable, indices: Sequence[int], micro_batch_size: int, counted: Counted | None = None
+    samples: Batchable,
+    indices: Sequence[int],
+    micro_batch_size: int,
+    counted: Counted | None = None,
+    cut: MicroBatchCut = "rows",
 ) -> StepBatch:
-    """Cut a step's rows into micro-batches of ``micro_batch_size`` rows; the last may be smaller.
+    """Cut a step's rows into micro-batches of ``micro_batch_size`` rows (the last may be smaller), or by tokens.
 
     Rows are sorted by length first, so that rows of like length share a micro-batch and little is padded. The longest
-    come first: a step that does not fit into memory fails at its first micro-batch. Equal lengths stay in the order of
-    their positions, so the cut depends on which rows the step has and not on their order.
+    come first: a step that does not fit into memory fails at its first micro-batch.
 
     Args:
         samples: what the rows are taken from.
         indices: positions of the rows.
         micro_batch_size: samples of a micro-batch.
         counted: what the loss is the mean over; None: what it is of these samples.
+        cut: by equal numbers of rows, or by like numbers of tokens; see :mod:`plutino.data.cutting`.
 
     Raises:
         NumericsError: no row has a label token, so that there is no loss to divide.
     """
-    return gather_step(samples, _by_length(samples, indices, micro_batch_size), counted)
+    return gather_step(samples, _cut(samples, indices, micro_batch_size, cut), counted)
 
 
 def gather_step(
@@ -188,10 +194,13 @@ def gather_step(
     )
 
 
-def _by_length(samples: Batchable, indices: Sequence[int], micro_batch_size: int) -> tuple[tuple[int, ...], ...]:
-    lengths = samples.lengths
-    order = sorted(indices, key=lambda index: (-int(lengths[index]), index))
-    return tuple(tuple(order[first : first + micro_batch_size]) for first in range(0, len(order), micro_batch_size))
+def _cut(
+    samples: Batchable, indices: Sequence[int], micro_batch_size: int, cut: MicroBatchCut
+) -> tuple[tuple[int, ...], ...]:
+    rows = [
+        CutRow(index, int(samples.lengths[index]), int(samples.loss_weight(index, "label tokens"))) for index in indices
+    ]
+    return (cut_by_rows if cut == "rows" else cut_by_tokens)(rows, micro_batch_size)
 
 
 def prompt_micro_batch(samples: Batchable, indices: Sequence[int]) -> MicroBatchRows:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from plutino.job.base import SpecPart
 from plutino.job.model import PLAIN, Packing
-from plutino.types import SumDtype
+from plutino.types import MicroBatchCut, SumDtype
 
 
 class NumericsRecord(SpecPart):
@@ -23,6 +23,8 @@ class NumericsRecord(SpecPart):
     """Attention backend of transformers: sdpa or eager."""
     micro_batch_size: int
     """Rows of one micro-batch; a step's rows are sorted by length and cut into micro-batches of this many."""
+    micro_batch_cut: MicroBatchCut = "rows"
+    """tokens: cut into as many micro-batches, but by like numbers of tokens; see :mod:`plutino.data.cutting`."""
     threads_per_worker: int | None
     """Intra-op threads of every worker, or None where the budgets differ and each worker uses its device's number.
 

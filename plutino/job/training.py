@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from plutino.job.base import SpecPart
+from plutino.types import MicroBatchCut
 
 
 class EarlyStoppingConfig(SpecPart):
@@ -30,6 +31,9 @@ class TrainingConfig(SpecPart):
     """Rows of one optimiser step."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows that go through the pipeline together; None lets the plan choose."""
+    micro_batch_cut: Literal["auto"] | MicroBatchCut = "auto"
+    """What a step's micro-batches have alike: rows, which pads least in all, or tokens, so that replicas with one each
+    take equally long. auto: tokens where the plan chooses the size, and has several devices with the whole model."""
     lr: float = Field(2e-4, gt=0)
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = Field(0, ge=0)

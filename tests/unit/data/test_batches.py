@@ -132,13 +132,16 @@ def test_prompt_micro_batch_prompt_without_tokens_is_refused_by_line() -> None:
         prompt_micro_batch(samples_of(3, 1), [0, 1])
 
 
+@pytest.mark.parametrize("cut", ["rows", "tokens"])
 @pytest.mark.parametrize(
     ("num_rows", "batch_size", "micro_batch_size"), [(12, 5, 2), (13, 4, 4), (7, 16, 3), (20, 4, 8)]
 )
-def test_repeated_micro_batches_are_those_of_the_first_epoch_in_other_steps(num_rows, batch_size, micro_batch_size):
+def test_repeated_micro_batches_are_those_of_the_first_epoch_in_other_steps(
+    num_rows, batch_size, micro_batch_size, cut
+):
     samples = samples_of(*(3 + row % 5 for row in range(num_rows)))
     num_steps = steps_per_epoch(num_rows, batch_size)
-    first_epoch = first_epoch_micro_batches(samples, batch_size, micro_batch_size, seed=3)
+    first_epoch = first_epoch_micro_batches(samples, batch_size, micro_batch_size, 3, cut)
     epochs = [
         [
             repeated_micro_batches(first_epoch, epoch * num_steps + step, batch_size, micro_batch_size, 3)
@@ -148,7 +151,8 @@ def test_repeated_micro_batches_are_those_of_the_first_epoch_in_other_steps(num_
     ]
 
     for step, rows in enumerate(epochs[0]):
-        expected = cut_micro_batches(samples, batch_indices(step, batch_size, num_rows, 3), micro_batch_size)
+        indices = batch_indices(step, batch_size, num_rows, 3)
+        expected = cut_micro_batches(samples, indices, micro_batch_size, cut=cut)
         found = gather_step(samples, rows)
         assert [m.sample_indices for m in found.micro_batches] == [m.sample_indices for m in expected.micro_batches]
         assert found.loss_weight == expected.loss_weight

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.jobs.planning import make_numerics
+from coordinator.jobs.kept_numerics import in_words
+from coordinator.jobs.planning import make_numerics, micro_batch_cut_of
 from plutino.families import FAMILIES, family_of
+from plutino.job.training import TrainingConfig
 from plutino.types import AgentId
 from tests.unit.jobs.test_eligibility import LAPTOP
 from tests.unit.scheduling.test_scheduler import plan_of
@@ -30,3 +32,37 @@ def test_numerics_record_names_the_borders_that_the_first_plan_rounds_at():
 
     assert [(r.codecs, r.bf16_borders) for r in records] == [("raw", ()), ("raw", (1,)), ("raw", (1,))]
     assert (beside.codecs, beside.bf16_borders) == ("bf16", ())
+
+
+@pytest.mark.parametrize(
+    ("num_devices_of_stages", "training", "cut"),
+    [
+        ((2,), {}, "tokens"),
+        ((1,), {}, "rows"),
+        ((1, 1), {}, "rows"),
+        ((2, 1), {}, "rows"),
+        ((2,), {"micro_batch_size": 2}, "rows"),
+        ((2,), {"micro_batch_cut": "rows"}, "rows"),
+        ((1, 1), {"micro_batch_cut": "tokens", "micro_batch_size": 2}, "tokens"),
+    ],
+)
+def test_micro_batches_have_like_tokens_where_devices_share_the_whole_model_or_the_job_says_so(
+    num_devices_of_stages, training, cut
+):
+    names = iter("abcd")
+    plan = plan_of({next(names): 1 for _ in num_devices_of_stages})
+    stages = [
+        stage.model_copy(update={"further_replicas": (stage.replicas[0],) * (number - 1)})
+        for stage, number in zip(plan.stages, num_devices_of_stages, strict=True)
+    ]
+
+    found = micro_batch_cut_of(plan.model_copy(update={"stages": tuple(stages)}), TrainingConfig(**training))
+
+    assert found == cut
+    record = make_numerics(plan, family_of("llama"), [LAPTOP, *others(plan)], micro_batch_cut=found)
+    assert record.micro_batch_cut == cut
+    assert ("like numbers of tokens" in in_words(record)) == (cut == "tokens")
+
+
+def others(plan):
+    return [replace(LAPTOP, agent_id=AgentId(agent_id)) for agent_id in plan.agent_ids]
