@@ -66,7 +66,9 @@ def encode(codec: StateCodec, states_TD: Tensor) -> Tensor:
         case "bf16":
             return states_TD.to(torch.bfloat16).contiguous().view(torch.uint8).view(len(states_TD), -1)
         case "int8":
-            scales_T1 = _scales(states_TD.float().abs().amax(dim=1, keepdim=True) / 127)
+            largest_T1 = states_TD.float().abs().amax(dim=1, keepdim=True)
+            # By a tensor: a card multiplies by the reciprocal of a number, which rounds otherwise than a processor.
+            scales_T1 = _scales(largest_T1 / torch.full_like(largest_T1, 127))
             codes_TD = (states_TD.float() / scales_T1).round().clamp(-127, 127).to(torch.int8)
             return torch.cat([scales_T1.view(torch.uint8), codes_TD.view(torch.uint8)], dim=1)
         case "int4":
@@ -99,7 +101,7 @@ def _encode_int4(states_TD: Tensor) -> Tensor:
         span_T2GP = padded_T2B[:, :, start:end].unflatten(2, (num_groups, -1))
         # The smallest scale with which nothing is cut off by more than half a step.
         largest_TG = span_T2GP.abs().amax(dim=3).amax(dim=1)
-        codes_TG = torch.bucketize(largest_TG / _LARGEST_IN_STEPS, scales).clamp_(max=255)
+        codes_TG = torch.bucketize(largest_TG / torch.full_like(largest_TG, _LARGEST_IN_STEPS), scales).clamp_(max=255)
         codes.append(codes_TG.to(torch.uint8))
         scales_TG = scales[codes_TG]
         digits_T2GP = (span_T2GP / scales_TG[:, None, :, None]).round_().clamp_(-_LARGEST, _LARGEST)
