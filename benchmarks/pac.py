@@ -3,11 +3,12 @@
     python -m benchmarks.pac --out DIR [--shapes t5-base,decoder-135m --agents 4 --cores-per-agent 3 --data DIR --quick]
 
 Every contender is a job of one runtime on one emulated fleet (:mod:`benchmarks.testbed`: agents with processors of
-their own, 1 Gbit links), but for transformers' own Trainer with peft, which has one device and no runtime of ours. A
-*lane* is one fleet's processors; contenders take their turn on them, one after the other, and with processors for
-several lanes several run at once, each on its own. Figures are written after every run, and what is in DIR is not run
-again. PAC's runs were of all 3,667 or 5,749 rows; here ``--samples`` of them are, and what all would take is
-extrapolated beside the measured seconds and called so. Ray Train is not measured: nothing here needs Ray.
+their own, 1 Gbit links), but for two programs with peft that have no runtime of ours: transformers' own Trainer on one
+device, and Ray Train on the fleet's processors, whose gradients pass loopback in place of the links. A *lane* is one
+fleet's processors; contenders take their turn on them, one after the other, and with processors for several lanes
+several run at once, each on its own. Figures are written after every run, and what is in DIR is not run again. PAC's
+runs were of all 3,667 or 5,749 rows; here ``--samples`` of them are, and what all would take is extrapolated beside the
+measured seconds and called so.
 """
 
 from __future__ import annotations
@@ -30,9 +31,19 @@ from typing import Any
 from benchmarks.cores import physical_first, pinned
 from benchmarks.goals import Goal, goal_table
 from benchmarks.measure import machine_facts, write_results
-from benchmarks.pac_contenders import Contender, contenders, job_values, scaling_contenders
+from benchmarks.pac_contenders import (
+    OURS,
+    PAC,
+    RAY_TRAIN,
+    TRAINER,
+    Contender,
+    contenders,
+    job_values,
+    scaling_contenders,
+)
 from benchmarks.pac_figures import RunFigures
 from benchmarks.pac_goals import goals_of, scaling_goals, table, whole_task_s
+from benchmarks.pac_ray_train import import_refusal
 from benchmarks.pac_run import Order
 from benchmarks.pac_shapes import SHAPES, Shape, pair_rows, write_model, write_rows
 from plutino.errors import PlutinoError
@@ -41,6 +52,7 @@ from plutino.job.spec import parse_spec
 from plutino.state_codecs import token_bytes
 
 SCALING = "scaling"
+_QUICK = (OURS, PAC, "data-parallel: lora", f"{TRAINER}: lora", f"{RAY_TRAIN}: lora")
 _OWN_CORES = 2
 _LEAST_RUN_S = 30.0
 _END_S = 60.0
@@ -67,8 +79,17 @@ class Turn:
         return "-".join(filter(None, words.split("-")))
 
 
-def refusal(turn: Turn, *, has_quota: bool = False) -> str | None:
-    """Why this contender cannot be a job, or not beside agents that share processors; None: it can."""
+def refusal(turn: Turn, *, has_quota: bool = False, device: str = "cpu", why_no_ray: str | None = None) -> str | None:
+    """Why this contender cannot be a job, or not beside agents that share processors; None: it can.
+
+    Args:
+        turn: the contender and its model.
+        has_quota: agents share processors.
+        device: where all compute.
+        why_no_ray: see :func:`benchmarks.pac_ray_train.import_refusal`.
+    """
+    if turn.contender.kind == "ray train":
+        return "it is compared on processors" if device != "cpu" else why_no_ray
     if turn.contender.kind == "trainer" and has_quota:
         return "it has processors of its own, where agents share them"
     if turn.contender.kind == "trainer":
@@ -101,7 +122,7 @@ class Bench:
         self._options = options
         self._out: Path = options.out.resolve()
         self._deadline_s = time.monotonic() + 60 * options.minutes
-        self._machine = machine_facts(("torch", "transformers", "peft", "grpcio"))
+        self._machine = machine_facts(("torch", "transformers", "peft", "grpcio", "ray"))
         self._lock = threading.Lock()
         self._failed: dict[str, dict[str, str]] = {}
         self._folders: dict[str, tuple[Path, Path]] = {}
@@ -111,8 +132,12 @@ class Bench:
     def run(self) -> int:
         """Run what has no figures yet; 0 if nothing failed."""
         waiting: queue.SimpleQueue[Turn] = queue.SimpleQueue()
+        options = self._options
+        why_no_ray = import_refusal() if any(turn.contender.kind == "ray train" for turn in self._turns) else None
         for turn in self._turns:
-            if (why := refusal(turn, has_quota=self._options.quota is not None)) is not None:
+            why = refusal(turn, has_quota=options.quota is not None, device=options.device, why_no_ray=why_no_ray)
+            if why is not None:
+                print(f"{turn.group}, {turn.contender.name}: refused: {why}", flush=True)
                 self._failed.setdefault(turn.group, {})[turn.contender.name] = f"refused: {why}"
             elif not self._figures_path(turn).is_file():
                 waiting.put(turn)
@@ -327,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         options.shapes, options.samples, options.batch_size = "quick-decoder", 16, 8
         options.agents, options.cores_per_agent, options.memory = 2, 1, "2GiB"
-        options.only = options.only or "ours;PAC as published;data-parallel: lora;transformers Trainer: lora"
+        options.only = options.only or ";".join(_QUICK)
     return Bench(options).run()
 
 

@@ -37,10 +37,13 @@ ALONE_CACHED = "one device: parallel adapters, cached"
 TOP_QUARTER = "LoRA on the top quarter"
 TOP_QUARTER_CACHED = "LoRA on the top quarter, cached"
 TRAINER = "transformers Trainer"
+RAY_TRAIN = "Ray Train (DDP)"
+"""Of the whole fleet, but over loopback; :mod:`benchmarks.peers.ray_train`."""
 FULL_PIPELINE = "pipeline: full"
 REDUCTION = 8
 
-Kind = Literal["ours", "variant", "baseline", "one device", "trainer"]
+Kind = Literal["ours", "variant", "baseline", "one device", "trainer", "ray train"]
+"""The last two are programs of others; every other contender is a job of ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,7 @@ def contenders(shape: Shape, *, num_agents: int, codec: str = "int4") -> list[Co
         ),
         Contender(name="ours, 100 Mbit", kind="variant", method=side, cache=codec, rate="100Mbit"),
         Contender(name=f"{TRAINER}: lora", kind="trainer", method=methods["lora"], uses_one_device=True),
+        Contender(name=f"{RAY_TRAIN}: lora", kind="ray train", method=methods["lora"]),
         _data_parallel("adapters", methods),
         _pipeline("adapters", methods, num_agents),
         Contender(name=TOP_QUARTER_CACHED, kind="variant", method=top, cache=codec),

@@ -15,6 +15,7 @@ from benchmarks.pac_contenders import (
     OURS,
     OWN_DTYPE,
     PAC,
+    RAY_TRAIN,
     SIXTEEN_BITS,
     TOP_QUARTER,
     TOP_QUARTER_CACHED,
@@ -91,6 +92,8 @@ def goals_of(
             ratio(f"the same by device{words}", alone, num_devices * seconds[OURS])
             trainer = seconds.get(f"{TRAINER}: lora")
             ratio(f"3 epochs, transformers Trainer + peft on one device / ours{words}", trainer, seconds[OURS])
+            ray = seconds.get(f"{RAY_TRAIN}: lora")
+            ratio(f"3 epochs, {RAY_TRAIN} + peft on the fleet / ours{words}", ray, seconds[OURS])
         ratio("cached epoch / first epoch", _later_s(ours), ours.first_epoch_s, at_most=0.15)
         if (halved := runs.get(SIXTEEN_BITS)) is not None:
             ratio(f"cached epoch / first epoch, {SIXTEEN_BITS}", _later_s(halved), halved.first_epoch_s)

@@ -22,6 +22,7 @@ from benchmarks.measure import write_results
 from benchmarks.pac_contenders import Contender, contenders, job_values, scaling_contenders
 from benchmarks.pac_figures import RunFigures, Seen, figures_of
 from benchmarks.pac_planner import PacPlanner
+from benchmarks.pac_ray_train import train_on_fleet
 from benchmarks.pac_shapes import SHAPES
 from benchmarks.peers.trainer import train_apart
 from benchmarks.testbed import LocalFleet
@@ -100,7 +101,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     order = Order.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="plutino-pac-") as work:
-        run = _trainer if order.who().kind == "trainer" else _job
+        run = {"trainer": _trainer, "ray train": _ray_train}.get(order.who().kind, _job)
         figures = run(order, Path(work))
     write_results(Path(order.out), figures.to_dict())
 
@@ -199,7 +200,24 @@ def pac_groups(values: dict[str, Any], fleet: FleetFile, base_dir: Path) -> list
 def _trainer(order: Order, work: Path) -> RunFigures:
     _, available = apart(order.cores)
     cores = available[: order.cores_per_agent]
-    values = {
+    values = {**_peft_order(order, work), "use_cpu": order.device == "cpu"}
+    return train_apart(values, work, cores=cores, threads=order.cores_per_agent, timeout_s=order.timeout_s)
+
+
+def _ray_train(order: Order, work: Path) -> RunFigures:
+    return train_on_fleet(
+        _peft_order(order, work),
+        order.fleet(),
+        work,
+        cores=order.cores,
+        quota=order.quota,
+        timeout_s=order.timeout_s,
+    )
+
+
+def _peft_order(order: Order, work: Path) -> dict[str, Any]:
+    """What the peers with peft are told."""
+    return {
         "model_dir": order.model_dir,
         "rows_path": order.rows_path,
         "out_dir": str(work / "adapter"),
@@ -207,9 +225,7 @@ def _trainer(order: Order, work: Path) -> RunFigures:
         "method": dict(order.who().method),
         "epochs": order.epochs,
         "batch_size": order.batch_size,
-        "use_cpu": order.device == "cpu",
     }
-    return train_apart(values, work, cores=cores, threads=order.cores_per_agent, timeout_s=order.timeout_s)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ class ProcessorQuota:
         self._weight = weight
         self._period_us = period_us
 
+    @property
+    def folder(self) -> Path:
+        """The cgroup's, for a process that puts itself into it."""
+        return self._folder
+
     def __enter__(self) -> ProcessorQuota:
         """Make it.
 

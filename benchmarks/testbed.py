@@ -9,24 +9,15 @@ from the disk that all share, and the way to the coordinator is not slowed.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.cores import apart, one_after_other, pinned, unused
-from benchmarks.processor_quota import (
-    FINE_PERIOD_US,
-    FIRST_WEIGHT,
-    PERIOD_US,
-    SPARE_PROCESSORS,
-    ProcessorQuota,
-    quota_refusal,
-)
+from benchmarks.agent_processors import agent_processors
+from benchmarks.cores import pinned, unused
 from benchmarks.relay import USE_SUFFIX, Host, RelayPlan, way_name
 from benchmarks.relay_carrier import Way
 from benchmarks.relay_use import RelayUse, read_use, use_note
@@ -36,72 +27,10 @@ from coordinator.demo.children import Children
 from partitioner.device import LinkProfile
 from partitioner.fleet_file import FleetFile
 from plutino.errors import ConfigError
-from plutino.sizes import parse_size
 
 _LINKS_TIMEOUT_S = 20.0
 _MOST_AGENTS = 100
 _NETS = 254
-_FAST = 0.95
-"""Of the fastest device's speed a thread: not worth a quota."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentProcess:
-    """How a device of the fleet runs here."""
-
-    name: str
-    budget_bytes: int
-    threads: int
-    quota_cores: float | None = None
-    """Processors that it may use at the most, on those that it is pinned to; None: all of these."""
-
-
-def agent_processes(
-    fleet: FleetFile, *, has_quotas: bool, quota: float | None = None
-) -> tuple[list[AgentProcess], list[str]]:
-    """The agents that stand for a fleet's devices, and in what they differ from them.
-
-    Args:
-        fleet: the devices.
-        has_quotas: whether processor time can be bounded here.
-        quota: of a processor for each thread of the fastest device, where all share processors: then every device
-            computes with one thread; None: they have processors of their own.
-
-    Raises:
-        ConfigError: a quota is asked for, and none can be set here, or it is more than one thread can use.
-    """
-    if quota is not None and not has_quotas:
-        raise ConfigError("devices that share processors need a cgroup for each, which root can make")
-    most_threads = max(device.threads for device in fleet.devices)
-    if quota is not None and not 0 < quota * most_threads <= 1:
-        raise ConfigError(
-            f"a quota of {quota:g} of a processor for each of {most_threads} threads: a device that shares processors "
-            f"computes with one thread; take more than 0 and at most {1 / most_threads:.3g}"
-        )
-    speeds = [None if device.flops is None else device.flops / device.threads for device in fleet.devices]
-    fastest = max((speed for speed in speeds if speed is not None), default=None)
-    found: list[AgentProcess] = []
-    notes: list[str] = []
-    if fastest is None or None in speeds:
-        notes.append("devices without flops run as fast as their processors do")
-    for device, speed in zip(fleet.devices, speeds, strict=True):
-        share = 1.0 if speed is None or fastest is None else speed / fastest
-        threads, cores = device.threads, None
-        if quota is not None:
-            threads, cores = 1, quota * share * device.threads
-        elif share < _FAST and has_quotas:
-            cores = share * device.threads
-            threads = max(1, math.ceil(cores))
-        elif share < _FAST:
-            threads = max(1, round(share * device.threads))
-            if not math.isclose(threads, share * device.threads, rel_tol=0.1):
-                wanted = share * device.threads
-                notes.append(f"{device.name} has {threads} processors in place of {wanted:.2g}: no quota can be set")
-        found += [
-            AgentProcess(name=name, budget_bytes=parse_size(device.memory), threads=threads, quota_cores=cores)
-            for name in device.names
-        ]
-    return found, notes
 
 
 def relay_plan(fleet: FleetFile, state_dir: Path, number: int) -> RelayPlan:
@@ -148,7 +77,7 @@ class LocalFleet:
             emulator those two and whatever the agents leave.
         has_links: False leaves the links as quick as loopback is.
         device: where the agents' workers compute.
-        quota: of a processor for each thread, see :func:`agent_processes`.
+        quota: of a processor for each thread, see :func:`benchmarks.agent_processors.agent_processes`.
     """
 
     def __init__(
@@ -162,27 +91,17 @@ class LocalFleet:
         quota: float | None = None,
     ) -> None:
         self._fleet, self._state_dir, self._device = fleet, state_dir, device
-        self.own_cores, available = apart(cores)
-        refusal = quota_refusal()
-        self.agents, self.notes = agent_processes(fleet, has_quotas=refusal is None, quota=quota)
-        threads = {agent.name: agent.threads for agent in self.agents}
-        self.cores, self.shares_cores = one_after_other(threads, available)
-        self._quota_weight, self._quota_period_us = 1, PERIOD_US
-        if quota is not None:
-            # Nobody's quota is another's, wherever both compute.
-            self.cores = {name: set(available) for name in threads}
-            taken = sum(agent.quota_cores or 0.0 for agent in self.agents)
-            self.shares_cores = taken > len(available) - SPARE_PROCESSORS
-            self.notes.append(f"agents have {taken:.2g} processors in all, by quotas of {FINE_PERIOD_US / 1e3:g} ms")
-            self._quota_weight, self._quota_period_us = FIRST_WEIGHT, FINE_PERIOD_US
-        self.relay_cores = sorted({*self.own_cores, *unused(self.cores, available)})
+        self._processors = agent_processors(fleet, cores, quota=quota)
+        self.own_cores = self._processors.own
+        self.notes = list(self._processors.notes)
+        self.relay_cores = sorted({*self.own_cores, *unused(self._processors.cores, self._processors.available)})
         self._relay_use: tuple[float, list[RelayUse]] | None = None
         unable = listing_refusal() if has_links else None
         self._has_links = has_links and unable is None
         if unable is not None:
             self.notes.append(f"links are as quick as loopback: {unable}")
-        if self.shares_cores:
-            self.notes.append(f"agents share {len(available)} processors: no time says anything")
+        if self._processors.is_short:
+            self.notes.append(f"agents share {len(self._processors.available)} processors: no time says anything")
         self._ending = ExitStack()
         self.stack = PlutinoStack(state_dir)
 
@@ -193,22 +112,16 @@ class LocalFleet:
             PlutinoError: something does not start.
         """
         with ExitStack() as ending:
-            quotas = {
-                agent.name: ending.enter_context(
-                    ProcessorQuota(agent.quota_cores, weight=self._quota_weight, period_us=self._quota_period_us)
-                )
-                for agent in self.agents
-                if agent.quota_cores is not None
-            }
+            quotas = {name: ending.enter_context(quota) for name, quota in self._processors.quotas().items()}
             with pinned(self.relay_cores):
                 hosts = self._start_relay(ending) if self._has_links else None
             with pinned(self.own_cores):
                 ending.enter_context(self.stack)
             self.stack.start_agents(
-                {agent.name: agent.budget_bytes for agent in self.agents},
+                {agent.name: agent.budget_bytes for agent in self._processors.agents},
                 device=self._device,
-                threads={agent.name: agent.threads for agent in self.agents},
-                cores=self.cores,
+                threads={agent.name: agent.threads for agent in self._processors.agents},
+                cores=self._processors.cores,
                 quotas=quotas,
                 hosts=hosts,
                 has_own_caches=True,
@@ -244,8 +157,9 @@ class LocalFleet:
 
     def _wait_for_links(self) -> None:
         """A plan waits for figures of links, but a fleet that is older than a moment has them."""
+        num_agents = len(self._processors.agents)
         deadline_s = time.monotonic() + _LINKS_TIMEOUT_S
-        while missing := len(self.agents) * (len(self.agents) - 1) - len(self.links()):
+        while missing := num_agents * (num_agents - 1) - len(self.links()):
             if time.monotonic() > deadline_s:
                 return self.notes.append(f"{missing // 2} links were not measured in time; plans assume something")
             time.sleep(0.1)

@@ -106,6 +106,7 @@ PART_BY_PATH = {
     "numerics/test_frozen_prefix_halves": PAC,
     "numerics/test_pac": PAC,
     "integration/test_pac": PAC,
+    "unit/benchmarks/test_pac_ray_train": PAC,
     "unit/activation_cache/": PAC,
     # Methods beside LoRA; objectives beside supervised tuning.
     "numerics/test_methods": METHODS,

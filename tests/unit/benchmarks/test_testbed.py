@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from benchmarks.agent_processors import agent_processes
 from benchmarks.relay import Host, RelayPlan
 from benchmarks.relay_carrier import Way
 from benchmarks.tcp_sockets import CONNECTED, LISTENING, TcpSockets, listing_refusal
-from benchmarks.testbed import agent_processes, relay_plan
+from benchmarks.testbed import relay_plan
 from partitioner.fleet_file import FleetFile
 from plutino.errors import ConfigError
 from plutino.sizes import GIB
