@@ -145,7 +145,8 @@ def figures_of_workers(
     epoch_s = [end_s - at_s[0] for at_s, end_s in zip(epochs, ends_s, strict=True)]
     saved_s = first["saved_at_s"]
     told_s = (
-        f"Ray's own cluster was up after {driver['cluster_up_at_s'] - started_s:.1f} s, which are in the beginning; "
+        f"Ray's own cluster was up after {driver['cluster_up_at_s'] - started_s:.1f} s and its workers began after "
+        f"{first['began_at_s'] - started_s:.1f} s, which are in the beginning; "
         f"its driver heard of the end {driver['fitted_at_s'] - saved_s:.1f} s after the adapter was saved"
     )
     return RunFigures(

@@ -90,6 +90,7 @@ def _cluster(folder: Path, num_cpus: int) -> Iterator[None]:
 
 def train(config: dict[str, Any]) -> None:
     """What each worker does; rank 0 saves the adapter."""
+    began_s = time.monotonic()
     import ray.train
     from ray.train.torch import prepare_data_loader, prepare_model
 
@@ -139,6 +140,7 @@ def train(config: dict[str, Any]) -> None:
     if rank == 0:
         adapted.save_pretrained(config["out_dir"])
     figures = {
+        "began_at_s": began_s,
         "at_s": at_s,
         "saved_at_s": time.monotonic(),
         "losses": losses,

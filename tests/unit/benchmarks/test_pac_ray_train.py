@@ -9,7 +9,7 @@ from benchmarks.agent_processors import AgentProcess, AgentProcessors
 from benchmarks.pac import Turn, main, refusal
 from benchmarks.pac_contenders import OURS, RAY_TRAIN, contenders
 from benchmarks.pac_figures import RunFigures
-from benchmarks.pac_goals import goals_of
+from benchmarks.pac_goals import goals_of, table
 from benchmarks.pac_ray_train import (
     figures_of_workers,
     import_refusal,
@@ -25,7 +25,8 @@ DRIVER = {"cluster_up_at_s": 103.0, "fitted_at_s": 133.0}
 
 def of_worker(losses: list[float], peak: int) -> dict:
     at_s = [[110.0, 114.0, 116.0, 117.0], [118.0, 119.0, 120.0, 121.0], [122.0, 123.0, 123.5, 124.0]]
-    return {"at_s": at_s, "saved_at_s": 130.0, "losses": losses, "job_bytes": peak - 40, "rss_bytes": peak}
+    times = {"began_at_s": 107.0, "at_s": at_s, "saved_at_s": 130.0}
+    return {**times, "losses": losses, "job_bytes": peak - 40, "rss_bytes": peak}
 
 
 def ray_turn() -> Turn:
@@ -51,7 +52,7 @@ def test_what_rays_own_start_and_end_took_is_told_beside_the_seconds():
 
     said, told = found.notes
     assert said == "said"
-    assert "up after 3.0 s" in told
+    assert "up after 3.0 s and its workers began after 7.0 s" in told
     assert "3.0 s after the adapter was saved" in told
 
 
@@ -117,14 +118,19 @@ def test_ray_train_shares_processors_as_agents_do_and_takes_no_card():
     assert refusal(ray_turn(), device="cuda") == "it is compared on processors"
 
 
-def test_ray_train_has_every_device_of_the_fleet_and_a_goal_of_its_own():
-    runs = {
-        name: RunFigures(total_s=total_s, first_epoch_s=1.0, later_epochs_s=(), num_steps=1, step_s=(1.0,))
-        for name, total_s in ((OURS, 20.0), (f"{RAY_TRAIN}: lora", 30.0))
-    }
+def ran(total_s: float) -> RunFigures:
+    return RunFigures(total_s=total_s, first_epoch_s=1.0, later_epochs_s=(), num_steps=1, step_s=(1.0,))
 
+
+def test_a_printed_row_says_that_its_gradients_passed_loopback():
+    rows = table({OURS: ran(20.0), f"{RAY_TRAIN}: lora": ran(30.0)}, "mrpc", batch_size=16).splitlines()
+
+    assert [row.split("  ")[0] for row in rows[1:]] == [OURS, f"{RAY_TRAIN}: lora, over loopback"]
+
+
+def test_ray_train_has_every_device_of_the_fleet_and_a_goal_of_its_own():
     goals = goals_of(
-        runs,
+        {OURS: ran(20.0), f"{RAY_TRAIN}: lora": ran(30.0)},
         shape="t5-base",
         baselines=["data-parallel: lora"],
         codec_bytes=384.0,
