@@ -237,7 +237,7 @@ class Scheduling:
                 is_beside=problem.shape.side_reduction > 0,
                 replicas_fold=problem.shape.replicas_fold,
                 sums=problem.shape.sums,
-                micro_batch_cut=micro_batch_cut_of(verdict.plan, context.spec.training),
+                micro_batch_cut=micro_batch_cut_of(verdict.plan, context.spec),
             )
             numerics_json = numerics.model_dump_json()
         plan = verdict.plan.model_copy(update={"cached": None})

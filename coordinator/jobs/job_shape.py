@@ -1,6 +1,6 @@
 """What a job asks of a pipeline: sizes from its spec, its rows and its model.
 
-Entry points: :func:`shape_for`, :func:`larger_shape`.
+Entry points: :func:`shape_for`, :func:`larger_shape`, :func:`may_cut_by_tokens`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
         row_tokens=prepared.row_tokens + spec.method.prompt_tokens,
         source_tokens=prepared.source_tokens if table.num_encoder_blocks else 0,
         label_tokens=rows * prepared.label_tokens_per_row,
-        may_cut_by_tokens=_may_cut_by_tokens(spec),
+        may_cut_by_tokens=may_cut_by_tokens(spec),
         **fields,
         has_dropout=spec.method.has_dropout,
         checkpointing=spec.training.checkpointing,
@@ -75,10 +75,15 @@ def shape_for(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype: s
     )
 
 
-def _may_cut_by_tokens(spec: JobSpec) -> bool:
-    """Whether a plan may cut its micro-batches by tokens; which one it does is known with its stages."""
+def may_cut_by_tokens(spec: JobSpec) -> bool:
+    """Whether a plan may cut its micro-batches by tokens; whether it does is known with its stages.
+
+    Where the job names their size they are what they would be on any fleet, so that its bits are. Virtual tokens stand
+    before every row, so that more, shorter rows would have more of them than memory is planned for.
+    """
     cut, size = spec.training.micro_batch_cut, spec.training.micro_batch_size
-    return cut == "tokens" or (cut == "auto" and size is None)
+    has_virtual_tokens = spec.method.prompt_tokens + spec.method.past_tokens > 0
+    return cut == "tokens" or (cut == "auto" and size is None and not has_virtual_tokens)
 
 
 def _cached_fields(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype_bytes: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from coordinator.fleet.membership import Device
 from coordinator.fleet.registry import FleetRegistry
 from coordinator.jobs.eligibility import agreed_versions, eligible, shared_arithmetic
 from coordinator.jobs.frozen_weights import dtype_for, may_multiply_integers, packing_for
-from coordinator.jobs.job_shape import larger_shape, measured_rows, shape_for
+from coordinator.jobs.job_shape import larger_shape, may_cut_by_tokens, measured_rows, shape_for
 from coordinator.jobs.measuring import (
     device_profile,
     measure_devices,
@@ -36,7 +36,6 @@ from plutino.gptq_index import gptq_format, unpacked_shapes
 from plutino.hub_id import index_folder, model_folder
 from plutino.job.numerics import NumericsRecord
 from plutino.job.spec import JobSpec
-from plutino.job.training import TrainingConfig
 from plutino.random_weights import read_random_weights
 from plutino.safetensors_index import read_safetensors_headers
 from plutino.types import AgentId, JobId, MicroBatchCut, SumDtype
@@ -244,15 +243,11 @@ def make_numerics(
     )
 
 
-def micro_batch_cut_of(plan: Plan, training: TrainingConfig) -> MicroBatchCut:
-    """What micro-batches have alike in a job's first plan, unless the job says it.
-
-    Where the job names their size they are what they would be on any fleet, so that its bits are.
-    """
-    if training.micro_batch_cut != "auto":
-        return training.micro_batch_cut
+def micro_batch_cut_of(plan: Plan, spec: JobSpec) -> MicroBatchCut:
+    """What micro-batches have alike in a job's first plan: tokens where devices share the whole model, if they may."""
     is_data_parallel = len(plan.stages) == 1 and plan.has_replicas
-    return "tokens" if is_data_parallel and training.micro_batch_size is None else "rows"
+    is_asked = spec.training.micro_batch_cut == "tokens"
+    return "tokens" if is_asked or (is_data_parallel and may_cut_by_tokens(spec)) else "rows"
 
 
 def allows_replicas(spec: JobSpec) -> bool:

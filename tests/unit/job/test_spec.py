@@ -166,6 +166,14 @@ def test_word_where_there_is_no_such_choice_is_refused_as_it_was_written(tmp_pat
         load_spec(path, [setting])
 
 
+def test_micro_batches_by_tokens_are_refused_beside_virtual_tokens() -> None:
+    method = {"type": "prompt", "num_virtual_tokens": 4}
+
+    (told,) = problems(method=method, training={"micro_batch_cut": "tokens"})
+
+    assert "4 virtual tokens before each" in told and "set it to rows or auto" in told
+
+
 def test_micro_batch_larger_than_a_step_is_refused_with_the_rows_of_the_step() -> None:
     (told,) = problems(training={"batch_size": 4, "micro_batch_size": 8})
 

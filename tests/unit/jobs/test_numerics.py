@@ -7,7 +7,7 @@ import pytest
 from coordinator.jobs.kept_numerics import in_words
 from coordinator.jobs.planning import make_numerics, micro_batch_cut_of
 from plutino.families import FAMILIES, family_of
-from plutino.job.training import TrainingConfig
+from plutino.job.spec import JobSpec
 from plutino.types import AgentId
 from tests.unit.jobs.test_eligibility import LAPTOP
 from tests.unit.scheduling.test_scheduler import plan_of
@@ -34,20 +34,24 @@ def test_numerics_record_names_the_borders_that_the_first_plan_rounds_at():
     assert (beside.codecs, beside.bf16_borders) == ("bf16", ())
 
 
+LORA, PROMPT = {"type": "lora"}, {"type": "prompt", "num_virtual_tokens": 4}
+
+
 @pytest.mark.parametrize(
-    ("num_devices_of_stages", "training", "cut"),
+    ("num_devices_of_stages", "training", "method", "cut"),
     [
-        ((2,), {}, "tokens"),
-        ((1,), {}, "rows"),
-        ((1, 1), {}, "rows"),
-        ((2, 1), {}, "rows"),
-        ((2,), {"micro_batch_size": 2}, "rows"),
-        ((2,), {"micro_batch_cut": "rows"}, "rows"),
-        ((1, 1), {"micro_batch_cut": "tokens", "micro_batch_size": 2}, "tokens"),
+        ((2,), {}, LORA, "tokens"),
+        ((1,), {}, LORA, "rows"),
+        ((1, 1), {}, LORA, "rows"),
+        ((2, 1), {}, LORA, "rows"),
+        ((2,), {}, PROMPT, "rows"),
+        ((2,), {"micro_batch_size": 2}, LORA, "rows"),
+        ((2,), {"micro_batch_cut": "rows"}, LORA, "rows"),
+        ((1, 1), {"micro_batch_cut": "tokens", "micro_batch_size": 2}, LORA, "tokens"),
     ],
 )
 def test_micro_batches_have_like_tokens_where_devices_share_the_whole_model_or_the_job_says_so(
-    num_devices_of_stages, training, cut
+    num_devices_of_stages, training, method, cut
 ):
     names = iter("abcd")
     plan = plan_of({next(names): 1 for _ in num_devices_of_stages})
@@ -55,8 +59,9 @@ def test_micro_batches_have_like_tokens_where_devices_share_the_whole_model_or_t
         stage.model_copy(update={"further_replicas": (stage.replicas[0],) * (number - 1)})
         for stage, number in zip(plan.stages, num_devices_of_stages, strict=True)
     ]
+    values = {"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, "method": method, "training": training}
 
-    found = micro_batch_cut_of(plan.model_copy(update={"stages": tuple(stages)}), TrainingConfig(**training))
+    found = micro_batch_cut_of(plan.model_copy(update={"stages": tuple(stages)}), JobSpec.model_validate(values))
 
     assert found == cut
     record = make_numerics(plan, family_of("llama"), [LAPTOP, *others(plan)], micro_batch_cut=found)
