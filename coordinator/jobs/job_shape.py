@@ -79,11 +79,12 @@ def may_cut_by_tokens(spec: JobSpec) -> bool:
     """Whether a plan may cut its micro-batches by tokens; whether it does is known with its stages.
 
     Where the job names their size they are what they would be on any fleet, so that its bits are. Virtual tokens stand
-    before every row, so that more, shorter rows would have more of them than memory is planned for.
+    before every row, so that more, shorter rows would have more of them than memory is planned for; sampled answers are
+    cut when they are known.
     """
     cut, size = spec.training.micro_batch_cut, spec.training.micro_batch_size
-    has_virtual_tokens = spec.method.prompt_tokens + spec.method.past_tokens > 0
-    return cut == "tokens" or (cut == "auto" and size is None and not has_virtual_tokens)
+    is_refused = spec.method.prompt_tokens + spec.method.past_tokens > 0 or spec.objective.answers_per_row > 1
+    return cut == "tokens" or (cut == "auto" and size is None and not is_refused)
 
 
 def _cached_fields(spec: JobSpec, prepared: PreparedData, table: ModelTable, dtype_bytes: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def kept_problem(problem: PlanningProblem, numerics: NumericsRecord) -> Planning
         "bf16_borders": numerics.bf16_borders,
         "replicas_fold": numerics.replicas_fold,
         "sums": numerics.sums,
+        "may_cut_by_tokens": numerics.micro_batch_cut == "tokens",
     }
     return at_rows.model_copy(update={"shape": at_rows.shape.model_copy(update=fixed), "codecs": ()})
 
@@ -68,5 +69,5 @@ def in_words(numerics: NumericsRecord) -> str:
         fixed.append(f"{count(numerics.threads_per_worker, 'thread')} a worker")
     return (
         f"The job's numerics record fixes {', '.join(fixed)}: another setting counts for a job that is submitted anew, "
-        "and placement.numerics: free lets a job choose its micro-batches again with every plan"
+        "and placement.numerics: free lets a job choose the size of its micro-batches again with every plan"
     )

@@ -138,16 +138,21 @@ def _holds(plan: Plan, devices: Sequence[DeviceProfile]) -> bool:
 def preferred(shared: Plan, alone: Plan, cached_steps_share: float = 0.0) -> Plan:
     """Of the best plan with replicas and the best one without: the first only where it is notably faster.
 
-    Every replica is a device more that can be lost, and sends gradients where a stage of its own would send none.
+    Every replica is a device more that can be lost, and sends gradients where a stage of its own would send none. That is
+    not so against a pipeline where each replica has the whole model: a lost one leaves the others all there is, and no
+    stage waits for the one before it. There the quicker one is taken.
     """
     shared_s, alone_s = (plan.mean_step_s(cached_steps_share) for plan in (shared, alone))
     saved = 1 - shared_s / alone_s
-    if saved >= REPLICAS_SHARE:
+    needed = 0.0 if len(shared.stages) == 1 < len(alone.stages) else REPLICAS_SHARE
+    if saved >= needed:
         lost = RejectedPlan(what="without replicas", why=f"step {alone_s:.3g} s instead of {shared_s:.3g} s")
         return shared.model_copy(update={"rejected": (*shared.rejected, lost)})
     lost = RejectedPlan(
         what="with replicas",
-        why=f"step {shared_s:.3g} s, {max(saved, 0.0):.0%} shorter; they must save {REPLICAS_SHARE:.0%}",
+        why=f"step {shared_s:.3g} s instead of {alone_s:.3g} s"
+        if saved < 0
+        else f"step {shared_s:.3g} s, {saved:.0%} shorter; they must save {needed:.0%}",
     )
     return alone.model_copy(update={"rejected": (*alone.rejected, lost)})
 

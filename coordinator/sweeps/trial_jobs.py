@@ -71,7 +71,7 @@ def trial_job(sweep: SweepSpec, number: int, rung: Rung, *, is_first: bool) -> J
 
 def group_of(spec: JobSpec) -> str:
     """Jobs with the same value differ in method and training settings alone, so that one plan can hold each of them."""
-    kept = {"batch_size", "micro_batch_size", "checkpointing"}
+    kept = {"batch_size", "micro_batch_size", "micro_batch_cut", "checkpointing"}
     return json.dumps(
         {
             "model": spec.model.model_dump(mode="json"),

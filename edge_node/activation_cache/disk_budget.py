@@ -76,7 +76,7 @@ class DiskBudget:
             used_bytes -= self._evict(used_bytes + num_bytes - self._budget_bytes, own)
         is_room: list[bool] = []
         for size_bytes in sizes_bytes:
-            is_room.append(used_bytes + size_bytes <= self._budget_bytes)
+            is_room.append(not size_bytes or used_bytes + size_bytes <= self._budget_bytes)
             used_bytes += size_bytes if is_room[-1] else 0
         if not all(is_room):
             self._num_refusals = self._num_refusals + 1 if used_bytes == self._refused_at_bytes else 1

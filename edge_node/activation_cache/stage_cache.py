@@ -129,7 +129,12 @@ class StageCache:
         if not self._files:
             return
         keys = _each(rows.keys)
-        missing = {name: [i for i, key in enumerate(keys) if not file.holds(key)] for name, file in self._files.items()}
+        # Of equal rows the first.
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        missing = {name: [i for key, i in first.items() if not file.holds(key)] for name, file in self._files.items()}
+        if not any(missing.values()):
+            self.counts.rows_written += len(keys)
+            return
         sizes_bytes = [0] * len(keys)
         groups = list(self._groups(rows))
         for group, tokens in groups:

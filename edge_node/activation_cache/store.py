@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _RECORD = struct.Struct("<16sQII")
 """Key, offset, bytes, checksum."""
 _ALIGNMENT_BYTES = 64
-"""Entries begin at multiples of it, so that whoever maps a file can add up their words where they lie."""
+"""Entries begin at multiples of it, as the format has it: their words could be added up where a mapping has them."""
 _NUM_FOLDS = 16
 _PIECES_AT_ONCE = 512
 """Linux takes at most 1,024 in one call."""
@@ -168,7 +168,7 @@ class StateFile:
             return False
         try:
             self._read_index(is_locked=True)
-            self._append([(key, data) for key, data in entries if key not in self._records])
+            self._append(list({key: data for key, data in entries if key not in self._records}.items()))
         except OSError as error:
             self._give_up(error)
         return self.is_writable
@@ -225,7 +225,7 @@ class StateFile:
 
 def entry_bytes(num_bytes: int) -> int:
     """What an entry of so many bytes takes of the budget, at most."""
-    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES + _RECORD.size
+    return num_bytes + _ALIGNMENT_BYTES - 1 + _RECORD.size
 
 
 def _append_all(descriptor: int, pieces: Sequence[memoryview]) -> None:

@@ -197,10 +197,12 @@ def gather_step(
 def _cut(
     samples: Batchable, indices: Sequence[int], micro_batch_size: int, cut: MicroBatchCut
 ) -> tuple[tuple[int, ...], ...]:
-    rows = [
-        CutRow(index, int(samples.lengths[index]), int(samples.loss_weight(index, "label tokens"))) for index in indices
-    ]
-    return (cut_by_rows if cut == "rows" else cut_by_tokens)(rows, micro_batch_size)
+    # Once: they are those of the whole data set.
+    lengths = samples.lengths
+    if cut == "rows":
+        return cut_by_rows([CutRow(index, int(lengths[index])) for index in indices], micro_batch_size)
+    rows = [CutRow(index, int(lengths[index]), int(samples.loss_weight(index, "label tokens"))) for index in indices]
+    return cut_by_tokens(rows, micro_batch_size)
 
 
 def prompt_micro_batch(samples: Batchable, indices: Sequence[int]) -> MicroBatchRows:

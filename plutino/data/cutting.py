@@ -22,8 +22,8 @@ class CutRow:
     index: int
     """Its position in the data set."""
     num_tokens: int
-    num_labels: int
-    """Label tokens, whose logits are computed."""
+    num_labels: int = 0
+    """Label tokens, whose logits are computed; a cut by rows does not ask for them."""
 
 
 def cut_by_rows(rows: Sequence[CutRow], size: int) -> tuple[tuple[int, ...], ...]:

@@ -67,11 +67,18 @@ def _training_problems(spec: JobParts) -> Iterator[str]:
             f"(training.batch_size: {training.batch_size}{of_answers}); set it to {num_rows} or less, or leave it out: "
             "the plan then chooses it"
         )
-    if training.micro_batch_cut == "tokens" and (virtual := spec.method.prompt_tokens + spec.method.past_tokens):
+    if training.micro_batch_cut != "tokens":
+        return
+    if virtual := spec.method.prompt_tokens + spec.method.past_tokens:
         yield (
             f"training.micro_batch_cut: tokens lets short rows share a micro-batch in larger numbers, and method.type: "
             f"{spec.method.type} puts {virtual} virtual tokens before each, for which no memory is planned; set it to "
             "rows or auto"
+        )
+    if answers > 1:
+        yield (
+            f"training.micro_batch_cut: tokens is not known to objective.type: {spec.objective.type}, whose sampled "
+            "answers are cut into equal numbers of rows; set it to rows or auto"
         )
 
 

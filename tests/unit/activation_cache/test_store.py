@@ -103,6 +103,41 @@ def test_room_is_made_for_whole_things_of_which_smaller_ones_may_still_fit(tmp_p
     file.close()
 
 
+def test_what_needs_no_room_has_it_in_a_folder_above_its_budget(tmp_path):
+    roomy = ActivationStore(tmp_path, 9000)
+    file = roomy.open("space", "h1")
+    assert all(file.write(key, entry(1)) for key in KEYS[:4])
+
+    with ActivationStore(tmp_path, 3000).writing("space", [0, entry_bytes(10), 0]) as is_room:
+        assert is_room == [True, False, True]
+    file.close()
+
+
+def test_budget_holds_whatever_was_left_where_entries_cannot_begin(tmp_path):
+    store = ActivationStore(tmp_path, 200)
+    file = store.open("space", "h1")
+    assert file.write(KEYS[0], entry(1, 1))
+    # Counts anew.
+    assert not file.write(KEYS[1], entry(1, 500))
+
+    written = file.write(KEYS[2], entry(1, 64))
+
+    assert used_bytes(tmp_path) <= 200
+    assert written == file.has(KEYS[2])
+    file.close()
+
+
+def test_entry_that_comes_twice_lies_there_once(tmp_path):
+    store = ActivationStore(tmp_path, 1 << 20)
+    file = store.open("space", "h1")
+    with store.writing("space", [entry_bytes(1000)] * 2):
+        assert file.append([(KEYS[0], entry(1)), (KEYS[0], entry(1))])
+
+    assert len(file) == 1
+    assert (tmp_path / "space" / "h1.data").stat().st_size == 1000
+    file.close()
+
+
 def test_many_entries_in_one_go_are_all_there_and_those_that_were_there_stay(tmp_path):
     store = ActivationStore(tmp_path, 8 << 20)
     file, other = store.open("space", "h1"), store.open("space", "h1")

@@ -172,6 +172,9 @@ def test_micro_batches_by_tokens_are_refused_beside_virtual_tokens() -> None:
     (told,) = problems(method=method, training={"micro_batch_cut": "tokens"})
 
     assert "4 virtual tokens before each" in told and "set it to rows or auto" in told
+    sampling = {"type": "grpo", "answers": 4, "rewards": [{"type": "function", "function": "reward.py:score"}]}
+    (told,) = problems(objective=sampling, training={"micro_batch_cut": "tokens"})
+    assert "objective.type: grpo, whose sampled answers are cut into equal numbers of rows" in told
 
 
 def test_micro_batch_larger_than_a_step_is_refused_with_the_rows_of_the_step() -> None:

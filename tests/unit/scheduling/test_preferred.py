@@ -31,11 +31,25 @@ def test_problem_takes_replicas_where_they_save_more_than_their_share():
     assert any(lost.what == "without replicas" for lost in plan.rejected)
 
 
-@pytest.mark.parametrize(("factor", "takes_replicas"), [(0.99, True), (1.01, False)])
-def test_preferred_needs_exactly_the_share(factor, takes_replicas):
-    shared = problem(1e12).plan()
-    alone = problem(1e12, allow_replicas=False).plan()
-    shared = shared.model_copy(update={"step_s": alone.step_s * (1 - REPLICAS_SHARE) * factor})
+@pytest.mark.parametrize(
+    ("num_shared_stages", "num_stages", "saved", "takes_replicas"),
+    [
+        (2, 2, REPLICAS_SHARE + 0.01, True),
+        (2, 2, REPLICAS_SHARE - 0.01, False),
+        (1, 1, REPLICAS_SHARE + 0.01, True),
+        (1, 1, REPLICAS_SHARE - 0.01, False),
+        (1, 2, 0.0, True),
+        (1, 2, -0.01, False),
+    ],
+)
+def test_preferred_needs_the_share_but_of_whole_models_against_a_pipeline(
+    num_shared_stages, num_stages, saved, takes_replicas
+):
+    shared, alone = problem(1e12).plan(), problem(1e12, allow_replicas=False).plan()
+    assert shared.has_replicas and not alone.has_replicas
+    alone = alone.model_copy(update={"stages": (alone.stages[0],) * num_stages})
+    of_shared = {"stages": (shared.stages[0],) * num_shared_stages, "step_s": alone.step_s * (1 - saved)}
+    shared = shared.model_copy(update=of_shared)
 
     chosen = preferred(shared, alone)
 
