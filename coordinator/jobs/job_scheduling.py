@@ -23,12 +23,11 @@ from coordinator.scheduling.queue import PlanningQueue
 from coordinator.scheduling.round import Verdict
 from coordinator.scheduling.scheduler import Reservation
 from partitioner.device import DeviceProfile
-from partitioner.plan import Plan
 from plutino.errors import AgentLostError, InfeasiblePlanError, JobError, UnmeasuredError
 from plutino.events import PlanMade
 from plutino.families import family_of
 from plutino.job.numerics import NumericsRecord
-from plutino.types import AgentId, JobId, MicroBatchCut
+from plutino.types import AgentId, JobId
 
 _LOOK_AGAIN_S = 0.5
 """How often a job that waits for devices, or for the memory that others hold, looks for them."""
@@ -166,12 +165,6 @@ class Scheduling:
         is_fixed = context.record.numerics_json is not None and context.spec.placement.numerics == "fixed"
         return context.numerics if is_fixed else None
 
-    def _micro_batch_cut(self, plan: Plan) -> MicroBatchCut:
-        """As the first plan had it, free numerics or not: epochs repeat micro-batches whose states are kept."""
-        if self._context.record.numerics_json is not None:
-            return self._context.numerics.micro_batch_cut
-        return micro_batch_cut_of(plan, self._context.spec)
-
     async def _problem(self, prepared: PreparedData) -> PlanningProblem:
         problem = await self._posed_problem(prepared)
         return problem if self._fixed_numerics is None else kept_problem(problem, self._fixed_numerics)
@@ -237,6 +230,7 @@ class Scheduling:
                 )
             numerics_json = fixed.model_dump_json()
         else:
+            earlier = None if record.numerics_json is None else context.numerics
             numerics = make_numerics(
                 verdict.plan,
                 family_of(problem.table.family),
@@ -244,7 +238,7 @@ class Scheduling:
                 is_beside=problem.shape.side_reduction > 0,
                 replicas_fold=problem.shape.replicas_fold,
                 sums=problem.shape.sums,
-                micro_batch_cut=self._micro_batch_cut(verdict.plan),
+                micro_batch_cut=micro_batch_cut_of(verdict.plan, context.spec, earlier),
             )
             numerics_json = numerics.model_dump_json()
         plan = verdict.plan.model_copy(update={"cached": None})

@@ -243,8 +243,13 @@ def make_numerics(
     )
 
 
-def micro_batch_cut_of(plan: Plan, spec: JobSpec) -> MicroBatchCut:
-    """What micro-batches have alike in a job's first plan: tokens where devices share the whole model, if they may."""
+def micro_batch_cut_of(plan: Plan, spec: JobSpec, earlier: NumericsRecord | None = None) -> MicroBatchCut:
+    """What micro-batches have alike: as before, or in a job's first plan tokens where devices share the whole model.
+
+    Free numerics keep it too: later epochs repeat micro-batches whose states are kept.
+    """
+    if earlier is not None:
+        return earlier.micro_batch_cut
     is_data_parallel = len(plan.stages) == 1 and plan.has_replicas
     is_asked = spec.training.micro_batch_cut == "tokens"
     return "tokens" if is_asked or (is_data_parallel and may_cut_by_tokens(spec)) else "rows"

@@ -283,6 +283,15 @@ def test_plan_that_has_something_otherwise_than_the_record_is_found(
     assert broken_by(kept_problem(problem, record).model_copy(update={"packing_why": ""}).plan(), record) is None
 
 
+@pytest.mark.parametrize("cut", ["rows", "tokens"])
+def test_memory_of_a_cut_by_tokens_is_billed_where_the_record_has_it(cut: str) -> None:
+    shape = job_shape(llama(4), micro_batch_rows=2, may_cut_by_tokens=True)
+
+    kept = kept_problem(problem_of(1, 1, num_blocks=4, shape=shape), record_with(micro_batch_cut=cut)).shape
+
+    assert (kept.most_label_tokens > kept.label_tokens) == (cut == "tokens")
+
+
 def test_record_in_words_counts_rows_and_names_threads() -> None:
     assert "micro-batches of 1 row, fp32" in in_words(record_with(micro_batch_size=1))
     assert "raw boundaries, 1 thread a worker" in in_words(record_with())

@@ -66,6 +66,8 @@ def test_micro_batches_have_like_tokens_where_devices_share_the_whole_model_or_t
     assert found == cut
     record = make_numerics(plan, family_of("llama"), [LAPTOP, *others(plan)], micro_batch_cut=found)
     assert record.micro_batch_cut == cut
+    # A later plan, of one device: what was cut is repeated.
+    assert micro_batch_cut_of(plan_of({"a": 1}), JobSpec.model_validate(values), record) == cut
     assert ("like numbers of tokens" in in_words(record)) == (cut == "tokens")
 
 
