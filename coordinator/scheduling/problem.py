@@ -139,7 +139,7 @@ def preferred(shared: Plan, alone: Plan, cached_steps_share: float = 0.0) -> Pla
     """Of the best plan with replicas and the best one without: the first only where it is notably faster.
 
     Every replica is a device more that can be lost, and sends gradients where a stage of its own would send none. But
-    where each has the whole model, and a pipeline stands against them, a lost one leaves the others all there is, and no
+    where each has the whole model, and a pipeline stands against them, a lost one leaves the others everything, and no
     stage waits for the one before it: there the quicker plan is taken.
     """
     shared_s, alone_s = (plan.mean_step_s(cached_steps_share) for plan in (shared, alone))
