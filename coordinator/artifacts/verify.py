@@ -193,8 +193,7 @@ def check_reload(base_dir: Path, adapter_dir: Path, probe: Probe) -> Check:
 def _losses(base_dir: Path, adapter_dir: Path, probe: Probe) -> tuple[float, float, float]:
     """Loss sum of the trained model, and of its first row with and without what was trained, as users load them.
 
-    One row tells whether the adapter changes anything; all rows would double the passes, each of which takes a
-    processor a second for every billion parameters and 20 tokens.
+    One row tells whether the adapter changes anything; all of them would double the passes through the whole base.
     """
     first = probe.model_copy(update={"micro_batches": (probe.micro_batches[0].first,)})
 

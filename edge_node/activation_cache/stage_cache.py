@@ -23,7 +23,7 @@ from edge_node.activation_cache.places import (
     state_names_between,
 )
 from edge_node.activation_cache.row_tokens import RowTokens
-from edge_node.activation_cache.store import ActivationStore, StateFile, entry_bytes
+from edge_node.activation_cache.store import ActivationStore, StateFile, billed_bytes
 from edge_node.stage.stage import Stage
 from plutino.data.batches import MicroBatchRows
 from plutino.errors import ActivationCacheError
@@ -140,7 +140,7 @@ class StageCache:
         for group, tokens in groups:
             for name in group:
                 for i in missing[name]:
-                    sizes_bytes[i] += entry_bytes(tokens.lengths[i] * self._token_bytes(name))
+                    sizes_bytes[i] += billed_bytes(tokens.lengths[i] * self._token_bytes(name))
         with self._store.writing(self._namespace, sizes_bytes) as is_room:
             is_whole = list(is_room)
             for group, tokens in groups:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _RECORD = struct.Struct("<16sQII")
 """Key, offset, bytes, checksum."""
 _ALIGNMENT_BYTES = 64
-"""Entries begin at multiples of it, as the format has it: their words could be added up where a mapping has them."""
+"""Entries begin at multiples of it: part of the format, for readers that map files and add up words where they lie."""
 _NUM_FOLDS = 16
 _PIECES_AT_ONCE = 512
 """Linux takes at most 1,024 in one call."""
@@ -69,7 +69,7 @@ class ActivationStore:
 
         Args:
             namespace: where they go.
-            sizes_bytes: of each, by :func:`entry_bytes` of its entries. What there is room for counts as written, and
+            sizes_bytes: of each, by :func:`billed_bytes` of its entries. What there is room for counts as written, and
                 must be written before the context ends.
         """
         folder = self._root / namespace
@@ -151,7 +151,7 @@ class StateFile:
                 self._read_index(is_locked=True)
                 if key in self._records:
                     return True
-                if not all(self._budget.make_room([entry_bytes(data.nbytes)], self._folder)):
+                if not all(self._budget.make_room([billed_bytes(data.nbytes)], self._folder)):
                     return False
                 self._append([(key, data)])
         except OSError as error:
@@ -223,7 +223,7 @@ class StateFile:
             self._records[key] = offset, size, checksum
 
 
-def entry_bytes(num_bytes: int) -> int:
+def billed_bytes(num_bytes: int) -> int:
     """What an entry of so many bytes takes of the budget, at most."""
     return num_bytes + _ALIGNMENT_BYTES - 1 + _RECORD.size
 

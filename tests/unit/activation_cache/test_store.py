@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from edge_node.activation_cache.store import ActivationStore, entry_bytes
+from edge_node.activation_cache.store import ActivationStore, billed_bytes
 
 KEYS = [bytes([number]) * 16 for number in range(8)]
 
@@ -89,7 +89,7 @@ def test_full_budget_refuses_entries_and_is_never_exceeded(tmp_path):
 def test_room_is_made_for_whole_things_of_which_smaller_ones_may_still_fit(tmp_path):
     store = ActivationStore(tmp_path, 4500)
     file = store.open("space", "h1")
-    one = entry_bytes(1000)
+    one = billed_bytes(1000)
 
     with store.writing("space", [one, one]) as is_room:
         assert is_room == [True, True]
@@ -108,7 +108,7 @@ def test_what_needs_no_room_has_it_in_a_folder_above_its_budget(tmp_path):
     file = roomy.open("space", "h1")
     assert all(file.write(key, entry(1)) for key in KEYS[:4])
 
-    with ActivationStore(tmp_path, 3000).writing("space", [0, entry_bytes(10), 0]) as is_room:
+    with ActivationStore(tmp_path, 3000).writing("space", [0, billed_bytes(10), 0]) as is_room:
         assert is_room == [True, False, True]
     file.close()
 
@@ -130,7 +130,7 @@ def test_budget_holds_whatever_was_left_where_entries_cannot_begin(tmp_path):
 def test_entry_that_comes_twice_lies_there_once(tmp_path):
     store = ActivationStore(tmp_path, 1 << 20)
     file = store.open("space", "h1")
-    with store.writing("space", [entry_bytes(1000)] * 2):
+    with store.writing("space", [billed_bytes(1000)] * 2):
         assert file.append([(KEYS[0], entry(1)), (KEYS[0], entry(1))])
 
     assert len(file) == 1
@@ -144,7 +144,7 @@ def test_many_entries_in_one_go_are_all_there_and_those_that_were_there_stay(tmp
     keys = [number.to_bytes(16, "big") for number in range(1500)]
     assert other.write(keys[3], entry(9, 70))
 
-    with store.writing("space", [entry_bytes(70)] * len(keys)) as is_room:
+    with store.writing("space", [billed_bytes(70)] * len(keys)) as is_room:
         assert all(is_room)
         assert file.append([(key, entry(number % 7, 70)) for number, key in enumerate(keys)])
 
