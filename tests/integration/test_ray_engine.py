@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import ipaddress
 import json
@@ -58,6 +59,7 @@ pytestmark = [
 ]
 
 SECOND_NODE_BYTES = 900 * MIB
+SECOND_NODE_STARTS = 3
 EMPTY_ROUND = SchedulingRound(queue=(), held=(), budgets_bytes={}).model_dump_json()
 
 
@@ -319,7 +321,38 @@ class PaperAdmission:
 
 @pytest.fixture
 def second_node(site: Site) -> Iterator[str]:
-    """A small node beside the embedded one; its id."""
+    """A small node beside the embedded one; its id.
+
+    A raylet has been seen to die a moment after it had joined (Ray 2.60; in none of 118 further starts), which Ray's
+    head only notices a quarter of a minute later. What it wrote goes into the report; another node takes its place.
+    """
+    session_dir = record_of(site).session_dir / "r"
+    for _ in range(SECOND_NODE_STARTS):
+        node = start_second_node(session_dir)
+        (raylet,) = node.all_processes["raylet"]
+        if raylet.process.poll() is None:
+            break
+        print(f"the second node's raylet ended with {raylet.process.returncode}")
+        for path in sorted(Path(node.get_logs_dir_path()).glob("*raylet*")):
+            print(f"{path.name}: ...{path.read_text(errors='replace')[-4000:]}")
+        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        site.run(until(functools.partial(is_forgotten, str(node.node_id))))
+    else:
+        pytest.fail(f"none of {SECOND_NODE_STARTS} second nodes stayed")
+    try:
+        yield str(node.node_id)
+    finally:
+        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+
+
+def is_forgotten(node_id: str) -> bool:
+    import ray
+
+    return not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+
+
+def start_second_node(session_dir: Path) -> Any:
+    """Returns when Ray's head has taken the node in."""
     import ray
     from ray._private.node import Node
     from ray._private.parameter import RayParams
@@ -332,16 +365,12 @@ def second_node(site: Site) -> Iterator[str]:
         memory=SECOND_NODE_BYTES,
         node_ip_address="127.0.0.1",
         object_store_memory=OBJECT_STORE_BYTES,
-        temp_dir=str(record_of(site).session_dir / "r"),
+        temp_dir=str(session_dir),
         include_log_monitor=False,
         min_worker_port=0,
         max_worker_port=0,
     )
-    node = Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
-    try:
-        yield str(node.node_id)
-    finally:
-        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    return Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
 
 
 def test_ray_fleet_keeps_one_agent_on_each_unequal_node(site: Site, second_node: str, tmp_path: Path) -> None:
