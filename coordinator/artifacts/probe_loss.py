@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from coordinator.artifacts.verify_process import Probe, ProbeRows
 from plutino.errors import ExportError
 from plutino.job.objective import DpoConfig, RewardConfig, Seq2SeqConfig
 from plutino.job.objective_part import LENGTH_DISCOUNTS
 
-# Shape suffixes: B rows, P pairs, T padded tokens, V vocabulary, N label tokens.
+# Shape suffixes: B rows, P pairs, S padded tokens of a source, T padded tokens, V vocabulary, N label tokens.
+
+_NO_LABEL = -100
+"""What transformers takes for no label, and for padding in what an encoder-decoder's decoder gets."""
 
 
 def loss_sum_of(model: Any, probe: Probe, without_adapter: Callable[[], AbstractContextManager[Any]]) -> float:
@@ -82,17 +86,28 @@ def _row_logps(model: Any, rows: ProbeRows, discount: float) -> Tensor:
 
 
 def _target_loss(model: Any, rows: ProbeRows, discount: float) -> float:
-    """Cross-entropy of what an encoder-decoder writes of what it reads, row by row, so that nothing is padded."""
-    total, start = 0.0, 0
+    """Cross-entropy of what an encoder-decoder writes of what it reads.
+
+    One pass for all rows: row by row, each would read the whole base from memory.
+    """
+    sources, targets = [], []
+    start = 0
     for length in rows.lengths:
         ids = torch.tensor(rows.input_ids[start : start + length])
         is_target = torch.tensor(rows.label_mask[start : start + length]).bool()
-        labels = ids[is_target]
-        logits_TV = model(input_ids=ids[~is_target][None], labels=labels[None]).logits[0]
-        _require_finite(logits_TV, rows)
-        loss = float(functional.cross_entropy(logits_TV.float(), labels, reduction="sum"))
-        total += loss / len(labels) ** discount
+        sources.append(ids[~is_target])
+        targets.append(ids[is_target])
         start += length
+    attention_BS = pad_sequence([torch.ones_like(source) for source in sources], batch_first=True)
+    labels_BT = pad_sequence(targets, batch_first=True, padding_value=_NO_LABEL)
+    logits_BTV = model(
+        input_ids=pad_sequence(sources, batch_first=True), attention_mask=attention_BS, labels=labels_BT
+    ).logits
+    total = 0.0
+    for logits_TV, target in zip(logits_BTV, targets, strict=True):
+        logits_NV = logits_TV[: len(target)].float()
+        _require_finite(logits_NV, rows)
+        total += float(functional.cross_entropy(logits_NV, target, reduction="sum")) / max(1, len(target)) ** discount
     return total
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import peft
 import torch
@@ -54,8 +54,8 @@ TensorKind = tuple[tuple[int, ...], str]
 """Shape, and dtype by the name that the safetensors format uses."""
 
 
-def main() -> int:
-    """Answer one request; the exit code is 0 whenever there is a verdict."""
+def main() -> NoReturn:
+    """Answer one request and end the process; the exit code is 0 whenever there is a verdict."""
     # Libraries print to standard output; only the report may stand there.
     report_fd = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -70,7 +70,9 @@ def main() -> int:
         report = VerifyReport(failure=str(error))
     with os.fdopen(report_fd, "w", encoding="utf-8") as stdout:
         stdout.write(report.model_dump_json())
-    return 0
+    sys.stderr.flush()
+    # Somebody waits for this process's end, and the interpreter would take a second to take torch and the model apart.
+    os._exit(0)
 
 
 def import_ahead(base_dir: Path) -> None:
@@ -290,4 +292,4 @@ def _text(kind: TensorKind) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
