@@ -68,8 +68,10 @@ class PassTimer:
         self._least_s = least_s
         self._quota = None if device.is_cuda else processor_quota()
 
-    def time(self, passes: Passes) -> PassSeconds:
+    def time(self, passes: Passes, share: float = 1.0) -> PassSeconds:
         """Time passes from the moment at which all of the meeting are ready until the last has had enough.
+
+        ``share`` of a window is enough for it.
 
         Whoever has had enough computes on, and all that it times counts: so every device is timed beside every other,
         and a quick one never leaves a slow one quiet.
@@ -81,8 +83,8 @@ class PassTimer:
         evicted = None if self.device.is_cuda else torch.zeros(_EVICTED_BYTES // 4)
         took_s: deque[tuple[float, ...]] = deque(maxlen=_MOST_KEPT)
         self._meeting.begin()
-        began_s = time.perf_counter()
-        while len(took_s) < _REPEATS or time.perf_counter() - began_s < self._least_s or not self._meeting.is_over():
+        enough_s = time.perf_counter() + share * self._least_s
+        while len(took_s) < _REPEATS or time.perf_counter() < enough_s or not self._meeting.is_over():
             took_s.append(self._time_once(passes, evicted))
         return PassSeconds(*(statistics.median(each) for each in zip(*took_s, strict=True)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from edge_node.meeting import ALONE, Meeting
 from edge_node.methods.registry import METHODS
 from edge_node.methods.score_head import put_score_head
 from edge_node.objectives.sft import SftObjective
-from edge_node.pass_timing import LEAST_S, Passes, PassSeconds, PassTimer
+from edge_node.pass_timing import LEAST_S, Passes, PassTimer
 from edge_node.stage.architecture import parse_config
 from edge_node.stage.build import COMPUTE_DTYPES, build_stage
 from edge_node.stage.passes import StageInput
@@ -38,10 +38,14 @@ from plutino.sizes import SMALLEST_MAPPING_BYTES
 _SHORT_VOCABULARY = 8192
 """Rows of the head that are measured; its time grows linearly with them."""
 _SCORES = 8
+_ONE_ROW_SHARE = 0.15
+"""Of a window, for passes with one row: they are short, so that it has enough of them."""
 _MIDDLE_OF_HALVES = (1, 3)
 """Blocks of :func:`few_blocks`, one of the encoder and one of the decoder."""
 _PROBE_TURNS = 6
 """Of each dtype. Where bf16 is 300 times slower than fp32, one of them takes 0.15 s."""
+_Named = dict[str, float | None]
+"""Seconds by the names of :class:`BlockTimings`, without what they are of; None: not timed."""
 _TINY_CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -75,18 +79,12 @@ def measure(
         seconds = _measure_blocks(source, request, timer)
         head = _measure_head(source, config, request, timer)
     if request.is_tight and _has_mappings(config, request):
-        again = _measure_blocks(source, request, timer)
+        again = _measure_blocks(source, request.model_copy(update={"scales": False}), timer)
         # A card has no such heap: it keeps the processors of its host company.
         seconds |= {} if device.is_cuda else {f"mapped_{name}": s for name, s in again.items()}
     wide = full_vocabulary / config["vocab_size"] if family_of(config["model_type"]).head else 1.0
-    return BlockTimings.model_validate(
-        {
-            **seconds,
-            "embedding_s": embedding_s,
-            "head_forward_s": head.forward_s * wide,
-            "head_backward_s": head.backward_s * wide,
-        }
-    )
+    seconds |= {f"head_{name}": s * wide for name, s in head.items() if s is not None}
+    return BlockTimings.model_validate({**seconds, "embedding_s": embedding_s})
 
 
 def _has_mappings(config: dict[str, Any], request: ProfileRequest) -> bool:
@@ -103,32 +101,45 @@ def _measure_embedding(source: RandomSource, request: ProfileRequest, timer: Pas
     return timer.fastest_s(lambda: embedding(ids))
 
 
-def _measure_blocks(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> dict[str, float | None]:
+def _measure_blocks(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> _Named:
     """A block, and of an encoder-decoder one of either half, by the names of :class:`BlockTimings`."""
     if family_of(json.loads(request.config_json)["model_type"]).halves is None:
-        return asdict(_measure_block(source, request, timer))
-    of_encoder, of_decoder = (_measure_half(source, request, timer, block) for block in _MIDDLE_OF_HALVES)
-    return asdict(of_encoder) | {f"decoder_{name}": seconds for name, seconds in asdict(of_decoder).items()}
+        stage = _adapted_stage(source, 1, request, timer.device)
+        return _measure(request, timer, partial(_passes_of_block, stage))
+    of_encoder, of_decoder = (
+        _measure(request, timer, partial(_passes_of_half, _adapted_stage(source, block, request, timer.device)))
+        for block in _MIDDLE_OF_HALVES
+    )
+    return of_encoder | {f"decoder_{name}": seconds for name, seconds in of_decoder.items()}
 
 
-def _measure_block(source: RandomSource, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
-    middle = _adapted_stage(source, 1, request, timer.device)
+def _measure(request: ProfileRequest, timer: PassTimer, passes_of: Callable[[ProfileRequest], Passes]) -> _Named:
+    """Seconds of passes with the rows that are asked about, and with one where the plan may choose their number."""
+    found: _Named = asdict(timer.time(passes_of(request)))
+    if not request.scales or request.micro_batch_rows == 1:
+        return found
+    fields = {"micro_batch_rows": 1, "label_tokens": max(1, -(-request.label_tokens // request.micro_batch_rows))}
+    one_row = timer.time(replace(passes_of(request.model_copy(update=fields)), recomputing=None), share=_ONE_ROW_SHARE)
+    return found | {"one_row_forward_s": one_row.forward_s, "one_row_backward_s": one_row.backward_s}
+
+
+def _passes_of_block(stage: Stage, request: ProfileRequest) -> Passes:
     rows, tokens = request.micro_batch_rows, request.row_tokens
-    shape = (rows, tokens, int(middle.config.hidden_size))
-    hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=timer.device.torch)
+    shape = (rows, tokens, int(stage.config.hidden_size))
+    hidden = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=stage.device)
     side = None
-    if middle.side is not None:
-        side = torch.randn(rows, tokens, middle.side.layout.side_width, device=timer.device.torch)
+    if stage.side is not None:
+        side = torch.randn(rows, tokens, stage.side.layout.side_width, device=stage.device)
     trained = (hidden if side is None else side).requires_grad_(True)
-    position_ids = torch.arange(tokens, device=timer.device.torch).expand(rows, tokens)
+    position_ids = torch.arange(tokens, device=stage.device).expand(rows, tokens)
     inputs = StageInput(position_ids=position_ids, hidden=hidden, side=side)
     gradient = torch.ones_like(trained)
 
     def forward() -> Tensor:
-        (output,) = middle.run(inputs).trained.values()
+        (output,) = stage.run(inputs).trained.values()
         return output
 
-    return timer.time(_block_passes(middle, request, forward, lambda o: o.backward(gradient)))
+    return _block_passes(stage, request, forward, lambda o: o.backward(gradient))
 
 
 def _block_passes(
@@ -141,9 +152,9 @@ def _block_passes(
     return Passes(forward, backward, lambda: recomputing(block))
 
 
-def _measure_half(source: RandomSource, request: ProfileRequest, timer: PassTimer, block: int) -> PassSeconds:
+def _passes_of_half(stage: Stage, request: ProfileRequest) -> Passes:
     """A block beside a source of the longest one's length and a target of as many tokens as carry loss in a row."""
-    stage, rows = _adapted_stage(source, block, request, timer.device), request.micro_batch_rows
+    rows = request.micro_batch_rows
     num_tokens = request.source_tokens or request.row_tokens, max(1, -(-request.label_tokens // rows))
     inputs = _halves_input(stage, rows, num_tokens, COMPUTE_DTYPES[request.dtype])
     of_encoder, of_decoder = ("source", "hidden") if stage.side is None else ("source side", "side")
@@ -152,8 +163,7 @@ def _measure_half(source: RandomSource, request: ProfileRequest, timer: PassTime
     def forward() -> Tensor:
         return stage.run(inputs).trained[name]
 
-    passes = _block_passes(stage, request, forward, lambda output: output.backward(torch.ones_like(output)))
-    return timer.time(passes)
+    return _block_passes(stage, request, forward, lambda output: output.backward(torch.ones_like(output)))
 
 
 def _halves_input(stage: Stage, rows: int, num_tokens: tuple[int, int], dtype: torch.dtype) -> StageInput:
@@ -174,17 +184,20 @@ def _halves_input(stage: Stage, rows: int, num_tokens: tuple[int, int], dtype: t
     return StageInput(position_ids=positions, source=source, hidden=hidden, source_side=source_side, side=target_side)
 
 
-def _measure_head(
-    source: RandomSource, config: dict[str, Any], request: ProfileRequest, timer: PassTimer
-) -> PassSeconds:
+def _measure_head(source: RandomSource, config: dict[str, Any], request: ProfileRequest, timer: PassTimer) -> _Named:
     last_block = family_of(config["model_type"]).num_blocks(config) - 1
     last = _adapted_stage(source, last_block, request, timer.device)
-    if not last.head_name:
-        return _measure_score_head(last, request, timer)
+    if last.head_name:
+        return _measure(request, timer, partial(_passes_of_head, last))
+    put_score_head(last, _SCORES, seed=0)
+    return _measure(request, timer, partial(_passes_of_score_head, last))
+
+
+def _passes_of_head(last: Stage, request: ProfileRequest) -> Passes:
     # Not the hidden size where the model projects before its head.
     width = int(last.model.get_submodule(last.head_name).in_features)  # type: ignore[arg-type]
     shape = (request.micro_batch_rows, request.row_tokens, width)
-    normed = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=timer.device.torch).requires_grad_(True)
+    normed = torch.randn(shape, dtype=COMPUTE_DTYPES[request.dtype], device=last.device).requires_grad_(True)
     labels, objective = _label_rows(request), SftObjective()
 
     def forward() -> Tensor:
@@ -192,17 +205,14 @@ def _measure_head(
         assert scaled is not None, "at least one label is asked for"
         return scaled
 
-    return timer.time(Passes(forward, lambda loss: loss.backward()))
+    return Passes(forward, lambda loss: loss.backward())
 
 
-def _measure_score_head(last: Stage, request: ProfileRequest, timer: PassTimer) -> PassSeconds:
+def _passes_of_score_head(last: Stage, request: ProfileRequest) -> Passes:
     """A few scores a row: what a vocabulary is to other heads costs nothing here."""
-    put_score_head(last, _SCORES, seed=0)
-    first = torch.randn(
-        request.micro_batch_rows, int(last.config.hidden_size), dtype=last.dtype, device=timer.device.torch
-    )
+    first = torch.randn(request.micro_batch_rows, int(last.config.hidden_size), dtype=last.dtype, device=last.device)
     first.requires_grad_(True)
-    return timer.time(Passes(lambda: last.score(first).sum(), lambda loss: loss.backward()))
+    return Passes(lambda: last.score(first).sum(), lambda loss: loss.backward())
 
 
 def probe_dtypes(device: ComputeDevice = CPU) -> dict[str, float]:

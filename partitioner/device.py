@@ -30,6 +30,8 @@ class ProfileRequest(PlanValue):
     threads: int
     recomputes: bool = False
     """The plan may let blocks recompute, so that their backward pass is measured that way as well."""
+    scales: bool = False
+    """The plan may choose micro-batches of other rows, so that blocks and head are measured with one row as well."""
     is_tight: bool = False
     """Its budget, or that of a device that measures beside it, may have no room for a heap that malloc keeps, so that
     blocks are measured without one as well."""
@@ -39,6 +41,9 @@ class ProfileRequest(PlanValue):
     """Which of several measurements of the same this is: they are taken in turns with other devices."""
     is_fresh: bool = False
     """An answer that the device has kept does not do: it measures."""
+
+
+_ONE_ROW = "one_row_"
 
 
 class BlockSeconds(NamedTuple):
@@ -77,6 +82,15 @@ class BlockTimings(PlanValue):
     """One block of a decoder that has an encoder; None: it is priced as any other block."""
     decoder_backward_s: float | None = None
     decoder_recomputed_backward_s: float | None = None
+    one_row_forward_s: float | None = None
+    """One block, forward, for a micro-batch of one row: much of it is there however few tokens there are. None: nobody
+    asked for it, as for those below."""
+    one_row_backward_s: float | None = None
+    decoder_one_row_forward_s: float | None = None
+    decoder_one_row_backward_s: float | None = None
+    head_one_row_forward_s: float | None = None
+    """Of a large vocabulary and few label tokens most is reading the weights, which costs the same for one row."""
+    head_one_row_backward_s: float | None = None
     mapped_forward_s: float | None = None
     """One block, forward, where malloc gives back what is freed, for which a budget may have no room
     (:mod:`partitioner.heap`): its pages are faulted in anew. None: it takes no longer."""
@@ -105,9 +119,19 @@ class BlockTimings(PlanValue):
         return _block_seconds(self.decoder_forward_s, self.decoder_backward_s, self.decoder_recomputed_backward_s)
 
     @property
-    def known_s(self) -> dict[str, float]:
+    def all_s(self) -> dict[str, float]:
         """What was measured, by the fields' names."""
         return self.model_dump(exclude_none=True)
+
+    @property
+    def known_s(self) -> dict[str, float]:
+        """What was measured with the rows that were asked about, by the fields' names."""
+        return {name: seconds for name, seconds in self.all_s.items() if _ONE_ROW not in name}
+
+    @property
+    def one_row_s(self) -> dict[str, float]:
+        """What was measured with one row, by the names of what it is with the rows that were asked about."""
+        return {name.replace(_ONE_ROW, ""): seconds for name, seconds in self.all_s.items() if _ONE_ROW in name}
 
     @property
     def mapped(self) -> BlockTimings:
@@ -118,11 +142,11 @@ class BlockTimings(PlanValue):
 
     def times(self, factor: float) -> BlockTimings:
         """As on a device that takes so many times as long."""
-        return BlockTimings(**{name: seconds * factor for name, seconds in self.known_s.items()})
+        return BlockTimings(**{name: seconds * factor for name, seconds in self.all_s.items()})
 
     def fastest(self, other: BlockTimings) -> BlockTimings:
         """The faster of two measurements, part by part: what disturbs one makes it slower, never faster."""
-        one, two = self.known_s, other.known_s
+        one, two = self.all_s, other.all_s
         return BlockTimings(**{name: min(one.get(name, s), two.get(name, s)) for name, s in (one | two).items()})
 
 

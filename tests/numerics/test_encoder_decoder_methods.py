@@ -364,6 +364,7 @@ def test_a_block_of_either_half_is_measured_beside_texts_of_their_own_lengths(na
         threads=1,
         recomputes=True,
         is_tight=True,
+        scales=True,
     )
     seen, run = set(), Stage.run
 
@@ -374,11 +375,14 @@ def test_a_block_of_either_half_is_measured_beside_texts_of_their_own_lengths(na
     monkeypatch.setattr(Stage, "run", watched)
     timings = profile.measure(request, least_s=0.0)
 
-    assert seen == {(False, False, (2, 7), (2, 3)), (True, False, (2, 7), (2, 3))}
+    rows = {((2, 7), (2, 3)), ((1, 7), (1, 3))}
+    assert seen == {(has_decoder_blocks, False, *shapes) for has_decoder_blocks in (False, True) for shapes in rows}
     known_s = timings.known_s
     passes = ["forward_s", "backward_s"]
     # Nothing of a side network is recomputed.
     passes += [] if isinstance(method, ParallelAdaptersConfig) else ["recomputed_backward_s"]
     names = {f"{mapped}{half}{each}" for mapped in ("", "mapped_") for half in ("", "decoder_") for each in passes}
     assert set(known_s) == names | {"embedding_s", "head_forward_s", "head_backward_s"}
-    assert all(seconds > 0 for seconds in known_s.values())
+    of_one_row = {f"{part}{way}_s" for part in ("", "decoder_", "head_") for way in ("forward", "backward")}
+    assert set(timings.one_row_s) == of_one_row
+    assert all(seconds > 0 for seconds in timings.all_s.values())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner.cost import stage_cost
-from partitioner.device import LinkProfile, LinkTable, MeasuredLink
+from partitioner.device import BlockTimings, LinkProfile, LinkTable, MeasuredLink
 from partitioner.fitting import fits
 from partitioner.memory import stage_memory
 from partitioner.micro_batch import scaled_devices, with_rows
@@ -218,6 +218,57 @@ def test_scaled_timings_keep_a_fixed_share():
     timings = device("a").timings
     assert timings.forward_s / 8 < small.timings.forward_s < timings.forward_s
     assert scaled_devices([device("a")], 8, 8) == [device("a")]
+
+
+MEASURED_TWICE = {
+    "forward_s": 0.010,
+    "backward_s": 0.016,
+    "recomputed_backward_s": 0.024,
+    "embedding_s": 0.001,
+    "head_forward_s": 0.040,
+    "head_backward_s": 0.030,
+    "mapped_forward_s": 0.020,
+    "mapped_backward_s": 0.020,
+    "mapped_recomputed_backward_s": 0.048,
+    "one_row_forward_s": 0.004,
+    "one_row_backward_s": 0.004,
+    "head_one_row_forward_s": 0.037,
+    "head_one_row_backward_s": 0.033,
+}
+"""With one row and with four; the head's backward pass came out the other way round."""
+
+
+def measured_twice(rows: int) -> BlockTimings:
+    measured = device("a").model_copy(update={"timings": BlockTimings(**MEASURED_TWICE)})
+    (found,) = scaled_devices([measured], 4, rows)
+    return found.timings
+
+
+def test_seconds_measured_with_one_row_too_lie_on_the_line_between():
+    assert measured_twice(4) == BlockTimings(**MEASURED_TWICE)
+    one, two = measured_twice(1), measured_twice(2)
+    assert (one.forward_s, one.backward_s) == pytest.approx((0.004, 0.004))
+    assert (two.forward_s, two.backward_s) == pytest.approx((0.006, 0.008))
+    assert (two.head_forward_s, two.head_backward_s) == pytest.approx((0.038, 0.030))
+    assert two.embedding_s == pytest.approx(0.0005)
+    assert two.one_row_s == one.one_row_s == BlockTimings(**MEASURED_TWICE).one_row_s
+
+
+def test_seconds_measured_with_one_number_of_rows_grow_as_what_they_are_a_kind_of():
+    two = measured_twice(2)
+
+    assert two.mapped_forward_s == pytest.approx(0.020 * 0.6)
+    assert two.mapped_backward_s == pytest.approx(0.020 * 0.5)
+    recomputed = (two.recomputed_backward_s, two.mapped_recomputed_backward_s)
+    assert recomputed == pytest.approx((0.024 * 14 / 26, 0.048 * 14 / 26))
+
+
+def test_seconds_beyond_the_measured_rows_lie_between_the_line_and_what_grows_with_the_rows():
+    sixteen = measured_twice(16)
+
+    assert sixteen.head_forward_s == pytest.approx((0.052 * 0.160) ** 0.5)
+    # It took no longer with four rows than with one.
+    assert sixteen.head_backward_s == pytest.approx((0.030 * 0.120) ** 0.5)
 
 
 def test_same_host_devices_use_the_loopback_link():
