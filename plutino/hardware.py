@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """Number of the agents' and workers' protocol. It rises when one side would misunderstand the other, and a coordinator
 refuses agents of another number in words."""
 
