@@ -248,6 +248,8 @@ class Bench:
                 rows = pair_rows(self._options.task, self._options.samples, self._options.data)
                 model_dir = write_model(shape, folder / "model", rows)
                 self._folders[shape.name] = (model_dir, write_rows(rows, folder / "rows.jsonl"))
+                # Whoever ran first would compute while a gigabyte is still being written to the disk.
+                os.sync()
             return self._folders[shape.name]
 
     def _figures_path(self, turn: Turn) -> Path:
