@@ -105,15 +105,15 @@ def _measure_blocks(source: RandomSource, request: ProfileRequest, timer: PassTi
     """A block, and of an encoder-decoder one of either half, by the names of :class:`BlockTimings`."""
     if family_of(json.loads(request.config_json)["model_type"]).halves is None:
         stage = _adapted_stage(source, 1, request, timer.device)
-        return _measure(request, timer, partial(_passes_of_block, stage))
+        return _timed(request, timer, partial(_passes_of_block, stage))
     of_encoder, of_decoder = (
-        _measure(request, timer, partial(_passes_of_half, _adapted_stage(source, block, request, timer.device)))
+        _timed(request, timer, partial(_passes_of_half, _adapted_stage(source, block, request, timer.device)))
         for block in _MIDDLE_OF_HALVES
     )
     return of_encoder | {f"decoder_{name}": seconds for name, seconds in of_decoder.items()}
 
 
-def _measure(request: ProfileRequest, timer: PassTimer, passes_of: Callable[[ProfileRequest], Passes]) -> _Named:
+def _timed(request: ProfileRequest, timer: PassTimer, passes_of: Callable[[ProfileRequest], Passes]) -> _Named:
     """Seconds of passes with the rows that are asked about, and with one where the plan may choose their number."""
     found: _Named = asdict(timer.time(passes_of(request)))
     if not request.scales or request.micro_batch_rows == 1:
@@ -188,9 +188,9 @@ def _measure_head(source: RandomSource, config: dict[str, Any], request: Profile
     last_block = family_of(config["model_type"]).num_blocks(config) - 1
     last = _adapted_stage(source, last_block, request, timer.device)
     if last.head_name:
-        return _measure(request, timer, partial(_passes_of_head, last))
+        return _timed(request, timer, partial(_passes_of_head, last))
     put_score_head(last, _SCORES, seed=0)
-    return _measure(request, timer, partial(_passes_of_score_head, last))
+    return _timed(request, timer, partial(_passes_of_score_head, last))
 
 
 def _passes_of_head(last: Stage, request: ProfileRequest) -> Passes:

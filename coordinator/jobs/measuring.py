@@ -132,6 +132,7 @@ def _asked(
         label_tokens=shape.label_tokens,
         method=spec.method.for_profile(),
         threads=threads,
+        # Of a running job as well, whose rows are fixed: the same question finds what its device has kept.
         scales=spec.training.micro_batch_size is None,
         is_tight=is_tight,
         # A side network is never recomputed, and the blocks beside it keep nothing.

@@ -13,6 +13,7 @@ from typing import Any
 import grpc.aio
 import psutil
 
+from coordinator.scheduling.ray_backend.cluster import OBJECT_STORE_BYTES
 from coordinator.scheduling.ray_backend.engine import RayEngine
 from coordinator.scheduling.ray_backend.reaping import ProcessRecord, read_record
 from plutino.types import JobId
@@ -21,6 +22,7 @@ from protos import runners_pb2 as pb
 from protos import runners_pb2_grpc
 
 WAIT_S = 40.0
+LOG_CHARS = 4000
 INCARNATION = 7
 REPOSITORY_DIR = Path(__file__).resolve().parents[2]
 
@@ -140,6 +142,46 @@ def living_children() -> list[psutil.Process]:
 def actor_processes(name: str) -> list[psutil.Process]:
     """Processes of this module's actors of a class; Ray writes the class and the method into the command line."""
     return [process for process in living_children() if " ".join(process.cmdline()).startswith(f"ray::{name}")]
+
+
+def start_second_node(session_dir: Path, *, memory_bytes: int) -> Any:
+    """A small node beside the embedded one, when Ray's head has taken it in; the caller kills its processes."""
+    import ray
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    params = RayParams(
+        gcs_address=ray.get_runtime_context().gcs_address,
+        num_cpus=1,
+        # Ray takes its word for it.
+        num_gpus=1,
+        memory=memory_bytes,
+        node_ip_address="127.0.0.1",
+        object_store_memory=OBJECT_STORE_BYTES,
+        temp_dir=str(session_dir / "r"),
+        include_log_monitor=False,
+        min_worker_port=0,
+        max_worker_port=0,
+    )
+    return Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
+
+
+def is_raylet_alive(node: Any) -> bool:
+    (raylet,) = node.all_processes["raylet"]
+    return raylet.process.poll() is None
+
+
+def raylet_logs(node: Any) -> str:
+    """What the raylets of a node's session wrote last; each start has files of its own."""
+    paths = sorted(Path(node.get_logs_dir_path()).glob("*raylet*"))
+    return "\n".join(f"{path.name}: ...{path.read_text(errors='replace')[-LOG_CHARS:]}" for path in paths)
+
+
+def is_forgotten(node_id: str) -> bool:
+    """Whether Ray's head counts a node among the dead."""
+    import ray
+
+    return not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
 async def until(condition: Callable[[], Any]) -> None:

@@ -17,7 +17,7 @@ import pytest
 from coordinator.jobs.prepared import PreparedData
 from coordinator.scheduling.problem import PlanningProblem
 from coordinator.scheduling.ray_backend import engine as engine_module
-from coordinator.scheduling.ray_backend.cluster import OBJECT_STORE_BYTES, EmbeddedCluster, JoinedCluster
+from coordinator.scheduling.ray_backend.cluster import EmbeddedCluster, JoinedCluster
 from coordinator.scheduling.ray_backend.engine import RoundLostError
 from coordinator.scheduling.ray_backend.fleet import RayFleet
 from coordinator.scheduling.ray_backend.reaping import ProcessRecord, is_running, read_record
@@ -42,9 +42,13 @@ from tests.integration.ray_site import (
     RunnerStream,
     Site,
     actor_processes,
+    is_forgotten,
+    is_raylet_alive,
     kill_a_coordinators_ray,
     living_children,
+    raylet_logs,
     record_of,
+    start_second_node,
     until,
 )
 from tests.integration.reservation_load import ReservationLoad
@@ -326,51 +330,17 @@ def second_node(site: Site) -> Iterator[str]:
     A raylet has been seen to die a moment after it had joined (Ray 2.60; in none of 118 further starts), which Ray's
     head only notices a quarter of a minute later. What it wrote goes into the report; another node takes its place.
     """
-    session_dir = record_of(site).session_dir / "r"
     for _ in range(SECOND_NODE_STARTS):
-        node = start_second_node(session_dir)
-        (raylet,) = node.all_processes["raylet"]
-        if raylet.process.poll() is None:
-            break
-        print(f"the second node's raylet ended with {raylet.process.returncode}")
-        for path in sorted(Path(node.get_logs_dir_path()).glob("*raylet*")):
-            print(f"{path.name}: ...{path.read_text(errors='replace')[-4000:]}")
-        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        node = start_second_node(record_of(site).session_dir, memory_bytes=SECOND_NODE_BYTES)
+        try:
+            if is_raylet_alive(node):
+                yield str(node.node_id)
+                return
+            print(raylet_logs(node))
+        finally:
+            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
         site.run(until(functools.partial(is_forgotten, str(node.node_id))))
-    else:
-        pytest.fail(f"none of {SECOND_NODE_STARTS} second nodes stayed")
-    try:
-        yield str(node.node_id)
-    finally:
-        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-
-
-def is_forgotten(node_id: str) -> bool:
-    import ray
-
-    return not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
-
-
-def start_second_node(session_dir: Path) -> Any:
-    """Returns when Ray's head has taken the node in."""
-    import ray
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
-
-    params = RayParams(
-        gcs_address=ray.get_runtime_context().gcs_address,
-        num_cpus=1,
-        # Ray takes its word for it.
-        num_gpus=1,
-        memory=SECOND_NODE_BYTES,
-        node_ip_address="127.0.0.1",
-        object_store_memory=OBJECT_STORE_BYTES,
-        temp_dir=str(session_dir),
-        include_log_monitor=False,
-        min_worker_port=0,
-        max_worker_port=0,
-    )
-    return Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
+    pytest.fail(f"none of {SECOND_NODE_STARTS} second nodes stayed")
 
 
 def test_ray_fleet_keeps_one_agent_on_each_unequal_node(site: Site, second_node: str, tmp_path: Path) -> None:
